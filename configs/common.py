@@ -1,0 +1,125 @@
+"""Every value of a run, with its unit and source. Run files change what differs; code holds no defaults.
+
+Sources: [P] DanceGRPO paper, arXiv 2505.07818. [C] its PyTorch code, 2025-10. [F] Flow-GRPO, arXiv 2505.05470.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+  """The shared defaults: the paper's algorithm on the embedded Stable Diffusion-like emoji model."""
+  config = ConfigDict()
+  config.name = "common"  # the default workdir is runs/<name>
+  config.seed = 0  # root of every random stream
+  config.iterations = 300  # GRPO iterations; one = rollout, reward, update
+
+  config.model = ConfigDict({
+    "family": "stable_diffusion",  # pipelines/<family>.py
+    "checkpoint": "assets/emoji-sd",  # folder in diffusers layout, or a hub id
+    "size": (32, 32),  # height, width of the samples, pixels
+    "dtype": "float32",  # what the denoiser computes in; parameters and SDE arithmetic stay float32
+    "frozen_dtype": "float32",  # text encoder and decoder, stored and computed
+    "remat": False,  # recompute the denoiser's blocks in the backward pass: less memory, a third more time
+    "attention": "auto",  # auto | xla | cudnn
+  })
+
+  config.data = ConfigDict({
+    "prompts": "assets/prompts/emoji_run.txt",  # text file, one prompt a line, or a .json list
+    "held_out": "assets/prompts/emoji_held_out.txt",  # never trained on; evaluate.py scores them. "" = none
+    "prompts_per_iteration": 16,  # P
+    "negative_prompt": "",  # text of the unconditional branch when sampler.guidance_scale > 1
+    "shuffle": True,  # a new order each epoch, from the seed
+  })
+
+  config.sampler = ConfigDict({
+    "kind": "ddim",  # ddim | dance | flow | cps: the stochastic step that is the policy
+    "noise_level": 1.0,  # eta of ddim and dance, a of flow and cps; 0 would be deterministic
+    "steps": 10,  # N, network calls a sample
+    "shift": 1.0,  # time shift of rectified flow; 1 = none. Diffusion models ignore it
+    "guidance_scale": 1.0,  # classifier-free guidance in rollout and training; 1 = off
+    "last_step": "ode",  # ode (deterministic, not trained) | x0hat | sde (as [C] for Stable Diffusion)
+    "window": ConfigDict({  # MixGRPO, arXiv 2507.21802: stochastic and trained inside, deterministic outside
+      "size": 0,  # steps; 0 = every policy step
+      "mode": "fixed",  # fixed | sliding | random
+      "start": 0,  # first step of a fixed window, and of a sliding one at iteration 0
+      "stride": 1,  # sliding: steps forward each `interval`
+      "interval": 25,  # sliding: iterations
+      "outside": "ode",  # ode | dpm++
+    }),
+  })
+
+  config.rollout = ConfigDict({
+    "samples_per_prompt": 16,  # G, the group
+    "shared_noise": True,  # one initial noise for a group [P, section 3]
+    "chunk": 256,  # samples that one call of the rollout program makes; bounds memory
+  })
+
+  config.reward = ConfigDict({
+    "terms": (("clip", 1.0),),  # (term, weight): clip | compressibility | module:function
+    "combine": "advantages",  # advantages (sum of weighted advantages [P]) | rewards (normalise the weighted sum [F]) | gdpo
+    "thresholds": (),  # (term, value): r = 1 where score > value, else 0
+    "max_failed": 0.5,  # an iteration with a larger share of failed (NaN) rewards stops the run
+    "clip": ConfigDict({"checkpoint": "assets/emoji-clip"}),  # folder in transformers' CLIPModel layout
+    "compressibility": ConfigDict({"quality": 95, "sign": -1.0}),  # JPEG quality; -1 rewards small files
+  })
+
+  config.advantage = ConfigDict({
+    "ddof": 1,  # 1 = unbiased std [C]; 0 as DDPO and Flow-GRPO
+    "eps": 1e-8,  # added to the std [C]
+    "clamp": 5.0,  # advantages are clipped to +-clamp [C]
+    "min_spread": 1e-6,  # groups whose rewards differ by less get advantage 0
+    "best_of": 0,  # k: train the k/2 best and k/2 worst of each group; 0 = all
+    "history": ConfigDict({"size": 0, "min_count": 16}),  # per-prompt statistics over iterations (DDPO); size 0 = off, 32 there
+  })
+
+  config.objective = ConfigDict({
+    "clip_range": 1e-4,  # c of the clipped surrogate, for the mean-reduced log-prob [C]
+    "log_prob": "mean",  # mean (over latent dimensions [C]) | sum (the true density)
+    "old_log_prob": "recompute",  # recompute (the update's own forward: ratio exactly 1) | rollout
+    "timesteps": "random",  # first | random | last | all: which policy steps are trained
+    "timestep_fraction": 0.6,  # share of the policy steps, rounded down [P]
+    "guard": False,  # GRPO-Guard ratio and weight, arXiv 2510.22319
+    "kl": ConfigDict({"weight": 0.0, "mode": "exact"}),  # to the initial model; exact | no_dt | mean_mse | velocity_mse
+  })
+
+  config.optimizer = ConfigDict({
+    "learning_rate": 1e-5,  # constant after warm-up [C]
+    "warmup_steps": 0,  # optimizer steps, linear from 0
+    "b1": 0.9,
+    "b2": 0.999,
+    "eps": 1e-8,
+    "weight_decay": 1e-4,
+    "max_grad_norm": 1.0,  # global norm [C]
+    "updates_per_iteration": 1,  # optimizer steps an iteration
+    "microbatch": 256,  # transitions in one forward and backward pass
+    "max_skipped": 10,  # optimizer steps with a non-finite loss or gradient before the run stops
+  })
+
+  config.lora = ConfigDict({"rank": 0, "alpha": 0.0, "targets": ""})  # rank 0 = train every weight
+  config.ema = ConfigDict({"decay": 0.0})  # of the trained weights, float32; 0 = off
+
+  config.mesh = ConfigDict({
+    "data": -1,  # devices along each axis; -1 takes what is left
+    "fsdp": 1,
+    "tensor": 1,
+    "lanes": 8,  # samples lie in this many fixed lanes; a multiple of every data x fsdp to be supported
+    "rules": ((".*", ()),),  # (regex over a parameter's path, partition spec); the first match holds
+  })
+
+  config.checkpoint = ConfigDict({"every": 10, "keep": 2})  # iterations; checkpoints kept
+
+  config.evaluation = ConfigDict({
+    "every": 10,  # iterations between sample grids of the report; 0 = start and end alone
+    "prompts": 8,  # fixed prompts in the grid
+    "steps": 20,  # network calls of the deterministic sampler
+    "samples": 4,  # evaluate.py: samples a prompt
+    "seed": 1234,  # noise that training never sees
+  })
+
+  config.logging = ConfigDict({
+    "tensorboard": True,
+    "wandb": False,  # needs `pip install wandb`
+    "profile_steps": (),  # (first, last) iteration traced into <workdir>/profile
+    "compilation_cache": "",  # folder; "" = off
+  })
+  return config
