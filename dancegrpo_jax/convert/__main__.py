@@ -1,0 +1,80 @@
+"""Command: looks into checkpoints.
+
+python -m dancegrpo_jax.convert inspect FOLDER     every tensor's name, shape, dtype and parameter, and all that does not fit
+
+FOLDER is a diffusers pipeline (model_index.json) or one network's folder (config.json and safetensors).
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dancegrpo_jax.convert.core import ConversionError, describe, match
+from dancegrpo_jax.convert.shapes import NETWORKS, abstract_params, class_name
+from dancegrpo_jax.convert.tables import TABLES
+from dancegrpo_jax.runtime import weights
+
+
+def components(folder: Path) -> tuple[list[Path], list[str]]:
+  """The folders of the networks in a checkpoint, and lines on what is left out.
+
+  Raises:
+    ConversionError: neither a pipeline nor a network.
+  """
+  if (folder / "config.json").is_file():
+    return [folder], []
+  if not (folder / "model_index.json").is_file():
+    found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
+    expected = "model_index.json (a diffusers pipeline) or config.json (one network)"
+    raise ConversionError(f"{folder}: not a checkpoint folder; expected {expected}; found: {found or 'nothing'}")
+  index = weights.read_config(folder, "model_index.json")
+  parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
+  known = [folder / name for name, kind in parts.items() if kind in NETWORKS]
+  return known, [f"{name} ({kind}): not a network that is converted" for name, kind in parts.items() if kind not in NETWORKS]
+
+
+def inspect(args: argparse.Namespace) -> int:
+  """Prints the mapping of every network in the folder, then every problem."""
+  folders, skipped = components(Path(args.folder))
+  problems = []
+  for folder in folders:
+    try:
+      config = weights.read_config(folder)
+      name = class_name(config)
+      targets = weights.specs(abstract_params(config))
+      with weights.open_reader(folder, args.variant) as reader:
+        mapping, found = match(TABLES[name], reader.specs, targets)
+    except ConversionError as error:
+      message = str(error)
+      problems.append(message if str(folder) in message else f"{folder}: {message}")
+      continue
+    print(f"# {folder} ({name}): {len(mapping.sources)} tensors, {len(mapping.targets)} parameters")
+    for tensor, shape, dtype, target in describe(mapping):
+      print(f"{tensor}\t{list(shape)}\t{dtype}\t{target}")
+    problems += [f"{folder}: {problem}" for problem in found]
+  for line in skipped:
+    print(f"# {line}")
+  if problems:
+    print(f"{len(problems)} problem{'s' * (len(problems) > 1)}:", *problems, sep="\n  ", file=sys.stderr)
+  return 2 if problems else 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one subcommand; returns the exit code (2 after a mistake)."""
+  parser = argparse.ArgumentParser(prog="python -m dancegrpo_jax.convert", description="Looks into checkpoints.")
+  commands = parser.add_subparsers(required=True, metavar="COMMAND")
+  command = commands.add_parser("inspect", help="a checkpoint's tensors, where they go, and what does not fit")
+  command.add_argument("folder", help="a diffusers pipeline, or one network's folder")
+  command.add_argument("--variant", default="", help="which files to prefer, for example fp16")
+  command.set_defaults(run=inspect)
+  args = parser.parse_args(argv)
+  try:
+    return args.run(args)
+  except ConversionError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+  sys.exit(main())

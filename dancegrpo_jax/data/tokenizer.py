@@ -1,0 +1,168 @@
+"""CLIP's byte-level BPE: trained on captions, written in the layout of transformers' CLIPTokenizer, and read again.
+
+The vocabulary is laid out as OpenAI's: 256 bytes, the same 256 ending a word, the merges, <|startoftext|>,
+<|endoftext|>. Every byte is there, so that any text has a tokenisation and nothing becomes the unknown token.
+Reading works on Stable Diffusion's own tokenizer folder too, without transformers.
+"""
+
+import json
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+WORD_END = "</w>"
+# OpenAI's pattern: contractions, runs of letters, single digits, runs of anything else
+PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+def _split(tokenizer):
+  """Sets how text is normalised and cut into words, as transformers' CLIPTokenizer does. Returns the tokenizer."""
+  from tokenizers import Regex, decoders, normalizers, pre_tokenizers
+
+  tokenizer.normalizer = normalizers.Sequence(
+    [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+  )
+  tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+    [
+      pre_tokenizers.Split(Regex(PATTERN), behavior="removed", invert=True),
+      pre_tokenizers.ByteLevel(add_prefix_space=False),
+    ]
+  )
+  tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace(WORD_END, " ")])
+  return tokenizer
+
+
+def _build(vocab: dict[str, int], merges: list[tuple[str, str]], length: int):
+  """A tokenizer that puts bos and eos around a text and cuts and pads it (with eos, at the end) to `length`."""
+  from tokenizers import AddedToken, Tokenizer, models, processors
+
+  model = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END, unk_token=EOS)
+  tokenizer = _split(Tokenizer(model))
+  tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (BOS, EOS)])
+  bos, eos = ((token, vocab[token]) for token in (BOS, EOS))
+  tokenizer.post_processor = processors.RobertaProcessing(eos, bos, trim_offsets=False, add_prefix_space=False)
+  tokenizer.enable_truncation(length)
+  tokenizer.enable_padding(length=length, pad_id=vocab[EOS], pad_token=EOS)
+  return tokenizer
+
+
+def _train_merges(captions: list[str], count: int) -> list[tuple[str, str]]:
+  """The first `count` merges of byte-pair encoding on the captions' words (fewer when every word is one token)."""
+  from tokenizers import Tokenizer, models, trainers
+  from tokenizers.pre_tokenizers import ByteLevel
+
+  tokenizer = _split(Tokenizer(models.BPE(end_of_word_suffix=WORD_END)))
+  alphabet = sorted(ByteLevel.alphabet())
+  # Among equally frequent pairs the trainer takes the one with the smallest ids, and numbers the word-ending letters in
+  # the order of a hash table, new in each process. Giving them their ids first, as special tokens, makes it repeatable.
+  ends = [letter + WORD_END for letter in alphabet]
+  trainer = trainers.BpeTrainer(
+    vocab_size=2 * len(alphabet) + count,
+    special_tokens=ends,
+    initial_alphabet=alphabet,
+    end_of_word_suffix=WORD_END,
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(captions, trainer)
+  return [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"][:count]]
+
+
+def train_tokenizer(captions: list[str], length: int = 16, size: int = 1000):
+  """Trains on captions.
+
+  Args:
+    captions: the texts; every one must fit.
+    length: tokens of a text with bos and eos, what is padded and cut to.
+    size: most entries of the vocabulary, at least 514 (the bytes twice, bos, eos).
+
+  Returns:
+    A `tokenizers.Tokenizer`. Ids of bos and eos are the last two.
+
+  Raises:
+    ValueError: when `size` has no room for the bytes, or a caption needs more than `length` tokens.
+  """
+  from tokenizers.pre_tokenizers import ByteLevel
+
+  letters = sorted(ByteLevel.alphabet())
+  entries = letters + [letter + WORD_END for letter in letters]
+  room = size - len(entries) - 2
+  if room < 0:
+    raise ValueError(f"tokenizer size {size} is too small: the bytes, bos and eos alone are {len(entries) + 2}")
+  merges = _train_merges(captions, room)
+  entries += [first + second for first, second in merges] + [BOS, EOS]
+  vocab = {token: i for i, token in enumerate(dict.fromkeys(entries))}
+  tokenizer = _build(vocab, merges, length)
+  for text, encoding in zip(captions, tokenizer.encode_batch(captions), strict=True):
+    if encoding.overflowing:
+      raise ValueError(f"caption needs more than {length} tokens: {text!r}; shorten it or raise the tokenizer's length")
+  return tokenizer
+
+
+def write_tokenizer(captions: list[str], folder: str, length: int = 16, size: int = 1000):
+  """Trains on captions and writes vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json.
+
+  transformers' CLIPTokenizer loads the folder as it is. Arguments, result and errors are `train_tokenizer`'s.
+  """
+  tokenizer = train_tokenizer(captions, length, size)
+  model = json.loads(tokenizer.to_str())["model"]
+  special = {
+    token: {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    for token, text in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", EOS))
+  }
+  config = {
+    "add_prefix_space": False,
+    "bos_token": BOS,
+    "clean_up_tokenization_spaces": False,
+    "do_lower_case": True,
+    "eos_token": EOS,
+    "errors": "replace",
+    "model_max_length": length,
+    "pad_token": EOS,
+    "tokenizer_class": "CLIPTokenizer",
+    "unk_token": EOS,
+  }
+  os.makedirs(folder, exist_ok=True)
+  _write_json(os.path.join(folder, "vocab.json"), model["vocab"])
+  _write_json(os.path.join(folder, "tokenizer_config.json"), config)
+  _write_json(os.path.join(folder, "special_tokens_map.json"), {**special, "pad_token": EOS})
+  with open(os.path.join(folder, "merges.txt"), "w", encoding="utf-8", newline="\n") as file:
+    file.writelines(["#version: 0.2\n", *(" ".join(pair) + "\n" for pair in model["merges"])])
+  return tokenizer
+
+
+def _write_json(path: str, value) -> None:
+  with open(path, "w", encoding="utf-8", newline="\n") as file:
+    json.dump(value, file, indent=1, ensure_ascii=False)
+    file.write("\n")
+
+
+def load_tokenizer(folder: str) -> Callable[[list[str]], np.ndarray]:
+  """The tokenizer of a CLIPTokenizer folder, of this project or of Stable Diffusion, through transformers.
+
+  Returns:
+    texts -> ids int32 `[texts, model_max_length]`: bos, text, eos, padding; long texts are cut and keep eos.
+
+  Raises:
+    FileNotFoundError: naming the file that is missing.
+    ValueError: when the configuration names no usable length.
+  """
+  from transformers import CLIPTokenizer
+
+  for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+    if not os.path.isfile(os.path.join(folder, name)):
+      raise FileNotFoundError(
+        f"tokenizer file not found: {os.path.join(folder, name)};"
+        " a CLIP tokenizer folder has vocab.json, merges.txt and tokenizer_config.json"
+      )
+  tokenizer = CLIPTokenizer.from_pretrained(folder)
+  length = tokenizer.model_max_length
+  if not 0 < length <= 10_000:
+    raise ValueError(f"{folder}/tokenizer_config.json: model_max_length {length!r} can't be used; set the text tower's length")
+
+  def encode(texts: list[str]) -> np.ndarray:
+    rows = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="np")
+    return rows["input_ids"].astype(np.int32)
+
+  return encode

@@ -1,0 +1,43 @@
+"""Classifier-free guidance (arXiv 2207.12598): both branches in one call of the denoiser, gradients through both."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dancegrpo_jax.types import Conditioning, PyTree
+
+Denoise = Callable[[Float[Array, "batch *shape"], Float[Array, "batch"], PyTree], Float[Array, "batch *shape"]]
+GuidedDenoise = Callable[[Float[Array, "batch *shape"], Float[Array, "batch"], Conditioning], Float[Array, "batch *shape"]]
+
+
+def guide(
+  positive_output: Float[Array, "*shape"], negative_output: Float[Array, "*shape"], scale: float | int
+) -> Float[Array, "*shape"]:
+  """negative + scale (positive - negative), in float32."""
+  positive_output, negative_output = positive_output.astype(jnp.float32), negative_output.astype(jnp.float32)
+  return negative_output + scale * (positive_output - negative_output)
+
+
+def classifier_free(denoise: Denoise, scale: float | int) -> GuidedDenoise:
+  """Wraps `denoise(x [B, ...], model_time [B], rows) -> output` into `guided(x, model_time, Conditioning) -> output`.
+
+  One call on the doubled batch, positive half first; every leaf of `Conditioning.positive` and `.negative` has B rows. A scale of
+  1 is the positive branch alone, at the cost of one.
+
+  Raises:
+    ValueError: when called without a negative branch and a scale other than 1.
+  """
+
+  def positive_only(x, model_time, conditioning):
+    return denoise(x, model_time, conditioning.positive)
+
+  def guided(x, model_time, conditioning):
+    if conditioning.negative is None:
+      raise ValueError(f"guidance scale {scale} needs a negative branch, the conditioning has none; set the scale to 1")
+    rows = jax.tree.map(lambda *halves: jnp.concatenate(halves), conditioning.positive, conditioning.negative)
+    output = denoise(jnp.concatenate([x, x]), jnp.concatenate([model_time, model_time]), rows)
+    return guide(*jnp.split(output, 2), scale)
+
+  return positive_only if scale == 1 else guided

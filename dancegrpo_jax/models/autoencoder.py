@@ -1,0 +1,192 @@
+"""AutoencoderKL of Stable Diffusion and FLUX, in diffusers' layout and names."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dancegrpo_jax.models.attention import attention
+from dancegrpo_jax.models.config import from_config
+from dancegrpo_jax.models.layers import Conv, Dense, Downsample, Dtype, GroupNorm, ResnetBlock, Upsample
+
+_NEUTRAL = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
+_EPSILON = 1e-6  # every norm of the autoencoder
+
+
+class AttentionBlock(nn.Module):
+  """The single-head attention in the middle of encoder and decoder."""
+
+  groups: int
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    y = GroupNorm(self.groups, _EPSILON, name="group_norm", **types)(x).reshape(x.shape[0], -1, x.shape[-1])
+    # One head as wide as the feature map: no fused kernel takes it.
+    q, k, v = (Dense(x.shape[-1], name=name, **types)(y)[:, :, None, :] for name in ("to_q", "to_k", "to_v"))
+    y = Dense(x.shape[-1], name="to_out_0", **types)(attention(q, k, v, impl="xla")[:, :, 0, :])
+    return x + y.reshape(x.shape)
+
+
+class MidBlock(nn.Module):
+  """resnet, attention, resnet."""
+
+  groups: int
+  add_attention: bool
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    x = ResnetBlock(x.shape[-1], self.groups, _EPSILON, name="resnets_0", **types)(x)
+    if self.add_attention:
+      x = AttentionBlock(self.groups, name="attentions_0", **types)(x)
+    return ResnetBlock(x.shape[-1], self.groups, _EPSILON, name="resnets_1", **types)(x)
+
+
+class EncoderBlock(nn.Module):
+  """Resnets, then a stride-2 convolution whose padding is on the right and bottom only."""
+
+  features: int
+  layers: int
+  groups: int
+  downsample: bool
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    for j in range(self.layers):
+      x = ResnetBlock(self.features, self.groups, _EPSILON, name=f"resnets_{j}", **types)(x)
+    if self.downsample:
+      x = Downsample(self.features, ((0, 1), (0, 1)), name="downsamplers_0", **types)(x)
+    return x
+
+
+class DecoderBlock(nn.Module):
+  """Resnets, then doubling."""
+
+  features: int
+  layers: int
+  groups: int
+  upsample: bool
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    for j in range(self.layers):
+      x = ResnetBlock(self.features, self.groups, _EPSILON, name=f"resnets_{j}", **types)(x)
+    return Upsample(self.features, name="upsamplers_0", **types)(x) if self.upsample else x
+
+
+class Encoder(nn.Module):
+  """Pixels -> moments, `[b, h, w, 3] -> [b, h/f, w/f, 2 latent]`."""
+
+  widths: tuple[int, ...]
+  layers: int
+  groups: int
+  latent_channels: int
+  mid_attention: bool
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 m"]:
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    x = Conv(self.widths[0], name="conv_in", **types)(x)
+    for i, width in enumerate(self.widths):
+      last = i == len(self.widths) - 1
+      x = EncoderBlock(width, self.layers, self.groups, not last, name=f"down_blocks_{i}", **types)(x)
+    x = MidBlock(self.groups, self.mid_attention, name="mid_block", **types)(x)
+    x = nn.silu(GroupNorm(self.groups, _EPSILON, name="conv_norm_out", **types)(x))
+    return Conv(2 * self.latent_channels, name="conv_out", **types)(x)
+
+
+class Decoder(nn.Module):
+  """Latents -> pixels, `[b, h, w, latent] -> [b, f h, f w, out]`."""
+
+  widths: tuple[int, ...]
+  layers: int
+  groups: int
+  out_channels: int
+  mid_attention: bool
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, z: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    x = Conv(self.widths[-1], name="conv_in", **types)(z)
+    x = MidBlock(self.groups, self.mid_attention, name="mid_block", **types)(x)
+    for i, width in enumerate(reversed(self.widths)):
+      last = i == len(self.widths) - 1
+      x = DecoderBlock(width, self.layers + 1, self.groups, not last, name=f"up_blocks_{i}", **types)(x)
+    x = nn.silu(GroupNorm(self.groups, _EPSILON, name="conv_norm_out", **types)(x))
+    return Conv(self.out_channels, name="conv_out", **types)(x)
+
+
+class AutoencoderKL(nn.Module):
+  """Variational autoencoder; the fields are the keys of its config.json. Pixels here are in [-1, 1].
+
+  Latents that leave `encode` and enter `decode` are the network's own; the pipeline applies scaling and shift.
+  """
+
+  in_channels: int = 3
+  out_channels: int = 3
+  down_block_types: tuple[str, ...] = ("DownEncoderBlock2D",)
+  up_block_types: tuple[str, ...] = ("UpDecoderBlock2D",)
+  block_out_channels: tuple[int, ...] = (64,)
+  layers_per_block: int = 1
+  latent_channels: int = 4
+  norm_num_groups: int = 32
+  scaling_factor: float = 0.18215
+  shift_factor: float = 0.0
+  use_quant_conv: bool = True
+  use_post_quant_conv: bool = True
+  mid_block_add_attention: bool = True
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  def setup(self):
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    shape = (tuple(self.block_out_channels), self.layers_per_block, self.norm_num_groups)
+    self.encoder = Encoder(*shape, self.latent_channels, self.mid_block_add_attention, **types)
+    self.decoder = Decoder(*shape, self.out_channels, self.mid_block_add_attention, **types)
+    if self.use_quant_conv:
+      self.quant_conv = Conv(2 * self.latent_channels, size=1, padding=0, **types)
+    if self.use_post_quant_conv:
+      self.post_quant_conv = Conv(self.latent_channels, size=1, padding=0, **types)
+
+  def encode(self, pixels: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 w2 z"], Float[Array, "b h2 w2 z"]]:
+    """Mean and log-variance (clipped to [-30, 20]) of the latents."""
+    moments = self.encoder(pixels)
+    if self.use_quant_conv:
+      moments = self.quant_conv(moments)
+    mean, log_variance = jnp.split(moments, 2, axis=-1)
+    return mean, jnp.clip(log_variance, -30.0, 20.0)
+
+  def decode(self, latents: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
+    """Pixels, nominally in [-1, 1], not clipped."""
+    return self.decoder(self.post_quant_conv(latents) if self.use_post_quant_conv else latents)
+
+  def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Reconstruction from the mean; touches every parameter, so `init` uses it."""
+    return self.decode(self.encode(pixels)[0])
+
+
+def from_json(config_json: dict, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32) -> AutoencoderKL:
+  """The network of a published vae/config.json.
+
+  Raises:
+    ValueError: a key asks for what is not implemented.
+  """
+  for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+    other = set(config_json.get(key, (kind,))) - {kind}
+    if other:
+      raise ValueError(f"AutoencoderKL: {key} holds {sorted(other)}; only {kind} is implemented")
+  return from_config(AutoencoderKL, config_json, _NEUTRAL, dtype=dtype, param_dtype=param_dtype)

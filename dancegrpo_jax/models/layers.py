@@ -1,0 +1,156 @@
+"""Layers with the defaults of their torch counterparts, in NHWC.
+
+Flax and torch differ in norm epsilons, variance formula and padding; every such default is set here, once.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+Dtype = Any  # jnp.float32, "bfloat16" or a numpy dtype
+
+
+class Dense(nn.Module):
+  """torch.nn.Linear: `[..., in] -> [..., features]`; kernel `[in, features]`."""
+
+  features: int
+  use_bias: bool = True
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype)
+    y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+    if self.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
+      y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+    return y
+
+
+class Conv(nn.Module):
+  """torch.nn.Conv2d: `[b, h, w, in] -> [b, h', w', features]`; kernel `[size, size, in, features]`.
+
+  `padding` is torch's integer, or ((top, bottom), (left, right)).
+  """
+
+  features: int
+  size: int = 3
+  stride: int = 1
+  padding: int | Sequence[Sequence[int]] = 1
+  zero_init: bool = False
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    init = nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
+    kernel = self.param("kernel", init, (self.size, self.size, x.shape[-1], self.features), self.param_dtype)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+    pad = ((self.padding, self.padding),) * 2 if isinstance(self.padding, int) else self.padding
+    y = jax.lax.conv_general_dilated(
+      x.astype(self.dtype),
+      kernel.astype(self.dtype),
+      (self.stride, self.stride),
+      pad,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+
+
+class GroupNorm(nn.Module):
+  """torch.nn.GroupNorm over the last axis; statistics in float32."""
+
+  groups: int
+  epsilon: float
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
+    channels = x.shape[-1]
+    scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype).astype(jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype).astype(jnp.float32)
+    grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
+    mean = grouped.mean((1, 3), keepdims=True)
+    centred = grouped - mean
+    variance = jnp.square(centred).mean((1, 3), keepdims=True)
+    y = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+    broadcast = (1,) * (x.ndim - 1) + (channels,)
+    return (y * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+  """torch.nn.LayerNorm over the last axis; statistics in float32."""
+
+  epsilon: float = 1e-5
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+    broadcast = (1,) * (x.ndim - 1) + (x.shape[-1],)
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+    y = x.astype(jnp.float32)
+    y = y - y.mean(-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
+    return (y * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
+
+
+def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+  """Nearest-neighbour doubling of both sides."""
+  b, h, w, c = x.shape
+  return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
+
+
+class ResnetBlock(nn.Module):
+  """diffusers' ResnetBlock2D: norm, silu, conv, (+ time), norm, silu, conv, + shortcut."""
+
+  features: int
+  groups: int
+  epsilon: float
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w i"], time: Float[Array, "b t"] | None = None) -> Float[Array, "b h w o"]:
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    h = nn.silu(GroupNorm(self.groups, self.epsilon, name="norm1", **types)(x))
+    h = Conv(self.features, name="conv1", **types)(h)
+    if time is not None:
+      h = h + Dense(self.features, name="time_emb_proj", **types)(nn.silu(time))[:, None, None, :]
+    h = nn.silu(GroupNorm(self.groups, self.epsilon, name="norm2", **types)(h))
+    h = Conv(self.features, name="conv2", **types)(h)
+    if x.shape[-1] != self.features:
+      x = Conv(self.features, size=1, padding=0, name="conv_shortcut", **types)(x)
+    return x + h
+
+
+class Downsample(nn.Module):
+  """A stride-2 convolution in a module of its own, as the weights' names have it."""
+
+  features: int
+  padding: tuple | int
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    return Conv(self.features, stride=2, padding=self.padding, name="conv", dtype=self.dtype, param_dtype=self.param_dtype)(x)
+
+
+class Upsample(nn.Module):
+  """Nearest-neighbour doubling and a convolution."""
+
+  features: int
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
+    return Conv(self.features, name="conv", dtype=self.dtype, param_dtype=self.param_dtype)(upsample_nearest(x))

@@ -1,0 +1,49 @@
+"""What a model family offers to the rest: a `Pipeline` of pure functions, and the weights that it needs."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dancegrpo_jax.diffusion.schedules import Schedule
+from dancegrpo_jax.types import PyTree
+
+
+class Component(NamedTuple):
+  """One network's weights, still to be loaded.
+
+  Attributes:
+    folder: inside the checkpoint.
+    table: the conversion table's name, the network's class in PyTorch.
+    abstract: tree of shapes and dtypes.
+  """
+
+  folder: str
+  table: str
+  abstract: PyTree
+
+
+class Pipeline(NamedTuple):
+  """A text-to-image model. `params` below is a dict of trees by component: denoiser, text_encoder, decoder ...
+
+  Attributes:
+    tokenize: host function, `list[str] -> int32 [n, tokens]`.
+    encode: `(params, tokens) -> rows`, a pytree with one row a text, as `denoise` takes it.
+    denoise: `(params, x [b, ...], model_time [b], rows) -> output [b, ...]`.
+    decode: `(params, latents [b, ...]) -> pixels [b, h, w, 3]` in [0, 1].
+    schedule: `(steps, shift) -> Schedule`.
+    prediction: "epsilon", "v" or "velocity".
+    latent_shape: of one sample.
+    components: what `params` consists of.
+    trainable: the component that is trained.
+  """
+
+  tokenize: Callable[[list[str]], np.ndarray]
+  encode: Callable[[PyTree, Any], PyTree]
+  denoise: Callable[[PyTree, Any, Any, PyTree], Any]
+  decode: Callable[[PyTree, Any], Any]
+  schedule: Callable[[int, float], Schedule]
+  prediction: str
+  latent_shape: tuple[int, ...]
+  components: dict[str, Component]
+  trainable: str = "denoiser"

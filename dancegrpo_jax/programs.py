@@ -1,0 +1,309 @@
+"""The compiled functions of an iteration: the only file that calls jax.jit.
+
+Each is compiled once: shapes are static, and what changes from call to call (iteration, sample numbers) is an argument.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from dancegrpo_jax.diffusion import windows
+from dancegrpo_jax.diffusion.guidance import classifier_free
+from dancegrpo_jax.pipelines.base import Pipeline
+from dancegrpo_jax.rewards.base import Reward
+from dancegrpo_jax.rl import advantages, state, update
+from dancegrpo_jax.rl.rollout import Policy, Rollout, rollout
+from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.runtime import rng
+from dancegrpo_jax.types import Conditioning, Media, PyTree
+
+
+class Programs(NamedTuple):
+  """The iteration's compiled functions. P prompts, G samples each, B = P G; sample number b is sample b % G of prompt b // G.
+
+  Attributes:
+    encode: `(frozen, tokens [n, t]) -> rows`, on every device.
+    rollout: `(trainable, frozen, conditioning, prompt_ids [P], numbers [chunk], iteration) -> Rollout`.
+    sample: `(trainable, frozen, conditioning, prompt_ids [P], numbers [chunk], seed) -> latents`, deterministic sampler.
+    decode: `(frozen, latents) -> pixels`.
+    features: `(reward params, prepared) -> features`, per device reward.
+    score: `(reward params, pixels, features, numbers, group) -> {term: f32[chunk]}`, per device reward.
+    advantages: `(scores {term: [P, G]}, prompt_ids, prompt_stats) -> (advantage [B'], weight [B'], chosen [B'], stats, metrics)`.
+    update: `(state, frozen, reference, conditioning, prompt_ids, rollouts, advantage, weight, chosen, iteration)
+      -> (state, metrics)`; donates the state and the rollouts.
+  """
+
+  encode: Callable
+  rollout: Callable
+  sample: Callable
+  decode: Callable
+  features: dict[str, Callable]
+  score: dict[str, Callable]
+  advantages: Callable
+  update: Callable
+
+
+def policy_of(config: ConfigDict, prediction: str) -> Policy:
+  """The training sampler of a config."""
+  sampler = config.sampler
+  policy = Policy(
+    sampler.kind, sampler.noise_level, prediction, sampler.steps, 0, sampler.window.outside, sampler.last_step,
+    config.objective.log_prob,
+  )  # fmt: skip
+  return policy._replace(window=windows.size(sampler.window, policy.policy_steps))
+
+
+def objective_of(config: ConfigDict) -> update.Objective:
+  """The update's static choices."""
+  c, o = config.objective, config.optimizer
+  return update.Objective(
+    c.clip_range, c.old_log_prob, c.timesteps, c.timestep_fraction, c.guard, c.kl.weight, c.kl.mode,
+    o.updates_per_iteration, o.microbatch, config.ema.decay,
+  )  # fmt: skip
+
+
+def learning_rate(config: ConfigDict) -> Callable:
+  """Optimizer step -> rate: linear warm-up from 0, then constant; a function of the absolute step alone."""
+  o = config.optimizer
+  if not o.warmup_steps:
+    return optax.constant_schedule(o.learning_rate)
+  return lambda step: o.learning_rate * jnp.minimum(1.0, (step + 1) / o.warmup_steps)
+
+
+def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
+  """AdamW behind a clip of the global gradient norm."""
+  o = config.optimizer
+  adam = optax.adamw(learning_rate(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
+  return optax.chain(optax.clip_by_global_norm(o.max_grad_norm), adam)
+
+
+def guided(pipeline: Pipeline, scale: float) -> Callable:
+  """`(params, x, model_time, conditioning of P rows, prompt [b]) -> output`, rows gathered where they are used."""
+
+  def denoise(params: PyTree, x: Array, time: Array, conditioning: Conditioning, prompt: Int[Array, "b"]) -> Array:
+    branch = classifier_free(lambda x, time, rows: pipeline.denoise(params, x, time, rows), scale)
+    return branch(x, time, jax.tree.map(lambda rows: rows[prompt], conditioning))
+
+  return denoise
+
+
+def build(
+  config: ConfigDict, pipeline: Pipeline, rewards: dict[str, Reward], mesh: jax.sharding.Mesh, state_shardings: PyTree
+) -> Programs:
+  """All programs of a run.
+
+  Args:
+    config: validated.
+    pipeline: the model family's functions.
+    rewards: by name.
+    mesh: the devices; the caller has entered it with `jax.set_mesh`.
+    state_shardings: of the TrainState.
+  """
+  split, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+  steps_first = jax.NamedSharding(mesh, jax.P(None, *split.spec))
+  rolled = Rollout(whole, steps_first, steps_first, split)
+  device = {name: reward for name, reward in rewards.items() if reward.kind == "device"}
+  return Programs(
+    encode=jax.jit(pipeline.encode, out_shardings=whole),
+    rollout=jax.jit(_rollout(config, pipeline), out_shardings=rolled),
+    sample=jax.jit(_sample(config, pipeline), out_shardings=split),
+    decode=jax.jit(pipeline.decode, out_shardings=split),
+    features={name: jax.jit(reward.features, out_shardings=whole) for name, reward in device.items()},
+    score={name: jax.jit(_score(config, reward), out_shardings=whole) for name, reward in device.items()},
+    advantages=jax.jit(_advantages(config), out_shardings=whole),
+    update=jax.jit(_update(config, pipeline, mesh), out_shardings=(state_shardings, whole), donate_argnums=0),
+  )
+
+
+def _rollout(config: ConfigDict, pipeline: Pipeline) -> Callable:
+  policy, denoise = policy_of(config, pipeline.prediction), guided(pipeline, config.sampler.guidance_scale)
+  group, shape = config.rollout.samples_per_prompt, pipeline.latent_shape
+  streams = {name: rng.stream(config.seed, name) for name in ("initial_noise", "step_noise", "window")}
+
+  def run(trainable, frozen, conditioning: Conditioning, prompt_ids: Int[Array, "prompts"], numbers: Int[Array, "chunk"], iteration):
+    params, schedule = state.variables(frozen, trainable), pipeline.schedule(policy.steps, config.sampler.shift)
+    prompt, sample = numbers // group, numbers % group
+    ids = prompt_ids[prompt]
+    shared = config.rollout.shared_noise
+    initial = rng.initial_noise(streams["initial_noise"], iteration, ids, sample, shared=shared, shape=shape)
+    start = windows.window(config.sampler.window, policy.policy_steps, iteration, rng.derive(streams["window"], iteration))
+    return rollout(
+      lambda x, time: denoise(params, x, time, conditioning, prompt),
+      schedule, policy, start, initial,
+      lambda i: rng.step_noise(streams["step_noise"], iteration, ids, sample, i, shape=shape),
+    )  # fmt: skip
+
+  return run
+
+
+def _sample(config: ConfigDict, pipeline: Pipeline) -> Callable:
+  """The deterministic sampler on noise of its own seed: what sample.py, evaluate.py and the report's grids use."""
+  denoise, steps = guided(pipeline, config.sampler.guidance_scale), config.evaluation.steps
+  policy = policy_of(config, pipeline.prediction)._replace(steps=steps, window=0, last_step="ode")
+
+  def run(trainable, frozen, conditioning: Conditioning, noise_ids: Int[Array, "chunk"], prompt: Int[Array, "chunk"], seed):
+    params, schedule = state.variables(frozen, trainable), pipeline.schedule(steps, config.sampler.shift)
+    stream = rng.derive(rng.stream(0, "evaluation"), seed)
+    initial = rng.initial_noise(stream, 0, noise_ids, noise_ids, shared=True, shape=pipeline.latent_shape)
+    drawn = rollout(
+      lambda x, time: denoise(params, x, time, conditioning, prompt), schedule, policy, 0, initial, jnp.zeros_like
+    )
+    return drawn.sample
+
+  return run
+
+
+def _score(config: ConfigDict, reward: Reward) -> Callable:
+  def run(params, pixels: Float[Array, "chunk h w 3"], features: PyTree, prompt: Int[Array, "chunk"]):
+    return reward.score(params, Media(pixels), jax.tree.map(lambda rows: rows[prompt], features))
+
+  return run
+
+
+def _advantages(config: ConfigDict) -> Callable:
+  c = config.advantage
+  options = {"ddof": c.ddof, "eps": c.eps, "min_spread": c.min_spread}
+  terms = tuple((name, weight) for name, weight in config.reward.terms)
+
+  def run(scores: dict, prompt_ids: Int[Array, "prompts"], stats: dict) -> tuple:
+    binary = advantages.apply_thresholds(scores, config.reward.thresholds)
+    statistics = None
+    if c.history.size:
+      named, valid = advantages.signals(binary, terms, config.reward.combine)
+      stats = {name: advantages.update_stats(stats[name], prompt_ids, rewards, valid) for name, rewards in named.items()}
+      statistics = {
+        name: advantages.prompt_statistics(
+          stats[name], prompt_ids, rewards, valid, min_count=c.history.min_count, ddof=c.ddof
+        )
+        for name, rewards in named.items()
+      }
+    result = advantages.combine(binary, terms, config.reward.combine, clamp=c.clamp, statistics=statistics, **options)
+    metrics = _reward_metrics(scores, terms, result)
+    prompts, group = result.advantage.shape
+    position = jnp.broadcast_to(jnp.arange(group)[None], (prompts, group))
+    if c.best_of:
+      position, result = advantages.best_of(result, c.best_of)
+    chosen = (jnp.arange(prompts)[:, None] * group + position).reshape(-1).astype(jnp.int32)
+    return result.advantage.reshape(-1), result.weight.reshape(-1), chosen, stats, metrics
+
+  return run
+
+
+def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -> dict[str, Array]:
+  """reward/* is the weighted sum of the raw scores; each term has rows of its own where there are several."""
+  total = sum(weight * scores[name] for name, weight in terms)
+  metrics = {}
+  for prefix, values in {"reward": total} | ({f"reward/{name}": scores[name] for name, _ in terms} if len(terms) > 1 else {}).items():
+    ok = jnp.isfinite(values)
+    count = jnp.maximum(ok.sum(), 1)
+    mean = jnp.where(ok, values, 0.0).sum() / count
+    spread = jnp.where(ok, jnp.square(values - mean), 0.0).sum() / jnp.maximum(count - 1, 1)
+    metrics |= {
+      f"{prefix}/mean": mean,
+      f"{prefix}/std": jnp.sqrt(spread),
+      f"{prefix}/min": jnp.min(jnp.where(ok, values, jnp.inf)),
+      f"{prefix}/max": jnp.max(jnp.where(ok, values, -jnp.inf)),
+    }
+  group = advantages.group_statistics(total, jnp.isfinite(total), 1)
+  return metrics | {
+    "reward/failed": result.failed,
+    "group/std_mean": group.std.mean(),
+    "group/zero_variance": result.flat_groups,
+    "advantage/abs_mean": jnp.abs(result.advantage).mean(),
+  }
+
+
+def _update(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable:
+  policy, settings, optimizer = policy_of(config, pipeline.prediction), objective_of(config), optimizer_of(config)
+  denoise, lanes, group = guided(pipeline, config.sampler.guidance_scale), config.mesh.lanes, config.rollout.samples_per_prompt
+  streams = {name: rng.stream(config.seed, name) for name in ("timesteps", "shuffle")}
+
+  def in_lanes(chunks: list[Array], axis: int) -> Array:
+    """Chunks of `[.., C, ..]` as `[.., lanes, n C / lanes, ..]`: a device keeps the rows that it made."""
+    rows = [x.reshape(*x.shape[:axis], lanes, -1, *x.shape[axis + 1 :]) for x in chunks]
+    return jnp.concatenate(rows, axis + 1)
+
+  def run(train_state, frozen, reference, conditioning, prompt_ids, rollouts, advantage, weight, chosen, iteration):
+    if config.advantage.best_of:  # a selection crosses chunks; without one nothing moves
+      latents, log_probs = (jnp.concatenate(x, 1)[:, chosen] for x in zip(*((r.latents, r.log_probs) for r in rollouts)))
+      rollouts = (rollouts[0]._replace(latents=latents, log_probs=log_probs),)
+    chunks = len(rollouts)
+
+    def rows(x: Array) -> Array:
+      return in_lanes(list(x.reshape(chunks, -1)), 0)
+
+    numbers = rows(chosen)
+    prompt, sample = numbers // group, numbers % group
+    batch = update.Batch(
+      step_index=rollouts[0].step_index,
+      latents=in_lanes([r.latents for r in rollouts], 1),
+      log_probs=in_lanes([r.log_probs for r in rollouts], 1),
+      prompt=prompt,
+      advantage=rows(advantage),
+      weight=rows(weight),
+    )
+    flat = (prompt_ids[prompt].reshape(-1), sample.reshape(-1))
+    keys = (rng.sample_keys(streams["timesteps"], iteration, *flat), rng.derive(streams["shuffle"], iteration))
+    schedule = pipeline.schedule(policy.steps, config.sampler.shift)
+
+    def policy_output(trainable, x, time, prompt):
+      return denoise(state.variables(frozen, trainable), x, time, conditioning, prompt)
+
+    rate = learning_rate(config)(train_state.step)
+    new, metrics = update.update(
+      policy_output, schedule, policy, settings, optimizer, train_state, reference, batch, keys
+    )
+    return new, metrics | {"learning_rate": rate, "optimizer/skipped_total": new.skipped}
+
+  return run
+
+
+def init_state(config: ConfigDict, num_prompts: int, shardings: PyTree) -> Callable:
+  """`trainable -> TrainState`, sharded."""
+  size = config.advantage.history.size
+  terms = config.reward.terms
+  names = (advantages.WEIGHTED_SUM,) if config.reward.combine == "rewards" else tuple(name for name, _ in terms)
+
+  def run(trainable: PyTree) -> state.TrainState:
+    stats = {name: advantages.empty_stats(num_prompts, size) for name in names} if size else {}
+    return state.create(trainable, optimizer_of(config), config.ema.decay, stats)
+
+  return run if shardings is None else jax.jit(run, out_shardings=shardings, donate_argnums=0)
+
+
+def embed(reward: Reward) -> Callable:
+  """`(reward params, pixels) -> embeddings`, for evaluate.py."""
+  return jax.jit(reward.embed)
+
+
+def fit_step(loss: Callable, optimizer: optax.GradientTransformation, ema_decay: float) -> Callable:
+  """One step of supervised training, for pretrain.py.
+
+  Args:
+    loss: `(params, batch, key) -> (loss, metrics)`.
+    optimizer: applied to the whole parameter tree.
+    ema_decay: of the running average of the parameters.
+
+  Returns:
+    `(state, batch, key) -> (state, metrics)` with state = (params, opt_state, ema), donated.
+  """
+
+  def step(carry: tuple, batch: Any, key: Array) -> tuple:
+    params, opt_state, ema = carry
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+    updates, opt_state = optimizer.update(gradient, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
+    return (params, opt_state, ema), {"loss": value, **metrics}
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def compiled(function: Callable) -> Callable:
+  """`function` jitted, for the one-off calls of commands."""
+  return jax.jit(function)

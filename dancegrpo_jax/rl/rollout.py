@@ -1,0 +1,151 @@
+"""Sampling as a policy: one `lax.scan` over the grid, stochastic inside the window and deterministic outside."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dancegrpo_jax.diffusion import predictions, transitions
+from dancegrpo_jax.diffusion.schedules import Schedule, point
+from dancegrpo_jax.diffusion.transitions import Transition
+
+
+class Policy(NamedTuple):
+  """The static choices of a sampler; the field names are those of the config's `sampler` section.
+
+  Attributes:
+    kind: of a stochastic step.
+    noise_level: see `transitions.transition`.
+    prediction: what the network's output means.
+    steps: N, of the grid.
+    window: K, stochastic steps; 0 samples deterministically.
+    outside: kind of a step outside the window.
+    last_step: kind of the last step where it is not in the window: ode | x0hat; "sde" is the policy's own.
+    log_prob: mean | sum.
+  """
+
+  kind: str
+  noise_level: float
+  prediction: str
+  steps: int
+  window: int
+  outside: str
+  last_step: str
+  log_prob: str
+
+  @property
+  def policy_steps(self) -> int:
+    """Steps that may be stochastic: all but a deterministic last one."""
+    return self.steps - (self.last_step != "sde")
+
+
+class Rollout(NamedTuple):
+  """A batch of trajectories; only the K stochastic steps are kept. `latents[k + 1]` is the action taken at `latents[k]`.
+
+  Attributes:
+    step_index: of the K steps in the grid.
+    latents: float32.
+    log_probs: of each action, as the rollout computed it.
+    sample: the final latents.
+  """
+
+  step_index: Int[Array, "steps"]
+  latents: Float[Array, "states batch *shape"]
+  log_probs: Float[Array, "steps batch"]
+  sample: Float[Array, "batch *shape"]
+
+
+def distribution(
+  policy: Policy, schedule: Schedule, i: Int[Array, "batch"], x: Float[Array, "batch *shape"], output: Array
+) -> Transition:
+  """p(x_next | x) at grid steps `i`, one a sample: what rollout draws from and the update scores.
+
+  Args:
+    policy: the sampler.
+    schedule: its grid.
+    i: index of each sample's step.
+    x: latents before the step.
+    output: the network's (guided) output there.
+
+  Returns:
+    Transition with a mean `[batch, *shape]` and a std `[batch]`.
+  """
+
+  def one(i, x, output):
+    here = point(schedule, i)
+    prediction = predictions.from_output(policy.prediction, x, output, here.alpha, here.sigma)
+    return transitions.transition(policy.kind, policy.prediction, policy.noise_level, here, x, prediction)
+
+  return jax.vmap(one)(i, x, output)
+
+
+def log_prob(transition: Transition, x_next: Float[Array, "batch *shape"], reduce: str) -> Float[Array, "batch"]:
+  """`transitions.log_prob` of a batch."""
+  return jax.vmap(lambda t, x: transitions.log_prob(t, x, reduce))(transition, x_next)
+
+
+def rollout(
+  denoise: Callable[[Array, Array], Array],
+  schedule: Schedule,
+  policy: Policy,
+  start: Int[Array, ""] | int,
+  initial: Float[Array, "batch *shape"],
+  step_noise: Callable[[Int[Array, ""]], Float[Array, "batch *shape"]],
+) -> Rollout:
+  """Samples a batch.
+
+  Args:
+    denoise: `(x [batch, ...], model_time [batch]) -> output`, conditioning and guidance included.
+    schedule: N steps.
+    policy: the sampler.
+    start: first step of the window, traced or not; 0 <= start <= policy_steps - window.
+    initial: x_T.
+    step_noise: standard normal noise of grid step i.
+  """
+  batch = initial.shape[0]
+
+  def stochastic(i, x, output, history):
+    steps = jnp.broadcast_to(i, (batch,))
+    transition = distribution(policy, schedule, steps, x, output)
+    spread = transition.std.reshape(-1, *(1,) * (x.ndim - 1))
+    x_next = transition.mean + spread * step_noise(i)
+    return x_next, log_prob(transition, x_next, policy.log_prob), jax.vmap(transitions.empty_history)(x)
+
+  def deterministic(i, x, output, history):
+    here = point(schedule, i)
+
+    def go(kind):
+      def one(x, output, history):
+        prediction = predictions.from_output(policy.prediction, x, output, here.alpha, here.sigma)
+        transition, new = transitions.step(kind, policy.prediction, 0.0, here, x, prediction, history)
+        return transition.mean, new
+
+      return jax.vmap(one)(x, output, history)
+
+    if policy.last_step == "x0hat":
+      x_next, history = jax.lax.cond(i == policy.steps - 1, lambda: go("x0hat"), lambda: go(policy.outside))
+    else:
+      x_next, history = go(policy.outside)
+    return x_next, jnp.zeros((batch,), jnp.float32), history
+
+  def step(carry, i):
+    x, history = carry
+    output = denoise(x, jnp.broadcast_to(schedule.model_time[i], (batch,)))
+    if policy.window:
+      inside = (i >= start) & (i < start + policy.window)
+      x_next, score, history = jax.lax.cond(inside, stochastic, deterministic, i, x, output, history)
+    else:
+      x_next, score, history = deterministic(i, x, output, history)
+    return (x_next, history), (x, score)
+
+  first = (initial.astype(jnp.float32), jax.vmap(transitions.empty_history)(initial))
+  (sample, _), (before, scores) = jax.lax.scan(step, first, jnp.arange(policy.steps, dtype=jnp.int32))
+  states = jnp.concatenate([before, sample[None]])
+  return Rollout(
+    step_index=start + jnp.arange(policy.window, dtype=jnp.int32),
+    latents=jax.lax.dynamic_slice_in_dim(states, start, policy.window + 1),
+    log_probs=jax.lax.dynamic_slice_in_dim(scores, start, policy.window),
+    sample=sample,
+  )

@@ -1,0 +1,122 @@
+"""Devices as a mesh, and parameters onto it: regex -> PartitionSpec rules, after big_vision's `sharding.py`.
+
+Axes: `data` copies the parameters and splits the samples, `fsdp` splits both, `tensor` splits parameters inside a layer.
+Samples are split over data and fsdp together. Axis types are Auto: the compiler decides where nothing is said.
+"""
+
+import re
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.types import PyTree
+
+AXES = ("data", "fsdp", "tensor")
+CATCH_ALL = ".*"
+
+
+def axis_sizes(config_mesh: ConfigDict, num_devices: int) -> tuple[int, ...]:
+  """Devices along data, fsdp, tensor; a -1 in the config takes what the others leave.
+
+  Raises:
+    ConfigError: a size that is neither -1 nor positive, more than one -1, or a product that isn't the number of devices.
+  """
+  sizes = {axis: config_mesh[axis] for axis in AXES}
+  text = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
+  for axis, size in sizes.items():
+    if size < 1 and size != -1:
+      raise ConfigError(f"config.mesh.{axis} = {size}: must be a number of devices, or -1 for what is left")
+  free = [axis for axis, size in sizes.items() if size == -1]
+  if len(free) > 1:
+    raise ConfigError(f"config.mesh.{free[1]} = -1: only one axis can take what is left; {free[0]} does, so give a number")
+  known = prod(size for size in sizes.values() if size != -1)
+  if free and num_devices % known == 0:
+    sizes[free[0]] = num_devices // known
+  elif free or known != num_devices:
+    axis = free[0] if free else "data"
+    others = known if free else known // sizes["data"]
+    fits = num_devices % others == 0
+    remedy = f"set mesh.data = {num_devices // others} or -1" if fits else f"make their product a divisor of {num_devices}"
+    raise ConfigError(f"config.mesh.{axis} = {sizes[axis]}: {text} does not use {num_devices} devices; {remedy}")
+  return tuple(sizes.values())
+
+
+def make_mesh(config_mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """The mesh over all devices of all processes (or those given); enter it once with `jax.set_mesh`."""
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = axis_sizes(config_mesh, len(devices))
+  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A whole copy on every device."""
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The leading axis (samples) split over data and fsdp; a device owns consecutive rows."""
+  return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def infer_shardings(abstract_tree: PyTree, rules: Sequence[Sequence[Any]], mesh: Mesh) -> PyTree:
+  """A NamedSharding for each leaf of a tree of arrays or `jax.ShapeDtypeStruct`s.
+
+  Args:
+    abstract_tree: all trees that the rules speak of, as one (a dict of them): a rule that matches nothing is an error.
+    rules: (regex, spec) pairs; the regex must match the whole path, as `params/mid/attention/query/kernel`, and the first
+      that does holds. spec has an entry a dimension, at most: None, a mesh axis, or a tuple of axes. `.*` may match nothing.
+    mesh: the devices.
+
+  Raises:
+    ConfigError: leaves that no rule matches, rules that match no leaf (or none that an earlier rule has left), and specs
+      that a leaf's shape can't take. All in one message.
+  """
+  matchers = [re.compile(pattern) for pattern, _ in rules]
+  used, problems = set(), []
+
+  def shard(path, leaf) -> NamedSharding | None:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    index = next((i for i, matcher in enumerate(matchers) if matcher.fullmatch(name)), None)
+    if index is None:
+      remedy = f"end with (\"{CATCH_ALL}\", ()) to replicate it"
+      problems.append(f"config.mesh.rules: none matches parameter {name} {tuple(leaf.shape)}; {remedy}")
+      return None
+    used.add(index)
+    pattern, spec = rules[index]
+    reason = _misfit(tuple(leaf.shape), spec, mesh)
+    if reason:
+      problems.append(f"config.mesh.rules: (\"{pattern}\", {tuple(spec)}) on parameter {name} {tuple(leaf.shape)}: {reason}")
+      return None
+    return NamedSharding(mesh, P(*(tuple(entry) if isinstance(entry, list) else entry for entry in spec)))
+
+  shardings = jax.tree_util.tree_map_with_path(shard, abstract_tree)
+  for index, (pattern, spec) in enumerate(rules):
+    if index not in used and pattern != CATCH_ALL:
+      problems.append(
+        f"config.mesh.rules: (\"{pattern}\", {tuple(spec)}) is the first match of no parameter; "
+        "it must match the whole path (`.*/kernel`), and stand before a broader rule"
+      )
+  if problems:
+    raise ConfigError("\n".join(problems))
+  return shardings
+
+
+def _misfit(shape: tuple[int, ...], spec: Sequence[Any], mesh: Mesh) -> str | None:
+  """Why a shape can't take a spec, or None."""
+  if len(spec) > len(shape):
+    return f"the rule names {len(spec)} dimensions, the parameter has {len(shape)}"
+  for dimension, (size, entry) in enumerate(zip(shape, spec)):
+    axes = entry if isinstance(entry, (tuple, list)) else (entry,)
+    unknown = [axis for axis in axes if axis is not None and axis not in mesh.shape]
+    if unknown:
+      return f"unknown mesh axis {unknown[0]!r}; one of {', '.join(mesh.shape)}"
+    shards = prod(mesh.shape[axis] for axis in axes if axis is not None)
+    if size % shards:
+      return f"dimension {dimension} of size {size} does not divide over {shards} devices ({entry})"
+  return None

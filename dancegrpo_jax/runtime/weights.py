@@ -1,0 +1,178 @@
+"""Network parameters out of checkpoint folders and back, shard by shard.
+
+The one place that calls `convert/`. A folder is one network's: config.json and safetensors in diffusers' or transformers'
+layout, such as the `unet` folder of a pipeline.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
+
+from dancegrpo_jax.convert.core import ConversionError, Mapping, Spec, Table, expected_sources, plan
+from dancegrpo_jax.convert.safetensors_io import HOW, Reader, find_files, write
+from dancegrpo_jax.convert.tables import TABLES
+from dancegrpo_jax.convert.transfer import export_tensor, import_slice
+from dancegrpo_jax.types import PyTree
+
+__all__ = ["ConversionError", "load", "open_reader", "read_config", "save", "specs"]
+
+
+def _table(table: Table | str) -> Table:
+  if isinstance(table, Table):
+    return table
+  if table not in TABLES:
+    raise ConversionError(f"no table for {table!r}; known networks: {', '.join(TABLES)}")
+  return TABLES[table]
+
+
+def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
+  """The JSON file of a checkpoint folder.
+
+  Raises:
+    ConversionError: it is not there or no JSON object.
+  """
+  file = Path(folder) / name
+  try:
+    config = json.loads(file.read_text())
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise ConversionError(f"{file}: no such file; {HOW}") from error
+  except ValueError as error:
+    raise ConversionError(f"{file}: not valid JSON ({error}); {HOW}") from error
+  if not isinstance(config, dict):
+    raise ConversionError(f"{file}: expected a JSON object")
+  return config
+
+
+def specs(params: PyTree) -> dict[str, Spec]:
+  """Path -> shape and dtype of a parameter tree, abstract or not."""
+  return {path: Spec(tuple(x.shape), np.dtype(x.dtype)) for path, x in flatten_dict(params, sep="/").items()}
+
+
+def open_reader(folder: str | Path, variant: str = "") -> Reader:
+  """The tensors of a folder's weight files, to be used in a `with` block.
+
+  Raises:
+    ConversionError: no weights there, or unreadable ones; the message says what is accepted and how to get it.
+  """
+  return Reader(find_files(folder, variant))
+
+
+def _plan(folder: str | Path, table: Table | str, reader: Reader, params: PyTree) -> Mapping:
+  """`plan` for a folder, which its message names."""
+  try:
+    return plan(_table(table), reader.specs, specs(params))
+  except ConversionError as error:
+    raise ConversionError(f"{folder}: {error}") from error
+
+
+def load(
+  folder: str | Path,
+  table: Table | str,
+  abstract_params: PyTree,
+  shardings: PyTree | Sharding | None = None,
+  dtype: Any = None,
+  variant: str = "",
+) -> PyTree:
+  """Reads a network's parameters, one at a time, each device's slice alone where they are sharded.
+
+  Args:
+    folder: the network's folder, or a .safetensors file.
+    table: the table, or the name of its network (`_class_name` or `architectures[0]` of config.json).
+    abstract_params: tree with the shapes and dtypes wanted, as `jax.eval_shape(network.init, ...)["params"]` gives it.
+    shardings: a sharding for every parameter, or one for all; None = the default device.
+    dtype: what floating-point parameters are cast to; None = what `abstract_params` says.
+    variant: "fp16" prefers those files.
+
+  Returns:
+    The tree of arrays.
+
+  Raises:
+    ConversionError: one message with everything that is missing, left over or misshapen, before a device holds anything.
+  """
+  with open_reader(folder, variant) as reader:
+    mapping = _plan(folder, table, reader, abstract_params)
+    placed = flatten_dict(shardings, sep="/") if isinstance(shardings, dict) else dict.fromkeys(mapping.targets, shardings)
+    if set(placed) != set(mapping.targets):
+      raise ConversionError(f"shardings and parameters differ: {sorted(set(placed) ^ set(mapping.targets))}")
+    params = {}
+    for path, spec in _cast(mapping.targets, dtype).items():
+      params[path] = _place(mapping, path, spec, reader, placed[path])
+  return unflatten_dict(params, sep="/")
+
+
+def _cast(tensors: dict[str, Spec], dtype: Any) -> dict[str, Spec]:
+  """The same with floating-point dtypes replaced, unless `dtype` is None."""
+  if dtype is None:
+    return tensors
+  floating = {name for name, spec in tensors.items() if jnp.issubdtype(spec.dtype, jnp.floating)}
+  return {name: spec._replace(dtype=np.dtype(dtype)) if name in floating else spec for name, spec in tensors.items()}
+
+
+def _place(mapping: Mapping, path: str, spec: Spec, reader: Reader, sharding: Sharding | None) -> jax.Array:
+  """One parameter on its devices. Slices that several devices hold are read once."""
+  shape, held = spec.shape, {}
+
+  def slices(index):
+    key = tuple(s.indices(n)[:2] for s, n in zip(index, shape))
+    if key not in held:
+      held[key] = import_slice(mapping, path, index, reader.read, spec.dtype)
+    return held[key]
+
+  if sharding is None:
+    return jax.device_put(slices((slice(None),) * len(shape)))
+  return jax.make_array_from_callback(shape, sharding, slices)
+
+
+def save(
+  folder: str | Path,
+  table: Table | str,
+  params: PyTree,
+  config_json: dict[str, Any] | None = None,
+  dtype: Any = None,
+  like: str | Path | None = None,
+) -> Path:
+  """Writes a network's folder, which diffusers or transformers loads: weights and config.json, each under a temporary name first.
+
+  Args:
+    folder: made if need be; a weight file in it is replaced.
+    table: as in `load`.
+    params: tree of arrays.
+    config_json: contents of config.json; None leaves it alone.
+    dtype: of the floating-point tensors; None = the parameters' own (or `like`'s).
+    like: a folder whose names, buffers and dtypes the file is to have: the one the parameters were loaded from.
+
+  Returns:
+    The weight file.
+  """
+  table, folder, flat = _table(table), Path(folder), flatten_dict(params, sep="/")
+  if like is None:
+    sources = expected_sources(table, specs(params))
+  else:
+    with open_reader(like) as reader:
+      sources = reader.specs
+  mapping = plan(table, _cast(sources, dtype), specs(params))
+  folder.mkdir(parents=True, exist_ok=True)
+  file = folder / f"{table.file}.safetensors"
+  write(file, mapping.sources, lambda name: export_tensor(mapping, name, lambda path, index: _fetch(flat[path], index)))
+  if config_json is not None:
+    temporary = folder / f".config.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(config_json, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, folder / "config.json")
+  return file
+
+
+def _fetch(array: Any, index: tuple[slice, ...]) -> np.ndarray:
+  """`array[index]` on the host. A part is cut on the device by one program a shape: its start is an argument."""
+  sizes = tuple(s.stop - s.start for s in index)
+  if isinstance(array, np.ndarray):
+    return array[index]
+  if sizes == array.shape:
+    return np.asarray(array)
+  return np.asarray(jax.lax.dynamic_slice(array, tuple(s.start for s in index), sizes))

@@ -1,0 +1,105 @@
+"""The mesh from a config, and sharding rules onto parameters: what is refused must name parameter, shape and rule."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from dancegrpo_jax.runtime import mesh as mesh_lib
+from dancegrpo_jax.runtime.config import ConfigError
+
+
+def axes(data=-1, fsdp=1, tensor=1) -> ConfigDict:
+  return ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor})
+
+
+@pytest.fixture
+def mesh():
+  return mesh_lib.make_mesh(axes(data=2, fsdp=4))
+
+
+@pytest.fixture
+def tree():
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, jnp.float32)  # noqa: E731
+  return {"params": {"mid": {"dense": {"kernel": shape(16, 8), "bias": shape(8)}}, "norm": {"scale": shape(6)}}}
+
+
+@pytest.mark.parametrize(
+  "sizes, devices, expected",
+  [((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 1), 8, (2, 4, 1)), ((2, 2, 2), 8, (2, 2, 2)), ((-1, 1, 1), 1, (1, 1, 1))],
+)
+def test_axis_sizes(sizes, devices, expected):
+  assert mesh_lib.axis_sizes(axes(*sizes), devices) == expected
+
+
+@pytest.mark.parametrize(
+  "sizes, text",
+  [
+    ((3, 1, 1), "config.mesh.data = 3: data=3 x fsdp=1 x tensor=1 does not use 8 devices; set mesh.data = 8 or -1"),
+    ((-1, 3, 1), "config.mesh.data = -1: data=-1 x fsdp=3 x tensor=1 does not use 8 devices; make their product a divisor of 8"),
+    ((-1, -1, 1), "config.mesh.fsdp = -1: only one axis can take what is left; data does"),
+    ((0, 1, 1), "config.mesh.data = 0: must be a number of devices, or -1"),
+  ],
+)
+def test_a_mesh_that_does_not_fit_names_field_devices_and_remedy(sizes, text):
+  with pytest.raises(ConfigError) as caught:
+    mesh_lib.axis_sizes(axes(*sizes), 8)
+  assert text in str(caught.value)
+
+
+def test_make_mesh(mesh):
+  assert dict(mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+  assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+  one = mesh_lib.make_mesh(axes(), devices=jax.devices()[:1])
+  assert one.size == 1
+
+
+def test_batch_and_replicated(mesh):
+  batch = jax.device_put(jnp.arange(16), mesh_lib.batch_sharding(mesh))
+  assert batch.addressable_shards[0].data.shape == (2,)
+  assert jax.device_put(jnp.arange(16), mesh_lib.replicated(mesh)).is_fully_replicated
+
+
+def test_the_first_matching_rule_holds(mesh, tree):
+  rules = ((".*/dense/kernel", (None, "fsdp")), (".*/kernel", ("data",)), (".*/bias", [["data", "fsdp"]]), (".*", ()))
+  with pytest.raises(ConfigError, match=r'\(".\*/kernel", \(\'data\',\)\) is the first match of no parameter'):
+    mesh_lib.infer_shardings(tree, rules, mesh)
+  shardings = mesh_lib.infer_shardings(tree, (rules[0], *rules[2:]), mesh)["params"]
+  assert shardings["mid"]["dense"]["kernel"].spec == P(None, "fsdp")
+  assert shardings["mid"]["dense"]["bias"].spec == P(("data", "fsdp"))
+  assert shardings["norm"]["scale"].spec == P()
+
+
+def test_shardings_place_arrays(mesh, tree):
+  shardings = mesh_lib.infer_shardings(tree, ((".*/kernel", ("data", "fsdp")), (".*", ())), mesh)
+  init = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), tree), out_shardings=shardings)
+  kernel = init()["params"]["mid"]["dense"]["kernel"]
+  assert kernel.addressable_shards[0].data.shape == (8, 2)
+
+
+@pytest.mark.parametrize(
+  "rule, text",
+  [
+    ((".*/scale", ("fsdp",)), "on parameter params/norm/scale (6,): dimension 0 of size 6 does not divide over 4 devices"),
+    ((".*/bias", (None, "fsdp")), "on parameter params/mid/dense/bias (8,): the rule names 2 dimensions, the parameter has 1"),
+    ((".*/bias", ("model",)), "unknown mesh axis 'model'; one of data, fsdp, tensor"),
+    (("dense/kernel", ("fsdp",)), "is the first match of no parameter; it must match the whole path"),
+  ],
+)
+def test_a_rule_that_cannot_hold_is_an_error(mesh, tree, rule, text):
+  with pytest.raises(ConfigError) as caught:
+    mesh_lib.infer_shardings(tree, (rule, (".*", ())), mesh)
+  assert text in str(caught.value) and rule[0] in str(caught.value)
+
+
+def test_a_parameter_without_a_rule_is_an_error(mesh, tree):
+  with pytest.raises(ConfigError) as caught:
+    mesh_lib.infer_shardings(tree, ((".*/kernel", ()),), mesh)
+  assert len(str(caught.value).splitlines()) == 2  # bias and scale, in one message
+  assert "none matches parameter params/norm/scale (6,)" in str(caught.value)
+
+
+def test_the_catch_all_may_match_nothing(mesh):
+  tree = {"kernel": jnp.zeros((8, 8))}
+  assert mesh_lib.infer_shardings(tree, (("kernel", ("fsdp",)), (".*", ())), mesh)["kernel"].spec == P("fsdp")
