@@ -39,7 +39,7 @@ def get_config(preset: str = "") -> ConfigDict:
   })
 
   config.clip = ConfigDict({
-    "steps": 1500,
+    "steps": 600,
     "batch": 128,  # distinct pairs, so that every caption has one picture
     "learning_rate": 1e-3,
     "warmup": 100,
@@ -51,13 +51,13 @@ def get_config(preset: str = "") -> ConfigDict:
     }),  # fmt: skip
     "vision": ConfigDict({
       "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-      "image_size": 32, "patch_size": 4, "num_channels": 3, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+      "image_size": 32, "patch_size": 8, "num_channels": 3, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
     }),  # fmt: skip
     "projection_dim": 64,
   })
 
   config.denoiser = ConfigDict({
-    "steps": 6000,
+    "steps": 4800,
     "batch": 64,
     "learning_rate": 1e-3,
     "warmup": 200,

@@ -6,7 +6,6 @@ from types import ModuleType
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -171,6 +170,3 @@ def reward_features(model: Model, features: dict[str, Callable], examples: list[
   return result
 
 
-def scores_as_groups(scores: dict[str, list], prompts: int) -> dict[str, jax.Array]:
-  """Chunks of every term joined, `[prompts, samples]`."""
-  return {name: jnp.concatenate([jnp.asarray(x) for x in chunks]).reshape(prompts, -1) for name, chunks in scores.items()}

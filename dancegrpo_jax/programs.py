@@ -125,7 +125,7 @@ def _rollout(config: ConfigDict, pipeline: Pipeline) -> Callable:
   group, shape = config.rollout.samples_per_prompt, pipeline.latent_shape
   streams = {name: rng.stream(config.seed, name) for name in ("initial_noise", "step_noise", "window")}
 
-  def run(trainable, frozen, conditioning: Conditioning, prompt_ids: Int[Array, "prompts"], numbers: Int[Array, "chunk"], iteration):
+  def run(trainable, frozen, conditioning: Conditioning, prompt_ids: Array, numbers: Int[Array, "chunk"], iteration) -> Rollout:
     params, schedule = state.variables(frozen, trainable), pipeline.schedule(policy.steps, config.sampler.shift)
     prompt, sample = numbers // group, numbers % group
     ids = prompt_ids[prompt]
@@ -197,8 +197,10 @@ def _advantages(config: ConfigDict) -> Callable:
 def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -> dict[str, Array]:
   """reward/* is the weighted sum of the raw scores; each term has rows of its own where there are several."""
   total = sum(weight * scores[name] for name, weight in terms)
-  metrics = {}
-  for prefix, values in {"reward": total} | ({f"reward/{name}": scores[name] for name, _ in terms} if len(terms) > 1 else {}).items():
+  metrics, rows = {}, {"reward": total}
+  if len(terms) > 1:
+    rows |= {f"reward/{name}": scores[name] for name, _ in terms}
+  for prefix, values in rows.items():
     ok = jnp.isfinite(values)
     count = jnp.maximum(ok.sum(), 1)
     mean = jnp.where(ok, values, 0.0).sum() / count

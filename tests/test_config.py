@@ -40,7 +40,7 @@ def preset_file(tmp_path):
   file = tmp_path / "my_run.py"
   file.write_text(
     "from ml_collections import ConfigDict\n"
-    "PRESETS = ('tiny', 'broad')\n"
+    "PRESETS = ('', 'tiny', 'broad')\n"
     "def get_config(preset=''):\n"
     "  return ConfigDict({'size': 1 if preset == 'tiny' else 10, 'inner': {'rate': 0.1}})\n"
   )

@@ -49,6 +49,7 @@ def make_row(i, draw) -> dict[str, float]:
   row |= {"clip_fraction": 0.2 + 0.1 * draw.rand(), "approx_kl": 1e-8 * draw.rand(), "grad_norm": 0.3 * draw.rand()}
   row |= {"learning_rate": min(1, i / 10) * 1e-5, "images_per_second": 40 + draw.rand()}
   row |= {f"time/{part}": seconds + 0.1 * draw.rand() for part, seconds in (("rollout", 2), ("update", 3), ("decode", 0.4))}
+  row["time/total"] = 5.5
   return {key: math.nan for key in row} if i == 7 else row
 
 
@@ -117,7 +118,8 @@ def test_embedded_images_are_the_saved_ones(run, page):
 
 def test_it_shows_curves_config_and_environment(page):
   assert page.tags.count("svg") >= 11
-  for text in ("Importance ratio", "± 1 std of the samples", "rollout.samples_per_prompt", "jax", "8 x cpu", "40 of 40"):
+  shown = ("Importance ratio", "± 1 std of the samples", "rollout.samples_per_prompt", "jax", "8 x cpu")
+  for text in (*shown, "40 of 40", "3 min 34 s"):  # 39 finite rows of 5.5 s
     assert text in page.text
   assert "NaN" not in page.text and "nan" not in re.sub(r"[A-Za-z_]+nan|nan[A-Za-z_]+", "", page.text)
 

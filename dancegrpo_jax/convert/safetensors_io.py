@@ -83,7 +83,7 @@ def find_files(folder: str | Path, variant: str = "") -> list[Path]:
 def _shards(index: Path) -> list[Path]:
   try:
     files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-  except (ValueError, KeyError, AttributeError) as error:
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
     raise ConversionError(f"{index}: not an index of safetensors shards ({error}); {HOW}") from error
   missing = [name for name in files if not (index.parent / name).is_file()]
   if missing:

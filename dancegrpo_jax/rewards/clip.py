@@ -45,7 +45,8 @@ def build(folder: str, jsons: dict[str, dict], tokenize: dict[str, Callable[[lis
   """
   kind = jnp.dtype(dtype)
   network = Clip.from_json(jsons["clip"], dtype=kind, param_dtype=kind)
-  size, mean, std = network.vision_model.image_size, jsons["preprocessor"]["image_mean"], jsons["preprocessor"]["image_std"]
+  size = network.vision_model.image_size
+  mean, std = (tuple(jsons["preprocessor"][key]) for key in ("image_mean", "image_std"))
 
   def prepare(examples: list[Example]) -> np.ndarray:
     return tokenize[""]([example.prompt for example in examples])

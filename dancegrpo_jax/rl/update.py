@@ -13,7 +13,7 @@ import optax
 from jaxtyping import Array, Float, Int, Key
 
 from dancegrpo_jax.diffusion import transitions
-from dancegrpo_jax.diffusion.schedules import Point, Schedule, point
+from dancegrpo_jax.diffusion.schedules import Point, Schedule
 from dancegrpo_jax.rl import objective, timesteps
 from dancegrpo_jax.rl.rollout import Policy, distribution, log_prob
 from dancegrpo_jax.rl.state import TrainState

@@ -159,7 +159,7 @@ def load(path_with_preset: str, overrides: Sequence[str] = ()) -> ConfigDict:
     raise ConfigError(f"--config={path}: the file has no get_config(preset=''); copy one of configs/")
   presets = getattr(module, "PRESETS", None)
   if preset and presets is not None and preset not in presets:
-    known = ", ".join(presets)
+    known = ", ".join(filter(None, presets))
     raise ConfigError(f"--config={path}:{preset}: unknown preset; {path} has {known}{_did_you_mean(preset, list(presets))}")
   if not inspect.signature(module.get_config).parameters:
     if preset:

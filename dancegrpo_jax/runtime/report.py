@@ -38,7 +38,7 @@ _SMALL = (
   ("KL", "nats, as the log-prob is reduced", (("to the iteration's start", "approx_kl"), ("to the initial model", "kl"))),
   ("Gradient", "global norm before clipping", (("norm", "grad_norm"),)),
   ("Learning rate", "", (("rate", "learning_rate"),)),
-  ("Log-ratio drift before the first update", "largest |log ratio|", (("drift", "ratio/drift_max"),)),
+  ("Drift before the first update", "largest |ratio - 1|; 0 is exact", (("drift", "ratio/drift_max"),)),
   ("Advantage", "mean |A|", (("mean |A|", "advantage/abs_mean"),)),
   ("Failed or flat", "share", (("rewards that failed", "reward/failed"), ("groups without spread", "group/zero_variance"))),
   ("Time of an iteration", "seconds", tuple((part, f"time/{part}") for part in _PARTS)),
@@ -133,11 +133,11 @@ def _tiles(rows: Sequence[metrics.Row], config: Mapping[str, Any]) -> list[dict[
     spread = f"mean of {count} iterations" if count > 1 else "one iteration"
     tiles.insert(0, {"value": f"{gained:+.4f}", "label": "reward gained", "kind": "up" if gained > 0 else "down"})
     tiles.insert(1, {"value": f"{first:.4f} → {last:.4f}", "label": f"reward, first and last ({spread})", "kind": ""})
-  seconds = sum(value for row in rows for key, value in row.items() if key.startswith("time/") and math.isfinite(value))
+  seconds = sum(value for value in _column(rows, "time/total") if math.isfinite(value))
   if seconds:
-    tiles.append({"value": metrics.duration(seconds), "label": "computing time", "kind": ""})
-  skipped = sum(row.get("skipped_updates", 0) for row in rows)
-  if skipped:
+    tiles.append({"value": metrics.duration(seconds), "label": "time of the iterations", "kind": ""})
+  skipped = rows[-1].get("optimizer/skipped_total", 0) if rows else 0
+  if skipped > 0:
     tiles.append({"value": f"{skipped:g}", "label": "optimizer steps skipped (not finite)", "kind": "down"})
   return tiles
 
@@ -171,7 +171,9 @@ def _small(rows: Sequence[metrics.Row], sampled: list[dict[str, Any]]) -> list[s
       lines = [Series("score", [_mean(entry["scores"]) for entry in sampled])]
     else:
       x = [row["iteration"] for row in rows]
-      present = [(label, key) for label, key in columns if any(math.isfinite(value) for value in _column(rows, key))]
+      # NaN and 0 everywhere is a part that is off (a KL without weight); a chart of nothing else shows its first
+      present = [(label, key) for label, key in columns if any(value for value in _column(rows, key) if math.isfinite(value))]
+      present = present or list(columns[:1])
       lines = [Series(label, _column(rows, key), color) for color, (label, key) in enumerate(present, 1)]
     figures.append(chart(title, unit, x, lines))
   return [figure for figure in figures if figure]

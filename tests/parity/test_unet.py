@@ -92,7 +92,13 @@ def test_resnet_block(scale):
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_transformer(linear, scale):
-  shape = {"num_attention_heads": 4, "attention_head_dim": 12, "in_channels": 48, "cross_attention_dim": 24, "norm_num_groups": 16}
+  shape = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 12,
+    "in_channels": 48,
+    "cross_attention_dim": 24,
+    "norm_num_groups": 16,
+  }
   theirs = randomise(Transformer2DModel(**shape, num_layers=2, use_linear_projection=linear), seed=4, scale=scale)
   if scale != 1.0:  # the residual would hide the branch, and the branch's own products would vanish
     with torch.no_grad():

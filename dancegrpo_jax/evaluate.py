@@ -1,0 +1,173 @@
+"""Command: scores of a checkpoint next to its base model's, on prompts with noise that training never saw.
+
+    python -m dancegrpo_jax.evaluate --config=configs/emoji_clip.py --checkpoint=runs/emoji_clip \\
+      --out=runs/emoji_clip/evaluation.json
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.runtime.config import ConfigError
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of this command."""
+  parser.add_argument("--checkpoint", required=True, help="a workdir, its checkpoints/ folder, or base")
+  parser.add_argument("--prompts", action="append", help="prompt files; default: data.prompts and data.held_out")
+  parser.add_argument("--candidates", type=int, default=200, help="captions that an image's own must beat (top-1 retrieval)")
+  parser.add_argument("--out", required=True, help="JSON file; sample grids are written beside it")
+
+
+def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+  """95 % interval of the mean by resampling prompts (rows), which are what varies independently.
+
+  Args:
+    values: `[prompts, samples]`; NaN is left out.
+    draws: resamples.
+    seed: of the resampling.
+  """
+  rows = np.nanmean(values, axis=1)
+  picks = np.random.default_rng(seed).integers(len(rows), size=(draws, len(rows)))
+  low, high = np.nanpercentile(rows[picks].mean(1), [2.5, 97.5])
+  return float(low), float(high)
+
+
+def diversity(embeddings: np.ndarray) -> float:
+  """Mean pairwise cosine distance within groups, `[prompts, samples, d]` of length 1; NaN for one sample a prompt."""
+  samples = embeddings.shape[1]
+  if samples < 2:
+    return float("nan")
+  products = np.einsum("psd,ptd->pst", embeddings, embeddings)
+  return float(1 - (products.sum((1, 2)) - samples).mean() / (samples * (samples - 1)))
+
+
+def top1(embeddings: np.ndarray, candidates: np.ndarray) -> np.ndarray:
+  """Whether each image is nearest to its own caption, `[prompts, samples]`; row p of `candidates` is prompt p's."""
+  return (embeddings @ candidates.T).argmax(-1) == np.arange(len(embeddings))[:, None]
+
+
+def candidate_prompts(prompts: list, pool: list, count: int) -> list:
+  """The prompts themselves, then others from the pool (evenly spread, so that they are not all alike), `count` in all."""
+  own = {example.prompt for example in prompts}
+  others = [example for example in pool if example.prompt not in own]
+  wanted = max(0, min(count - len(prompts), len(others)))
+  spread = [others[i * len(others) // wanted] for i in range(wanted)]
+  return list(prompts) + spread
+
+
+def measure(opened, weights, examples: list, pool: list, candidates: int) -> tuple[dict, np.ndarray]:
+  """Scores of all samples of one set of weights on one prompt list.
+
+  Returns:
+    ({term: `[prompts, samples]`} with "retrieval" and "diversity" where the reward has an image embedding, pixels).
+  """
+  from dancegrpo_jax import loading, programs, sampling, train
+
+  config, model, run = opened.config, opened.model, opened.programs
+  samples = config.evaluation.samples
+  pixels = sampling.images(opened, weights, examples, samples, config.evaluation.seed)
+  flat = pixels.reshape(-1, *pixels.shape[2:])
+  repeated = [example for example in examples for _ in range(samples)]
+  result = {}
+  texts = candidate_prompts(examples, pool, candidates)
+  features = loading.reward_features(model, run.features, texts, len(texts))
+  chunk = min(config.rollout.chunk, -(-len(flat) // config.mesh.lanes) * config.mesh.lanes)
+  padded = np.concatenate([flat, np.zeros((-len(flat) % chunk, *flat.shape[1:]), flat.dtype)])
+  owners = np.minimum(np.arange(len(padded), dtype=np.int32) // samples, len(examples) - 1)
+  for name, reward in model.rewards.items():
+    if reward.kind == "host":
+      scores = train.host_scores(reward, flat, repeated, print)
+    else:
+      parts = [
+        run.score[name](model.reward_params[name], padded[i : i + chunk], features[name], owners[i : i + chunk])
+        for i in range(0, len(padded), chunk)
+      ]
+      scores = {term: np.concatenate([np.asarray(part[term]) for part in parts])[: len(flat)] for term in parts[0]}
+    result |= {term: np.asarray(value).reshape(len(examples), samples) for term, value in scores.items()}
+    if reward.embed is not None:
+      embed = programs.embed(reward)
+      parts = [np.asarray(embed(model.reward_params[name], padded[i : i + chunk])) for i in range(0, len(padded), chunk)]
+      embeddings = np.concatenate(parts)[: len(flat)].reshape(len(examples), samples, -1)
+      result["retrieval"] = top1(embeddings, np.asarray(features[name])).astype(np.float32)
+      result["diversity"] = diversity(embeddings)
+  return result, pixels
+
+
+def compare(base: dict, tuned: dict) -> dict:
+  """Means, and the difference with its bootstrap interval, by term."""
+  rows = {}
+  for term, before in base.items():
+    after = tuned[term]
+    if np.ndim(before) == 0:
+      rows[term] = {"base": before, "checkpoint": after, "difference": after - before}
+      continue
+    low, high = bootstrap(after - before)
+    rows[term] = {
+      "base": float(np.nanmean(before)), "checkpoint": float(np.nanmean(after)),
+      "difference": float(np.nanmean(after - before)), "low": low, "high": high,
+    }  # fmt: skip
+  return rows
+
+
+def table(results: dict) -> str:
+  """The comparison for people."""
+  lines = [f"{'prompts':<28} {'score':<16} {'base':>8} {'trained':>8} {'change':>8}   95 % interval"]
+  for name, rows in results.items():
+    for term, row in rows.items():
+      interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]" if "low" in row else ""
+      lines.append(f"{name:<28} {term:<16} {row['base']:8.4f} {row['checkpoint']:8.4f} {row['difference']:+8.4f}   {interval}")
+  return "\n".join(lines)
+
+
+def run(config, checkpoint: str, files: list[str], candidates: int, out: Path) -> dict:
+  """Samples base and checkpoint on each prompt file with the same noise, writes JSON and sample grids.
+
+  Raises:
+    ConfigError: a checkpoint or prompt file that can't be used.
+  """
+  import jax
+
+  from dancegrpo_jax import sampling
+  from dancegrpo_jax.data import prompts
+  from dancegrpo_jax.runtime import images
+
+  configs.validate(config, num_devices=jax.device_count())
+  try:
+    lists = {file: prompts.read_prompts(file, config.data.negative_prompt) for file in files}
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+  pool = [example for examples in lists.values() for example in examples]
+  results = {}
+  with sampling.opened(config, checkpoint) as opened:
+    for file, examples in lists.items():
+      base, before = measure(opened, opened.model.trainable, examples, pool, candidates)
+      tuned, after = measure(opened, opened.weights, examples, pool, candidates)
+      results[Path(file).stem] = compare(base, tuned)
+      shown = slice(0, 16)
+      pairs = np.stack([before[shown, 0], after[shown, 0]], 1).reshape(-1, *before.shape[2:])
+      captions = [text for e in examples[shown] for text in (f"base: {e.prompt}", f"trained: {e.prompt}")]
+      images.save(out.with_name(f"{out.stem}_{Path(file).stem}.png"), images.grid(pairs, 8, captions=captions))
+  out.parent.mkdir(parents=True, exist_ok=True)
+  out.write_text(json.dumps({"checkpoint": checkpoint, "results": results}, indent=2) + "\n")
+  print(table(results))
+  return results
+
+
+def main(argv: list[str]) -> int:
+  """Reads the flags and evaluates; returns the exit code, 2 for a mistake."""
+
+  def command() -> None:
+    line = configs.parse_argv(argv, "Score a checkpoint next to its base model.", add_flags)
+    files = line.flags.prompts or [file for file in (line.config.data.prompts, line.config.data.held_out) if file]
+    run(line.config, line.flags.checkpoint, files, line.flags.candidates, Path(line.flags.out))
+
+  return configs.exit_on_mistake(command)
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

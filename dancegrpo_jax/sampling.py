@@ -1,0 +1,91 @@
+"""A model with its weights, opened for looking at: what sample.py and evaluate.py have in common."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dancegrpo_jax import loading, programs
+from dancegrpo_jax.loading import Model
+from dancegrpo_jax.runtime import checkpoint
+from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.types import Example, PyTree
+
+
+class Opened(NamedTuple):
+  """A loaded model.
+
+  Attributes:
+    config: as asked.
+    model: with the base weights.
+    programs: compiled functions.
+    weights: the checkpoint's trainable tree, the averaged one where it keeps an average.
+  """
+
+  config: ConfigDict
+  model: Model
+  programs: programs.Programs
+  weights: PyTree
+
+
+@contextlib.contextmanager
+def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
+  """Loads the config's model, and a checkpoint over it; the mesh is entered meanwhile.
+
+  Args:
+    config: validated.
+    name: "base", a workdir, or a folder of checkpoints.
+
+  Raises:
+    ConfigError: a missing or damaged checkpoint.
+  """
+  mesh = meshes.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    pipeline, rewards = loading.build_pipeline(config), loading.build_rewards(config)
+    model = loading.load(config, pipeline, rewards, mesh)
+    shardings = loading.state_shardings(config, model, 1, mesh)
+    compiled = programs.build(config, pipeline, rewards, mesh, shardings)
+    weights = model.trainable if name == "base" else restore(config, model, name)
+    yield Opened(config, model, compiled, weights)
+
+
+def restore(config: ConfigDict, model: Model, name: str) -> PyTree:
+  """A checkpoint's weights, the averaged ones where it keeps an average. ConfigError where it can't be read."""
+  folder = Path(name) / "checkpoints" if (Path(name) / "checkpoints").is_dir() else Path(name)
+  field = "ema" if checkpoint.read_meta(folder)["config"]["ema"]["decay"] else "trainable"
+  abstract = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.trainable, model.shardings
+  )
+  return checkpoint.restore_fields(folder, {field: abstract})[field]
+
+
+def images(opened: Opened, weights: PyTree, examples: list[Example], samples: int, seed: int) -> np.ndarray:
+  """Deterministic samples, chunk by chunk.
+
+  Args:
+    opened: the model.
+    weights: trainable tree.
+    examples: prompts; sample s of prompt p has noise of its own, a function of (seed, p, s).
+    samples: images a prompt.
+    seed: of the noise; training never sees it.
+
+  Returns:
+    Pixels `[prompts, samples, h, w, 3]` in [0, 1].
+  """
+  config, model, run = opened.config, opened.model, opened.programs
+  conditioning = loading.conditioning(config, model, run.encode, examples)
+  total = len(examples) * samples
+  chunk = min(config.rollout.chunk, -(-total // config.mesh.lanes) * config.mesh.lanes)
+  numbers = np.arange(-(-total // chunk) * chunk, dtype=np.int32)
+  owners = np.minimum(numbers // samples, len(examples) - 1)
+  parts = []
+  for start in range(0, len(numbers), chunk):
+    rows = slice(start, start + chunk)
+    latents = run.sample(weights, model.frozen, conditioning, numbers[rows], owners[rows], np.int32(seed))
+    parts.append(np.asarray(run.decode(model.frozen, latents)))
+  pixels = np.concatenate(parts)[:total]
+  return pixels.reshape(len(examples), samples, *pixels.shape[1:])

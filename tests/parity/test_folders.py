@@ -1,0 +1,56 @@
+"""Folders that we write are loaded by diffusers and transformers as they are, and theirs by us, bit for bit."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch_parity import randomise
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+
+from dancegrpo_jax.convert.shapes import abstract_params, class_name
+from dancegrpo_jax.runtime import weights
+
+TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = TOWER | {"vocab_size": 40, "max_position_embeddings": 8, "bos_token_id": 38, "eos_token_id": 39, "pad_token_id": 39}
+VISION = TOWER | {"image_size": 8, "patch_size": 4}
+
+
+def networks() -> dict:
+  return {
+    "UNet2DConditionModel": lambda: UNet2DConditionModel(
+      block_out_channels=(16, 32),
+      down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+      up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+      layers_per_block=1,
+      norm_num_groups=8,
+      cross_attention_dim=16,
+      attention_head_dim=2,
+    ),
+    "AutoencoderKL": lambda: AutoencoderKL(block_out_channels=(16,), norm_num_groups=8),
+    "CLIPTextModel": lambda: CLIPTextModel(CLIPTextConfig(**TEXT)),
+    "CLIPModel": lambda: CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=12)),
+  }
+
+
+@pytest.mark.parametrize("name", networks())
+def test_there_and_back(name, tmp_path):
+  theirs = randomise(networks()[name](), seed=5)
+  theirs.save_pretrained(tmp_path / "theirs")
+  config = json.loads((tmp_path / "theirs" / "config.json").read_text())
+  assert class_name(config) == name
+  params = weights.load(tmp_path / "theirs", name, abstract_params(config))
+  weights.save(tmp_path / "ours", name, params, config)
+  loaded, info = type(theirs).from_pretrained(tmp_path / "ours", output_loading_info=True)
+  assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+  again = loaded.state_dict()
+  for key, tensor in theirs.state_dict().items():
+    assert torch.equal(again[key], tensor), key
+  # float16, as the embedded models are shipped
+  weights.save(tmp_path / "half", name, params, config, dtype=np.float16)
+  half = type(theirs).from_pretrained(tmp_path / "half").state_dict()
+  assert all(torch.equal(half[key].float(), tensor.half().float()) for key, tensor in theirs.state_dict().items())
+  same = weights.load(tmp_path / "ours", name, abstract_params(config))
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), same, params)

@@ -1,0 +1,130 @@
+"""The tables against the inventories of published files (fixtures/tensors: config.json as published, name<TAB>shape)."""
+
+import functools
+import gzip
+import json
+import math
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from dancegrpo_jax.convert.core import ConversionError, Mapping, Spec, expected_sources, plan
+from dancegrpo_jax.convert.shapes import abstract_params, class_name
+from dancegrpo_jax.convert.tables import OPEN_CLIP, TABLES, tree_path
+from dancegrpo_jax.models import clip
+from dancegrpo_jax.runtime.weights import specs
+
+FIXTURES = Path(__file__).parent / "fixtures" / "tensors"
+F32 = np.dtype(np.float32)
+
+# Parameters as counted by diffusers and transformers.
+NETWORKS = {
+  "sd14-unet": 859_520_964,
+  "sd21-unet": 865_910_724,
+  "sd14-vae": 83_653_863,
+  "sd21-vae": 83_653_863,
+  "sd14-text": 123_060_480,
+  "sd21-text": 340_387_840,
+  "clip-l": 427_616_513,
+  "clip-h": 986_109_441,
+}
+
+
+def config(name: str) -> dict:
+  """The published config.json; those of diffusers name no class in a way that they all share."""
+  return json.loads((FIXTURES / f"{name}.json").read_text())
+
+
+def inventory(file: str) -> dict[str, Spec]:
+  with gzip.open(FIXTURES / f"{file}.tsv.gz", "rt") as lines:
+    pairs = [line.rstrip("\n").split("\t") for line in lines]
+  return {name: Spec(tuple(json.loads(shape)), F32) for name, shape in pairs}
+
+
+@functools.cache
+def parameters(name: str, scan: bool = False) -> dict[str, Spec]:
+  if not scan:
+    return specs(abstract_params(config(name)))
+  if class_name(config(name)) == "CLIPTextModel":
+    network, arguments = clip.ClipText.from_json(config(name), scan_layers=True), [np.zeros((1, 1), np.int32)]
+  else:
+    network = clip.Clip.from_json(config(name), scan_layers=True)
+    arguments = [np.zeros((1, 1), np.int32), np.zeros((1, 224, 224, 3), np.float32)]
+  return specs(jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"])
+
+
+def planned(name: str, file: str, scan: bool = False) -> Mapping:
+  """The plan, after a check that nothing is left on either side."""
+  mapping = plan(TABLES[class_name(config(name))], inventory(file), parameters(name, scan))
+  assert set(mapping.by_source) == set(inventory(file)) and all(mapping.by_target.values())
+  assert all(bool(blocks) != (name in mapping.buffers) for name, blocks in mapping.by_source.items())
+  return mapping
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parameter_counts(name):
+  assert sum(math.prod(spec.shape) for spec in parameters(name).values()) == NETWORKS[name]
+
+
+@pytest.mark.parametrize("name", ["sd14-unet", "sd21-unet", "sd14-vae", "sd21-vae", "sd14-text", "sd21-text", "clip-l"])
+def test_todays_names_are_mapped(name):
+  assert not planned(name, name).buffers
+
+
+@pytest.mark.parametrize("name", ["sd14-vae", "sd21-vae", "sd14-text", "sd21-text", "clip-l", "clip-h"])
+def test_published_names_are_mapped(name):
+  buffers = planned(name, f"{name}.published").buffers
+  assert len(buffers) == {"text": 1, "vae": 0}.get(name[5:], 2)
+  assert all(buffer.endswith("position_ids") for buffer in buffers)
+
+
+@pytest.mark.parametrize("name", ["sd14-text", "sd21-text", "clip-l", "clip-h"])
+def test_stacked_layers_are_mapped(name):
+  mapping = planned(name, f"{name}.published", scan=True)
+  depth = config(name).get("text_config", config(name))["num_hidden_layers"]
+  path = ("text_model/" if name.startswith("clip") else "") + "encoder/layers/mlp/fc1/kernel"
+  assert [block.source for block in mapping.by_target[path]] == sorted(
+    f"text_model.encoder.layers.{i}.mlp.fc1.weight" for i in range(depth)
+  )
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_open_clip_names_are_mapped(scan):
+  mapping = plan(OPEN_CLIP, inventory("clip-h.open_clip"), parameters("clip-h", scan))
+  assert set(mapping.by_source) == set(inventory("clip-h.open_clip")) and all(mapping.by_source.values())
+  assert len(mapping.by_source["transformer.resblocks.3.attn.in_proj_weight"]) == 3
+  assert {n: s.shape for n, s in expected_sources(OPEN_CLIP, parameters("clip-h", scan)).items()} == {
+    n: s.shape for n, s in inventory("clip-h.open_clip").items()
+  }
+
+
+@pytest.mark.parametrize("name, file", [
+  ("sd14-unet", "sd14-unet"), ("sd21-unet", "sd21-unet"), ("sd14-vae", "sd14-vae"), ("sd21-vae", "sd21-vae"),
+  ("sd14-text", "sd14-text.published"), ("sd21-text", "sd21-text.published"), ("clip-l", "clip-l.published"),
+])  # fmt: skip
+def test_names_and_shapes_of_exported_files(name, file):
+  """Today's names, but with the prefix that the published text encoders have, which all versions of transformers read."""
+  wanted = {tensor: spec for tensor, spec in inventory(file).items() if not tensor.endswith("position_ids")}
+  assert expected_sources(TABLES[class_name(config(name))], parameters(name)) == wanted
+
+
+def test_old_attention_names_of_the_autoencoder():
+  mapping = planned("sd14-vae", "sd14-vae.published")
+  for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out_0")):
+    (block,) = mapping.by_source[f"decoder.mid_block.attentions.0.{old}.weight"]
+    assert block.target == f"decoder/mid_block/attentions_0/{new}/kernel"
+
+
+def test_conv_and_linear_projections_do_not_mix():
+  """The one difference between the two UNets that a table could paper over."""
+  with pytest.raises(ConversionError) as caught:
+    plan(TABLES["UNet2DConditionModel"], inventory("sd14-unet"), parameters("sd21-unet"))
+  assert "mid_block.attentions.0.proj_in.weight [1280, 1280, 1, 1] does not fit" in str(caught.value)
+
+
+def test_paths_follow_the_torch_names():
+  assert tree_path("down_blocks.0.resnets.1.conv1") == "down_blocks_0/resnets_1/conv1"
+  assert tree_path("transformer_blocks.{k}.attn1.to_out.0") == "transformer_blocks_{k}/attn1/to_out_0"
+  assert tree_path("ff.net.0.proj") == "ff/net_0/proj"
