@@ -57,10 +57,10 @@ def get_config(preset: str = "") -> ConfigDict:
   })
 
   config.denoiser = ConfigDict({
-    "steps": 4800,
+    "steps": 900,
     "batch": 64,
     "learning_rate": 1e-3,
-    "warmup": 200,
+    "warmup": 100,
     "caption_dropout": 0.1,  # share of captions replaced by "", for classifier-free guidance
     "ema": 0.999,
     "network": ConfigDict({

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 
 from dancegrpo_jax import programs
-from dancegrpo_jax.data import emoji, tokenizer
+from dancegrpo_jax.data import emoji, emoji_dataset, tokenizer
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.models import autoencoder, clip, unet
 from dancegrpo_jax.runtime import checkpoint, weights
@@ -250,7 +250,7 @@ def fit(stage: Stage, config, workdir: Path, save_every: int = 400) -> PyTree:
   settings = config[stage.name]
   schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.warmup, settings.steps, 1e-5)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
-  step_fn = programs.fit_step(stage.loss, optimizer, settings.ema)
+  step_fn = programs.fit_step(stage.loss, optimizer)
   state = (stage.params, optimizer.init(stage.params), jax.tree.map(jnp.copy, stage.params))
   folder, start = workdir / stage.name, 0
   if checkpoint.latest(folder) is not None:
@@ -259,7 +259,9 @@ def fit(stage: Stage, config, workdir: Path, save_every: int = 400) -> PyTree:
   begin = time.monotonic()
   with checkpoint.Saver(folder, keep=1) as saver, (workdir / f"{stage.name}.jsonl").open("a") as log:
     for step in range(start, settings.steps):
-      state, metrics = step_fn(state, stage.batch(step), jax.random.fold_in(jax.random.key(config.seed + 1), step))
+      decay = min(settings.ema, (step + 1) / (step + 10))  # else the random start stays in the average for thousands of steps
+      key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
+      state, metrics = step_fn(state, stage.batch(step), key, np.float32(decay))
       if step % 50 == 0 or step == settings.steps - 1:
         row = {"step": step, "seconds": round(time.monotonic() - begin, 1), **{k: float(v) for k, v in metrics.items()}}
         print(f"{stage.name}: " + "  ".join(f"{k} {v:.5g}" for k, v in row.items()), flush=True)
@@ -269,10 +271,16 @@ def fit(stage: Stage, config, workdir: Path, save_every: int = 400) -> PyTree:
   return state[2]
 
 
-def load_data(config, font: str, out: Path) -> Data:
-  """Draws the training split and tokenises its captions."""
-  images, captions, pair = emoji.load_arrays(font, config.size, config.variants, "train")
-  return Data(images, tokenizer.load_tokenizer(str(out / "emoji-sd" / "tokenizer"))(captions), pair)
+def load_data(config, font: str, workdir: Path, out: Path) -> Data:
+  """The training split through its TFDS builder, which draws it into the workdir once; captions tokenised."""
+  rows = emoji_dataset.load("train", data_dir=str(workdir / "tfds"), size=config.size, variants=config.variants, font=font)
+  rows = [rows[i] for i in range(len(rows))]
+  tokenize = tokenizer.load_tokenizer(str(out / "emoji-sd" / "tokenizer"))
+  return Data(
+    images=np.stack([row["image"] for row in rows]),
+    tokens=tokenize([row["caption"].decode() for row in rows]),
+    pair=np.array([row["pair"] for row in rows], np.int32),
+  )
 
 
 STAGES = {"vae": vae_stage, "clip": clip_stage, "denoiser": denoiser_stage}
@@ -291,9 +299,9 @@ def main(argv: list[str] | None = None) -> int:
   try:
     config = configs.load(args.config, overrides)
     emoji.check_font(args.font)
-    write_tokenizer_files(out / "emoji-sd" / "tokenizer")
-    data = load_data(config, args.font, out)
     workdir.mkdir(parents=True, exist_ok=True)
+    write_tokenizer_files(out / "emoji-sd" / "tokenizer")
+    data = load_data(config, args.font, workdir, out)
     for name in STAGES if args.stage == "all" else (args.stage,):
       stage = STAGES[name](config, data, out)
       stage.export(fit(stage, config, workdir))

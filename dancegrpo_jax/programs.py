@@ -283,19 +283,18 @@ def embed(reward: Reward) -> Callable:
   return jax.jit(reward.embed)
 
 
-def fit_step(loss: Callable, optimizer: optax.GradientTransformation, ema_decay: float) -> Callable:
+def fit_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callable:
   """One step of supervised training, for pretrain.py.
 
   Args:
     loss: `(params, batch, key) -> (loss, metrics)`.
     optimizer: applied to the whole parameter tree.
-    ema_decay: of the running average of the parameters.
 
   Returns:
-    `(state, batch, key) -> (state, metrics)` with state = (params, opt_state, ema), donated.
+    `(state, batch, key, ema_decay) -> (state, metrics)` with state = (params, opt_state, ema), donated.
   """
 
-  def step(carry: tuple, batch: Any, key: Array) -> tuple:
+  def step(carry: tuple, batch: Any, key: Array, ema_decay: Array) -> tuple:
     params, opt_state, ema = carry
     (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
     updates, opt_state = optimizer.update(gradient, opt_state, params)

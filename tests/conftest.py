@@ -6,9 +6,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_debug_key_reuse", True)
 install_import_hook("dancegrpo_jax", "beartype.beartype")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory):
+  """Folders of a tiny random Stable Diffusion and CLIP, and a prompts file: `tiny_checkpoint.Folders`."""
+  from tiny_checkpoint import write_models
+
+  return write_models(tmp_path_factory.mktemp("tiny"))

@@ -213,7 +213,7 @@ def load_arrays(
   return images, [caption(name, colour) for name, colour, _ in rows], ids
 
 
-def run_pairs(count: int = 24) -> list[tuple[str, str]]:
+def run_pairs(count: int = 16) -> list[tuple[str, str]]:
   """The prompts of the default run: the best-known names, one training pair each, every colour equally often."""
   colours = tuple(COLOURS)
   return [(name, colours[(3 * i + i // len(colours) + 6) % len(colours)]) for i, name in enumerate(NAMES[:count])]

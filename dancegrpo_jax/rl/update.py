@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from einops import rearrange
 from jaxtyping import Array, Float, Int, Key
 
 from dancegrpo_jax.diffusion import transitions
@@ -91,7 +92,7 @@ def partition(key: Key[Array, ""], selected: Int[Array, "lanes samples trained"]
   pairs = (order // trained, jnp.take_along_axis(selected.reshape(lanes, -1), order, axis=1))
 
   def deal(x: Array) -> Array:
-    return jnp.moveaxis(x.reshape(lanes, updates, -1, microbatch // lanes), 0, 2).astype(jnp.int32)
+    return rearrange(x, "l (u m s) -> u m l s", u=updates, s=microbatch // lanes).astype(jnp.int32)
 
   return tuple(map(deal, pairs))
 
@@ -107,7 +108,7 @@ def gather(batch: Batch, sample: Int[Array, "lanes m"], step: Int[Array, "lanes 
 
   axes = (1, 1, 0, 0, 0, 0, 0)
   rows = jax.vmap(lane, axes)(batch.latents, batch.log_probs, batch.prompt, batch.advantage, batch.weight, sample, step)
-  return Transitions(*(row.reshape(-1, *row.shape[2:]) for row in rows))
+  return Transitions(*(rearrange(row, "l m ... -> (l m) ...") for row in rows))
 
 
 def score(denoise: Denoise, schedule: Schedule, policy: Policy, trainable: PyTree, t: Transitions) -> Scored:
@@ -139,7 +140,7 @@ def transition_losses(
   stats = {
     "ratio": ratio,
     "clipped": objective.is_clipped(ratio, t.advantage, settings.clip_range).astype(jnp.float32),
-    "approx_kl": ratio - 1.0 - log_ratio,
+    "approx_kl": jnp.expm1(log_ratio) - log_ratio,  # ratio - 1 has no digits left at a ratio of 1 + 1e-4
     "kl": jnp.zeros_like(losses),
   }
   if reference is not None:

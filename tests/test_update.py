@@ -1,0 +1,456 @@
+"""The update: the ratio is exactly 1 where it must be, the gradient is the policy gradient, and batches may be cut as one likes."""
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_checkpoint import assert_trees_equal, relative_error, tiny_config
+
+from dancegrpo_jax import loading, programs
+from dancegrpo_jax.diffusion import schedules
+from dancegrpo_jax.diffusion.guidance import classifier_free
+from dancegrpo_jax.rl import advantages
+from dancegrpo_jax.rl.rollout import Policy, rollout
+from dancegrpo_jax.rl.state import TrainState
+from dancegrpo_jax.rl.update import Batch, Objective, partition, update
+from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.types import Conditioning, Example
+
+PROMPTS, GROUP, LANES, SHAPE, STEPS = 4, 8, 8, (2, 2, 3), 9
+SAMPLES, TRAINED = PROMPTS * GROUP, STEPS - 1
+DANCE = Policy("dance", 0.3, "velocity", STEPS, TRAINED, "ode", "ode", "mean")
+DDIM = Policy("ddim", 1.0, "epsilon", STEPS, TRAINED, "ode", "ode", "mean")
+PLAIN = Objective(1e-4, "recompute", "all", 1.0, False, 0.0, "exact", 1, 32, 0.0)
+
+
+def grid(policy: Policy) -> schedules.Schedule:
+  if policy.prediction == "velocity":
+    return schedules.flow_schedule(STEPS, 1.0)
+  return schedules.diffusion_schedule(
+    STEPS, num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", spacing="leading",
+    steps_offset=1, set_alpha_to_one=False,
+  )  # fmt: skip
+
+
+def parameters(seed: int = 0, scale: float = 1.0) -> dict:
+  rng, size = np.random.default_rng(seed), int(np.prod(SHAPE))
+  shapes = {"first": (size, 32), "prompt": (PROMPTS, 32), "time": (1, 32), "last": (32, size)}
+  return {name: jnp.asarray(scale * rng.standard_normal(shape) / np.sqrt(shape[0]), jnp.float32) for name, shape in shapes.items()}
+
+
+def network(params, x, time, rows):
+  """One hidden layer over the sample, the time and the prompt's row."""
+  hidden = x.reshape(len(x), -1) @ params["first"] + rows @ params["prompt"] + jnp.sin(time[:, None] / 99) * params["time"]
+  return (jnp.tanh(hidden) @ params["last"]).reshape(x.shape)
+
+
+def denoiser(scale: float):
+  """As `programs.guided`: classifier-free guidance over conditioning of one row a prompt."""
+  rows = Conditioning(jnp.eye(PROMPTS), -jnp.ones((PROMPTS, PROMPTS)) if scale != 1 else None)
+
+  def denoise(params, x, time, prompt):
+    branch = classifier_free(lambda x, time, rows: network(params, x, time, rows), scale)
+    return branch(x, time, jax.tree.map(lambda leaf: leaf[prompt], rows))
+
+  return denoise
+
+
+def in_lanes(x: jax.Array, axis: int) -> jax.Array:
+  return x.reshape(*x.shape[:axis], LANES, -1, *x.shape[axis + 1 :])
+
+
+@functools.cache
+def make_batch(policy: Policy, scale: float = 1.0) -> Batch:
+  """Trajectories that the policy itself drew, with random advantages."""
+  rng = np.random.default_rng(1)
+  initial, noise = rng.standard_normal((SAMPLES, *SHAPE)), rng.standard_normal((STEPS, SAMPLES, *SHAPE))
+  noise, prompt = jnp.asarray(noise, jnp.float32), jnp.arange(SAMPLES, dtype=jnp.int32) // GROUP
+  denoise = denoiser(scale)
+
+  def draw(params, initial):
+    return rollout(lambda x, time: denoise(params, x, time, prompt), grid(policy), policy, 0, initial, lambda i: noise[i])
+
+  drawn = jax.jit(draw)(parameters(), jnp.asarray(initial, jnp.float32))
+  advantage = jnp.asarray(rng.standard_normal(SAMPLES), jnp.float32)
+  return Batch(
+    drawn.step_index, in_lanes(drawn.latents, 1), in_lanes(drawn.log_probs, 1), in_lanes(prompt, 0), in_lanes(advantage, 0),
+    jnp.ones((LANES, SAMPLES // LANES)),
+  )  # fmt: skip
+
+
+class Probe(NamedTuple):
+  """Optimizer state of `probe`."""
+
+  rate: Any
+  gradient: Any
+
+
+def probe() -> optax.GradientTransformation:
+  """Gradient descent whose state holds the rate and the last gradient: one program serves every rate, and a test can read the
+  gradient without the round-off of a difference of parameters."""
+  return optax.GradientTransformation(
+    lambda params: Probe(jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)),
+    lambda g, state, params: (jax.tree.map(lambda x: -state.rate * x, g), Probe(state.rate, g)),
+  )
+
+
+@functools.cache
+def program(policy, settings, optimizer=probe, scale: float = 1.0):
+  """`(state, reference, batch, seed) -> (state, metrics)`, jitted."""
+
+  def run(state, reference, batch, seed):
+    keys = jax.random.split(jax.random.key(seed), 2)
+    samples = jax.vmap(lambda i: jax.random.fold_in(keys[0], i))(jnp.arange(SAMPLES))
+    return update(denoiser(scale), grid(policy), policy, settings, optimizer(), state, reference, batch, (samples, keys[1]))
+
+  return jax.jit(run)
+
+
+def make_state(opt_state, ema: bool = False) -> TrainState:
+  zero, params = jnp.zeros((), jnp.int32), parameters()
+  return TrainState(zero, zero, params, opt_state, params if ema else None, {})
+
+
+def descend(rate: float, ema: bool = False) -> TrainState:
+  return make_state(probe().init(parameters())._replace(rate=jnp.float32(rate)), ema)
+
+
+def step(policy, settings, batch, rate: float = 0.0, *, reference=None, scale=1.0):
+  """One call of the update with the probe. Its `opt_state.gradient` is that of the last optimizer step."""
+  return program(policy, settings, scale=scale)(descend(rate), reference, batch, 3)
+
+
+# Promise 1: the ratio.
+
+
+@pytest.mark.parametrize(
+  "microbatch, updates, scale, guard",
+  [(m, 4, scale, False) for m in (8, 16, 32) for scale in (1.0, 3.0)]
+  + [(32, 1, 1.0, False), (32, 1, 3.0, False), (16, 4, 1.0, True)],
+)
+def test_ratio_is_exactly_one_before_the_first_step(microbatch, updates, scale, guard):
+  """...and stays 1 in the later ones as long as no step changes the parameters: their old log-probs come from a pass of their own,
+  so that this half can fail, where the first step's ratio is 1 by construction."""
+  settings = PLAIN._replace(updates=updates, microbatch=microbatch, guard=guard)
+  batch = make_batch(DDIM, scale)
+  state, metrics = step(DDIM, settings, batch, scale=scale)
+  assert metrics["ratio/drift_max"] == 0 and state.step == updates
+  assert abs(metrics["ratio/min"] - 1) <= 1e-6 and abs(metrics["ratio/max"] - 1) <= 1e-6
+  assert abs(metrics["approx_kl"]) <= 1e-11  # half the squared log ratio, not the round-off of a ratio near 1
+  moved, metrics = step(DDIM, settings, batch, 0.1, scale=scale)
+  assert metrics["ratio/drift_max"] == 0 and metrics["grad_norm"] > 1e-3
+  assert (metrics["ratio/max"] - metrics["ratio/min"] > 1e-4) == (updates > 1)  # the later steps see what the first one did
+  assert relative_error(moved.trainable, parameters()) > 1e-5
+
+
+def test_the_two_sources_of_old_log_probs():
+  """The rollout's agree with the update's own forward to round-off, and `ratio/drift_max` says which of them is in use."""
+  batch = make_batch(DDIM)
+  by_rollout = PLAIN._replace(old_log_prob="rollout")
+  own, rolled = step(DDIM, PLAIN, batch)[1], step(DDIM, by_rollout, batch)[1]
+  assert own["ratio/drift_max"] == 0
+  assert 0 < rolled["ratio/drift_max"] <= 1e-6 and 0 < rolled["ratio/rollout_drift_max"] <= 1e-6
+  np.testing.assert_allclose(own["ratio/rollout_drift_max"], rolled["ratio/rollout_drift_max"], atol=1e-7)
+  # a rollout by another policy: its own log-probs give the true ratio to it, which the update's forward can't know
+  shifted = batch._replace(log_probs=batch.log_probs - 0.01)
+  own, rolled = step(DDIM, PLAIN, shifted)[1], step(DDIM, by_rollout, shifted)[1]
+  assert own["ratio/drift_max"] == 0
+  for drift in (own["ratio/rollout_drift_max"], rolled["ratio/rollout_drift_max"], rolled["ratio/drift_max"]):
+    np.testing.assert_allclose(drift, np.expm1(0.01), rtol=1e-3)
+
+
+# The gradient. The policy is dance noise on rectified flow, eq. (8) of arXiv 2505.07818, all steps at once.
+
+
+SIGMA = jnp.linspace(1.0, 0.0, STEPS + 1)
+HERE, DT = (jnp.repeat(value, SAMPLES).reshape(-1, 1, 1, 1) for value in (SIGMA[:TRAINED], jnp.diff(SIGMA)[:TRAINED]))
+STD = 0.3 * jnp.sqrt(-DT)
+
+
+def means(params, batch: Batch, scale: float = 1.0):
+  """Mean of every (step, lane, sample), rows `[steps x samples, ...]`."""
+  x = batch.latents[:-1].reshape(-1, *SHAPE)
+  v = denoiser(scale)(params, x, 1000 * HERE.reshape(-1), jnp.tile(batch.prompt.reshape(-1), TRAINED))
+  return x + v * DT + 0.3**2 / 2 * (x + (1 - HERE) * v) / HERE * DT
+
+
+def log_probs(params, batch: Batch, scale: float = 1.0):
+  """log p of every (step, lane, sample), averaged over the dimensions."""
+  error = batch.latents[1:].reshape(-1, *SHAPE) - means(params, batch, scale)
+  values = -(error**2) / (2 * STD**2) - jnp.log(STD) - jnp.log(2 * jnp.pi) / 2
+  return values.mean((1, 2, 3)).reshape(TRAINED, LANES, -1)
+
+
+def policy_gradient(batch: Batch, chosen=slice(None), scale: float = 1.0):
+  """Gradient of -mean(A log p) over chosen entries of `[steps, lanes, samples]`."""
+  return jax.jit(jax.grad(lambda params: -(batch.advantage[None] * log_probs(params, batch, scale))[chosen].mean()))(parameters())
+
+
+@pytest.mark.parametrize("microbatch, scale", [(32, 1.0), (256, 3.0)])
+def test_gradient_at_ratio_one_is_the_policy_gradient(microbatch, scale):
+  batch = make_batch(DANCE, scale)
+  state, metrics = step(DANCE, PLAIN._replace(microbatch=microbatch), batch, scale=scale)
+  expected = policy_gradient(batch, scale=scale)
+  assert relative_error(state.opt_state.gradient, expected) < 1e-4
+  np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(expected), rtol=1e-4)
+  np.testing.assert_allclose(metrics["loss"], -batch.advantage.mean(), atol=1e-6)
+
+
+def test_a_chosen_part_of_the_steps_has_the_gradient_of_that_part():
+  batch = make_batch(DANCE)
+  state, _ = step(DANCE, PLAIN._replace(timesteps="last", timestep_fraction=0.4), batch)  # 3 of 8
+  assert relative_error(state.opt_state.gradient, policy_gradient(batch, slice(-3, None))) < 1e-4
+
+
+@pytest.mark.parametrize("timesteps, updates", [("all", 1), ("random", 2)])
+def test_microbatches_change_nothing(timesteps, updates):
+  """An optimizer step's gradient is a sum over the same transitions, however they are cut."""
+  settings = PLAIN._replace(timesteps=timesteps, timestep_fraction=0.6, updates=updates)
+  runs = [step(DDIM, settings._replace(microbatch=size), make_batch(DDIM), 0.1)[0].trainable for size in (8, 32)]
+  assert relative_error(runs[0], runs[1]) <= 1e-6
+  assert relative_error(runs[0], parameters()) > 1e-4
+
+
+def test_constant_rewards_change_nothing():
+  """Rewards that are all .3 have a std of 1e-8 in float32: the advantages must still be 0, and Adam's step too."""
+  scores = {"clip": jnp.full((PROMPTS, GROUP), 0.3)}
+  result = advantages.combine(scores, (("clip", 1.0),), "advantages", ddof=1, eps=1e-8, clamp=5.0, min_spread=1e-6)
+  batch = make_batch(DDIM)._replace(advantage=in_lanes(result.advantage.reshape(-1), 0))
+
+  def adam(decay):
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2, weight_decay=decay))
+
+  plain, decaying = functools.partial(adam, 0.0), functools.partial(adam, 0.1)
+  state, metrics = program(DDIM, PLAIN._replace(updates=4), plain)(make_state(plain().init(parameters())), None, batch, 3)
+  assert_trees_equal(state.trainable, parameters())
+  assert metrics["grad_norm"] == 0 and metrics["loss"] == 0 and state.step == 4
+  state, _ = program(DDIM, PLAIN, decaying)(make_state(decaying().init(parameters())), None, batch, 3)
+  assert relative_error(state.trainable, jax.tree.map(lambda p: p * (1 - 1e-2 * 0.1), parameters())) < 1e-6
+
+
+LEFT_OUT = (np.arange(SAMPLES) % 5 == 2).reshape(LANES, -1)
+
+
+def masked() -> Batch:
+  batch = make_batch(DANCE)
+  return batch._replace(weight=jnp.where(LEFT_OUT, 0.0, 1.0), advantage=jnp.where(LEFT_OUT, 0.0, batch.advantage))
+
+
+def spoilt(batch: Batch, latents: float, log_probs: float) -> Batch:
+  """The samples that are left out, with something else in them."""
+  return batch._replace(
+    latents=jnp.where(LEFT_OUT.reshape(1, LANES, -1, 1, 1, 1), latents, batch.latents),
+    log_probs=jnp.where(LEFT_OUT[None], log_probs, batch.log_probs),
+  )
+
+
+def test_samples_of_weight_zero_have_no_influence():
+  batch = masked()
+  state, metrics = step(DANCE, PLAIN, batch)
+  assert relative_error(state.opt_state.gradient, policy_gradient(batch, np.s_[:, ~LEFT_OUT])) < 1e-4
+  garbage = spoilt(batch, 50.0, -7.0)._replace(advantage=jnp.where(LEFT_OUT, 1e6, batch.advantage))
+  again, same = step(DANCE, PLAIN, garbage)
+  assert_trees_equal(again.opt_state, state.opt_state)
+  assert_trees_equal(same, metrics)
+
+
+def test_a_failed_sample_may_hold_nan():
+  """A trajectory that diverged decodes to NaN, so its reward fails and its weight is 0: it must not take the others' step away."""
+  batch = masked()
+  expected, _ = step(DANCE, PLAIN, batch)
+  state, metrics = step(DANCE, PLAIN, spoilt(batch, jnp.nan, jnp.nan))
+  assert metrics["optimizer/skipped"] == 0
+  assert relative_error(state.opt_state.gradient, expected.opt_state.gradient) < 1e-6
+
+
+def test_weights_are_averaged_over_the_whole_optimizer_step():
+  """The samples of weight 1 lie unevenly in the microbatches: the mean is over the step, not a mean of the microbatches' means."""
+  batch = make_batch(DANCE)
+  few = jnp.zeros((LANES, SAMPLES // LANES)).at[:, 0].set(1.0)
+  batch = batch._replace(weight=few, advantage=few * batch.advantage)
+  state, _ = step(DANCE, PLAIN, batch)
+  assert relative_error(state.opt_state.gradient, policy_gradient(batch, np.s_[:, :, 0])) < 1e-4
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
+  """Each sample has one transition here, so that the one with a NaN spoils one of the two optimizer steps."""
+  settings = PLAIN._replace(timesteps="first", timestep_fraction=0.125, updates=2, microbatch=8, ema_decay=0.5)
+  adam = functools.partial(optax.adamw, 1e-2)
+  batch, run = make_batch(DDIM), program(DDIM, settings, adam)
+  nan = batch._replace(advantage=batch.advantage.at[3, 1].set(jnp.nan))
+  half, metrics = run(make_state(adam().init(parameters()), ema=True), None, nan, 3)
+  assert metrics["optimizer/skipped"] == 1 and half.skipped == 1 and half.step == 1
+  assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(half))
+  assert relative_error(half.trainable, parameters()) > 1e-4
+  whole, metrics = run(half, None, batch._replace(advantage=jnp.full_like(batch.advantage, jnp.nan)), 4)
+  assert metrics["optimizer/skipped"] == 2 and whole.skipped == 3
+  assert_trees_equal(whole._replace(skipped=half.skipped), half)
+  after, metrics = run(whole, None, batch, 5)
+  assert metrics["optimizer/skipped"] == 0 and after.step == 3
+
+
+# KL, guard, EMA.
+
+
+def test_kl_pulls_towards_the_reference():
+  batch, params, reference = make_batch(DANCE), parameters(), parameters(seed=5, scale=0.5)
+  batch = batch._replace(advantage=jnp.zeros_like(batch.advantage))
+
+  @jax.jit
+  def kl(params):
+    """Of two Gaussians of equal std, reduced as the log-prob is: mean((mean - mean_ref)^2) / (2 std^2)."""
+    return ((means(params, batch) - means(reference, batch)) ** 2 / (2 * STD**2)).mean()
+
+  settings = PLAIN._replace(kl_weight=0.5)
+  state, metrics = step(DANCE, settings, batch, 0.05, reference=reference)
+  value, gradient = jax.value_and_grad(kl)(params)
+  np.testing.assert_allclose(metrics["kl"], value, rtol=1e-4)
+  np.testing.assert_allclose(metrics["loss"], 0.5 * value, rtol=1e-4)
+  assert relative_error(state.opt_state.gradient, jax.tree.map(lambda g: 0.5 * g, gradient)) < 1e-4
+  assert kl(state.trainable) < value
+  # from the reference itself: no distance before the first step, some after it
+  state, first = step(DANCE, settings, make_batch(DANCE), 0.1, reference=params)
+  _, second = program(DANCE, settings)(state, params, make_batch(DANCE), 4)
+  assert first["kl"] == 0 and second["kl"] > 0
+
+
+def test_guard_weighs_each_step_by_its_width():
+  """GRPO-Guard's gradient at ratio 1: A mean(d mean . noise) / D over the steps, arXiv 2510.22319."""
+  batch = make_batch(DANCE)
+
+  def loss(params):
+    mean = means(params, batch)
+    noise = jax.lax.stop_gradient(batch.latents[1:].reshape(-1, *SHAPE) - mean) / STD
+    advantage = jnp.tile(batch.advantage.reshape(-1), TRAINED)
+    return -(advantage * (mean * noise).mean((1, 2, 3)) / -DT.reshape(-1)).mean()
+
+  state, metrics = step(DANCE, PLAIN._replace(guard=True), batch)
+  assert metrics["ratio/drift_max"] == 0
+  assert relative_error(state.opt_state.gradient, jax.jit(jax.grad(loss))(parameters())) < 1e-4
+
+
+def test_ema_is_its_closed_form():
+  """ema_n = d^n p_0 + (1 - d) sum_k d^(n - k) p_k over every optimizer step."""
+  decay, batch = 0.8, make_batch(DDIM)
+  run, state, history = program(DDIM, PLAIN._replace(ema_decay=decay)), descend(0.1, ema=True), []
+  for seed in range(3):
+    state, _ = run(state, None, batch, seed)
+    history.append(state.trainable)
+  expected = jax.tree.map(lambda p: decay**3 * np.float64(p), parameters())
+  for k, params in enumerate(history):
+    expected = jax.tree.map(lambda e, p, k=k: e + (1 - decay) * decay ** (2 - k) * np.float64(p), expected, params)
+  assert relative_error(state.ema, expected) < 1e-6
+  assert relative_error(state.ema, state.trainable) > 1e-4
+
+
+# Lanes.
+
+
+def test_every_pair_is_dealt_once_and_stays_in_its_lane():
+  lanes, samples, trained, updates, microbatch = 4, 6, 3, 3, 12
+  rng = np.random.default_rng(0)
+  selected = np.stack([[rng.permutation(9)[:trained] for _ in range(samples)] for _ in range(lanes)]).astype(np.int32)
+  sample, steps = (np.asarray(x) for x in partition(jax.random.key(0), jnp.asarray(selected), updates, microbatch))
+  assert sample.shape == steps.shape == (updates, lanes * samples * trained // updates // microbatch, lanes, microbatch // lanes)
+  orders = []
+  for lane in range(lanes):
+    dealt = list(zip(sample[:, :, lane].reshape(-1), steps[:, :, lane].reshape(-1)))
+    assert sorted(dealt) == sorted((s, t) for s in range(samples) for t in selected[lane, s])
+    orders.append(tuple(sample[:, :, lane].reshape(-1)))
+  assert len(set(orders)) == lanes  # every lane has an order of its own
+  other = np.asarray(partition(jax.random.key(1), jnp.asarray(selected), updates, microbatch)[0])
+  assert (other != sample).any()
+
+
+# The programs of a run, with a real (tiny) UNet and guidance, on 8 devices and on 1.
+
+
+class Run(NamedTuple):
+  """An iteration's inputs on one mesh, up to the update."""
+
+  mesh: Any
+  compiled: programs.Programs
+  arguments: Any  # state -> arguments of compiled.update, with the advantages given
+  state: Any  # () -> a fresh TrainState (the update donates it)
+
+
+def prepare(folders, devices) -> Run:
+  config = tiny_config(
+    folders, sampler__guidance_scale=3.0, optimizer__updates_per_iteration=2, optimizer__microbatch=8, ema__decay=0.9,
+    optimizer__weight_decay=0.0, optimizer__learning_rate=1e-3, mesh__data=len(devices), optimizer__eps=1e-3,
+  )  # fmt: skip
+  mesh = meshes.make_mesh(config.mesh, devices)
+  with jax.set_mesh(mesh):
+    pipeline = loading.build_pipeline(config)
+    model = loading.load(config, pipeline, {}, mesh)
+    shardings = loading.state_shardings(config, model, 8, mesh)
+    compiled = programs.build(config, pipeline, {}, mesh, shardings)
+    make_state = programs.init_state(config, 8, shardings)
+    examples = [Example(i, text) for i, text in enumerate(("a red cat", "a blue cat", "a red boat", "a blue house"))]
+    conditioning = loading.conditioning(config, model, compiled.encode, examples)
+    ids, numbers = np.arange(4, dtype=np.int32), np.arange(16, dtype=np.int32)
+    rolled = compiled.rollout(model.trainable, model.frozen, conditioning, ids, numbers, np.int32(0))
+
+  def arguments(state, advantage):
+    rest = (np.float32(advantage), np.ones(16, np.float32), numbers, np.int32(0))
+    return (state, model.frozen, None, conditioning, ids, (rolled,), *rest)
+
+  return Run(mesh, compiled, arguments, lambda: make_state(jax.tree.map(jnp.copy, model.trainable)))
+
+
+@pytest.fixture(scope="module")
+def eight(tiny_models) -> Run:
+  return prepare(tiny_models, jax.devices())
+
+
+@pytest.fixture(scope="module")
+def one(tiny_models) -> Run:
+  return prepare(tiny_models, jax.devices()[:1])
+
+
+ADVANTAGE = np.random.default_rng(0).standard_normal(16).astype(np.float32)
+
+
+def call(run: Run, advantage):
+  with jax.set_mesh(run.mesh):
+    return run.compiled.update(*run.arguments(run.state(), advantage))
+
+
+@pytest.mark.parametrize("devices", ["one", "eight"])
+def test_unet_ratio_is_one_with_guidance(devices, request):
+  """Without advantages the parameters stay as they are, so that the second optimizer step's ratio compares two passes."""
+  run = request.getfixturevalue(devices)
+  before = jax.device_get(run.state().trainable)
+  state, metrics = call(run, np.zeros(16))
+  assert_trees_equal(jax.device_get(state.trainable), before)
+  assert metrics["ratio/drift_max"] == 0
+  assert abs(metrics["ratio/min"] - 1) <= 1e-6 and abs(metrics["ratio/max"] - 1) <= 1e-6
+  assert 0 < metrics["ratio/rollout_drift_max"] <= 1e-6
+  state, metrics = call(run, ADVANTAGE)
+  assert metrics["ratio/drift_max"] == 0 and metrics["ratio/max"] > 1 + 1e-5
+  assert run.compiled.update._cache_size() == 1
+
+
+def test_eight_devices_make_the_update_of_one(one, eight):
+  (a, metrics_a), (b, metrics_b) = (call(run, ADVANTAGE) for run in (one, eight))
+  assert relative_error(jax.device_get(b.trainable), jax.device_get(a.trainable)) < 1e-5
+  assert relative_error(jax.device_get(b.ema), jax.device_get(a.ema)) < 1e-5
+  np.testing.assert_allclose(metrics_b["grad_norm"], metrics_a["grad_norm"], rtol=1e-4)
+  moved = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), a.trainable, one.state().trainable)
+  other = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), b.trainable, one.state().trainable)
+  assert relative_error(other, moved) < 1e-2  # of the change itself, which Adam's division makes touchy
+
+
+def test_no_device_fetches_trajectories(eight):
+  """What lanes are for: the compiled update has no collective that moves latents, only sums of gradients and statistics."""
+  with jax.set_mesh(eight.mesh):
+    text = eight.compiled.update.lower(*eight.arguments(eight.state(), ADVANTAGE)).compile().as_text()
+  assert "all-reduce" in text  # the gradients
+  moves = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute|collective-broadcast)[\w.-]*\(", text)
+  latents = [shape for shape in moves if re.search(r"f32\[[\d,]*8,8,4\]|f32\[[\d,]*256\]", shape)]
+  assert not latents, latents
