@@ -15,7 +15,9 @@ def get_config() -> ConfigDict:
 
   config.model = ConfigDict({
     "family": "stable_diffusion",  # pipelines/<family>.py
-    "checkpoint": "assets/emoji-sd",  # folder in diffusers layout, or a hub id
+    "checkpoint": "assets/emoji-sd",  # folder in diffusers layout, hub id, or random:FOLDER (config.json files, weights drawn)
+    "allow_pickle": False,  # read .pt, .pth and .bin weights too, of models and rewards, through torch's weights_only loader
+    "variant": "",  # which weight files to prefer, as "fp16"; "" = the full ones, then any
     "size": (32, 32),  # height, width of the samples, pixels
     "dtype": "float32",  # what the denoiser computes in; parameters and SDE arithmetic stay float32
     "frozen_dtype": "float32",  # text encoder and decoder, stored and computed
@@ -55,12 +57,41 @@ def get_config() -> ConfigDict:
   })
 
   config.reward = ConfigDict({
-    "terms": (("clip", 1.0),),  # (term, weight): clip | compressibility | module:function
+    "terms": (("clip", 1.0),),  # (term, weight): clip | hps | pickscore | aesthetic | compressibility | remote | module:function
     "combine": "advantages",  # advantages (sum of weighted advantages [P]) | rewards (normalise the weighted sum [F]) | gdpo
     "thresholds": (),  # (term, value): r = 1 where score > value, else 0
     "max_failed": 0.5,  # an iteration with a larger share of failed (NaN) rewards stops the run
-    "clip": ConfigDict({"checkpoint": "assets/emoji-clip"}),  # folder in transformers' CLIPModel layout
+    # The sections below are read for the rewards in `terms` alone. A checkpoint is a local folder or a hub id; a tokenizer is
+    # a folder or hub id with CLIP's vocab.json, merges.txt and tokenizer_config.json, "" the checkpoint's own.
+    "clip": ConfigDict({
+      # transformers' CLIPModel layout (openai/clip-vit-large-patch14), or a local folder in open_clip's, with
+      # open_clip_config.json (apple/DFN5B-CLIP-ViT-H-14, laion/CLIP-ViT-H-14-laion2B-s32B-b79K)
+      "checkpoint": "assets/emoji-clip",
+      "tokenizer": "",
+    }),
+    "hps": ConfigDict({  # HPS-v2.1, arXiv 2306.09341; the paper's reward [P]
+      # a file: `hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints/HPSv2` (needs model.allow_pickle), or a
+      # .safetensors with the same names
+      "checkpoint": "checkpoints/HPSv2/HPS_v2.1_compressed.pt",
+      "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+    }),
+    "pickscore": ConfigDict({  # arXiv 2305.01569
+      "checkpoint": "yuvalkirstain/PickScore_v1",
+      "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",  # its authors' choice
+    }),
+    "aesthetic": ConfigDict({  # LAION's predictor v2, points from 1 to 10
+      "checkpoint": "openai/clip-vit-large-patch14",  # the CLIP that the head was trained on
+      # a .safetensors copy, or the .pth itself (needs model.allow_pickle) from
+      # https://github.com/christophschuhmann/improved-aesthetic-predictor
+      "head": "checkpoints/sac+logos+ava1-l14-linearMSE.pth",
+    }),
     "compressibility": ConfigDict({"quality": 95, "sign": -1.0}),  # JPEG quality; -1 rewards small files
+    "remote": ConfigDict({  # a scorer of your own in another process or machine: benchmarks/reward_server.py
+      "url": "http://127.0.0.1:8000/",
+      "timeout": 60.0,  # seconds of one attempt
+      "retries": 2,  # attempts after the first, 0.5, 1, 2 ... s apart
+      "format": "png",  # png (8 bits, base64 in JSON) | npz (numpy, for video too)
+    }),
   })
 
   config.advantage = ConfigDict({
@@ -114,6 +145,8 @@ def get_config() -> ConfigDict:
     "steps": 20,  # network calls of the deterministic sampler
     "samples": 4,  # evaluate.py: samples a prompt
     "seed": 1234,  # noise that training never sees
+    "candidates": 200,  # evaluate.py: captions among which an image must be nearest to its own (retrieval)
+    "distractors": "",  # evaluate.py: prompts file that the others come from; "" = the evaluated prompts
   })
 
   config.logging = ConfigDict({

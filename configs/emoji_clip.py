@@ -13,7 +13,7 @@ def get_config(preset: str = ""):
   config.rollout.update(samples_per_prompt=16, chunk=128)
   config.optimizer.update(learning_rate=2e-4, warmup_steps=40, b2=0.98, updates_per_iteration=4, microbatch=128)
   config.objective.clip_range = 1e-3
-  config.evaluation.every = 20
+  config.evaluation.update(every=20, distractors="assets/prompts/emoji_train.txt")
   config.checkpoint.every = 20
   if preset == "tiny":
     config.iterations = 6

@@ -57,7 +57,7 @@ def get_config(preset: str = "") -> ConfigDict:
   })
 
   config.denoiser = ConfigDict({
-    "steps": 900,
+    "steps": 1800,
     "batch": 64,
     "learning_rate": 1e-3,
     "warmup": 100,

@@ -19,7 +19,6 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
   parser.add_argument("--checkpoint", required=True, help="a workdir, its checkpoints/ folder, or base")
   parser.add_argument("--prompts", action="append", help="prompt files; default: data.prompts and data.held_out")
-  parser.add_argument("--candidates", type=int, default=200, help="captions that an image's own must beat (top-1 retrieval)")
   parser.add_argument("--out", required=True, help="JSON file; sample grids are written beside it")
 
 
@@ -60,8 +59,8 @@ def candidate_prompts(prompts: list, pool: list, count: int) -> list:
   return list(prompts) + spread
 
 
-def measure(opened, weights, examples: list, pool: list, candidates: int) -> tuple[dict, np.ndarray]:
-  """Scores of all samples of one set of weights on one prompt list.
+def measure(opened, weights, examples: list, pool: list) -> tuple[dict, np.ndarray]:
+  """Scores of all samples of one set of weights on one prompt list; `pool` holds the captions to tell an image's own from.
 
   Returns:
     ({term: `[prompts, samples]`} with "retrieval" and "diversity" where the reward has an image embedding, pixels).
@@ -74,7 +73,7 @@ def measure(opened, weights, examples: list, pool: list, candidates: int) -> tup
   flat = pixels.reshape(-1, *pixels.shape[2:])
   repeated = [example for example in examples for _ in range(samples)]
   result = {}
-  texts = candidate_prompts(examples, pool, candidates)
+  texts = candidate_prompts(examples, pool, config.evaluation.candidates)
   features = loading.reward_features(model, run.features, texts, len(texts))
   chunk = min(config.rollout.chunk, -(-len(flat) // config.mesh.lanes) * config.mesh.lanes)
   padded = np.concatenate([flat, np.zeros((-len(flat) % chunk, *flat.shape[1:]), flat.dtype)])
@@ -124,7 +123,20 @@ def table(results: dict) -> str:
   return "\n".join(lines)
 
 
-def run(config, checkpoint: str, files: list[str], candidates: int, out: Path) -> dict:
+def side_by_side(before: np.ndarray, after: np.ndarray, examples: list, columns: int = 8, most: int = 16):
+  """A grid of the first sample of the first prompts: a row of the base model's, the checkpoint's below it. A PIL image."""
+  from dancegrpo_jax.runtime import images
+
+  tiles, captions = [], []
+  for start in range(0, min(most, len(examples)), columns):
+    rows = range(start, min(start + columns, most, len(examples)))
+    for name, pixels in (("base", before), ("trained", after)):
+      tiles += [pixels[p, 0] for p in rows] + [np.ones_like(pixels[0, 0])] * (columns - len(rows))
+      captions += [f"{name}: {examples[p].prompt}" for p in rows] + [""] * (columns - len(rows))
+  return images.grid(np.stack(tiles), columns, captions=captions)
+
+
+def run(config, checkpoint: str, files: list[str], out: Path) -> dict:
   """Samples base and checkpoint on each prompt file with the same noise, writes JSON and sample grids.
 
   Raises:
@@ -139,19 +151,16 @@ def run(config, checkpoint: str, files: list[str], candidates: int, out: Path) -
   configs.validate(config, num_devices=jax.device_count())
   try:
     lists = {file: prompts.read_prompts(file, config.data.negative_prompt) for file in files}
+    pool = prompts.read_prompts(config.evaluation.distractors) if config.evaluation.distractors else sum(lists.values(), [])
   except ValueError as error:
     raise ConfigError(str(error)) from error
-  pool = [example for examples in lists.values() for example in examples]
   results = {}
   with sampling.opened(config, checkpoint) as opened:
     for file, examples in lists.items():
-      base, before = measure(opened, opened.model.trainable, examples, pool, candidates)
-      tuned, after = measure(opened, opened.weights, examples, pool, candidates)
+      base, before = measure(opened, opened.model.trainable, examples, pool)
+      tuned, after = measure(opened, opened.weights, examples, pool)
       results[Path(file).stem] = compare(base, tuned)
-      shown = slice(0, 16)
-      pairs = np.stack([before[shown, 0], after[shown, 0]], 1).reshape(-1, *before.shape[2:])
-      captions = [text for e in examples[shown] for text in (f"base: {e.prompt}", f"trained: {e.prompt}")]
-      images.save(out.with_name(f"{out.stem}_{Path(file).stem}.png"), images.grid(pairs, 8, captions=captions))
+      images.save(out.with_name(f"{out.stem}_{Path(file).stem}.png"), side_by_side(before, after, examples))
   out.parent.mkdir(parents=True, exist_ok=True)
   out.write_text(json.dumps({"checkpoint": checkpoint, "results": results}, indent=2) + "\n")
   print(table(results))
@@ -164,7 +173,7 @@ def main(argv: list[str]) -> int:
   def command() -> None:
     line = configs.parse_argv(argv, "Score a checkpoint next to its base model.", add_flags)
     files = line.flags.prompts or [file for file in (line.config.data.prompts, line.config.data.held_out) if file]
-    run(line.config, line.flags.checkpoint, files, line.flags.candidates, Path(line.flags.out))
+    run(line.config, line.flags.checkpoint, files, Path(line.flags.out))
 
   return configs.exit_on_mistake(command)
 

@@ -286,30 +286,42 @@ def load_data(config, font: str, workdir: Path, out: Path) -> Data:
 STAGES = {"vae": vae_stage, "clip": clip_stage, "denoiser": denoiser_stage}
 
 
-def main(argv: list[str] | None = None) -> int:
-  """The command. Returns the exit code: 2 for a mistake, with one line on stderr."""
-  parser = argparse.ArgumentParser(prog="python -m dancegrpo_jax.pretrain", description="make the embedded models")
-  parser.add_argument("--config", default="configs/emoji_pretrain.py", help="FILE[:preset]")
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of this command."""
   parser.add_argument("--stage", default="all", choices=("all", *STAGES))
-  parser.add_argument("--workdir", default="runs/pretrain", help="checkpoints and logs")
+  parser.add_argument("--workdir", default="runs/pretrain", help="data set, checkpoints and logs")
   parser.add_argument("--out", default="assets", help="where emoji-sd/ and emoji-clip/ are written")
   parser.add_argument("--font", default=os.environ.get("EMOJI_FONT", emoji.FONT), help="NotoColorEmoji.ttf (CBDT build)")
-  args, overrides = parser.parse_known_args(argv)
-  out, workdir = Path(args.out), Path(args.workdir)
+
+
+def run(config, stage: str, workdir: Path, out: Path, font: str) -> None:
+  """Trains and exports one stage, or all in their order.
+
+  Raises:
+    ConfigError: the font is missing or unfit, or an earlier stage's weights are.
+  """
   try:
-    config = configs.load(args.config, overrides)
-    emoji.check_font(args.font)
+    emoji.check_font(font)
     workdir.mkdir(parents=True, exist_ok=True)
     write_tokenizer_files(out / "emoji-sd" / "tokenizer")
-    data = load_data(config, args.font, workdir, out)
-    for name in STAGES if args.stage == "all" else (args.stage,):
-      stage = STAGES[name](config, data, out)
-      stage.export(fit(stage, config, workdir))
+    data = load_data(config, font, workdir, out)
+    for name in STAGES if stage == "all" else (stage,):
+      chosen = STAGES[name](config, data, out)
+      chosen.export(fit(chosen, config, workdir))
   except (ValueError, FileNotFoundError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 2
-  return 0
+    raise configs.ConfigError(str(error)) from error
+
+
+def main(argv: list[str]) -> int:
+  """Reads the flags and trains; returns the exit code, 2 for a mistake."""
+
+  def command() -> None:
+    line = configs.parse_argv(argv, "Make the embedded models.", add_flags)
+    flags = line.flags
+    run(line.config, flags.stage, Path(flags.workdir), Path(flags.out), flags.font)
+
+  return configs.exit_on_mistake(command)
 
 
 if __name__ == "__main__":
-  sys.exit(main())
+  sys.exit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ from dancegrpo_jax import loading, programs
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.runtime import checkpoint
 from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.runtime.config import ConfigError
 from dancegrpo_jax.types import Example, PyTree
 
 
@@ -55,11 +56,30 @@ def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
 
 def restore(config: ConfigDict, model: Model, name: str) -> PyTree:
   """A checkpoint's weights, the averaged ones where it keeps an average. ConfigError where it can't be read."""
-  folder = Path(name) / "checkpoints" if (Path(name) / "checkpoints").is_dir() else Path(name)
-  field = "ema" if checkpoint.read_meta(folder)["config"]["ema"]["decay"] else "trainable"
-  abstract = jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.trainable, model.shardings
-  )
+  return restore_weights(name, loading.placed(model.trainable, model.shardings), "")
+
+
+def checkpoints(name: str) -> Path:
+  """The folder of checkpoints that a workdir, or such a folder itself, names."""
+  return Path(name) / "checkpoints" if (Path(name) / "checkpoints").is_dir() else Path(name)
+
+
+def restore_weights(name: str, abstract: PyTree, kind: str) -> PyTree:
+  """The trained weights of a workdir's last checkpoint.
+
+  Args:
+    name: a workdir, or a folder of checkpoints.
+    abstract: tree of `jax.ShapeDtypeStruct` with shardings, by component.
+    kind: "raw", "ema", or "" for the averaged ones where the checkpoint keeps an average.
+
+  Raises:
+    ConfigError: it can't be read, does not fit, or keeps no average.
+  """
+  folder = checkpoints(name)
+  averaged = bool(checkpoint.read_meta(folder)["config"]["ema"]["decay"])
+  if kind == "ema" and not averaged:
+    raise ConfigError(f"{name}: keeps no averaged weights (it ran with ema.decay = 0); take the raw ones")
+  field = "ema" if averaged and kind != "raw" else "trainable"
   return checkpoint.restore_fields(folder, {field: abstract})[field]
 
 

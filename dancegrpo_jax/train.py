@@ -101,12 +101,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
     progress = stack.enter_context(metrics.Progress(config.iterations, first))
     if first == 0:
       show(session, 0, state, progress.message)
-    pending = None
+    pending = clock = None
     for iteration in range(first, config.iterations):
       done = iteration + 1
       last = done == config.iterations
       save, shown = last or is_due(done, config.checkpoint.every), last or is_due(done, config.evaluation.every)
-      clock = Clock(clock_thread)
+      clock = Clock(clock_thread, before=clock)
 
       start_profile(config, workdir, iteration)
       # Prompts, rollout, decode and rewards, chunk by chunk.

@@ -1,23 +1,27 @@
-"""Checkpoint folders as small as the networks allow, with random weights: what the tests of whole runs load.
+"""Models for tests of whole programs: checkpoint folders as small as the networks allow, and a model of a few lines.
 
 `write_models` makes a Stable Diffusion folder in diffusers' layout (32x32 pixels, 8x8 latents) and a CLIP folder in transformers'
-layout. Every tensor is drawn, those that training starts at zero or one too: a network whose last layer is zero would
-hide whatever comes before it.
+layout, random. Every tensor is drawn, those that training starts at zero or one too: a network whose last layer is zero
+would hide whatever comes before it. `toy_programs` has the programs of a run around a network that compiles in no time.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dancegrpo_jax import pretrain
+from dancegrpo_jax import loading, pretrain, programs
 from dancegrpo_jax.convert.shapes import abstract_params
 from dancegrpo_jax.data import tokenizer
+from dancegrpo_jax.diffusion import schedules
+from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime import weights
+from dancegrpo_jax.types import Conditioning
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = tuple(f"a {colour} {thing}" for thing in ("cat", "apple", "boat", "house") for colour in ("red", "blue"))
@@ -29,7 +33,7 @@ TOWER = {
 }  # fmt: skip
 UNET = {
   "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32),
-  "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+  "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2,  # attention in the middle: quick to compile
   "layers_per_block": 1, "cross_attention_dim": 16, "attention_head_dim": 2, "norm_num_groups": 8, "norm_eps": 1e-5,
   "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "sample_size": 8,
 }  # fmt: skip
@@ -93,25 +97,79 @@ def write_models(root: Path) -> Folders:
   return folders
 
 
-def tiny_config(folders: Folders, **changes):
-  """configs/emoji_clip.py:tiny on the tiny models, a quarter of its steps, with `changes` by dotted key (`__` for the dot)."""
-  config = configs.load(str(ROOT / "configs" / "emoji_clip.py") + ":tiny")
+def overrides(folders: Folders | None = None, **changes) -> list[str]:
+  """configs/emoji_clip.py:tiny as flags, on the tiny models and cut further; `changes` by dotted key, with `__` for the dot."""
   values = {
-    "model.checkpoint": str(folders.model), "reward.clip.checkpoint": str(folders.clip), "data.prompts": str(folders.prompts),
     "data.prompts_per_iteration": 4, "rollout.samples_per_prompt": 4, "rollout.chunk": 16, "sampler.steps": 4,
     "evaluation.steps": 2, "evaluation.prompts": 2, "optimizer.microbatch": 16, "optimizer.updates_per_iteration": 1,
     "optimizer.warmup_steps": 0, "objective.timesteps": "all", "logging.tensorboard": False,
   }  # fmt: skip
+  if folders:
+    values |= {"model.checkpoint": folders.model, "reward.clip.checkpoint": folders.clip, "data.prompts": folders.prompts}
   values |= {key.replace("__", "."): value for key, value in changes.items()}
-  with config.unlocked():
-    for key, value in values.items():
-      section, _, field = key.rpartition(".")
-      target = config
-      for part in filter(None, section.split(".")):
-        target = target[part]
-      assert field in target, key
-      target[field] = value
-  return config.lock()
+  return [f"{key}={value}" for key, value in values.items()]
+
+
+def tiny_config(folders: Folders | None = None, **changes):
+  """The config of `overrides`."""
+  return configs.load(f"{ROOT / 'configs' / 'emoji_clip.py'}:tiny", overrides(folders, **changes))
+
+
+TOY_SHAPE = (4, 4, 2)
+
+
+def toy_pipeline() -> Pipeline:
+  """One hidden layer as the denoiser, letters as tokens, Stable Diffusion's grid; nothing to load."""
+
+  def denoise(params, x, time, rows):
+    weights = params["denoiser"]
+    hidden = x.reshape(len(x), -1) @ weights["first"] + rows @ weights["prompt"] + jnp.sin(time[:, None] / 99) * weights["time"]
+    return (jnp.tanh(hidden) @ weights["last"]).reshape(x.shape)
+
+  def schedule(steps: int, shift: float) -> schedules.Schedule:
+    numbers = {key: SCHEDULER[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "steps_offset")}
+    return schedules.diffusion_schedule(steps, spacing="leading", set_alpha_to_one=False, **numbers)
+
+  return Pipeline(
+    tokenize=lambda texts: np.array([[ord(letter) for letter in f"{text:8.8}"] for text in texts], np.int32),
+    encode=lambda params, tokens: jnp.sin(tokens.astype(jnp.float32)),
+    denoise=denoise,
+    decode=lambda params, latents: jax.nn.sigmoid(jnp.repeat(latents[..., :1], 3, axis=-1)),
+    schedule=schedule,
+    prediction="epsilon",
+    latent_shape=TOY_SHAPE,
+    components={},
+  )  # fmt: skip
+
+
+class Toy(NamedTuple):
+  """A toy run on one mesh: its programs, and what they are called with."""
+
+  mesh: Any
+  compiled: programs.Programs
+  trainable: Any
+  conditioning: Any
+  new_state: Any  # () -> TrainState; the update donates it
+
+
+def toy_programs(devices, **changes) -> Toy:
+  """The programs of `tiny_config` (4 prompts x 4 samples, 4 steps) around the toy pipeline, on these devices."""
+  config, pipeline = tiny_config(mesh__data=len(devices), **changes), toy_pipeline()
+  mesh, size, rng = meshes.make_mesh(config.mesh, devices), int(np.prod(TOY_SHAPE)), np.random.default_rng(0)
+  with jax.set_mesh(mesh):
+    whole = meshes.replicated(mesh)
+    drawn = {name: rng.standard_normal(shape) / np.sqrt(shape[0]) for name, shape in {
+      "first": (size, 32), "prompt": (8, 32), "time": (1, 32), "last": (32, size),
+    }.items()}  # fmt: skip
+    params = {"denoiser": {name: jax.device_put(value.astype(np.float32), whole) for name, value in drawn.items()}}
+    model = loading.Model(pipeline, {}, params, {}, {}, jax.tree.map(lambda _: whole, params))
+    shardings = loading.state_shardings(config, model, len(PROMPTS), mesh)
+    compiled = programs.build(config, pipeline, {}, mesh, shardings)
+    init = programs.init_state(config, len(PROMPTS), shardings)
+    tokens = pipeline.tokenize(PROMPTS[:4])
+    positive = compiled.encode({}, tokens)
+    negative = None if config.sampler.guidance_scale == 1 else compiled.encode({}, pipeline.tokenize([""] * 4))
+  return Toy(mesh, compiled, params, Conditioning(positive, negative), lambda: init(jax.tree.map(jnp.copy, params)))
 
 
 def assert_trees_equal(actual, expected) -> None:

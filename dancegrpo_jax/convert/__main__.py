@@ -1,18 +1,23 @@
-"""Command: looks into checkpoints.
+"""Command: checkpoints out, in, and looked into.
 
-python -m dancegrpo_jax.convert inspect FOLDER     every tensor's name, shape, dtype and parameter, and all that does not fit
+    python -m dancegrpo_jax.convert inspect FOLDER
+    python -m dancegrpo_jax.convert export --config=... --checkpoint=runs/x --out=DIR [--part=denoiser] [--weights=ema|raw]
+    python -m dancegrpo_jax.convert import --config=... --out=DIR
 
-FOLDER is a diffusers pipeline (model_index.json) or one network's folder (config.json and safetensors).
+inspect: every tensor's name, shape, dtype and parameter, and all that does not fit. FOLDER is a diffusers pipeline
+(model_index.json) or one network's folder (config.json and safetensors). export: a trained model as a diffusers folder.
+import: the config's base model as an Orbax tree, for repeated starts; `config.model.checkpoint` takes it.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from dancegrpo_jax.convert.core import ConversionError, describe, match
 from dancegrpo_jax.convert.shapes import NETWORKS, abstract_params, class_name
 from dancegrpo_jax.convert.tables import TABLES
+from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime import weights
 
 
@@ -60,10 +65,53 @@ def inspect(args: argparse.Namespace) -> int:
   return 2 if problems else 0
 
 
+def export(argv: Sequence[str]) -> None:
+  """Reads the flags of `export` and runs it. ConfigError as `folders.export`."""
+
+  def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="a workdir, or its checkpoints/ folder")
+    parser.add_argument("--out", required=True, help="folder to write; must not exist")
+    parser.add_argument("--part", default="pipeline", choices=("pipeline", "denoiser"), help="all of it, or the trained network")
+    parser.add_argument("--weights", default="", choices=("", "ema", "raw"), help="default: averaged where the run kept them")
+
+  line = configs.parse_argv(argv, "Write a trained model as a diffusers folder.", add_flags)
+  from dancegrpo_jax.convert import folders  # after the flags: a misspelt one is answered at once
+
+  _converted(lambda: folders.export(
+    line.config, line.flags.checkpoint, Path(line.flags.out), line.flags.part, line.flags.weights
+  ))  # fmt: skip
+
+
+def import_checkpoint(argv: Sequence[str]) -> None:
+  """Reads the flags of `import` and runs it. ConfigError as `folders.import_checkpoint`."""
+  line = configs.parse_argv(
+    argv, "Write a base model as an Orbax tree.",
+    lambda parser: parser.add_argument("--out", required=True, help="folder to write; must not exist"),
+  )  # fmt: skip
+  from dancegrpo_jax.convert import folders
+
+  _converted(lambda: folders.import_checkpoint(line.config, Path(line.flags.out)))
+
+
+def _converted(run: Callable[[], None]) -> None:
+  try:
+    run()
+  except ConversionError as error:
+    raise configs.ConfigError(str(error)) from error
+
+
+WITH_CONFIG = {"export": export, "import": import_checkpoint}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one subcommand; returns the exit code (2 after a mistake)."""
-  parser = argparse.ArgumentParser(prog="python -m dancegrpo_jax.convert", description="Looks into checkpoints.")
+  argv = sys.argv[1:] if argv is None else argv
+  if argv and argv[0] in WITH_CONFIG:
+    return configs.exit_on_mistake(lambda: WITH_CONFIG[argv[0]](argv[1:]))
+  parser = argparse.ArgumentParser(prog="python -m dancegrpo_jax.convert", description="Checkpoints out, in, and looked into.")
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
+  commands.add_parser("export", help="a trained model as a diffusers folder; see export --help")
+  commands.add_parser("import", help="a base model as an Orbax tree, for repeated starts; see import --help")
   command = commands.add_parser("inspect", help="a checkpoint's tensors, where they go, and what does not fit")
   command.add_argument("folder", help="a diffusers pipeline, or one network's folder")
   command.add_argument("--variant", default="", help="which files to prefer, for example fp16")

@@ -252,4 +252,7 @@ OPEN_CLIP = Table(
   file="open_clip_model",
 )
 
-TABLES = {table.name: table for table in (UNET, AUTOENCODER, CLIP_TEXT, CLIP_VISION, CLIP, OPEN_CLIP)}
+# LAION's aesthetic predictor v2: the Linears of a Sequential with dropouts between.
+AESTHETIC = Table(name="AestheticHead", rows=dense("layers.{i}"), file="model")
+
+TABLES = {table.name: table for table in (UNET, AUTOENCODER, CLIP_TEXT, CLIP_VISION, CLIP, OPEN_CLIP, AESTHETIC)}

@@ -1,5 +1,6 @@
 """Prompts: read from a text file, a JSON list or a TFDS data set, and dealt out in batches by iteration number."""
 
+import importlib
 import json
 import os
 
@@ -7,6 +8,8 @@ from dancegrpo_jax.types import Example
 
 FIELDS = ("prompt", "negative_prompt", "metadata")  # of an object in a .json list
 TFDS_FIELDS = ("prompt", "caption")  # the first of these that a data set has
+# TFDS data sets of this project -> the module that makes them; its `builder` registers the name.
+BUILDERS = {"emoji": "dancegrpo_jax.data.emoji_dataset", "hpdv2_prompts": "dancegrpo_jax.data.hpdv2_prompts"}
 
 
 def read_prompts(path: str, negative_prompt: str = "") -> list[Example]:
@@ -92,8 +95,9 @@ def _read_tfds(source: str) -> list[str]:
   import tensorflow_datasets as tfds
 
   name, _, split = source.removeprefix("tfds:").partition("#")
-  if name.partition("/")[0] == "emoji":
-    import dancegrpo_jax.data.emoji_dataset.builder  # noqa: F401 (registers the name)
+  module = BUILDERS.get(name.partition("/")[0])
+  if module:
+    importlib.import_module(f"{module}.builder")
   try:
     builder = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))  # TFDS itself reads it at import alone
     data = builder.as_data_source(
@@ -102,8 +106,9 @@ def _read_tfds(source: str) -> list[str]:
     )
   except Exception as error:  # TFDS has a dozen kinds, of many lines each
     reason = str(error).strip().split("\n")[0][:200]
+    how = f" with `python -m {module}`" if module else ""
     raise ValueError(
-      f"prompts source {source} can't be opened ({reason}); prepare it as ArrayRecord files first, and set TFDS_DATA_DIR"
+      f"prompts source {source} can't be opened ({reason}); prepare it as ArrayRecord files first{how}, and set TFDS_DATA_DIR"
     ) from error
   field = next((field for field in TFDS_FIELDS if field in builder.info.features), None)
   if field is None:

@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from jaxtyping import Array, Float
+
 from dancegrpo_jax.pipelines.base import Component
-from dancegrpo_jax.types import PyTree
+from dancegrpo_jax.types import Media, PyTree
 
 
 class Reward(NamedTuple):
@@ -16,8 +18,7 @@ class Reward(NamedTuple):
     prepare: `(examples) -> numpy pytree` with one row an example; host.
     features: device rewards: `(params, prepared) -> pytree` with one row an example, computed once a prompt.
     score: device: `(params, media, features) -> {term: f32[b]}`; host: `(media of numpy, examples) -> {term: f32[b]}`.
-    folder: of the weights, "" for none.
-    component: what to load from it.
+    components: what `params` consists of, {} for nothing; a `Component.folder` here is the whole location.
     embed: `(params, pixels) -> f32[b, d]` of length 1, where the reward has an image embedding: evaluate.py measures
       retrieval and diversity with it.
   """
@@ -27,8 +28,7 @@ class Reward(NamedTuple):
   prepare: Callable | None
   features: Callable | None
   score: Callable
-  folder: str = ""
-  component: Component | None = None
+  components: dict[str, Component] = {}
   embed: Callable | None = None
 
 
@@ -36,3 +36,10 @@ def no_features(params: PyTree, prepared: PyTree) -> PyTree:
   """For rewards that need nothing of the prompt."""
   del params
   return prepared
+
+
+def images(name: str, media: Media) -> Float[Array, "b h w 3"]:
+  """The pixels of a reward of single images. ValueError: a video."""
+  if media.pixels.ndim != 4:
+    raise ValueError(f"reward {name} scores images, not video: its pixels are {list(media.pixels.shape)}")
+  return media.pixels

@@ -1,6 +1,10 @@
-"""CLIP score: cosine between image and prompt embeddings, by a model in transformers' CLIPModel layout."""
+"""CLIP score: cosine between image and prompt embeddings, by a checkpoint in transformers' or in open_clip's layout.
+
+`build` also makes what differs from it in weights and preprocessing alone: HPS-v2.1 (hps.py) and PickScore (pickscore.py).
+"""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,23 +13,80 @@ from jaxtyping import Array, Float
 
 from dancegrpo_jax.models.clip import Clip
 from dancegrpo_jax.pipelines.base import Component
-from dancegrpo_jax.rewards.base import Reward
+from dancegrpo_jax.rewards.base import Reward, images
+from dancegrpo_jax.rewards.preprocess import Preprocessing, from_open_clip, from_transformers, preprocess
 from dancegrpo_jax.types import Example, Media, PyTree
 
-FILES = {"clip": "config.json", "preprocessor": "preprocessor_config.json"}
+FILES = {"clip": "config.json", "preprocessor": "preprocessor_config.json"}  # of the transformers layout
+OPEN_CLIP_FILE = "open_clip_config.json"
 TOKENIZERS = ("",)
 
 
-def preprocess(pixels: Float[Array, "b h w 3"], size: int, mean: tuple, std: tuple) -> Float[Array, "b s s 3"]:
-  """Shortest side to `size` (antialiased bicubic, a = -0.5), centre crop, normalisation: CLIPImageProcessor on floats."""
-  b, h, w, _ = pixels.shape
-  if min(h, w) != size:
-    scale = size / min(h, w)
-    h, w = (size if side == min(h, w) else int(scale * side) for side in (h, w))
-    pixels = jnp.clip(jax.image.resize(pixels, (b, h, w, 3), "cubic", antialias=True), 0.0, 1.0)
-  top, left = (h - size) // 2, (w - size) // 2
-  pixels = pixels[:, top : top + size, left : left + size]
-  return (pixels - jnp.array(mean).reshape(1, 1, 1, 3)) / jnp.array(std).reshape(1, 1, 1, 3)
+class Checkpoint(NamedTuple):
+  """A two-tower checkpoint, not yet read.
+
+  Attributes:
+    location: of its weights: a folder, a file, or "random:..." (weights are drawn).
+    table: the conversion table's name.
+    config: the network, as a CLIPModel config.json says it.
+    preprocessing: of its images.
+  """
+
+  location: str
+  table: str
+  config: dict[str, Any]
+  preprocessing: Preprocessing
+
+
+def transformers_checkpoint(location: str, jsons: dict[str, dict]) -> Checkpoint:
+  """openai/clip-vit-large-patch14 and its kind. ValueError: a preprocessing that is not implemented."""
+  config = jsons["clip"]
+  size = Clip.from_json(config).vision_model.image_size
+  return Checkpoint(location, "CLIPModel", config, from_transformers(jsons["preprocessor"], size))
+
+
+def open_clip_checkpoint(location: str, config: dict[str, Any]) -> Checkpoint:
+  """DFN5B, LAION and their kind, from open_clip_config.json. ValueError: a network that is not implemented."""
+  return Checkpoint(location, "open_clip", clip_config(config["model_cfg"]), from_open_clip(config))
+
+
+# What open_clip's `model_cfg` and its towers may say, with open_clip's defaults; None has none.
+_MODEL = {"embed_dim": None, "quick_gelu": False, "vision_cfg": None, "text_cfg": None}
+_VISION = {"image_size": 224, "patch_size": 16, "width": 768, "layers": 12, "head_width": 64, "mlp_ratio": 4.0}
+_TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12, "mlp_ratio": 4.0}
+
+
+def _fields(name: str, given: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+  """`given` over the defaults. ValueError: a field that no code here reads, so that the network would be another one."""
+  unknown = sorted(set(given) - set(known))
+  missing = sorted(key for key, value in known.items() if value is None and key not in given)
+  if unknown or missing:
+    what = [f"not supported: {', '.join(unknown)}"] * bool(unknown) + [f"missing: {', '.join(missing)}"] * bool(missing)
+    raise ValueError(f"open_clip_config.json, {name}: {'; '.join(what)}")
+  return known | given
+
+
+def clip_config(model_cfg: dict[str, Any]) -> dict[str, Any]:
+  """The CLIPModel config.json of the network that open_clip's `model_cfg` describes. ValueError: not implemented."""
+  model = _fields("model_cfg", model_cfg, _MODEL)
+  vision = _fields("vision_cfg", model["vision_cfg"], _VISION)
+  text = _fields("text_cfg", model["text_cfg"], _TEXT)
+
+  def tower(cfg: dict[str, Any], heads: int) -> dict[str, Any]:
+    width, act = cfg["width"], "quick_gelu" if model["quick_gelu"] else "gelu"
+    return {
+      "hidden_size": width, "intermediate_size": int(width * cfg["mlp_ratio"]), "num_hidden_layers": cfg["layers"],
+      "num_attention_heads": heads, "hidden_act": act, "layer_norm_eps": 1e-5,
+    }  # fmt: skip
+
+  return {
+    "projection_dim": model["embed_dim"],
+    "vision_config": tower(vision, vision["width"] // vision["head_width"])
+    | {"image_size": vision["image_size"], "patch_size": vision["patch_size"], "num_channels": 3},
+    "text_config": tower(text, text["heads"])
+    | {"vocab_size": text["vocab_size"], "max_position_embeddings": text["context_length"]}
+    | {"eos_token_id": 2},  # pools at the row's highest id, as open_clip does: see ClipText
+  }
 
 
 def normalise(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
@@ -34,33 +95,39 @@ def normalise(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def build(folder: str, jsons: dict[str, dict], tokenize: dict[str, Callable[[list[str]], np.ndarray]], dtype: str) -> Reward:
-  """The reward of a CLIPModel folder.
-
-  Args:
-    folder: of the checkpoint.
-    jsons: config.json and preprocessor_config.json, parsed.
-    tokenize: texts -> ids, under "".
-    dtype: stored and computed.
-  """
+def network_of(checkpoint: Checkpoint, dtype: str) -> tuple[Clip, Component]:
+  """The towers, computed and stored in `dtype`, and what to load for them."""
   kind = jnp.dtype(dtype)
-  network = Clip.from_json(jsons["clip"], dtype=kind, param_dtype=kind)
-  size = network.vision_model.image_size
-  mean, std = (tuple(jsons["preprocessor"][key]) for key in ("image_mean", "image_std"))
-
-  def prepare(examples: list[Example]) -> np.ndarray:
-    return tokenize[""]([example.prompt for example in examples])
-
-  def features(params: PyTree, tokens: Array) -> Float[Array, "n d"]:
-    return normalise(network.apply({"params": params}, tokens, method="text_features"))
-
-  def embed(params: PyTree, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-    return normalise(network.apply({"params": params}, preprocess(pixels, size, mean, std), method="image_features"))
-
-  def score(params: PyTree, media: Media, text: Float[Array, "b d"]) -> dict[str, Float[Array, "b"]]:
-    return {"clip": jnp.sum(embed(params, media.pixels) * text, axis=-1)}
-
+  network = Clip.from_json(checkpoint.config, dtype=kind, param_dtype=kind)
+  size = checkpoint.preprocessing.size
   tokens = jax.ShapeDtypeStruct((1, network.text_model.max_position_embeddings), jnp.int32)
   pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   abstract = jax.eval_shape(network.init, jax.random.key(0), tokens, pixels)["params"]
-  return Reward("clip", "device", prepare, features, score, folder, Component("", "CLIPModel", abstract), embed)
+  return network, Component(checkpoint.location, checkpoint.table, abstract)
+
+
+def build(name: str, checkpoint: Checkpoint, tokenize: Callable[[list[str]], np.ndarray], dtype: str) -> Reward:
+  """The cosine of a two-tower checkpoint as the term `name`.
+
+  Args:
+    name: of the reward and its one term.
+    checkpoint: from `transformers_checkpoint`, `open_clip_checkpoint`, hps.py or pickscore.py.
+    tokenize: texts -> ids.
+    dtype: stored and computed; images are prepared in float32.
+  """
+  network, component = network_of(checkpoint, dtype)
+
+  def prepare(examples: list[Example]) -> np.ndarray:
+    return tokenize([example.prompt for example in examples])
+
+  def features(params: PyTree, tokens: Array) -> Float[Array, "n d"]:
+    return normalise(network.apply({"params": params["clip"]}, tokens, method="text_features"))
+
+  def embed(params: PyTree, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
+    ready = preprocess(pixels, checkpoint.preprocessing)
+    return normalise(network.apply({"params": params["clip"]}, ready, method="image_features"))
+
+  def score(params: PyTree, media: Media, text: Float[Array, "b d"]) -> dict[str, Float[Array, "b"]]:
+    return {name: jnp.sum(embed(params, images(name, media)) * text, axis=-1)}
+
+  return Reward(name, "device", prepare, features, score, {"clip": component}, embed)

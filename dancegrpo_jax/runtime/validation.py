@@ -17,7 +17,7 @@ from dancegrpo_jax.runtime.mesh import AXES, axis_sizes
 # Families that pipelines/ has, and what their denoiser was trained as: rectified flow or diffusion.
 FAMILIES = {"stable_diffusion": "diffusion"}
 # Rewards that rewards/ has; anything else is module:function.
-REWARDS = ("clip", "compressibility")
+REWARDS = ("clip", "hps", "pickscore", "aesthetic", "compressibility", "remote")
 
 _DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {
@@ -55,6 +55,7 @@ def _below_one():
 
 
 LIMITS = {
+  "model.variant": ((lambda value: re.fullmatch(r"\w*", value)), "must be the mark in file names, as 'fp16'; '' is none"),
   "iterations": _at_least(1),
   "data.prompts_per_iteration": _at_least(1),
   "sampler.steps": _at_least(1),

@@ -6,6 +6,7 @@ layout, such as the `unet` folder of a pipeline.
 
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,16 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
+from dancegrpo_jax.convert import pickled
 from dancegrpo_jax.convert.core import ConversionError, Mapping, Spec, Table, expected_sources, plan
 from dancegrpo_jax.convert.safetensors_io import HOW, Reader, find_files, write
 from dancegrpo_jax.convert.tables import TABLES
 from dancegrpo_jax.convert.transfer import export_tensor, import_slice
 from dancegrpo_jax.types import PyTree
 
-__all__ = ["ConversionError", "load", "open_reader", "read_config", "save", "specs"]
+__all__ = ["ConversionError", "draw", "load", "open_reader", "read_config", "save", "specs"]
+
+AnyReader = Reader | pickled.Reader
 
 
 def _table(table: Table | str) -> Table:
@@ -55,16 +59,26 @@ def specs(params: PyTree) -> dict[str, Spec]:
   return {path: Spec(tuple(x.shape), np.dtype(x.dtype)) for path, x in flatten_dict(params, sep="/").items()}
 
 
-def open_reader(folder: str | Path, variant: str = "") -> Reader:
-  """The tensors of a folder's weight files, to be used in a `with` block.
+def open_reader(folder: str | Path, variant: str = "", allow_pickle: bool = False) -> AnyReader:
+  """The tensors of a folder's weight files, to be used in a `with` block; of pickled ones where they are allowed and alone.
 
   Raises:
     ConversionError: no weights there, or unreadable ones; the message says what is accepted and how to get it.
   """
-  return Reader(find_files(folder, variant))
+  try:
+    files = find_files(folder, variant)
+  except ConversionError as error:
+    file = pickled.find(folder)
+    if file is None:
+      raise
+    if not allow_pickle:
+      how = "or read them through torch's weights_only loader with --config.model.allow_pickle=true"
+      raise ConversionError(f"{folder}: pickled weights only ({file.name}), not .safetensors; {HOW}, {how}") from error
+    return pickled.Reader(file)
+  return Reader(files)
 
 
-def _plan(folder: str | Path, table: Table | str, reader: Reader, params: PyTree) -> Mapping:
+def _plan(folder: str | Path, table: Table | str, reader: AnyReader, params: PyTree) -> Mapping:
   """`plan` for a folder, which its message names."""
   try:
     return plan(_table(table), reader.specs, specs(params))
@@ -79,16 +93,18 @@ def load(
   shardings: PyTree | Sharding | None = None,
   dtype: Any = None,
   variant: str = "",
+  allow_pickle: bool = False,
 ) -> PyTree:
   """Reads a network's parameters, one at a time, each device's slice alone where they are sharded.
 
   Args:
-    folder: the network's folder, or a .safetensors file.
+    folder: the network's folder, or a weight file.
     table: the table, or the name of its network (`_class_name` or `architectures[0]` of config.json).
     abstract_params: tree with the shapes and dtypes wanted, as `jax.eval_shape(network.init, ...)["params"]` gives it.
     shardings: a sharding for every parameter, or one for all; None = the default device.
     dtype: what floating-point parameters are cast to; None = what `abstract_params` says.
     variant: "fp16" prefers those files.
+    allow_pickle: whether torch's weights_only loader may read a .pt, .pth or .bin.
 
   Returns:
     The tree of arrays.
@@ -96,15 +112,56 @@ def load(
   Raises:
     ConversionError: one message with everything that is missing, left over or misshapen, before a device holds anything.
   """
-  with open_reader(folder, variant) as reader:
+  with open_reader(folder, variant, allow_pickle) as reader:
     mapping = _plan(folder, table, reader, abstract_params)
-    placed = flatten_dict(shardings, sep="/") if isinstance(shardings, dict) else dict.fromkeys(mapping.targets, shardings)
-    if set(placed) != set(mapping.targets):
-      raise ConversionError(f"shardings and parameters differ: {sorted(set(placed) ^ set(mapping.targets))}")
+    placed = _each(shardings, mapping.targets)
     params = {}
     for path, spec in _cast(mapping.targets, dtype).items():
       params[path] = _place(mapping, path, spec, reader, placed[path])
   return unflatten_dict(params, sep="/")
+
+
+def _each(shardings: PyTree | Sharding | None, targets: dict[str, Spec]) -> dict[str, Sharding | None]:
+  """Path -> sharding, from a tree of them or one for all."""
+  placed = flatten_dict(shardings, sep="/") if isinstance(shardings, dict) else dict.fromkeys(targets, shardings)
+  if set(placed) != set(targets):
+    raise ConversionError(f"shardings and parameters differ: {sorted(set(placed) ^ set(targets))}")
+  return placed
+
+
+def draw(abstract_params: PyTree, shardings: PyTree | Sharding | None = None, seed: int = 0) -> PyTree:
+  """Random parameters in place of a checkpoint's, for a first look and for tests of speed and memory.
+
+  Kernels are normal with variance 1 / fan-in, embeddings normal with std 0.02, biases 0, scales 1; no layer starts at 0, so
+  that whatever comes before it matters. A parameter depends on the seed and its path alone, never on the devices.
+
+  Args:
+    abstract_params: tree with the shapes and dtypes wanted.
+    shardings: as in `load`.
+    seed: of all of them.
+  """
+  targets = specs(abstract_params)
+  placed = _each(shardings, targets)
+
+  def one(path: str, spec: Spec) -> jax.Array:
+    whole = _random(path, spec, seed)
+    if placed[path] is None:
+      return jax.device_put(whole)
+    return jax.make_array_from_callback(spec.shape, placed[path], lambda index: whole[index])
+
+  return unflatten_dict({path: one(path, spec) for path, spec in targets.items()}, sep="/")
+
+
+def _random(path: str, spec: Spec, seed: int) -> np.ndarray:
+  """One parameter of `draw`, whole, on the host."""
+  leaf = path.rpartition("/")[2]
+  if leaf == "bias":
+    return np.zeros(spec.shape, spec.dtype)
+  if len(spec.shape) < 2 and leaf != "class_embedding":
+    return np.ones(spec.shape, spec.dtype)
+  std = 0.02 if "embedding" in leaf else np.prod(spec.shape[:-1]) ** -0.5
+  rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+  return (std * rng.standard_normal(spec.shape, np.float32)).astype(spec.dtype)
 
 
 def _cast(tensors: dict[str, Spec], dtype: Any) -> dict[str, Spec]:
@@ -115,7 +172,7 @@ def _cast(tensors: dict[str, Spec], dtype: Any) -> dict[str, Spec]:
   return {name: spec._replace(dtype=np.dtype(dtype)) if name in floating else spec for name, spec in tensors.items()}
 
 
-def _place(mapping: Mapping, path: str, spec: Spec, reader: Reader, sharding: Sharding | None) -> jax.Array:
+def _place(mapping: Mapping, path: str, spec: Spec, reader: AnyReader, sharding: Sharding | None) -> jax.Array:
   """One parameter on its devices. Slices that several devices hold are read once."""
   shape, held = spec.shape, {}
 

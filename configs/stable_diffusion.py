@@ -1,0 +1,88 @@
+"""What the sd_*.py files share: DanceGRPO's recipe for Stable Diffusion v1.4 and its presets. Not a run by itself.
+
+Presets:
+  ""      the published code's recipe [C]: 512x512, DDIM with eta 1 in 50 steps, guidance 5, 32 prompts x 16 samples, all 49
+          stochastic steps, 2 optimizer steps. For 8 devices of 80 GB; any number that divides 8 works.
+  1gpu    the same numbers on one GPU of 80 GB: smaller chunks and microbatches, so the same result more slowly.
+  paper   what the paper asks where guidance is trained [P, section 3.3]: 1 optimizer step, a random 60 % of the steps.
+  tiny    two iterations of a random network on a CPU, under a minute: shows that everything fits together, learns nothing.
+
+Memory, computed from the parameter counts and not measured (GB of 10^9 bytes, on every device: the rules replicate):
+  UNet 859.5 M parameters, float32: weights 3.4, Adam's moments 6.9, gradients and their sum over microbatches 6.9    17.2
+  text encoder 123.1 M and autoencoder 83.7 M in bfloat16: 0.25 + 0.17                                                 0.4
+  latents of an iteration, 512 x 50 of 4x64x64 in float32, split over the devices                                      1.7
+  the reward's network: see each file
+What is left of 80 GB is for activations. With rematerialised blocks and fused attention a microbatch of 16 (32 rows with
+guidance) and a decoder chunk of 16 images are an estimate that should fit; halve `optimizer.microbatch` and `rollout.chunk`
+if they do not. They change nothing but speed and round-off.
+
+Compute, from 0.68 TFLOP a forward pass of one row: about 135 PFLOP an iteration, 205 with the rematerialised forward and the
+recomputed old log-probs.
+
+Weights: CompVis/stable-diffusion-v1-4 of the Hugging Face hub, fetched when they aren't cached (4.2 GB). v1.5 and v2.1 go in
+the same place: --config.model.checkpoint=DIR_OR_ID (v2.1: --config.model.size="(768, 768)").
+Prompts: 400 of this project. The paper's are HPDv2's: `python -m dancegrpo_jax.data.hpdv2_prompts`, then
+--config.data.prompts=tfds:hpdv2_prompts.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+PRESETS = ("", "1gpu", "paper", "tiny")
+RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
+
+
+def recipe(name: str, preset: str) -> ConfigDict:
+  """The config of a run without its reward; `name` is that of its file."""
+  config = common.get_config()
+  config.name = name + (f"_{preset}" if preset else "")
+  config.iterations = 300
+  config.model.update(
+    checkpoint="CompVis/stable-diffusion-v1-4",
+    size=(512, 512),
+    dtype="bfloat16",
+    frozen_dtype="bfloat16",
+    remat=True,
+  )
+  config.data.update(
+    prompts="assets/prompts/general.txt",
+    held_out="assets/prompts/general_held_out.txt",
+    prompts_per_iteration=32,
+  )
+  config.sampler.update(
+    kind="ddim",
+    noise_level=1.0,
+    steps=50,
+    guidance_scale=5.0,
+    last_step="ode",  # 49 of 49 stochastic steps are trained, as in [C], which decodes a noisy last sample (std .02) instead
+  )
+  config.rollout.update(samples_per_prompt=16, shared_noise=True, chunk=128)
+  config.objective.update(clip_range=1e-4, timesteps="all")
+  config.optimizer.update(
+    learning_rate=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4, updates_per_iteration=2, microbatch=128
+  )
+  config.advantage.clamp = 5.0
+  config.evaluation.update(every=20, prompts=8, steps=50, samples=4)
+  config.checkpoint.update(every=20, keep=2)
+  if preset == "1gpu":
+    config.rollout.chunk = 16
+    config.optimizer.microbatch = 16
+  elif preset == "paper":
+    config.optimizer.updates_per_iteration = 1
+    config.objective.update(timesteps="random", timestep_fraction=0.6)
+  elif preset == "tiny":
+    _tiny(config)
+  return config
+
+
+def _tiny(config: ConfigDict) -> None:
+  """Two iterations of networks with random weights (assets/random-sd holds their config.json files)."""
+  config.iterations = 2
+  config.model.update(checkpoint="random:assets/random-sd", size=(32, 32), dtype="float32", frozen_dtype="float32", remat=False)
+  config.data.prompts_per_iteration = 4
+  config.sampler.steps = 4
+  config.rollout.update(samples_per_prompt=4, chunk=16)
+  config.optimizer.microbatch = 24  # one an optimizer step: on a CPU the loop over them is unrolled, and compiled as often
+  config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
+  config.checkpoint.every = 2

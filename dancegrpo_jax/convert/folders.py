@@ -1,0 +1,157 @@
+"""Whole checkpoint folders: a trained model written for diffusers, and a base model written once as an Orbax tree.
+
+Both appear under their name when they are complete, and neither ever replaces anything.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from dancegrpo_jax import loading, sampling
+from dancegrpo_jax.convert.safetensors_io import find_files
+from dancegrpo_jax.convert.tables import TABLES
+from dancegrpo_jax.pipelines.base import Component
+from dancegrpo_jax.runtime import checkpoint, hub, weights
+from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.runtime.config import ConfigError
+
+INDEX = "model_index.json"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".safetensors.index.json")
+
+
+def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> None:
+  """Writes a trained model as a diffusers folder, float32.
+
+  Args:
+    config: of the run.
+    name: a workdir, or a folder of checkpoints; the last one is taken.
+    out: where to; must not exist, or be empty.
+    part: "pipeline": the trained network with the base's other folders, for `StableDiffusionPipeline.from_pretrained`;
+      "denoiser": its folder alone, for `UNet2DConditionModel.from_pretrained`.
+    kind: "ema", "raw", or "" for the averaged weights where the checkpoint keeps them.
+
+  Raises:
+    ConfigError: `out` is taken, or a checkpoint can't be used.
+  """
+  check_free(out)
+  configs.validate(config, num_devices=jax.device_count())
+  base = loading.checkpoint_folder(config)
+  if part == "pipeline" and not (base / INDEX).is_file():
+    raise ConfigError(f"{base}: has no {INDEX}, so the pipeline's class is unknown; export it with --part=denoiser")
+  pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh)
+  component = pipeline.components[pipeline.trainable]
+  shardings = loading.shardings_of(config, pipeline, mesh)
+  abstract = {pipeline.trainable: loading.placed(component.abstract, shardings[pipeline.trainable])}
+  _note_base(config, name)
+  with jax.set_mesh(mesh), written(out) as folder:
+    trained = sampling.restore_weights(name, abstract, kind)[pipeline.trainable]
+    target = folder if part == "denoiser" else folder / component.folder
+    weights.save(target, component.table, trained, weights.read_config(base / component.folder))
+    if part == "pipeline":
+      _copy_files(config, base, folder)
+      for key, other in pipeline.components.items():
+        if key != pipeline.trainable:
+          _copy_network(config, base, other, shardings[key], folder / other.folder)
+      _write_index(base, folder)
+  print(f"{part} of {name}: {out}")
+
+
+def import_checkpoint(config: ConfigDict, out: Path) -> None:
+  """Reads config.model.checkpoint and writes all its networks as one Orbax tree beside its JSON files and tokenizers.
+
+  `config.model.checkpoint` takes the folder; dtypes are those of this config. Errors as `export`.
+  """
+  check_free(out)
+  configs.validate(config, num_devices=jax.device_count())
+  pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh)
+  shardings, location = loading.shardings_of(config, pipeline, mesh), loading.model_location(config)
+  with jax.set_mesh(mesh), written(out) as folder:
+    trees = {
+      component.folder: loading.read_component(location, component, shardings[key], config.model.variant)
+      for key, component in pipeline.components.items()
+    }
+    with checkpoint.Saver(folder / hub.ORBAX, keep=1) as saver:
+      saver.save(0, trees, {"checkpoint": config.model.checkpoint})
+    base = loading.checkpoint_folder(config)
+    _copy_files(config, base, folder)
+    for component in pipeline.components.values():
+      _copy(base / component.folder / "config.json", folder / component.folder / "config.json")
+    if (base / INDEX).is_file():
+      _copy(base / INDEX, folder / INDEX)
+  print(f"{config.model.checkpoint}: {out}; use it with --config.model.checkpoint={out}")
+
+
+def check_free(out: Path) -> None:
+  """ConfigError where a folder can't be written under this name."""
+  if out.is_dir() and any(out.iterdir()):
+    raise ConfigError(f"--out={out}: exists and is not empty; name a new folder, or remove it first")
+  if out.exists() and not out.is_dir():
+    raise ConfigError(f"--out={out}: is a file; name a new folder")
+
+
+@contextlib.contextmanager
+def written(out: Path) -> Iterator[Path]:
+  """A temporary folder beside `out` that gets its name when the block ends well, and vanishes when it does not."""
+  temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
+  temporary.mkdir(parents=True)
+  try:
+    yield temporary
+    os.replace(temporary, out)
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _note_base(config: ConfigDict, name: str) -> None:
+  """A line where the run's base has another name than the config's: the folders copied must be of the same model."""
+  ran_with = checkpoint.read_meta(sampling.checkpoints(name))["config"]["model"]["checkpoint"]
+  if ran_with != config.model.checkpoint:
+    print(f"note: {name} was trained from {ran_with!r}; the rest is taken from {config.model.checkpoint!r}")
+
+
+def _copy(source: Path, target: Path) -> None:
+  target.parent.mkdir(parents=True, exist_ok=True)
+  shutil.copyfile(source, target)
+
+
+def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
+  """The base's folders without networks of ours: scheduler, tokenizer, and what else its index names (as feature_extractor)."""
+  layout = hub.layout_of(loading.FAMILIES[config.model.family])
+  names = {str(Path(file).parent) for file in layout.files} | set(layout.tokenizers)
+  if (base / INDEX).is_file():
+    names |= {key for key in weights.read_config(base, INDEX) if not key.startswith("_")}
+  for name in sorted(names - set(layout.networks)):
+    if (base / name).is_dir():
+      shutil.copytree(base / name, folder / name)  # follows the links of the hub's cache
+
+
+def _copy_network(config: ConfigDict, base: Path, component: Component, sharding, target: Path) -> None:
+  """A frozen network: its weight file as it is, under the plain name; from anything but one file, read and written anew."""
+  location = loading.model_location(config)
+  stored = not hub.is_random(location) and not (base / hub.ORBAX).is_dir()
+  files = find_files(base / component.folder, config.model.variant) if stored else []
+  if len(files) == 1:
+    _copy(files[0], target / f"{TABLES[component.table].file}.safetensors")
+  else:
+    tree = loading.read_component(location, component, sharding, config.model.variant)
+    weights.save(target, component.table, tree)
+  for path in (base / component.folder).iterdir():
+    if path.is_file() and not path.name.endswith(_WEIGHTS) and ".index." not in path.name:
+      _copy(path, target / path.name)
+
+
+def _write_index(base: Path, folder: Path) -> None:
+  """model_index.json without the parts whose folders aren't there: the hub's safety checker isn't fetched, for example."""
+  index = weights.read_config(base, INDEX)
+  for name, value in index.items():
+    if isinstance(value, list) and not (folder / name).is_dir():
+      index[name] = [None, None]
+  if "requires_safety_checker" in index or "safety_checker" in index:
+    index["requires_safety_checker"] = (folder / "safety_checker").is_dir()
+  (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

@@ -1,0 +1,153 @@
+"""Finding a checkpoint's files: local folders, the cache, the hub (never reached here), and what is said without them."""
+
+import fnmatch
+import re
+import shutil
+from pathlib import Path
+
+import huggingface_hub.constants
+import huggingface_hub.errors
+import jax
+import numpy as np
+import pytest
+from tiny_checkpoint import ROOT, tiny_config
+
+from dancegrpo_jax import loading
+from dancegrpo_jax.pipelines import stable_diffusion
+from dancegrpo_jax.rewards import clip
+from dancegrpo_jax.runtime import hub, weights
+from dancegrpo_jax.runtime.config import ConfigError
+
+LAYOUT = hub.layout_of(stable_diffusion)
+NAME = "nobody/no-such-model"
+# The weight files of CompVis/stable-diffusion-v1-4's unet, of a sharded one, and of a text encoder
+UNET = ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
+        "diffusion_pytorch_model.non_ema.safetensors", "diffusion_pytorch_model.fp16.bin"]  # fmt: skip
+SHARDED = ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.json",
+           "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+           "diffusion_pytorch_model.safetensors.index.fp16.json"]  # fmt: skip
+
+
+def fetched(files: list[str], variant: str = "") -> list[str]:
+  wanted = hub.patterns(LAYOUT, variant)
+  return [file for file in files if any(fnmatch.fnmatch(f"unet/{file}", pattern) for pattern in wanted)]
+
+
+def test_only_what_is_needed_is_fetched():
+  assert fetched(UNET) == ["diffusion_pytorch_model.safetensors"]
+  assert fetched(UNET, "fp16") == ["diffusion_pytorch_model.fp16.safetensors"]
+  assert fetched(SHARDED) == SHARDED[:2] and fetched(SHARDED, "fp16") == SHARDED[2:]
+  others = ["model_index.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json", "vae/config.json"]
+  unneeded = ["safety_checker/model.safetensors", "sd-v1-4.ckpt", "README.md", "feature_extractor/preprocessor_config.json"]
+  wanted = hub.patterns(LAYOUT)
+  match = [file for file in others + unneeded if any(fnmatch.fnmatch(file, pattern) for pattern in wanted)]
+  assert match == others
+  assert "model.safetensors" in hub.patterns(hub.layout_of(clip))
+
+
+def test_a_folder_that_is_no_pipeline(tmp_path):
+  (tmp_path / "unet").mkdir()
+  (tmp_path / "weights.ckpt").write_bytes(b"")
+  with pytest.raises(ConfigError) as caught:
+    hub.folder("model.checkpoint", str(tmp_path), LAYOUT)
+  text = str(caught.value)
+  assert "\n" not in text and f"config.model.checkpoint = {str(tmp_path)!r}: the folder lacks unet/config.json" in text
+  assert "tokenizer/vocab.json" in text and "text_encoder/*.safetensors" in text and "found unet, weights.ckpt" in text
+
+
+def test_offline_and_not_cached(monkeypatch):
+  """Before any weights are looked at: how to get it, what is accepted, one line."""
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+  with pytest.raises(ConfigError) as caught:
+    hub.folder("model.checkpoint", NAME, LAYOUT)
+  text = str(caught.value)
+  assert "\n" not in text and "not in the Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads" in text
+  assert f"`hf download {NAME} --local-dir checkpoints/no-such-model`" in text and "accept its licence" in text
+  assert "--config.model.checkpoint=checkpoints/no-such-model" in text and "accepted is a folder with unet/config.json" in text
+
+
+@pytest.mark.parametrize("name", ["../nowhere/at/all", "nowhere", "/nowhere/at"])
+def test_neither_folder_nor_id(name):
+  with pytest.raises(ConfigError, match="no such folder .* and not a hub id; accepted is a folder with"):
+    hub.folder("model.checkpoint", name, LAYOUT)
+
+
+def test_the_build_says_so(tiny_models):
+  with pytest.raises(ConfigError, match="config.model.checkpoint = 'nobody/no-such-model': no such folder"):
+    loading.build_pipeline(tiny_config(tiny_models, model__checkpoint=NAME))
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+  """An empty Hugging Face cache; returns a function that puts a folder's files in it as a snapshot."""
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+  repository, commit = tmp_path / "cache" / ("models--" + NAME.replace("/", "--")), "0" * 40
+
+  def fill(source: Path, *leave_out: str) -> Path:
+    snapshot = repository / "snapshots" / commit
+    shutil.copytree(source, snapshot, ignore=shutil.ignore_patterns(*leave_out), dirs_exist_ok=True)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    return snapshot
+
+  return fill
+
+
+def test_a_cached_one_is_used_offline(tiny_models, cache):
+  snapshot = cache(tiny_models.model)
+  assert hub.folder("model.checkpoint", NAME, LAYOUT).resolve() == snapshot.resolve()
+
+
+def test_half_a_download_is_completed(tiny_models, cache, monkeypatch):
+  """A snapshot without its weights isn't taken; the full files are asked for, then those in half precision."""
+  snapshot, asked = cache(tiny_models.model, "*.safetensors"), []
+  real = huggingface_hub.snapshot_download
+
+  def fake(name, allow_patterns, local_files_only=False):
+    if local_files_only:
+      return real(name, allow_patterns=allow_patterns, local_files_only=True)
+    asked.append("unet/diffusion_pytorch_model.fp16.safetensors" in allow_patterns)
+    if asked[-1]:
+      cache(tiny_models.model)
+    return str(snapshot)
+
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
+  assert hub.folder("model.checkpoint", NAME, LAYOUT) == snapshot and asked == [False, True]
+  assert hub.folder("model.checkpoint", NAME, LAYOUT) and len(asked) == 2  # now it is cached
+
+
+def test_a_gated_one(cache, monkeypatch):
+  def refused(name, allow_patterns, local_files_only=False):
+    if local_files_only:
+      raise huggingface_hub.errors.LocalEntryNotFoundError("none")
+    raise PermissionError("401 Client Error.\nAccess to model is restricted")
+
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+  with pytest.raises(ConfigError, match=r"not downloaded \(PermissionError: 401 Client Error. Access to model is restricted\)"):
+    hub.folder("model.checkpoint", NAME, LAYOUT)
+
+
+def test_random_weights(tiny_models):
+  """From JSON files alone; a function of the path, whatever the devices; no parameter is degenerate."""
+  config = tiny_config(tiny_models, model__checkpoint=f"{hub.RANDOM}{ROOT / 'assets' / 'random-sd'}")
+  component = loading.build_pipeline(config).components["denoiser"]
+  mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+  first = loading.read_component(loading.model_location(config), component, jax.NamedSharding(mesh, jax.P()))
+  split = jax.tree.map(lambda x: jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 1), "fsdp")) if x.shape[-1] % 8 == 0
+                       else jax.NamedSharding(mesh, jax.P()), component.abstract)  # fmt: skip
+  again = weights.draw(component.abstract, split)
+  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(again), strict=True):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+    if re.search("kernel", jax.tree_util.keystr(path)):
+      fan_in = np.prod(a.shape[:-1])
+      assert 0.7 < np.std(np.asarray(a)) * fan_in**0.5 < 1.3, path
+  assert not any(np.isnan(np.asarray(leaf)).any() for leaf in jax.tree.leaves(first))
+
+
+def test_random_needs_its_json_files(tmp_path):
+  with pytest.raises(ConfigError, match="no such folder .*nowhere .*; give one with the JSON files"):
+    hub.folder("model.checkpoint", f"random:{tmp_path}/nowhere", LAYOUT)
+  with pytest.raises(ConfigError, match="the folder lacks unet/config.json"):
+    hub.folder("model.checkpoint", f"random:{tmp_path}", LAYOUT)

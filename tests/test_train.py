@@ -1,0 +1,453 @@
+"""Whole runs on the tiny model, through the command: metrics, files, compilations, resuming, chunks, rewards that fail.
+
+Every run is `main` in this process, on 8 devices. The first one compiles; the others find most programs in its compilation cache.
+"""
+
+import functools
+import io
+import json
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from orbax.checkpoint import v1 as ocp
+from tiny_checkpoint import ROOT, overrides, tiny_config
+
+from dancegrpo_jax import main, programs, train
+from dancegrpo_jax.runtime import checkpoint, metrics
+from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.runtime.clock import Clock
+
+ITERATIONS, PROMPTS, GROUP, CHUNK = 4, 4, 8, 8
+SAMPLES = PROMPTS * GROUP
+METRICS = {  # what every iteration must say, at least
+  "reward/mean", "reward/std", "reward/min", "reward/max", "reward/failed", "group/std_mean", "group/zero_variance",
+  "advantage/abs_mean", "ratio/mean", "ratio/min", "ratio/max", "ratio/drift_max", "clip_fraction", "approx_kl", "grad_norm",
+  "learning_rate", "time/encode", "time/rollout", "time/decode", "time/reward", "time/update", "images_per_second",
+}  # fmt: skip
+PROGRAMS = ("encode", "rollout", "sample", "decode", "advantages", "update")
+
+
+class Call(NamedTuple):
+  """A call of a program: its name, how many programs had been compiled before it, and the shapes of the update's arguments."""
+
+  name: str
+  compilations: int
+  arguments: Any
+
+
+class Run(NamedTuple):
+  """What a run did."""
+
+  workdir: Path
+  code: Any  # exit code, or the exception that came out
+  seconds: float
+  rows: list
+  calls: list[Call]
+  programs: programs.Programs | None
+
+
+COMPILATIONS = []
+
+
+@pytest.fixture(scope="module")
+def compilations():
+  """Counts every program that JAX compiles or finds in its cache, into `COMPILATIONS`."""
+
+  def listen(event: str, seconds: float, **_) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+      COMPILATIONS.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  yield
+  jax.monitoring.unregister_event_duration_listener(listen)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory, compilations):
+  """The folder of the compilation cache that the first run's config turns on; off again afterwards."""
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: getattr(jax.config, name) for name in names}
+  compilation_cache.reset_cache()  # JAX looks for a folder at the first compilation of a process alone
+  yield tmp_path_factory.mktemp("cache")
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+def quick_saves() -> ocp.Context:
+  """Without it Orbax slices each replicated array into one part a device, with a program a part: half a minute a run here."""
+  context = ocp.Context()  # for one Saver: Orbax drops it when that is closed
+  context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
+  return context
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_models, cache):
+  """`(**changes) -> argv`: everything that a state can hold is on (average, warm-up, per-prompt statistics)."""
+  settings = {
+    "iterations": ITERATIONS, "data__prompts_per_iteration": PROMPTS, "rollout__samples_per_prompt": GROUP,
+    "rollout__chunk": CHUNK, "optimizer__updates_per_iteration": 2, "optimizer__warmup_steps": 3, "optimizer__weight_decay": 0.0,
+    "ema__decay": 0.9, "advantage__history__size": 32, "advantage__history__min_count": 16, "checkpoint__every": 2,
+    "checkpoint__keep": 3, "evaluation__every": 2, "logging__compilation_cache": cache,
+    "reward__terms": (("clip", 1.0), ("compressibility", 0.5)), "reward__combine": "rewards",
+  }  # fmt: skip
+
+  def argv(**changes) -> list[str]:
+    words = overrides(tiny_models, **settings | changes)
+    return [f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny", *(f"--config.{word}" for word in words)]
+
+  return argv
+
+
+def execute(argv: list[str], workdir: Path) -> Run:
+  """Runs the command in this process and watches the calls of its programs."""
+  calls, built, build = [], [], programs.build
+
+  def watched(*args, **kwargs):
+    compiled = build(*args, **kwargs)
+    built.append(compiled)
+
+    def shape(x) -> jax.ShapeDtypeStruct:
+      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
+
+    def watch(name, function):
+      @functools.wraps(function, updated=())
+      def call(*arguments):
+        calls.append(Call(name, len(COMPILATIONS), jax.tree.map(shape, arguments) if name == "update" else None))
+        return function(*arguments)
+
+      return call
+
+    return compiled._replace(**{name: watch(name, getattr(compiled, name)) for name in PROGRAMS})
+
+  start = time.monotonic()
+  with pytest.MonkeyPatch.context() as patch, quick_saves():
+    patch.setattr(programs, "build", watched)
+    try:
+      code = main.main([*argv, f"--workdir={workdir}"])
+    except Exception as error:  # a defect: the test that is about it shows it, the others go on
+      code = error
+  return Run(workdir, code, time.monotonic() - start, metrics.read(workdir), calls, built[0] if built else None)
+
+
+@pytest.fixture(scope="module")
+def straight(flags, tmp_path_factory) -> Run:
+  """All iterations in one go."""
+  return execute(flags(logging__tensorboard=True), tmp_path_factory.mktemp("straight") / "run")
+
+
+@pytest.fixture(scope="module")
+def halves(straight, flags, tmp_path_factory) -> tuple[Run, Run]:
+  """The same run, stopped after half of its iterations and resumed."""
+  workdir = tmp_path_factory.mktemp("halves") / "run"
+  first = execute(flags(iterations=ITERATIONS // 2), workdir)
+  return first, execute(flags(), workdir)
+
+
+# What a run leaves behind.
+
+
+def test_metrics_of_every_iteration(straight):
+  assert straight.code == 0
+  assert [row["iteration"] for row in straight.rows] == list(range(ITERATIONS))
+  for row in straight.rows:
+    assert set(row) >= METRICS
+    assert all(np.isfinite(value) for value in row.values()), row
+    assert row["ratio/drift_max"] == 0 and row["reward/failed"] == 0 and row["optimizer/skipped_total"] == 0
+    assert 0 < row["ratio/rollout_drift_max"] <= 3e-6  # the rollout's own log-probs, in float32 on a CPU: not exact
+    assert row["reward/min"] <= row["reward/mean"] <= row["reward/max"] and row["reward/std"] > 0
+    assert row["grad_norm"] > 0 and row["group/std_mean"] > 0
+    total = row["reward/clip/mean"] + 0.5 * row["reward/compressibility/mean"]
+    np.testing.assert_allclose(row["reward/mean"], total, rtol=1e-5)
+  # 2 optimizer steps an iteration, warm-up over 3 of them: the rate of an iteration's first step
+  np.testing.assert_allclose([row["learning_rate"] * 3 / 2e-4 for row in straight.rows], [1, 3, 3, 3], rtol=1e-6)
+
+
+def test_times_add_up_to_no_more_than_the_clock_on_the_wall(straight):
+  for row in straight.rows:
+    parts = sum(value for key, value in row.items() if key.startswith("time/") and key != "time/total")
+    np.testing.assert_allclose(parts, row["time/total"], rtol=1e-6)
+    np.testing.assert_allclose(row["images_per_second"] * row["time/total"], SAMPLES, rtol=1e-6)
+  assert sum(row["time/total"] for row in straight.rows) <= straight.seconds
+
+
+def test_an_iteration_is_not_charged_for_the_update_before_it():
+  """The loop dispatches ahead: an iteration begins while the last one's update still runs, whose time is that one's alone."""
+  slow = SimpleNamespace(block_until_ready=lambda: time.sleep(0.3))
+  with ThreadPoolExecutor(1) as pool:
+    begin, clocks = time.monotonic(), []
+    for _ in range(2):
+      clocks.append(Clock(pool))
+      clocks[-1].phase("update", slow)
+    total = sum(clock.read()["time/total"] for clock in clocks)
+    assert total <= time.monotonic() - begin + 0.1
+
+
+def test_files_of_a_workdir(straight, halves):
+  names = {path.name for path in straight.workdir.iterdir()}
+  assert names >= {"config.json", "metrics.jsonl", "checkpoints", "samples", "tensorboard", "report.html"}
+  assert checkpoint.steps(straight.workdir / "checkpoints") == [2, 4]
+  assert {path.name for path in (straight.workdir / "samples").iterdir()} == {
+    "iteration_000000", "iteration_000002", "iteration_000004", "extremes_000002", "extremes_000004",
+  }  # fmt: skip
+  assert len(list((straight.workdir / "samples" / "iteration_000000").glob("*.png"))) == 2  # evaluation.prompts
+  assert json.loads((straight.workdir / "config.json").read_text())["iterations"] == ITERATIONS
+  assert list((straight.workdir / "tensorboard").glob("*tfevents*"))
+  page = (straight.workdir / "report.html").read_text()
+  assert "data:image/png;base64" in page and "<svg" in page
+  temporary = re.compile(r"\.tmp$|\.partial$|orbax-checkpoint-tmp")
+  for run in (straight, *halves):
+    assert not [path for path in run.workdir.rglob("*") if temporary.search(path.name)]
+
+
+def test_compilation_cache_fills(straight, cache):
+  assert straight.code == 0 and list(cache.iterdir())
+
+
+# Compilations.
+
+
+def test_every_program_compiles_once(straight):
+  for name in ("rollout", "sample", "advantages", "update"):
+    assert getattr(straight.programs, name)._cache_size() == 1, name
+  for function in (straight.programs.encode, straight.programs.decode, straight.programs.score["clip"]):
+    assert function._cache_size() <= 2  # a batch of training, and one of the report's fixed prompts
+  starts = [call.compilations for call in straight.calls if call.name == "advantages"]
+  ends = [call.compilations for call in straight.calls if call.name == "update"]
+  assert len(starts) == len(ends) == ITERATIONS and starts[0] < ends[0]
+  later = {call.compilations for call in straight.calls if call.name != "sample" and call.compilations > ends[1]}
+  assert not later  # nothing at all is compiled from the second iteration's update on
+
+
+def test_no_device_fetches_trajectories(straight):
+  """Of the real UNet's update: nothing as large as a sample's latents moves between devices, only sums of gradients."""
+  arguments = next(call.arguments for call in straight.calls if call.name == "update")
+  with jax.set_mesh(arguments[0].step.sharding.mesh):
+    text = straight.programs.update.lower(*arguments).compile().as_text()
+  assert "all-reduce" in text
+  moves = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute|collective-broadcast)[\w.-]*\(", text)
+  shapes = [[int(n) for n in dims.split(",") if n] for move in moves for dims in re.findall(r"\[([\d,]*)\]", move)]
+  assert not [shape for shape in shapes if np.prod(shape) >= 8 * 8 * 4]
+
+
+def test_a_save_compiles_nothing(compilations, tmp_path):
+  """Replicated weights lie whole on every device, and small ones are written by one of them: no slicing, whose programs (one an
+  array and device) take longer to compile than the rest of a run's start."""
+  mesh = meshes.make_mesh(tiny_config().mesh)
+  state = {"trainable": {str(i): jax.device_put(jnp.ones((8, 16 + i)), meshes.replicated(mesh)) for i in range(6)}}
+  before = len(COMPILATIONS)
+  with checkpoint.Saver(tmp_path, keep=1) as saver:
+    saver.save(1, state, {})
+  assert len(COMPILATIONS) == before
+
+
+# Resuming.
+
+
+def stored(run: Run, iteration: int) -> dict:
+  """Every field of a checkpoint, on the host."""
+  state = next(call.arguments for call in run.calls if call.name == "update")[0]
+  return jax.device_get(checkpoint.restore(run.workdir / "checkpoints", state, iteration).state._asdict())
+
+
+def test_resumed_equals_straight_bit_for_bit(straight, halves):
+  assert [run.code for run in halves] == [0, 0]
+  assert [call.name for call in halves[1].calls].count("update") == ITERATIONS // 2
+  expected, actual = (stored(run, ITERATIONS) for run in (straight, halves[1]))
+  assert all(jax.tree.leaves(expected[field]) for field in ("trainable", "opt_state", "ema", "prompt_stats"))
+  assert expected["step"] == 2 * ITERATIONS
+  for field, value in expected.items():
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual[field]), jax.tree.leaves(value), strict=True):
+      np.testing.assert_array_equal(a, b, err_msg=f"{field} {jax.tree_util.keystr(path)}")
+  timed = ("time/", "images_per_second")
+  rows = [[{k: v for k, v in row.items() if not k.startswith(timed)} for row in run.rows] for run in (straight, halves[1])]
+  assert rows[0] == rows[1]
+  before = jax.tree.leaves(stored(straight, ITERATIONS // 2)["trainable"])
+  assert all((a != b).any() for a, b in zip(before, jax.tree.leaves(expected["trainable"])))
+  (stats,) = expected["prompt_stats"].values()
+  assert stats.count.sum() == ITERATIONS * SAMPLES and (stats.values != 0).any()  # rewards of every iteration
+
+
+def snapshot(folder: Path) -> dict:
+  return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_finished_run_says_so_and_changes_nothing(straight, flags, capsys):
+  before = snapshot(straight.workdir)
+  again = execute(flags(logging__tensorboard=True), straight.workdir)
+  assert again.code == 0 and not again.calls
+  assert "finished" in capsys.readouterr().out
+  assert snapshot(straight.workdir) == before
+
+
+def test_a_changed_field_is_refused_by_name(straight, flags, capsys):
+  before = snapshot(straight.workdir)
+  argv = flags(objective__clip_range=0.5, optimizer__learning_rate=1e-3, iterations=9, rollout__chunk=16)
+  refused, errors = execute(argv, straight.workdir), capsys.readouterr().err
+  assert refused.code == 2 and not refused.calls
+  assert "config.objective.clip_range: 0.001 -> 0.5" in errors and "config.optimizer.learning_rate: 0.0002 -> 0.001" in errors
+  assert "iterations" not in errors and "chunk" not in errors  # these may change
+  assert all(line.startswith("error: ") for line in errors.splitlines())
+  assert snapshot(straight.workdir) == before
+
+
+def test_iterations_may_grow(straight, flags, capsys):
+  """As in `halves`, from 2 to 4; here only what is said about it."""
+  config = json.loads((straight.workdir / "config.json").read_text())
+  changed = train.configs.from_json(json.dumps(config | {"iterations": 9}))
+  assert train.iterations_done(changed, straight.workdir) == ITERATIONS
+  assert f"config.iterations: {ITERATIONS} -> 9" in capsys.readouterr().out
+
+
+# Chunks.
+
+
+@pytest.fixture(scope="module")
+def collected(tiny_models, cache, tmp_path_factory):
+  """The first iteration's samples and scores, in chunks of 32 (all) and of 8, half a group of 16."""
+  results = {}
+  for chunk in (32, 8):
+    changes = {"data__prompts_per_iteration": 2, "rollout__samples_per_prompt": 16, "rollout__chunk": chunk}
+    config = tiny_config(tiny_models, **changes, logging__compilation_cache=cache)
+    mesh = meshes.make_mesh(config.mesh)
+    with jax.set_mesh(mesh), ThreadPoolExecutor(1) as pool:
+      examples = train.read_examples(config)
+      session, state = train.prepare(config, tmp_path_factory.mktemp("chunks"), examples, mesh, 0)
+      seen = train.collect(session, state.trainable, 0, Clock(pool), pool, print, keep_pixels=True)
+      assert len(seen.rollouts) == 32 // chunk and session.programs.rollout._cache_size() == 1
+      latents = np.concatenate([rollout.latents for rollout in seen.rollouts], 1)
+      results[chunk] = latents, np.asarray(seen.scores["clip"]), seen.pixels
+  return results
+
+
+def test_chunks_change_no_reward(collected):
+  (whole, scores, _), (parts, scores_of_parts, _) = collected[32], collected[8]
+  np.testing.assert_array_equal(parts[0], whole[0])  # the initial noise, bit for bit
+  np.testing.assert_allclose(parts, whole, atol=1e-4 * np.abs(whole).max())
+  assert scores.shape == (2, 16) and scores.std(1).min() > 1e-3
+  np.testing.assert_allclose(scores_of_parts, scores, atol=1e-5)
+
+
+def test_a_group_may_be_larger_than_a_chunk(collected):
+  """The best and the worst sample of the first group are shown: its pixels are kept, in however many chunks they came."""
+  np.testing.assert_allclose(collected[8][2], collected[32][2], atol=1e-4)
+
+
+# Rewards on the host.
+
+REWARD = '''
+import threading
+import numpy as np
+calls, lock = [], threading.Lock()
+
+def score(pixels, prompts, metadata):
+  """By iteration: constant; one sample of each chunk fails; an exception."""
+  with lock:
+    calls.append((pixels, prompts, metadata))
+    iteration = (len(calls) - 2) // CHUNKS  # the first call is for the report's fixed prompts
+  if iteration < 1:
+    return [0.3] * len(prompts)
+  if iteration == 1:
+    return [float("nan") if i == 3 else float(image.mean()) for i, image in enumerate(pixels)]
+  raise ConnectionError("the scorer is down")
+'''.replace("CHUNKS", str(SAMPLES // CHUNK))
+
+
+@pytest.fixture(scope="module")
+def host(straight, flags, tmp_path_factory):
+  """A run on a reward of the user's own, which at first cannot tell samples apart, then fails in part, then for good."""
+  folder = tmp_path_factory.mktemp("host")
+  (folder / "reward_of_a_test.py").write_text(REWARD)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(folder)
+    streams = {name: io.StringIO() for name in ("stdout", "stderr")}
+    for name, stream in streams.items():
+      patch.setattr(f"sys.{name}", stream)
+    terms = (("reward_of_a_test:score", 1.0),)
+    changes = {"iterations": 6, "checkpoint__every": 1, "evaluation__every": 0, "logging__profile_steps": (2, 5)}
+    run = execute(flags(reward__terms=terms, **changes), folder / "run")
+    import reward_of_a_test
+
+    return run, reward_of_a_test.calls, streams["stdout"].getvalue(), streams["stderr"].getvalue()
+
+
+def test_a_reward_of_ones_own_gets_pixels_prompts_and_metadata(host):
+  run, calls, _, _ = host
+  for pixels, texts, metadata in calls:
+    assert isinstance(pixels, np.ndarray) and pixels.shape == (CHUNK, 32, 32, 3) and pixels.dtype == np.float32
+    assert pixels.min() >= 0 and pixels.max() <= 1
+    assert len(texts) == CHUNK and all(isinstance(text, str) for text in texts) and metadata == [None] * CHUNK
+  first = calls[1 : 1 + SAMPLES // CHUNK]  # chunks are as large as a group here, and are scored in any order
+  assert all(len(set(texts)) == 1 for _, texts, _ in first) and len({texts[0] for _, texts, _ in first}) == PROMPTS
+  second = calls[1 + SAMPLES // CHUNK : 1 + 2 * SAMPLES // CHUNK]
+  kept = np.concatenate([np.delete(pixels.mean((1, 2, 3)), 3) for pixels, _, _ in second])
+  for name in ("mean", "min", "max"):
+    np.testing.assert_allclose(run.rows[1][f"reward/{name}"], getattr(kept, name)(), rtol=1e-5)
+
+
+def test_constant_rewards_leave_the_policy_alone(host):
+  """...so that the second optimizer step's ratio compares the recomputed old log-probs with the training pass, on the UNet."""
+  row = host[0].rows[0]
+  assert row["group/zero_variance"] == 1 and row["advantage/abs_mean"] == 0 and row["grad_norm"] == 0
+  assert row["ratio/drift_max"] == 0
+  assert abs(row["ratio/min"] - 1) <= 3e-6 and abs(row["ratio/max"] - 1) <= 3e-6
+
+
+def test_some_failed_rewards_do_not_stop_a_run(host):
+  row = host[0].rows[1]
+  np.testing.assert_allclose(row["reward/failed"], 1 / CHUNK)
+  assert row["grad_norm"] > 0 and np.isfinite(list(row.values())).all()
+
+
+def test_too_many_failed_rewards_do(host):
+  run, _, output, errors = host
+  assert run.code == 2 and len(run.rows) == 3 and run.rows[2]["reward/failed"] == 1
+  assert "ConnectionError: the scorer is down" in output
+  (line,) = errors.splitlines()
+  assert line.startswith("error: ") and "reward.max_failed = 0.5" in line
+  assert checkpoint.latest(run.workdir / "checkpoints") == 2  # saved after the second iteration, before the third
+  assert re.search(r"last good checkpoint is that of iteration 2\b", line), line
+
+
+def test_failed_rewards_are_no_number(host):
+  """All of them failed, so there is no mean: null in metrics.jsonl, not 0."""
+  row = host[0].rows[2]
+  assert all(np.isnan(row[f"reward/{name}"]) for name in ("min", "max"))
+  assert np.isnan(row["reward/mean"])
+
+
+def test_the_profiler_is_never_left_on(host):
+  """Its window is longer than the run: the trace ends with the run, and is on disk."""
+  try:
+    jax.profiler.stop_trace()
+  except RuntimeError:  # nothing to stop
+    assert [path for path in (host[0].workdir / "profile").rglob("*") if path.is_file()]
+  else:
+    pytest.fail("the trace was still running")
+
+
+def test_resuming_inside_the_profiler_s_window():
+  """The first iteration of the window is past, so no trace was started: nothing to stop, and no reason to crash."""
+  train.stop_profile(tiny_config(logging__profile_steps=(1, 2)), 2, None)
+
+
+def test_too_many_skipped_steps_stop_a_run(tmp_path):
+  config = tiny_config(optimizer__max_skipped=3)
+  values = {"reward/mean": 0.5, "reward/failed": 0.0, "optimizer/skipped_total": 3.0}
+  progress = metrics.Progress(9, stream=io.StringIO())
+  with metrics.Writer(tmp_path, config) as writer, ThreadPoolExecutor(1) as pool:
+    clock = Clock(pool)
+    clock.phase("update", jnp.zeros(()))
+    train.flush(config, tmp_path, train.Pending(0, values, clock), writer, progress)
+    with pytest.raises(train.RunError, match=r"optimizer.max_skipped = 3.*no checkpoint.*optimizer.learning_rate"):
+      train.flush(config, tmp_path, train.Pending(1, values | {"optimizer/skipped_total": 4.0}, clock), writer, progress)
+  assert len(metrics.read(tmp_path)) == 2
