@@ -5,7 +5,7 @@ Presets:
           stochastic steps, 2 optimizer steps. For 8 devices of 80 GB; any number that divides 8 works.
   1gpu    the same numbers on one GPU of 80 GB: smaller chunks and microbatches, so the same result more slowly.
   paper   what the paper asks where guidance is trained [P, section 3.3]: 1 optimizer step, a random 60 % of the steps.
-  tiny    two iterations of a random network on a CPU, under a minute: shows that everything fits together, learns nothing.
+  tiny    two iterations of a random network on a CPU, a minute: shows that everything fits together, learns nothing.
 
 Memory, computed from the parameter counts and not measured (GB of 10^9 bytes, on every device: the rules replicate):
   UNet 859.5 M parameters, float32: weights 3.4, Adam's moments 6.9, gradients and their sum over microbatches 6.9    17.2
@@ -83,6 +83,6 @@ def _tiny(config: ConfigDict) -> None:
   config.data.prompts_per_iteration = 4
   config.sampler.steps = 4
   config.rollout.update(samples_per_prompt=4, chunk=16)
-  config.optimizer.microbatch = 24  # one an optimizer step: on a CPU the loop over them is unrolled, and compiled as often
+  config.optimizer.update(updates_per_iteration=1, microbatch=48)  # one pass: on a CPU compiling takes longer than running
   config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
   config.checkpoint.every = 2

@@ -14,7 +14,7 @@ from dancegrpo_jax.types import Example
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "assets"
 PROMPTS = ["a red apple on a blue background", "a dog on a cyan background"]
-STEPS = 10
+STEPS = 20
 
 
 def test_size():
@@ -35,7 +35,7 @@ def opened():
 def test_diffusers_samples_the_same_images(opened, monkeypatch):
   """The whole path: tokenizer, text encoder, UNet, DDIM to the grid's end, decoder, from the same initial latents."""
   diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-  pipeline = diffusers.StableDiffusionPipeline.from_pretrained(str(ASSETS / "emoji-sd"), safety_checker=None)
+  pipeline = diffusers.StableDiffusionPipeline.from_pretrained(str(ASSETS / "emoji-sd"), torch_dtype=torch.float32)
   pipeline.set_progress_bar_config(disable=True)
   initial = np.random.default_rng(0).standard_normal((len(PROMPTS), 8, 8, 4)).astype(np.float32)
   expected = pipeline(
@@ -67,7 +67,7 @@ def test_diffusers_samples_the_same_images(opened, monkeypatch):
 
 def test_transformers_scores_the_same(opened):
   transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-  network = transformers.CLIPModel.from_pretrained(str(ASSETS / "emoji-clip")).eval()
+  network = transformers.CLIPModel.from_pretrained(str(ASSETS / "emoji-clip"), dtype=torch.float32).eval()
   tokenizer = transformers.CLIPTokenizer.from_pretrained(str(ASSETS / "emoji-clip"))
   pixels = np.random.default_rng(1).uniform(size=(2, 32, 32, 3)).astype(np.float32)
   mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
@@ -77,7 +77,7 @@ def test_transformers_scores_the_same(opened):
     out = network(input_ids=tokens.input_ids, pixel_values=images)
     expected = (out.image_embeds * out.text_embeds).sum(-1).numpy()
   reward, params = opened.model.rewards["clip"], opened.model.reward_params["clip"]
-  text = reward.features(params, reward.prepare([Example(i, p) for i, p in enumerate(PROMPTS)]))
+  text = opened.programs.features["clip"](params, reward.prepare([Example(i, p) for i, p in enumerate(PROMPTS)]))
   score = opened.programs.score["clip"]
   rows = np.tile(pixels, (8, 1, 1, 1))
   actual = np.asarray(score(params, rows, text, np.arange(16) % 2)["clip"])

@@ -4,8 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from dancegrpo_jax import loading, train
 from dancegrpo_jax.data.prompts import read_prompts
@@ -62,10 +64,24 @@ def test_the_recipe_is_the_published_one():
   assert all(any(key.startswith(field) for field in configs.RESUMABLE) for key in changed)  # the same result by another way
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+  """A folder of compiled programs: the runs below differ in their rewards' alone."""
+  fields = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {field: getattr(jax.config, field) for field in fields}
+  yield str(tmp_path_factory.mktemp("compiled"))
+  for field, value in before.items():
+    jax.config.update(field, value)
+  compilation_cache.reset_cache()
+
+
 @pytest.mark.parametrize("name", ["sd_clip", "sd_compressibility"])
-def test_tiny_runs(name, tmp_path, monkeypatch):
+def test_tiny_runs(name, tmp_path, monkeypatch, compiled):
   monkeypatch.chdir(ROOT)
-  train.run(load(name, "tiny"), tmp_path)
+  config = load(name, "tiny")
+  with config.unlocked():
+    config.logging.update(compilation_cache=compiled, tensorboard=False)
+  train.run(config, tmp_path)
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert len(rows) == 2 and all(np.isfinite(row["reward/mean"]) and row["reward/failed"] == 0 for row in rows)
   assert all(row["optimizer/skipped_total"] == 0 for row in rows) and rows[0]["reward/std"] > 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -12,8 +13,8 @@ from tiny_checkpoint import ROOT, tiny_config
 from dancegrpo_jax import loading, sampling, train
 from dancegrpo_jax.convert import __main__ as command
 from dancegrpo_jax.convert import folders
+from dancegrpo_jax.runtime import checkpoint, hub, rng, weights
 from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import hub, rng, weights
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.config import ConfigError
 from dancegrpo_jax.types import Example
@@ -77,18 +78,15 @@ def test_diffusers_draws_our_pixels(emoji, tmp_path):
       assert change > 10 / 255  # else the base's weights would pass
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_models, tmp_path_factory):
-  """A workdir with a tiny random model, one iteration trained."""
-  workdir = tmp_path_factory.mktemp("trained") / "run"
-  train.run(tiny_config(tiny_models, iterations=1, checkpoint__every=1, evaluation__every=0), workdir)
-  return workdir
-
-
 @pytest.fixture
-def run(tiny_models, trained):
-  """(config, workdir) of `trained`."""
-  return tiny_config(tiny_models, iterations=1, checkpoint__every=1, evaluation__every=0), trained
+def run(tiny_models, tmp_path_factory):
+  """A workdir's checkpoint, as training leaves it, of a tiny random model: (config, workdir)."""
+  config, workdir = tiny_config(tiny_models), tmp_path_factory.mktemp("trained")
+  component = loading.build_pipeline(config).components["denoiser"]
+  with checkpoint.Saver(workdir / "checkpoints", keep=1) as saver:
+    state = {"trainable": {"denoiser": weights.draw(component.abstract, seed=1)}}
+    saver.save(1, state, {"config": config.to_dict(), "iteration": 1})
+  return config, workdir
 
 
 def test_denoiser_alone(run, tmp_path, capsys):
@@ -155,6 +153,24 @@ def test_export_with_an_imported_base(run, tiny_models, tmp_path, capsys):
       whole = (slice(None),) * len(spec.shape)
       np.testing.assert_array_equal(before.read(tensor, whole), after.read(tensor, whole))
   assert hub.missing(tmp_path / "out", hub.layout_of(loading.FAMILIES["stable_diffusion"])) == []
+
+
+def test_a_variant_is_copied_under_the_plain_name(run, tiny_models, tmp_path):
+  """from_pretrained without a variant looks for the plain names alone; random weights are written as drawn."""
+  config, workdir = run
+  base = tmp_path / "base"
+  shutil.copytree(config.model.checkpoint, base)
+  for name in ("vae/diffusion_pytorch_model", "text_encoder/model"):
+    (base / f"{name}.safetensors").rename(base / f"{name}.fp16.safetensors")
+  changed(config, model__checkpoint=str(base), model__variant="fp16")
+  folders.export(config, str(workdir), tmp_path / "out", "pipeline", "")
+  changed(config, model__checkpoint=f"random:{base}", model__variant="")
+  folders.export(config, str(workdir), tmp_path / "drawn", "pipeline", "")
+  for out in ("out", "drawn"):
+    assert sorted(os.listdir(tmp_path / out / "vae")) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    assert sorted(os.listdir(tmp_path / out / "text_encoder")) == ["config.json", "model.safetensors"]
+  file = "vae/diffusion_pytorch_model.safetensors"
+  assert (tmp_path / "out" / file).read_bytes() == (tiny_models.model / file).read_bytes()
 
 
 def test_parts_that_are_not_there_leave_the_index(run, tmp_path):

@@ -186,7 +186,7 @@ def test_an_iteration_is_not_charged_for_the_update_before_it():
   with ThreadPoolExecutor(1) as pool:
     begin, clocks = time.monotonic(), []
     for _ in range(2):
-      clocks.append(Clock(pool))
+      clocks.append(Clock(pool, clocks[-1] if clocks else None))
       clocks[-1].phase("update", slow)
     total = sum(clock.read()["time/total"] for clock in clocks)
     assert total <= time.monotonic() - begin + 0.1
@@ -366,18 +366,18 @@ def score(pixels, prompts, metadata):
 def host(straight, flags, tmp_path_factory):
   """A run on a reward of the user's own, which at first cannot tell samples apart, then fails in part, then for good."""
   folder = tmp_path_factory.mktemp("host")
-  (folder / "reward_of_a_test.py").write_text(REWARD)
+  (folder / "scorer_of_a_run.py").write_text(REWARD)
   with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(folder)
     streams = {name: io.StringIO() for name in ("stdout", "stderr")}
     for name, stream in streams.items():
       patch.setattr(f"sys.{name}", stream)
-    terms = (("reward_of_a_test:score", 1.0),)
+    terms = (("scorer_of_a_run:score", 1.0),)
     changes = {"iterations": 6, "checkpoint__every": 1, "evaluation__every": 0, "logging__profile_steps": (2, 5)}
     run = execute(flags(reward__terms=terms, **changes), folder / "run")
-    import reward_of_a_test
+    import scorer_of_a_run
 
-    return run, reward_of_a_test.calls, streams["stdout"].getvalue(), streams["stderr"].getvalue()
+    return run, scorer_of_a_run.calls, streams["stdout"].getvalue(), streams["stderr"].getvalue()
 
 
 def test_a_reward_of_ones_own_gets_pixels_prompts_and_metadata(host):

@@ -74,7 +74,9 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
   shardings, location = loading.shardings_of(config, pipeline, mesh), loading.model_location(config)
   with jax.set_mesh(mesh), written(out) as folder:
     trees = {
-      component.folder: loading.read_component(location, component, shardings[key], config.model.variant)
+      component.folder: loading.read_component(
+        location, component, shardings[key], config.model.variant, config.model.allow_pickle
+      )
       for key, component in pipeline.components.items()
     }
     with checkpoint.Saver(folder / hub.ORBAX, keep=1) as saver:
@@ -134,12 +136,12 @@ def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
 def _copy_network(config: ConfigDict, base: Path, component: Component, sharding, target: Path) -> None:
   """A frozen network: its weight file as it is, under the plain name; from anything but one file, read and written anew."""
   location = loading.model_location(config)
-  stored = not hub.is_random(location) and not (base / hub.ORBAX).is_dir()
+  stored = not hub.is_random(location) and any((base / component.folder).glob("*.safetensors"))
   files = find_files(base / component.folder, config.model.variant) if stored else []
   if len(files) == 1:
     _copy(files[0], target / f"{TABLES[component.table].file}.safetensors")
-  else:
-    tree = loading.read_component(location, component, sharding, config.model.variant)
+  else:  # shards, pickles, an Orbax tree, random ones
+    tree = loading.read_component(location, component, sharding, config.model.variant, config.model.allow_pickle)
     weights.save(target, component.table, tree)
   for path in (base / component.folder).iterdir():
     if path.is_file() and not path.name.endswith(_WEIGHTS) and ".index." not in path.name:

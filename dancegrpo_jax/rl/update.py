@@ -108,7 +108,13 @@ def gather(batch: Batch, sample: Int[Array, "lanes m"], step: Int[Array, "lanes 
 
   axes = (1, 1, 0, 0, 0, 0, 0)
   rows = jax.vmap(lane, axes)(batch.latents, batch.log_probs, batch.prompt, batch.advantage, batch.weight, sample, step)
-  return Transitions(*(rearrange(row, "l m ... -> (l m) ...") for row in rows))
+  t = Transitions(*(rearrange(row, "l m ... -> (l m) ...") for row in rows))
+
+  def sound(x: Array) -> Array:
+    """A sample that is left out may hold NaN, and 0 * NaN is NaN: it must not enter the arithmetic at all."""
+    return jnp.where(t.weight.reshape(-1, *(1,) * (x.ndim - 1)) > 0, x, 0.0)
+
+  return t._replace(x=sound(t.x), x_next=sound(t.x_next), rollout_log_prob=sound(t.rollout_log_prob))
 
 
 def score(denoise: Denoise, schedule: Schedule, policy: Policy, trainable: PyTree, t: Transitions) -> Scored:
@@ -241,7 +247,7 @@ def update(
 
     zero = (jax.tree.map(jnp.zeros_like, trainable), jnp.zeros((), jnp.float32))
     (gradient, value), stats = jax.lax.scan(microbatch, zero, (indices, old))
-    norm = optax.global_norm(gradient)
+    norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     changes, new_opt_state = optimizer.update(gradient, opt_state, trainable)
     new = (optax.apply_updates(trainable, changes), new_opt_state)
