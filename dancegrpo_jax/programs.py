@@ -203,7 +203,7 @@ def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -
   for prefix, values in rows.items():
     ok = jnp.isfinite(values)
     count = jnp.maximum(ok.sum(), 1)
-    mean = jnp.where(ok, values, 0.0).sum() / count
+    mean = jnp.where(ok.any(), jnp.where(ok, values, 0.0).sum() / count, jnp.nan)
     spread = jnp.where(ok, jnp.square(values - mean), 0.0).sum() / jnp.maximum(count - 1, 1)
     metrics |= {
       f"{prefix}/mean": mean,

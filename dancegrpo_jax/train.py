@@ -101,6 +101,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     progress = stack.enter_context(metrics.Progress(config.iterations, first))
     if first == 0:
       show(session, 0, state, progress.message)
+    if config.logging.profile_steps:
+      stack.callback(end_trace)
     pending = clock = None
     for iteration in range(first, config.iterations):
       done = iteration + 1
@@ -115,6 +117,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
       advantage, weight, chosen, stats, reward_metrics = session.programs.advantages(seen.scores, seen.ids, state.prompt_stats)
       clock.phase("reward", advantage)
       # Read the last iteration's numbers, now that this one's work is queued; then update.
+      saver.wait()  # so that a run that must stop knows its last checkpoint
       flush(config, workdir, pending, writer, progress)
       state, update_metrics = session.programs.update(
         state._replace(prompt_stats=stats), session.model.frozen, session.reference, seen.conditioning, seen.ids,
@@ -205,7 +208,7 @@ def collect(
   clock.phase("encode", conditioning)
   rows = {name: jax.tree.map(lambda x: x[ids], features) for name, features in session.features.items()}
 
-  rollouts, results, kept = [], [], None
+  rollouts, results, kept = [], [], []
   for chunk in np.arange(len(batch) * group, dtype=np.int32).reshape(-1, config.rollout.chunk):
     rollout = run.rollout(trainable, model.frozen, conditioning, ids, chunk, np.int32(iteration))
     clock.phase("rollout", rollout)
@@ -219,9 +222,10 @@ def collect(
       else:
         results.append(threads.submit(host_scores, reward, pixels, [batch[owner] for owner in owners], say))
     rollouts.append(rollout)
-    if keep_pixels and kept is None:
-      kept = np.asarray(pixels[:group])
-  return Experience(ids, conditioning, tuple(rollouts), as_groups(results, len(batch)), kept)
+    if keep_pixels and len(kept) * len(chunk) < group:  # a group may be larger than a chunk
+      kept.append(np.asarray(pixels))
+  first_group = np.concatenate(kept)[:group] if kept else None
+  return Experience(ids, conditioning, tuple(rollouts), as_groups(results, len(batch)), first_group)
 
 
 def host_scores(reward: Any, pixels: Any, examples: list[Example], say: Callable[[str], None]) -> dict[str, np.ndarray]:
@@ -283,6 +287,12 @@ def stop_profile(config: ConfigDict, iteration: int, result: PyTree) -> None:
   """Ends the trace when the last of logging.profile_steps is done."""
   if config.logging.profile_steps and iteration == config.logging.profile_steps[1]:
     jax.block_until_ready(result)
+    end_trace()
+
+
+def end_trace() -> None:
+  """Ends a trace if one is running: a resumed run may have missed its start, a run that stops early its end."""
+  with contextlib.suppress(RuntimeError):
     jax.profiler.stop_trace()
 
 

@@ -35,7 +35,7 @@ def opened():
 def test_diffusers_samples_the_same_images(opened, monkeypatch):
   """The whole path: tokenizer, text encoder, UNet, DDIM to the grid's end, decoder, from the same initial latents."""
   diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-  pipeline = diffusers.StableDiffusionPipeline.from_pretrained(str(ASSETS / "emoji-sd"), torch_dtype=torch.float32)
+  pipeline = diffusers.StableDiffusionPipeline.from_pretrained(str(ASSETS / "emoji-sd"), dtype=torch.float32)
   pipeline.set_progress_bar_config(disable=True)
   initial = np.random.default_rng(0).standard_normal((len(PROMPTS), 8, 8, 4)).astype(np.float32)
   expected = pipeline(
@@ -54,7 +54,7 @@ def test_diffusers_samples_the_same_images(opened, monkeypatch):
 
   @jax.jit
   def sample(initial):
-    rows = np.arange(len(PROMPTS))
+    rows = jax.numpy.arange(len(PROMPTS))
     return rollout(
       lambda x, time: denoise(params, x, time, conditioning, rows),
       model.pipeline.schedule(STEPS, 1.0), policy, 0, initial, lambda i: initial,

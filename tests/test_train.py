@@ -239,17 +239,6 @@ def test_no_device_fetches_trajectories(straight):
   assert not [shape for shape in shapes if np.prod(shape) >= 8 * 8 * 4]
 
 
-def test_a_save_compiles_nothing(compilations, tmp_path):
-  """Replicated weights lie whole on every device, and small ones are written by one of them: no slicing, whose programs (one an
-  array and device) take longer to compile than the rest of a run's start."""
-  mesh = meshes.make_mesh(tiny_config().mesh)
-  state = {"trainable": {str(i): jax.device_put(jnp.ones((8, 16 + i)), meshes.replicated(mesh)) for i in range(6)}}
-  before = len(COMPILATIONS)
-  with checkpoint.Saver(tmp_path, keep=1) as saver:
-    saver.save(1, state, {})
-  assert len(COMPILATIONS) == before
-
-
 # Resuming.
 
 

@@ -28,8 +28,10 @@ def build(name: str) -> Reward:
     raise ValueError(f"config.reward.terms: {name!r}: {error}; the module must be importable from here (PYTHONPATH)") from error
   except AttributeError as error:
     raise ValueError(f"config.reward.terms: {name!r}: {error}; write module:function") from error
-  except TypeError as error:
+  except (TypeError, ValueError) as error:
     raise ValueError(f"config.reward.terms: {name!r} must take (pixels, prompts, metadata): {error}") from error
+  except Exception as error:  # the user's own module: whatever it raises is a mistake there
+    raise ValueError(f"config.reward.terms: {name!r}: {type(error).__name__} in {module_name}: {error}") from error
 
   def score(media: Media, examples: list[Example]) -> dict[str, np.ndarray]:
     prompts, metadata = [e.prompt for e in examples], [e.metadata for e in examples]
