@@ -102,7 +102,7 @@ def overrides(folders: Folders | None = None, **changes) -> list[str]:
   values = {
     "data.prompts_per_iteration": 4, "rollout.samples_per_prompt": 4, "rollout.chunk": 16, "sampler.steps": 4,
     "evaluation.steps": 2, "evaluation.prompts": 2, "optimizer.microbatch": 16, "optimizer.updates_per_iteration": 1,
-    "optimizer.warmup_steps": 0, "objective.timesteps": "all", "logging.tensorboard": False,
+    "optimizer.warmup_steps": 0, "objective.timesteps": "all", "logging.tensorboard": False, "sampler.window.size": 0,
   }  # fmt: skip
   if folders:
     values |= {"model.checkpoint": folders.model, "reward.clip.checkpoint": folders.clip, "data.prompts": folders.prompts}

@@ -20,10 +20,15 @@ def guide(
   return negative_output + scale * (positive_output - negative_output)
 
 
+def _weave(a: Array, b: Array) -> Array:
+  """Rows of both in turn. Joined end to end, a batch split over devices would have to move between them."""
+  return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
+
+
 def classifier_free(denoise: Denoise, scale: float | int) -> GuidedDenoise:
   """Wraps `denoise(x [B, ...], model_time [B], rows) -> output` into `guided(x, model_time, Conditioning) -> output`.
 
-  One call on the doubled batch, positive half first; every leaf of `Conditioning.positive` and `.negative` has B rows. A scale of
+  One call on the doubled batch, both branches of a sample side by side; every leaf of `Conditioning.positive` and `.negative` has B rows. A scale of
   1 is the positive branch alone, at the cost of one.
 
   Raises:
@@ -36,8 +41,9 @@ def classifier_free(denoise: Denoise, scale: float | int) -> GuidedDenoise:
   def guided(x, model_time, conditioning):
     if conditioning.negative is None:
       raise ValueError(f"guidance scale {scale} needs a negative branch, the conditioning has none; set the scale to 1")
-    rows = jax.tree.map(lambda *halves: jnp.concatenate(halves), conditioning.positive, conditioning.negative)
-    output = denoise(jnp.concatenate([x, x]), jnp.concatenate([model_time, model_time]), rows)
-    return guide(*jnp.split(output, 2), scale)
+    rows = jax.tree.map(_weave, conditioning.positive, conditioning.negative)
+    output = denoise(_weave(x, x), _weave(model_time, model_time), rows)
+    output = output.reshape(-1, 2, *output.shape[1:])
+    return guide(output[:, 0], output[:, 1], scale)
 
   return positive_only if scale == 1 else guided
