@@ -28,8 +28,8 @@ def _weave(a: Array, b: Array) -> Array:
 def classifier_free(denoise: Denoise, scale: float | int) -> GuidedDenoise:
   """Wraps `denoise(x [B, ...], model_time [B], rows) -> output` into `guided(x, model_time, Conditioning) -> output`.
 
-  One call on the doubled batch, both branches of a sample side by side; every leaf of `Conditioning.positive` and `.negative` has B rows. A scale of
-  1 is the positive branch alone, at the cost of one.
+  One call on the doubled batch, both branches of a sample side by side; every leaf of `Conditioning.positive` and `.negative`
+  has B rows. A scale of 1 is the positive branch alone, at the cost of one.
 
   Raises:
     ValueError: when called without a negative branch and a scale other than 1.
