@@ -41,9 +41,13 @@ class Saver:
 
   def __init__(self, directory: Directory, keep: int):
     policies = ocp.training.preservation_policies
-    self._checkpointer = ocp.training.Checkpointer(
-      epath.Path(directory).resolve(), preservation_policy=policies.LatestN(keep), cleanup_tmp_directories=True
-    )
+    # Orbax slices every replicated array into a part a device, each by a program that it compiles, unless it is large.
+    context = ocp.Context()
+    context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
+    with context:
+      self._checkpointer = ocp.training.Checkpointer(
+        epath.Path(directory).resolve(), preservation_policy=policies.LatestN(keep), cleanup_tmp_directories=True
+      )
     self._pending = None
 
   def save(self, iteration: int, state: PyTree, meta: Mapping[str, Any]) -> None:
