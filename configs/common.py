@@ -140,8 +140,8 @@ def get_config() -> ConfigDict:
   config.checkpoint = ConfigDict({"every": 10, "keep": 2})  # iterations; checkpoints kept
 
   config.evaluation = ConfigDict({
-    "every": 10,  # iterations between sample grids of the report; 0 = start and end alone
-    "prompts": 8,  # fixed prompts in the grid
+    "every": 10,  # iterations between evaluations inside training: sample grid of the report, held-out score; 0 = start and end
+    "prompts": 8,  # of data.prompts in the grid, and as many of data.held_out that are scored with it
     "steps": 20,  # network calls of the deterministic sampler
     "samples": 4,  # evaluate.py: samples a prompt
     "seed": 1234,  # noise that training never sees

@@ -63,37 +63,28 @@ def measure(opened, weights, examples: list, pool: list) -> tuple[dict, np.ndarr
   """Scores of all samples of one set of weights on one prompt list; `pool` holds the captions to tell an image's own from.
 
   Returns:
-    ({term: `[prompts, samples]`} with "retrieval" and "diversity" where the reward has an image embedding, pixels).
+    ({term: `[prompts, samples]`}, pixels); "<reward>/retrieval" and "<reward>/diversity" too where it has an image embedding.
   """
-  from dancegrpo_jax import loading, programs, sampling, train
+  from dancegrpo_jax import programs, sampling, scoring
 
   config, model, run = opened.config, opened.model, opened.programs
   samples = config.evaluation.samples
   pixels = sampling.images(opened, weights, examples, samples, config.evaluation.seed)
   flat = pixels.reshape(-1, *pixels.shape[2:])
-  repeated = [example for example in examples for _ in range(samples)]
-  result = {}
   texts = candidate_prompts(examples, pool, config.evaluation.candidates)
-  features = loading.reward_features(model, run.features, texts, len(texts))
-  chunk = min(config.rollout.chunk, -(-len(flat) // config.mesh.lanes) * config.mesh.lanes)
-  padded = np.concatenate([flat, np.zeros((-len(flat) % chunk, *flat.shape[1:]), flat.dtype)])
-  owners = np.minimum(np.arange(len(padded), dtype=np.int32) // samples, len(examples) - 1)
-  for name, reward in model.rewards.items():
-    if reward.kind == "host":
-      scores = train.host_scores(reward, flat, repeated, print)
-    else:
-      parts = [
-        run.score[name](model.reward_params[name], padded[i : i + chunk], features[name], owners[i : i + chunk])
-        for i in range(0, len(padded), chunk)
-      ]
-      scores = {term: np.concatenate([np.asarray(part[term]) for part in parts])[: len(flat)] for term in parts[0]}
-    result |= {term: np.asarray(value).reshape(len(examples), samples) for term, value in scores.items()}
+  rewards, params = model.rewards, model.reward_params
+  features = scoring.reward_features(rewards, params, run.features, texts, len(texts))
+  owners = np.arange(len(flat), dtype=np.int32) // samples
+  rows = scoring.chunks(len(flat), config.rollout.chunk, config.mesh.lanes)
+  scores = scoring.score_all(rewards, params, run.score, flat, features, owners, examples, rows)
+  result = {term: values.reshape(len(examples), samples) for term, values in scores.items()}
+  for name, reward in rewards.items():
     if reward.embed is not None:
       embed = programs.embed(reward)
-      parts = [np.asarray(embed(model.reward_params[name], padded[i : i + chunk])) for i in range(0, len(padded), chunk)]
+      parts = [np.asarray(embed(params[name], flat[row])) for row in rows]
       embeddings = np.concatenate(parts)[: len(flat)].reshape(len(examples), samples, -1)
-      result["retrieval"] = top1(embeddings, np.asarray(features[name])).astype(np.float32)
-      result["diversity"] = diversity(embeddings)
+      result[f"{name}/retrieval"] = top1(embeddings, np.asarray(features[name])).astype(np.float32)
+      result[f"{name}/diversity"] = diversity(embeddings)
   return result, pixels
 
 

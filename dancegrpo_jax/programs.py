@@ -35,7 +35,7 @@ class Programs(NamedTuple):
     score: `(reward params, pixels, features, numbers, group) -> {term: f32[chunk]}`, per device reward.
     advantages: `(scores {term: [P, G]}, prompt_ids, prompt_stats) -> (advantage [B'], weight [B'], chosen [B'], stats, metrics)`.
     update: `(state, frozen, reference, conditioning, prompt_ids, rollouts, advantage, weight, chosen, iteration)
-      -> (state, metrics)`; donates the state and the rollouts.
+      -> (state, metrics)`; donates the state.
   """
 
   encode: Callable
@@ -231,23 +231,22 @@ def _update(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> 
     return jnp.concatenate(rows, axis + 1)
 
   def run(train_state, frozen, reference, conditioning, prompt_ids, rollouts, advantage, weight, chosen, iteration):
-    if config.advantage.best_of:  # a selection crosses chunks; without one nothing moves
-      latents, log_probs = (jnp.concatenate(x, 1)[:, chosen] for x in zip(*((r.latents, r.log_probs) for r in rollouts)))
-      rollouts = (rollouts[0]._replace(latents=latents, log_probs=log_probs),)
-    chunks = len(rollouts)
+    latents, log_probs = (in_lanes([getattr(r, name) for r in rollouts], 1) for name in ("latents", "log_probs"))
+    if config.advantage.best_of:  # a selection crosses lanes; without one nothing moves
 
-    def rows(x: Array) -> Array:
-      return in_lanes(list(x.reshape(chunks, -1)), 0)
+      def select(x: Array) -> Array:
+        return in_lanes([x.reshape(len(x), -1, *x.shape[3:])[:, chosen]], 1)
 
-    numbers = rows(chosen)
+      latents, log_probs = select(latents), select(log_probs)
+    numbers = chosen.reshape(lanes, -1)
     prompt, sample = numbers // group, numbers % group
     batch = update.Batch(
       step_index=rollouts[0].step_index,
-      latents=in_lanes([r.latents for r in rollouts], 1),
-      log_probs=in_lanes([r.log_probs for r in rollouts], 1),
+      latents=latents,
+      log_probs=log_probs,
       prompt=prompt,
-      advantage=rows(advantage),
-      weight=rows(weight),
+      advantage=advantage.reshape(lanes, -1),
+      weight=weight.reshape(lanes, -1),
     )
     flat = (prompt_ids[prompt].reshape(-1), sample.reshape(-1))
     keys = (rng.sample_keys(streams["timesteps"], iteration, *flat), rng.derive(streams["shuffle"], iteration))

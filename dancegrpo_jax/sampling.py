@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import loading, programs
+from dancegrpo_jax import components, loading, programs, scoring
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.runtime import checkpoint
 from dancegrpo_jax.runtime import mesh as meshes
@@ -46,7 +46,7 @@ def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
   """
   mesh = meshes.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    pipeline, rewards = loading.build_pipeline(config), loading.build_rewards(config)
+    pipeline, rewards = loading.build_pipeline(config), scoring.build_rewards(config)
     model = loading.load(config, pipeline, rewards, mesh)
     shardings = loading.state_shardings(config, model, 1, mesh)
     compiled = programs.build(config, pipeline, rewards, mesh, shardings)
@@ -56,7 +56,7 @@ def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
 
 def restore(config: ConfigDict, model: Model, name: str) -> PyTree:
   """A checkpoint's weights, the averaged ones where it keeps an average. ConfigError where it can't be read."""
-  return restore_weights(name, loading.placed(model.trainable, model.shardings), "")
+  return restore_weights(name, components.placed(model.trainable, model.shardings), "")
 
 
 def checkpoints(name: str) -> Path:
@@ -99,13 +99,9 @@ def images(opened: Opened, weights: PyTree, examples: list[Example], samples: in
   config, model, run = opened.config, opened.model, opened.programs
   conditioning = loading.conditioning(config, model, run.encode, examples)
   total = len(examples) * samples
-  chunk = min(config.rollout.chunk, -(-total // config.mesh.lanes) * config.mesh.lanes)
-  numbers = np.arange(-(-total // chunk) * chunk, dtype=np.int32)
-  owners = np.minimum(numbers // samples, len(examples) - 1)
   parts = []
-  for start in range(0, len(numbers), chunk):
-    rows = slice(start, start + chunk)
-    latents = run.sample(weights, model.frozen, conditioning, numbers[rows], owners[rows], np.int32(seed))
+  for row in scoring.chunks(total, config.rollout.chunk, config.mesh.lanes):
+    latents = run.sample(weights, model.frozen, conditioning, row, row // samples, np.int32(seed))
     parts.append(np.asarray(run.decode(model.frozen, latents)))
   pixels = np.concatenate(parts)[:total]
   return pixels.reshape(len(examples), samples, *pixels.shape[1:])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import loading, programs
+from dancegrpo_jax import loading, programs, scoring
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.rl.rollout import Rollout
@@ -21,7 +21,7 @@ from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.clock import Clock
 from dancegrpo_jax.runtime.config import ConfigError
-from dancegrpo_jax.types import Conditioning, Example, Media, PyTree
+from dancegrpo_jax.types import Conditioning, Example, PyTree
 
 
 class RunError(ConfigError):
@@ -34,21 +34,25 @@ class Session(NamedTuple):
   Attributes:
     config, workdir: as asked.
     examples: the prompt data set.
+    shown: prompts that evaluation.every samples with fixed noise: of the data set, and held out.
     batches: `batches[iteration]` is that iteration's examples.
     model: without its trainable weights, which the state owns.
     programs: compiled functions.
     reference: trainable weights that a KL penalty holds to, or None.
     features: device rewards' features of every prompt, by reward.
+    shown_features: of the shown ones.
   """
 
   config: ConfigDict
   workdir: Path
   examples: list[Example]
+  shown: tuple[list[Example], list[Example]]
   batches: Any
   model: Model
   programs: programs.Programs
   reference: PyTree | None
   features: dict[str, PyTree]
+  shown_features: dict[str, PyTree]
 
 
 class Experience(NamedTuple):
@@ -127,13 +131,14 @@ def run(config: ConfigDict, workdir: Path) -> None:
       stop_profile(config, iteration, update_metrics)
       pending = Pending(iteration, reward_metrics | update_metrics, clock)
 
+      if shown:
+        pending = pending._replace(values=pending.values | show(session, done, state, progress.message))
       # A state is saved only after its numbers were read and found sound.
       if save or shown:
         pending = flush(config, workdir, pending, writer, progress)
       if save:
         saver.save(done, state, {"config": config.to_dict(), "iteration": done})
       if shown:
-        show(session, done, state, progress.message)
         save_extremes(session, done, seen)
   if jax.process_index() == 0:
     print(metrics.last_line(workdir, report.write(workdir)))
@@ -143,6 +148,16 @@ def read_examples(config: ConfigDict) -> list[Example]:
   """The training prompts. ConfigError naming the file and the remedy."""
   try:
     return prompts.read_prompts(config.data.prompts, config.data.negative_prompt)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+
+
+def read_held_out(config: ConfigDict) -> list[Example]:
+  """The prompts of data.held_out, [] where it is "". ConfigError as `read_examples`."""
+  if not config.data.held_out:
+    return []
+  try:
+    return prompts.read_prompts(config.data.held_out, config.data.negative_prompt)
   except ValueError as error:
     raise ConfigError(str(error)) from error
 
@@ -173,7 +188,7 @@ def prepare(
   if config.logging.compilation_cache:
     jax.config.update("jax_compilation_cache_dir", config.logging.compilation_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-  pipeline, rewards = loading.build_pipeline(config), loading.build_rewards(config)
+  pipeline, rewards = loading.build_pipeline(config), scoring.build_rewards(config)
   model = loading.load(config, pipeline, rewards, mesh)
   shardings = loading.state_shardings(config, model, len(examples), mesh)
   compiled = programs.build(config, pipeline, rewards, mesh, shardings)
@@ -186,13 +201,16 @@ def prepare(
   else:
     state = make_state(model.trainable)
   batches = prompts.prompt_batches(examples, config.data.prompts_per_iteration, config.seed, config.data.shuffle)
-  features = loading.reward_features(model, compiled.features, examples, config.data.prompts_per_iteration)
+  shown = examples[: config.evaluation.prompts], read_held_out(config)[: config.evaluation.prompts]
+  params, rows = model.reward_params, config.data.prompts_per_iteration
+  features = scoring.reward_features(rewards, params, compiled.features, examples, rows)
+  shown_features = scoring.reward_features(rewards, params, compiled.features, sum(shown, []), rows)
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "config.json").write_text(configs.to_json(config))
     report.save_environment(workdir)
   model = model._replace(trainable=None)
-  return Session(config, workdir, examples, batches, model, compiled, reference, features), state
+  return Session(config, workdir, examples, shown, batches, model, compiled, reference, features, shown_features), state
 
 
 def collect(
@@ -208,8 +226,9 @@ def collect(
   clock.phase("encode", conditioning)
   rows = {name: jax.tree.map(lambda x: x[ids], features) for name, features in session.features.items()}
 
-  rollouts, results, kept = [], [], []
-  for chunk in np.arange(len(batch) * group, dtype=np.int32).reshape(-1, config.rollout.chunk):
+  rollouts, results, kept = [], [], {}
+  chunks = deal(len(batch) * group, config.rollout.chunk, config.mesh.lanes)
+  for chunk in chunks:
     rollout = run.rollout(trainable, model.frozen, conditioning, ids, chunk, np.int32(iteration))
     clock.phase("rollout", rollout)
     pixels = run.decode(model.frozen, rollout.sample)
@@ -220,30 +239,30 @@ def collect(
         results.append(run.score[name](model.reward_params[name], pixels, rows[name], owners))
         clock.phase("reward", results[-1])
       else:
-        results.append(threads.submit(host_scores, reward, pixels, [batch[owner] for owner in owners], say))
+        results.append(threads.submit(scoring.host_scores, reward, pixels, [batch[owner] for owner in owners], say))
     rollouts.append(rollout)
-    if keep_pixels and len(kept) * len(chunk) < group:  # a group may be larger than a chunk
-      kept.append(np.asarray(pixels))
-  first_group = np.concatenate(kept)[:group] if kept else None
-  return Experience(ids, conditioning, tuple(rollouts), as_groups(results, len(batch)), first_group)
+    if keep_pixels and chunk.min() < group:
+      kept |= {number: image for number, image in zip(chunk.tolist(), np.asarray(pixels)) if number < group}
+  first_group = np.stack([kept[number] for number in range(group)]) if kept else None
+  order = np.argsort(chunks.reshape(-1))
+  return Experience(ids, conditioning, tuple(rollouts), as_groups(results, order, len(batch)), first_group)
 
 
-def host_scores(reward: Any, pixels: Any, examples: list[Example], say: Callable[[str], None]) -> dict[str, np.ndarray]:
-  """A host reward of one chunk. A failure is NaN for the chunk's samples, and a line."""
-  try:
-    return reward.score(Media(np.asarray(pixels)), examples)
-  except Exception as error:  # the user's own function: whatever it raises must not end the run
-    say(f"reward {reward.name} failed for {len(examples)} samples: {type(error).__name__}: {error}")
-    return {reward.name: np.full(len(examples), np.nan, np.float32)}
+def deal(samples: int, chunk: int, lanes: int) -> np.ndarray:
+  """Sample numbers by chunk, `[chunks, chunk]`. A chunk takes equally from each lane, and lane l holds the l-th part of all
+  samples in order, however many chunks there are: the update's batches don't depend on them.
+  """
+  return np.arange(samples, dtype=np.int32).reshape(lanes, -1, chunk // lanes).swapaxes(0, 1).reshape(-1, chunk)
 
 
-def as_groups(results: list, prompts: int) -> dict[str, jax.Array]:
-  """Every term's chunks joined, `[prompts, samples]`; waits for the host rewards."""
+def as_groups(results: list, order: np.ndarray, prompts: int) -> dict[str, jax.Array]:
+  """Every term's chunks joined and put in order, `[prompts, samples]`; waits for the host rewards."""
   chunks: dict[str, list] = {}
   for result in results:
     for term, value in (result.result() if isinstance(result, Future) else result).items():
       chunks.setdefault(term, []).append(value)
-  return {term: jnp.concatenate([jnp.asarray(x) for x in values]).reshape(prompts, -1) for term, values in chunks.items()}
+  joined = {term: jnp.concatenate([jnp.asarray(x) for x in values]) for term, values in chunks.items()}
+  return {term: values[order].reshape(prompts, -1) for term, values in joined.items()}
 
 
 def flush(
@@ -296,29 +315,33 @@ def end_trace() -> None:
     jax.profiler.stop_trace()
 
 
-def show(session: Session, iteration: int, state: TrainState, say: Callable[[str], None]) -> None:
-  """A column of the report's grid: the first prompts with fixed noise and the deterministic sampler, scored."""
+def show(session: Session, iteration: int, state: TrainState, say: Callable[[str], None]) -> dict[str, float]:
+  """A column of the report's grid: the first prompts, and held-out ones, with fixed noise and the deterministic sampler.
+
+  Returns:
+    Mean scores as metrics, and the gap: what training prompts are ahead of held-out ones.
+  """
   config, model, run = session.config, session.model, session.programs
-  shown = session.examples[: config.evaluation.prompts]
-  width = -(-len(shown) // config.mesh.lanes) * config.mesh.lanes
-  padded = shown + [shown[-1]] * (width - len(shown))
-  rows = np.arange(width, dtype=np.int32)
-  ids = np.array([example.id for example in padded])
+  examples = sum(session.shown, [])
+  (row,) = scoring.chunks(len(examples), len(examples) + config.mesh.lanes, config.mesh.lanes)
   weights = state.trainable if state.ema is None else state.ema
-  conditioning = loading.conditioning(config, model, run.encode, padded)
-  pixels = run.decode(model.frozen, run.sample(weights, model.frozen, conditioning, rows, rows, config.evaluation.seed))
-  total = np.zeros(width, np.float32)
-  for name, reward in model.rewards.items():
-    if reward.kind == "device":
-      features = jax.tree.map(lambda x: x[ids], session.features[name])
-      scores = run.score[name](model.reward_params[name], pixels, features, rows)
-    else:
-      scores = host_scores(reward, pixels, padded, say)
-    total = total + sum(weight * np.asarray(scores[term]) for term, weight in config.reward.terms if term in scores)
+  conditioning = loading.conditioning(config, model, run.encode, [examples[i] for i in row])
+  numbers = np.arange(len(row), dtype=np.int32)
+  latents = run.sample(weights, model.frozen, conditioning, numbers, numbers, np.int32(config.evaluation.seed))
+  pixels = np.asarray(run.decode(model.frozen, latents))[: len(examples)]
+  owners, features = np.arange(len(examples), dtype=np.int32), session.shown_features
+  scores = scoring.score_all(model.rewards, model.reward_params, run.score, pixels, features, owners, examples, row[None], say)
+  total = sum(weight * scores[term] for term, weight in config.reward.terms)
+  trained, held_out = np.split(total, [len(session.shown[0])])
   if jax.process_index() == 0:
-    texts = [example.prompt for example in shown]
-    report.save_samples(session.workdir, iteration, np.asarray(pixels)[: len(shown)], texts, total[: len(shown)])
+    texts = [example.prompt for example in session.shown[0]]
+    report.save_samples(session.workdir, iteration, pixels[: len(trained)], texts, trained, held_out)
     report.write(session.workdir)
+  found = {"evaluation/score": float(np.mean(trained))}
+  if len(held_out):
+    found["evaluation/held_out"] = float(np.mean(held_out))
+    found["evaluation/gap"] = found["evaluation/score"] - found["evaluation/held_out"]
+  return found
 
 
 def save_extremes(session: Session, iteration: int, seen: Experience) -> None:

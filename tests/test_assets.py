@@ -88,4 +88,4 @@ def test_the_base_leaves_something_to_learn(opened):
   """Between 25 % and 75 % of the base's samples are nearest to their own caption among 200."""
   pool = prompts.read_prompts(opened.config.evaluation.distractors)
   result, _ = evaluate.measure(opened, opened.weights, pool[2::14], pool)
-  assert 0.25 <= float(np.mean(result["retrieval"])) <= 0.75
+  assert 0.25 <= float(np.mean(result["clip/retrieval"])) <= 0.75

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from dancegrpo_jax import loading, train
+from dancegrpo_jax import scoring, train
 from dancegrpo_jax.data.prompts import read_prompts
 from dancegrpo_jax.rl import timesteps
 from dancegrpo_jax.runtime import config as configs
@@ -92,7 +92,7 @@ def test_tiny_rewards_are_found(name, monkeypatch):
   """Every reward of a tiny preset is built from folders in the repository."""
   monkeypatch.chdir(ROOT)
   config = load(name, "tiny")
-  assert set(loading.build_rewards(config)) == {term for term, _ in config.reward.terms}
+  assert set(scoring.build_rewards(config)) == {term for term, _ in config.reward.terms}
 
 
 def test_the_prompt_lists():

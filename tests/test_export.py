@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_checkpoint import ROOT, tiny_config
 
-from dancegrpo_jax import loading, sampling, train
+from dancegrpo_jax import components, loading, sampling, train
 from dancegrpo_jax.convert import __main__ as command
 from dancegrpo_jax.convert import folders
 from dancegrpo_jax.runtime import checkpoint, hub, rng, weights
@@ -63,7 +63,7 @@ def test_diffusers_draws_our_pixels(emoji, tmp_path):
   config, workdir = emoji
   with sampling.opened(config, str(workdir)) as opened:
     base = sampling.images(opened, opened.model.trainable, [Example(i, text) for i, text in enumerate(PROMPTS)], 2, seed=5)
-    abstract = loading.placed(opened.weights, opened.model.shardings)
+    abstract = components.placed(opened.weights, opened.model.shardings)
     stream = rng.derive(rng.stream(0, "evaluation"), np.int32(5))
     numbers = np.arange(8, dtype=np.int32)
     noise = rng.initial_noise(stream, 0, numbers, numbers, shared=True, shape=opened.model.pipeline.latent_shape)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from tiny_checkpoint import ROOT, tiny_config
 
-from dancegrpo_jax import loading
+from dancegrpo_jax import components, loading
 from dancegrpo_jax.pipelines import stable_diffusion
 from dancegrpo_jax.rewards import clip
 from dancegrpo_jax.runtime import hub, weights
@@ -134,7 +134,7 @@ def test_random_weights(tiny_models):
   config = tiny_config(tiny_models, model__checkpoint=f"{hub.RANDOM}{ROOT / 'assets' / 'random-sd'}")
   component = loading.build_pipeline(config).components["denoiser"]
   mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-  first = loading.read_component(loading.model_location(config), component, jax.NamedSharding(mesh, jax.P()))
+  first = components.read_component(loading.model_location(config), component, jax.NamedSharding(mesh, jax.P()))
   split = jax.tree.map(lambda x: jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 1), "fsdp")) if x.shape[-1] % 8 == 0
                        else jax.NamedSharding(mesh, jax.P()), component.abstract)  # fmt: skip
   again = weights.draw(component.abstract, split)

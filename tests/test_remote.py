@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dancegrpo_jax import train
+from dancegrpo_jax import scoring
 from dancegrpo_jax.rewards import remote
 from dancegrpo_jax.types import Example, Media
 
@@ -135,7 +135,8 @@ def test_single_failures_are_nan_alone(tmp_path):
 def test_a_failed_batch_is_nan_in_the_loop_and_said_once(tmp_path):
   said = []
   with reference(tmp_path, "broken") as (url, _):
-    scores = train.host_scores(reward(url), np.zeros((3, 4, 4, 3), np.float32), [Example(i, "x") for i in range(3)], said.append)
+    pixels, examples = np.zeros((3, 4, 4, 3), np.float32), [Example(i, "x") for i in range(3)]
+    scores = scoring.host_scores(reward(url), pixels, examples, said.append)
   assert list(scores) == ["remote"] and np.isnan(scores["remote"]).all() and scores["remote"].shape == (3,)
   (line,) = said
   assert "reward remote failed for 3 samples" in line and url in line and "status 500" in line and "no model" in line

@@ -11,7 +11,7 @@ from PIL import Image
 from tiny_checkpoint import PROMPTS, tiny_config
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from dancegrpo_jax import loading
+from dancegrpo_jax import loading, scoring
 from dancegrpo_jax.rewards import callable as python_function
 from dancegrpo_jax.rewards import compressibility
 from dancegrpo_jax.runtime import mesh as meshes
@@ -35,7 +35,7 @@ def clip(tiny_models):
   """`(pixels) -> scores` and `(pixels) -> embeddings` of our CLIP reward, with its weights loaded."""
   config = tiny_config(tiny_models)
   mesh = meshes.make_mesh(config.mesh)
-  rewards = loading.build_rewards(config)
+  rewards = scoring.build_rewards(config)
   model = loading.load(config, loading.build_pipeline(config), rewards, mesh)
   reward, params = rewards["clip"], model.reward_params["clip"]
   assert reward.kind == "device" and reward.name == "clip"
@@ -134,7 +134,7 @@ def test_python_function_that_can_t_be_used(name, words):
   text = str(error.value)
   assert "\n" not in text and text.startswith("config.reward.terms") and all(word in text for word in words), text
   with pytest.raises(ConfigError, match="config.reward.terms"):  # what a command makes of it
-    loading.build_rewards(tiny_config(reward__terms=((name, 1.0),)))
+    scoring.build_rewards(tiny_config(reward__terms=((name, 1.0),)))
 
 
 @pytest.mark.parametrize("source, words", [

@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from orbax.checkpoint import v1 as ocp
 from tiny_checkpoint import ROOT, overrides, tiny_config
 
 from dancegrpo_jax import main, programs, train
@@ -83,13 +82,6 @@ def cache(tmp_path_factory, compilations):
   compilation_cache.reset_cache()
 
 
-def quick_saves() -> ocp.Context:
-  """Without it Orbax slices each replicated array into one part a device, with a program a part: half a minute a run here."""
-  context = ocp.Context()  # for one Saver: Orbax drops it when that is closed
-  context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
-  return context
-
-
 @pytest.fixture(scope="module")
 def flags(tiny_models, cache):
   """`(**changes) -> argv`: everything that a state can hold is on (average, warm-up, per-prompt statistics)."""
@@ -131,7 +123,7 @@ def execute(argv: list[str], workdir: Path) -> Run:
     return compiled._replace(**{name: watch(name, getattr(compiled, name)) for name in PROGRAMS})
 
   start = time.monotonic()
-  with pytest.MonkeyPatch.context() as patch, quick_saves():
+  with pytest.MonkeyPatch.context() as patch:
     patch.setattr(programs, "build", watched)
     try:
       code = main.main([*argv, f"--workdir={workdir}"])
@@ -171,6 +163,19 @@ def test_metrics_of_every_iteration(straight):
     np.testing.assert_allclose(row["reward/mean"], total, rtol=1e-5)
   # 2 optimizer steps an iteration, warm-up over 3 of them: the rate of an iteration's first step
   np.testing.assert_allclose([row["learning_rate"] * 3 / RATE for row in straight.rows], [1, 3, 3, 3], rtol=1e-6)
+
+
+def test_held_out_prompts_are_scored_on_the_way(straight):
+  """After every second iteration: fixed training prompts, held-out ones, and what the first are ahead."""
+  for done in range(1, ITERATIONS + 1):
+    row, folder = straight.rows[done - 1], straight.workdir / "samples" / f"iteration_{done:06d}"
+    assert ("evaluation/score" in row) == folder.is_dir() == (done % 2 == 0)
+    if folder.is_dir():
+      stored = json.loads((folder / "prompts.json").read_text())
+      assert len(stored["scores"]) == len(stored["held_out"]) == 2  # evaluation.prompts
+      np.testing.assert_allclose(row["evaluation/score"], np.mean(stored["scores"]), rtol=1e-5)
+      np.testing.assert_allclose(row["evaluation/held_out"], np.mean(stored["held_out"]), rtol=1e-5)
+      np.testing.assert_allclose(row["evaluation/gap"], row["evaluation/score"] - row["evaluation/held_out"], atol=1e-6)
 
 
 def test_times_add_up_to_no_more_than_the_clock_on_the_wall(straight):
@@ -302,6 +307,12 @@ def test_iterations_may_grow(straight, flags, capsys):
 # Chunks.
 
 
+def test_deal_is_the_same_samples_to_each_lane():
+  chunks = train.deal(24, 8, 4)
+  assert chunks.tolist() == [[0, 1, 6, 7, 12, 13, 18, 19], [2, 3, 8, 9, 14, 15, 20, 21], [4, 5, 10, 11, 16, 17, 22, 23]]
+  np.testing.assert_array_equal(train.deal(24, 24, 4)[0], np.arange(24))
+
+
 @pytest.fixture(scope="module")
 def collected(tiny_models, cache, tmp_path_factory):
   """The first iteration's samples and scores, in chunks of 32 (all) and of 8, half a group of 16."""
@@ -315,7 +326,8 @@ def collected(tiny_models, cache, tmp_path_factory):
       session, state = train.prepare(config, tmp_path_factory.mktemp("chunks"), examples, mesh, 0)
       seen = train.collect(session, state.trainable, 0, Clock(pool), pool, print, keep_pixels=True)
       assert len(seen.rollouts) == 32 // chunk and session.programs.rollout._cache_size() == 1
-      latents = np.concatenate([rollout.latents for rollout in seen.rollouts], 1)
+      order = np.argsort(train.deal(32, chunk, config.mesh.lanes).reshape(-1))
+      latents = np.concatenate([rollout.latents for rollout in seen.rollouts], 1)[:, order]
       results[chunk] = latents, np.asarray(seen.scores["clip"]), seen.pixels
   return results
 
@@ -374,11 +386,12 @@ def host(straight, flags, tmp_path_factory):
 def test_a_reward_of_ones_own_gets_pixels_prompts_and_metadata(host):
   run, calls, _, _ = host
   for pixels, texts, metadata in calls:
-    assert isinstance(pixels, np.ndarray) and pixels.shape == (CHUNK, 32, 32, 3) and pixels.dtype == np.float32
+    assert isinstance(pixels, np.ndarray) and pixels.shape == (len(texts), 32, 32, 3) and pixels.dtype == np.float32
     assert pixels.min() >= 0 and pixels.max() <= 1
-    assert len(texts) == CHUNK and all(isinstance(text, str) for text in texts) and metadata == [None] * CHUNK
-  first = calls[1 : 1 + SAMPLES // CHUNK]  # chunks are as large as a group here, and are scored in any order
-  assert all(len(set(texts)) == 1 for _, texts, _ in first) and len({texts[0] for _, texts, _ in first}) == PROMPTS
+    assert all(isinstance(text, str) for text in texts) and metadata == [None] * len(texts)
+  assert [len(texts) for _, texts, _ in calls] == [4, *[CHUNK] * (len(calls) - 2), 4]  # 2 + 2 fixed prompts at start and end
+  for _, texts, _ in calls[1 : 1 + SAMPLES // CHUNK]:  # a chunk takes a sample from each of 8 lanes, two of which are a group
+    assert len(set(texts)) == PROMPTS and texts[::2] == texts[1::2]
   second = calls[1 + SAMPLES // CHUNK : 1 + 2 * SAMPLES // CHUNK]
   kept = np.concatenate([np.delete(pixels.mean((1, 2, 3)), 3) for pixels, _, _ in second])
   for name in ("mean", "min", "max"):

@@ -11,6 +11,7 @@ import optax
 import pytest
 from tiny_checkpoint import TOY_SHAPE, Toy, assert_trees_equal, relative_error, toy_programs
 
+from dancegrpo_jax import train
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.diffusion.guidance import classifier_free
 from dancegrpo_jax.rl import advantages
@@ -369,16 +370,17 @@ ADVANTAGE = np.random.default_rng(0).standard_normal(16).astype(np.float32)
 
 
 @functools.cache
-def toy(devices: int, scale: float) -> tuple[Toy, Any]:
-  """Programs, and `state -> arguments of the update` with a rollout of two chunks."""
+def toy(devices: int, scale: float, size: int = 8, best_of: int = 0) -> tuple[Toy, Any]:
+  """Programs, and `state -> arguments of the update` with a rollout of 16 samples in chunks of `size`."""
   run = toy_programs(
-    jax.devices()[:devices], sampler__guidance_scale=scale, rollout__chunk=8, optimizer__updates_per_iteration=2,
-    optimizer__microbatch=8, optimizer__learning_rate=1e-3, optimizer__eps=1e-3, optimizer__weight_decay=0.0, ema__decay=0.9,
+    jax.devices()[:devices], sampler__guidance_scale=scale, rollout__chunk=size, advantage__best_of=best_of,
+    optimizer__updates_per_iteration=2, optimizer__microbatch=8, optimizer__learning_rate=1e-3, optimizer__eps=1e-3,
+    optimizer__weight_decay=0.0, ema__decay=0.9,
   )  # fmt: skip
   ids, numbers = np.arange(4, dtype=np.int32), np.arange(16, dtype=np.int32)
   with jax.set_mesh(run.mesh):
     rolled = tuple(
-      run.compiled.rollout(run.trainable, {}, run.conditioning, ids, chunk, np.int32(0)) for chunk in numbers.reshape(2, 8)
+      run.compiled.rollout(run.trainable, {}, run.conditioning, ids, chunk, np.int32(0)) for chunk in train.deal(16, size, 8)
     )
 
   def arguments(advantage):
@@ -407,6 +409,18 @@ def test_eight_devices_make_the_update_of_one(scale: float = 3.0):
   assert_trees_equal(state.trainable, before)
   assert abs(metrics["ratio/min"] - 1) <= 1e-6 and abs(metrics["ratio/max"] - 1) <= 1e-6
   assert toy(8, scale)[0].compiled.update._cache_size() == 1
+
+
+@pytest.mark.parametrize("best_of", [0, 4])  # 4: all, by way of the selection
+def test_chunks_change_no_update(best_of):
+  """Two optimizer steps over the same batches: what a lane holds does not depend on the chunks that it came in."""
+  changes = []
+  for size in (8, 16):
+    run, arguments = toy(8, 1.0, size, best_of)
+    with jax.set_mesh(run.mesh):
+      state, _ = run.compiled.update(*arguments(ADVANTAGE))
+    changes.append(jax.tree.map(np.subtract, jax.device_get(state.trainable), jax.device_get(run.trainable)))
+  assert relative_error(*changes) < 1e-5
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

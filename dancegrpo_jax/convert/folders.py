@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import loading, sampling
+from dancegrpo_jax import components, loading, sampling
 from dancegrpo_jax.convert.safetensors_io import find_files
 from dancegrpo_jax.convert.tables import TABLES
 from dancegrpo_jax.pipelines.base import Component
@@ -48,7 +48,7 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
   pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh)
   component = pipeline.components[pipeline.trainable]
   shardings = loading.shardings_of(config, pipeline, mesh)
-  abstract = {pipeline.trainable: loading.placed(component.abstract, shardings[pipeline.trainable])}
+  abstract = {pipeline.trainable: components.placed(component.abstract, shardings[pipeline.trainable])}
   _note_base(config, name)
   with jax.set_mesh(mesh), written(out) as folder:
     trained = sampling.restore_weights(name, abstract, kind)[pipeline.trainable]
@@ -74,7 +74,7 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
   shardings, location = loading.shardings_of(config, pipeline, mesh), loading.model_location(config)
   with jax.set_mesh(mesh), written(out) as folder:
     trees = {
-      component.folder: loading.read_component(
+      component.folder: components.read_component(
         location, component, shardings[key], config.model.variant, config.model.allow_pickle
       )
       for key, component in pipeline.components.items()
@@ -141,7 +141,7 @@ def _copy_network(config: ConfigDict, base: Path, component: Component, sharding
   if len(files) == 1:
     _copy(files[0], target / f"{TABLES[component.table].file}.safetensors")
   else:  # shards, pickles, an Orbax tree, random ones
-    tree = loading.read_component(location, component, sharding, config.model.variant, config.model.allow_pickle)
+    tree = components.read_component(location, component, sharding, config.model.variant, config.model.allow_pickle)
     weights.save(target, component.table, tree)
   for path in (base / component.folder).iterdir():
     if path.is_file() and not path.name.endswith(_WEIGHTS) and ".index." not in path.name:

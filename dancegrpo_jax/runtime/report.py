@@ -3,7 +3,7 @@
 It is made from what lies in the workdir, so that it can be made again at any time:
 
     config.json  metrics.jsonl  environment.json
-    samples/iteration_000010/00.png ... prompts.json      {"prompts": [...], "scores": [...]}; iteration 0 is the base model
+    samples/iteration_000010/00.png ... prompts.json      {"prompts", "scores", "held_out": scores}; 0 is the base
     samples/extremes_000010/best.png worst.png scores.json   {"prompt": ..., "best": score, "worst": score}
 """
 
@@ -32,7 +32,7 @@ Workdir = str | os.PathLike
 _PARTS = ("encode", "rollout", "decode", "reward", "update")
 # Small charts: title, unit, metrics (label, key). Those whose metrics a run doesn't have are left out.
 _SMALL = (
-  ("Fixed prompts", "mean score, deterministic sampler", (("score", "samples/score"),)),
+  ("Fixed prompts", "mean score, deterministic sampler", (("training", "samples/score"),)),
   ("Spread within groups", "mean std of rewards", (("std", "group/std_mean"),)),
   ("Clipped", "share of transitions", (("clipped", "clip_fraction"),)),
   ("KL", "nats, as the log-prob is reduced", (("to the iteration's start", "approx_kl"), ("to the initial model", "kl"))),
@@ -63,13 +63,22 @@ def save_environment(workdir: Workdir) -> None:
 
 
 def save_samples(
-  workdir: Workdir, iteration: int, pixels: np.ndarray, prompts: Sequence[str], scores: Sequence[float] | np.ndarray
+  workdir: Workdir,
+  iteration: int,
+  pixels: np.ndarray,
+  prompts: Sequence[str],
+  scores: Sequence[float] | np.ndarray,
+  held_out: Sequence[float] | np.ndarray = (),
 ) -> Path:
-  """Writes the samples of the fixed prompts `[batch, height, width, 3]` after `iteration` iterations (0: the base model's)."""
+  """Writes the samples of the fixed prompts `[batch, height, width, 3]` after `iteration` iterations (0: the base model's).
+
+  `held_out` are scores of other prompts, which training never sees; their samples aren't kept.
+  """
   folder = Path(workdir) / "samples" / f"iteration_{iteration:06d}"
   images.save_images(folder, pixels)
   # last, so that a folder with prompts.json is whole
-  _write_text(folder / "prompts.json", json.dumps({"prompts": list(prompts), "scores": [_json(score) for score in scores]}))
+  values = {"prompts": list(prompts), "scores": list(map(_json, scores)), "held_out": list(map(_json, held_out))}
+  _write_text(folder / "prompts.json", json.dumps(values))
   return folder
 
 
@@ -168,7 +177,11 @@ def _small(rows: Sequence[metrics.Row], sampled: list[dict[str, Any]]) -> list[s
   for title, unit, columns in _SMALL:
     if columns[0][1] == "samples/score":
       x = [entry["iteration"] for entry in sampled]
-      lines = [Series("score", [_mean(entry["scores"]) for entry in sampled])]
+      lines = [
+        Series(label, [_mean(entry.get(key, ())) for entry in sampled], color)
+        for color, (label, key) in enumerate((("training", "scores"), ("held out", "held_out")), 1)
+        if any(entry.get(key) for entry in sampled)
+      ]
     else:
       x = [row["iteration"] for row in rows]
       # NaN and 0 everywhere is a part that is off (a KL without weight); a chart of nothing else shows its first

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch_parity import nchw, randomise, run
 from transformers import CLIPConfig, CLIPModel
 
-from dancegrpo_jax import loading
+from dancegrpo_jax import scoring
 from dancegrpo_jax.data import tokenizer
 from dancegrpo_jax.models import aesthetic as aesthetic_head
 from dancegrpo_jax.rewards import hps
@@ -142,8 +142,8 @@ def settings(**changes):
 
 def scored(config, pixels: np.ndarray) -> tuple[dict, dict, tuple]:
   """({term: scores}, parameters by component, (our image embeddings or None, our text features)) of the config's one reward."""
-  (reward,) = loading.build_rewards(config).values()
-  params = loading.read_reward(reward, None, config.model.allow_pickle)
+  (reward,) = scoring.build_rewards(config).values()
+  params = scoring.read_reward(reward, None, config.model.allow_pickle)
   prepared = reward.prepare([Example(i, prompt) for i, prompt in enumerate(PROMPTS)])
   text = run(reward.features, params, prepared)
   scores = run(lambda p, x, f: reward.score(p, Media(x), f), params, pixels, text)
@@ -203,9 +203,9 @@ def test_laion_takes_transformers_weights_where_both_are(tmp_path):
   model.save_pretrained(folder)
   write_json(folder / "preprocessor_config.json", {"size": SIZE, "crop_size": SIZE})
   write_json(folder / "open_clip_config.json", {"model_cfg": model_cfg(vocabulary, False)})
-  (reward,) = loading.build_rewards(settings(reward__clip__checkpoint=folder)).values()
+  (reward,) = scoring.build_rewards(settings(reward__clip__checkpoint=folder)).values()
   assert reward.components["clip"].table == "CLIPModel"
-  assert loading.read_reward(reward, None)["clip"]["logit_scale"] == model.logit_scale.item()
+  assert scoring.read_reward(reward, None)["clip"]["logit_scale"] == model.logit_scale.item()
 
 
 @pytest.fixture
@@ -270,7 +270,7 @@ def test_hps_is_vit_h_14():
   """986,109,441 parameters, as the published file's inventory; exact gelu."""
   config = clip_config(hps.CONFIG["model_cfg"])
   assert {config[tower]["hidden_act"] for tower in ("text_config", "vision_config")} == {"gelu"}
-  reward = loading.clip.build("hps", hps.checkpoint("nowhere"), lambda texts: np.zeros((len(texts), 77), np.int32), "float32")
+  reward = scoring.clip.build("hps", hps.checkpoint("nowhere"), lambda texts: np.zeros((len(texts), 77), np.int32), "float32")
   sizes = [np.prod(x.shape) for x in jax.tree.leaves(reward.components["clip"].abstract)]
   assert sum(sizes) == 986_109_441
 
@@ -326,9 +326,9 @@ def test_random_weights_need_no_weight_files(tmp_path):
 def test_only_the_rewards_in_terms_are_read(tmp_path):
   """The others' defaults name files that are not here."""
   config = settings(reward__terms=(("compressibility", 1.0), ("remote", 0.5)))
-  rewards = loading.build_rewards(config)
+  rewards = scoring.build_rewards(config)
   assert list(rewards) == ["compressibility", "remote"] and not any(reward.components for reward in rewards.values())
-  assert set(validation.REWARDS) == set(loading.REWARDS)
+  assert set(validation.REWARDS) == set(scoring.REWARDS)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_a_missing_checkpoint_is_named(tmp_path, monkeypatch, term, message):
   monkeypatch.chdir(tmp_path)
   config = settings(reward__terms=((term, 1.0),))
   with pytest.raises(ConfigError, match=message):
-    loading.build_rewards(config)
+    scoring.build_rewards(config)
 
 
 def test_open_clip_networks_that_are_not_implemented():
@@ -358,6 +358,6 @@ def test_an_image_reward_given_video(hps_folder):
   folder, model = hps_folder
   save_file(open_clip_state(model), folder / "hps.safetensors")
   changes = {"reward__hps__checkpoint": folder / "hps.safetensors", "reward__hps__tokenizer": ""}
-  (reward,) = loading.build_rewards(settings(reward__terms=(("hps", 1.0),), **changes)).values()
+  (reward,) = scoring.build_rewards(settings(reward__terms=(("hps", 1.0),), **changes)).values()
   with pytest.raises(ValueError, match="reward hps scores images, not video"):
     reward.score({}, Media(jnp.zeros((1, 4, 28, 28, 3))), jnp.zeros((1, 24)))
