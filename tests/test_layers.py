@@ -1,0 +1,55 @@
+"""The convolution's own backward pass against JAX's derivative of the plain one, alone and in a scan."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dancegrpo_jax.models.layers import convolve
+
+CASES = [  # stride, padding, kernel, input height and width
+  (1, ((1, 1), (1, 1)), 3, (8, 8)),
+  (1, ((0, 0), (0, 0)), 3, (7, 5)),
+  (1, ((2, 1), (0, 3)), 3, (6, 7)),
+  (1, ((0, 0), (0, 0)), 1, (4, 4)),
+  (2, ((1, 1), (1, 1)), 3, (8, 8)),
+  (2, ((0, 1), (0, 1)), 3, (8, 6)),  # the autoencoder's downsampling
+  (2, ((1, 1), (1, 1)), 3, (7, 9)),  # sizes that the stride doesn't divide
+  (14, ((0, 0), (0, 0)), 14, (28, 42)),  # the patches of a vision tower
+]
+
+
+def plain(x, kernel, stride, padding):
+  return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize("stride, padding, size, space", CASES)
+def test_gradients_of_a_convolution(stride, padding, size, space):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.standard_normal((3, *space, 5)), jnp.float32)
+  kernel = jnp.asarray(rng.standard_normal((size, size, 5, 4)), jnp.float32)
+  y, pull = jax.vjp(lambda x, k: plain(x, k, stride, padding), x, kernel)
+  dy = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
+  ours, our_pull = jax.vjp(lambda x, k: convolve(x, k, stride, padding), x, kernel)
+  np.testing.assert_array_equal(ours, y)
+  for actual, expected in zip(our_pull(dy), pull(dy), strict=True):
+    np.testing.assert_allclose(actual, expected, atol=2e-6 * float(np.abs(expected).max()))
+
+
+def test_gradients_in_a_scan():
+  """Where it is used: a loop over microbatches, float32 and bfloat16."""
+  rng = np.random.default_rng(1)
+  x = rng.standard_normal((2, 4, 8, 8, 3)).astype(np.float32)
+  kernel = rng.standard_normal((3, 3, 3, 3)).astype(np.float32) / 5
+
+  def total(convolution, kernel, dtype):
+    def body(carry, x):
+      y = convolution(x.astype(dtype), kernel.astype(dtype), 1, ((1, 1), (1, 1)))
+      return carry + jnp.sum(jnp.sin(y.astype(jnp.float32))), None
+
+    return jax.lax.scan(body, 0.0, x)[0]
+
+  for dtype, bound in (("float32", 1e-5), ("bfloat16", 2e-2)):
+    expected, actual = (jax.grad(lambda k, f=f, d=dtype: total(f, k, d))(kernel) for f in (plain, convolve))
+    assert actual.dtype == np.float32
+    np.testing.assert_allclose(actual, expected, atol=bound * float(np.abs(expected).max()))
