@@ -9,8 +9,8 @@ What was found (16 prompts x 16 samples, 8 steps, 4 optimizer steps an iteration
   3e-4, 20 steps, seed 1           .755 at 20                            .662 at 10, .730 at 20
   2e-4, 20 steps, 8 prompts        .672 at 35                            .669 at 20
 
-The last policy step has a std of .03 and a gradient ten times the others' of which four independent batches share nothing: with it
-the same run learned nothing in 77 iterations. Leaving out the step before it too made learning slower (fixed .671 at 40
+The last policy step has a std of .03 and a gradient ten times the others', of which four independent batches share nothing: with
+it the same run learned nothing in 77 iterations. Leaving out the step before it too made learning slower (fixed .671 at 40
 iterations of 8 prompts). 6e-4 destroyed the model within 10 iterations.
 """
 

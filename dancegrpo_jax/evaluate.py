@@ -19,7 +19,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
   parser.add_argument("--checkpoint", required=True, help="a workdir, its checkpoints/ folder, or base")
   parser.add_argument("--prompts", action="append", help="prompt files; default: data.prompts and data.held_out")
-  parser.add_argument("--out", required=True, help="JSON file; sample grids are written beside it")
+  parser.add_argument("--out", required=True, help="JSON file; a folder of its name gets the images")
 
 
 def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -37,10 +37,8 @@ def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[flo
 
 
 def diversity(embeddings: np.ndarray) -> float:
-  """Mean pairwise cosine distance within groups, `[prompts, samples, d]` of length 1; NaN for one sample a prompt."""
+  """Mean pairwise cosine distance within groups of two samples or more, `[prompts, samples, d]` of length 1."""
   samples = embeddings.shape[1]
-  if samples < 2:
-    return float("nan")
   products = np.einsum("psd,ptd->pst", embeddings, embeddings)
   return float(1 - (products.sum((1, 2)) - samples).mean() / (samples * (samples - 1)))
 
@@ -84,7 +82,8 @@ def measure(opened, weights, examples: list, pool: list) -> tuple[dict, np.ndarr
       parts = [np.asarray(embed(params[name], flat[row])) for row in rows]
       embeddings = np.concatenate(parts)[: len(flat)].reshape(len(examples), samples, -1)
       result[f"{name}/retrieval"] = top1(embeddings, np.asarray(features[name])).astype(np.float32)
-      result[f"{name}/diversity"] = diversity(embeddings)
+      if samples > 1:
+        result[f"{name}/diversity"] = diversity(embeddings)
   return result, pixels
 
 
@@ -102,6 +101,20 @@ def compare(base: dict, tuned: dict) -> dict:
       "difference": float(np.nanmean(after - before)), "low": low, "high": high,
     }  # fmt: skip
   return rows
+
+
+def samples(folder: Path, examples: list, scores: dict, pixels: np.ndarray) -> list[dict]:
+  """Writes every image of one set of weights; a row each with prompt, file and scores (None where one failed)."""
+  from dancegrpo_jax.runtime import images
+
+  count = pixels.shape[1]
+  files = images.save_images(folder, pixels.reshape(-1, *pixels.shape[2:]))
+  each = {term: np.ravel(values) for term, values in scores.items() if np.ndim(values)}
+  return [
+    {"prompt": examples[i // count].prompt, "file": str(file.relative_to(folder.parents[2]))}
+    | {term: float(values[i]) if np.isfinite(values[i]) else None for term, values in each.items()}
+    for i, file in enumerate(files)
+  ]
 
 
 def table(results: dict) -> str:
@@ -128,7 +141,9 @@ def side_by_side(before: np.ndarray, after: np.ndarray, examples: list, columns:
 
 
 def run(config, checkpoint: str, files: list[str], out: Path) -> dict:
-  """Samples base and checkpoint on each prompt file with the same noise, writes JSON and sample grids.
+  """Samples base and checkpoint on each prompt file with the same noise; writes JSON, the images and grids of them.
+
+  Beside `out` = x.json: x/<prompts>.png, base above checkpoint, and x/<prompts>/{base,checkpoint}/000.png ...
 
   Raises:
     ConfigError: a checkpoint or prompt file that can't be used.
@@ -145,15 +160,19 @@ def run(config, checkpoint: str, files: list[str], out: Path) -> dict:
     pool = prompts.read_prompts(config.evaluation.distractors) if config.evaluation.distractors else sum(lists.values(), [])
   except ValueError as error:
     raise ConfigError(str(error)) from error
-  results = {}
+  results, rows, folder = {}, {}, out.with_suffix("")
   with sampling.opened(config, checkpoint) as opened:
     for file, examples in lists.items():
       base, before = measure(opened, opened.model.trainable, examples, pool)
       tuned, after = measure(opened, opened.weights, examples, pool)
-      results[Path(file).stem] = compare(base, tuned)
-      images.save(out.with_name(f"{out.stem}_{Path(file).stem}.png"), side_by_side(before, after, examples))
-  out.parent.mkdir(parents=True, exist_ok=True)
-  out.write_text(json.dumps({"checkpoint": checkpoint, "results": results}, indent=2) + "\n")
+      name = Path(file).stem
+      results[name] = compare(base, tuned)
+      images.save(folder / f"{name}.png", side_by_side(before, after, examples))
+      rows[name] = {
+        "base": samples(folder / name / "base", examples, base, before),
+        "checkpoint": samples(folder / name / "checkpoint", examples, tuned, after),
+      }
+  out.write_text(json.dumps({"checkpoint": checkpoint, "results": results, "samples": rows}, indent=1) + "\n")
   print(table(results))
   return results
 
