@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from dancegrpo_jax.convert.core import ConversionError
-from dancegrpo_jax.models import autoencoder, clip, flux, unet
+from dancegrpo_jax.models import autoencoder, clip, flux, t5, unet
 from dancegrpo_jax.types import PyTree
 
 
@@ -38,6 +38,10 @@ def _text(config: dict) -> tuple:
   return clip.ClipText.from_json(config), (_ids(),)
 
 
+def _t5(config: dict) -> tuple:
+  return t5.from_json(config), (_ids(),)
+
+
 def _vision(config: dict) -> tuple:
   network = clip.ClipVision.from_json(config)
   return network, (_pixels(network),)
@@ -54,6 +58,7 @@ NETWORKS = {
   "FluxTransformer2DModel": _flux,
   "AutoencoderKL": _autoencoder,
   "CLIPTextModel": _text,
+  "T5EncoderModel": _t5,
   "CLIPVisionModel": _vision,
   "CLIPModel": _clip,
 }

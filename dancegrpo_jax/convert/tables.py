@@ -181,6 +181,32 @@ FLUX = Table(
   file="diffusion_pytorch_model",
 )
 
+# ---- T5 -------------------------------------------------------------------------------------------------------------
+
+T5_BLOCK = join(
+  under("layer.0", join(scale("layer_norm"), *(dense(f"SelfAttention.{name}", bias=False) for name in "qkvo"))),
+  under("layer.1", join(scale("layer_norm"), *(dense(f"DenseReluDense.{name}", bias=False) for name in ("wi_0", "wi_1", "wo")))),
+)
+
+T5 = Table(
+  name="T5EncoderModel",
+  rows=join(
+    embedding("shared"),
+    layers("encoder.block", "encoder/block", T5_BLOCK),
+    (
+      # the first layer's in the file, every layer's in the network
+      Row(
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "encoder/relative_attention_bias/embedding",
+        "n h -> n h",
+      ),
+    ),
+    scale("encoder.final_layer_norm"),
+  ),
+  copies=(("encoder.embed_tokens.weight", "shared.weight"),),
+  others=("decoder.{*}", "lm_head.weight"),
+)
+
 # ---- CLIP, transformers' names --------------------------------------------------------------------------------------
 
 CLIP_LAYER = join(
@@ -301,4 +327,4 @@ OPEN_CLIP = Table(
 # LAION's aesthetic predictor v2: the Linears of a Sequential with dropouts between.
 AESTHETIC = Table(name="AestheticHead", rows=dense("layers.{i}"), file="model")
 
-TABLES = {table.name: table for table in (UNET, AUTOENCODER, FLUX, CLIP_TEXT, CLIP_VISION, CLIP, OPEN_CLIP, AESTHETIC)}
+TABLES = {table.name: table for table in (UNET, AUTOENCODER, FLUX, T5, CLIP_TEXT, CLIP_VISION, CLIP, OPEN_CLIP, AESTHETIC)}
