@@ -182,4 +182,5 @@ def from_json(
     raise ValueError(f"T5: feed_forward_proj = {kind!r} is not implemented; v1.1's 'gated-gelu' is")
   names = {field.name for field in dataclasses.fields(T5Encoder)} - {"parent", "name"}
   known = {key: value for key, value in config_json.items() if key in names}
-  return T5Encoder(**known, dtype=dtype, param_dtype=param_dtype, scan_blocks=scan_blocks)
+  # over the file's: newer ones have a key "dtype", the weights'
+  return T5Encoder(**(known | {"dtype": dtype, "param_dtype": param_dtype, "scan_blocks": scan_blocks}))
