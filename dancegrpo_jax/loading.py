@@ -11,8 +11,9 @@ import optax
 from ml_collections import ConfigDict
 
 from dancegrpo_jax import programs
+from dancegrpo_jax.data.t5_tokenizer import load_t5_tokenizer
 from dancegrpo_jax.data.tokenizer import load_tokenizer
-from dancegrpo_jax.pipelines import stable_diffusion
+from dancegrpo_jax.pipelines import flux, stable_diffusion
 from dancegrpo_jax.pipelines.base import Component, Pipeline
 from dancegrpo_jax.rewards import aesthetic, clip, compressibility, hps, pickscore, remote
 from dancegrpo_jax.rewards import callable as python_function
@@ -23,7 +24,7 @@ from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.config import ConfigError
 from dancegrpo_jax.types import Conditioning, Example, PyTree
 
-FAMILIES = {"stable_diffusion": stable_diffusion}
+FAMILIES = {"stable_diffusion": stable_diffusion, "flux": flux}
 
 
 class Model(NamedTuple):
@@ -63,7 +64,17 @@ def _jsons(folder: Path, module: ModuleType) -> dict[str, dict]:
 
 def _read(folder: Path, module: ModuleType) -> tuple[dict[str, dict], dict[str, Callable]]:
   """The JSON files and tokenizers that a family names."""
-  return _jsons(folder, module), {name: load_tokenizer(str(folder / name)) for name in module.TOKENIZERS}
+  layout = hub.layout_of(module)
+  tokenizers = {name: load_tokenizer(str(folder / name)) for name in layout.tokenizers}
+  return _jsons(folder, module), tokenizers | {name: load_t5_tokenizer(str(folder / name)) for name in layout.t5_tokenizers}
+
+
+def _family_options(config: ConfigDict) -> dict:
+  """What the family's `build` takes besides the common values."""
+  if config.model.family == "flux":
+    m, guidance = config.model, config.sampler.embedded_guidance
+    return {"scan_blocks": m.scan_blocks, "text_length": m.text_length, "guidance": guidance}
+  return {}
 
 
 def checkpoint_folder(config: ConfigDict) -> Path:
@@ -87,8 +98,9 @@ def build_pipeline(config: ConfigDict) -> Pipeline:
   try:
     jsons, tokenizers = _read(folder, family)
     return family.build(
-      jsons, tokenizers, size=m.size, dtype=m.dtype, frozen_dtype=m.frozen_dtype, remat=m.remat, attention=m.attention
-    )
+      jsons, tokenizers, size=m.size, dtype=m.dtype, frozen_dtype=m.frozen_dtype, remat=m.remat, attention=m.attention,
+      **_family_options(config),
+    )  # fmt: skip
   except (ValueError, FileNotFoundError) as error:
     raise ConfigError(str(error)) from error
 
