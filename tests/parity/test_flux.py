@@ -15,7 +15,6 @@ from torch_parity import convert, error, nhwc, randomise, run
 from dancegrpo_jax.convert.tables import FLUX
 from dancegrpo_jax.models import flux
 
-# Full depth would take minutes here; every kind of connection is there twice.
 SCHNELL = {
   "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 3,
   "joint_attention_dim": 24, "pooled_projection_dim": 20, "guidance_embeds": False, "axes_dims_rope": [4, 6, 6], "patch_size": 1,
@@ -60,6 +59,16 @@ def test_transformer(guidance, scale):
   arguments = inputs(guidance)
   network, apply = ours_of(guidance, scan=True)
   ours = run(apply, convert(FLUX, theirs, network, *ours_in(*arguments)), *ours_in(*arguments))
+  assert error(ours, torch.from_numpy(nhwc(their_output(theirs, *arguments)))) <= 1e-4
+
+
+def test_full_depth():
+  """19 double and 38 single blocks, as published."""
+  config = DEV | {"num_layers": 19, "num_single_layers": 38}
+  theirs, arguments = randomise(FluxTransformer2DModel(**config), seed=4), inputs(True)
+  network = flux.from_json(config, scan_blocks=True)
+  params = convert(FLUX, theirs, network, *ours_in(*arguments))
+  ours = run(lambda p, *a: network.apply({"params": p}, *a), params, *ours_in(*arguments))
   assert error(ours, torch.from_numpy(nhwc(their_output(theirs, *arguments)))) <= 1e-4
 
 
