@@ -23,6 +23,8 @@ def get_config() -> ConfigDict:
     "frozen_dtype": "float32",  # text encoder and decoder, stored and computed
     "remat": False,  # recompute the denoiser's blocks in the backward pass: less memory, a third more time
     "attention": "auto",  # auto | xla | cudnn
+    "scan_blocks": False,  # flux: stack the blocks' weights and compile one of a kind; large ones compile many times faster
+    "text_length": 512,  # flux: tokens of T5's text, padded and cut to (FLUX.1-schnell was made with 256)
   })
 
   config.data = ConfigDict({
@@ -37,8 +39,9 @@ def get_config() -> ConfigDict:
     "kind": "ddim",  # ddim | dance | flow | cps: the stochastic step that is the policy
     "noise_level": 1.0,  # eta of ddim and dance, a of flow and cps; 0 would be deterministic
     "steps": 10,  # N, network calls a sample
-    "shift": 1.0,  # time shift of rectified flow; 1 = none. Diffusion models ignore it
+    "shift": 1.0,  # time shift of rectified flow; 1 = none, 0 = as the checkpoint's scheduler says. Diffusion models ignore it
     "guidance_scale": 1.0,  # classifier-free guidance in rollout and training; 1 = off
+    "embedded_guidance": 3.5,  # the scale that a guidance-distilled model (FLUX.1-dev) is told; other models aren't
     "last_step": "ode",  # ode (deterministic, not trained) | x0hat | sde (as [C] for Stable Diffusion)
     "window": ConfigDict({  # MixGRPO, arXiv 2507.21802: stochastic and trained inside, deterministic outside
       "size": 0,  # steps; 0 = every policy step

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import jax
 
+from dancegrpo_jax.data.t5_tokenizer import load_t5_tokenizer
 from dancegrpo_jax.data.tokenizer import load_tokenizer
 from dancegrpo_jax.pipelines.base import Component
 from dancegrpo_jax.runtime import checkpoint, hub, weights
@@ -30,7 +31,10 @@ def read_jsons(folder: Path, module: ModuleType) -> dict[str, dict]:
 
 def read_files(folder: Path, module: ModuleType) -> tuple[dict[str, dict], dict[str, Callable]]:
   """The JSON files and tokenizers that a family names."""
-  return read_jsons(folder, module), {name: load_tokenizer(str(folder / name)) for name in module.TOKENIZERS}
+  layout = hub.layout_of(module)
+  tokenizers = {name: load_tokenizer(str(folder / name)) for name in layout.tokenizers}
+  tokenizers |= {name: load_t5_tokenizer(str(folder / name)) for name in layout.t5_tokenizers}
+  return read_jsons(folder, module), tokenizers
 
 
 def placed(tree: PyTree, shardings: PyTree) -> PyTree:

@@ -9,7 +9,7 @@ import optax
 from ml_collections import ConfigDict
 
 from dancegrpo_jax import components, programs, scoring
-from dancegrpo_jax.pipelines import stable_diffusion
+from dancegrpo_jax.pipelines import flux, stable_diffusion
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.rl.state import TrainState
@@ -17,7 +17,7 @@ from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.config import ConfigError
 from dancegrpo_jax.types import Conditioning, Example, PyTree
 
-FAMILIES = {"stable_diffusion": stable_diffusion}
+FAMILIES = {"stable_diffusion": stable_diffusion, "flux": flux}
 
 
 class Model(NamedTuple):
@@ -38,6 +38,14 @@ class Model(NamedTuple):
   rewards: dict[str, Reward]
   reward_params: dict[str, PyTree]
   shardings: PyTree
+
+
+def _family_options(config: ConfigDict) -> dict:
+  """What the family's `build` takes besides the common values."""
+  if config.model.family == "flux":
+    m, guidance = config.model, config.sampler.embedded_guidance
+    return {"scan_blocks": m.scan_blocks, "text_length": m.text_length, "guidance": guidance}
+  return {}
 
 
 def checkpoint_folder(config: ConfigDict) -> Path:
@@ -61,8 +69,9 @@ def build_pipeline(config: ConfigDict) -> Pipeline:
   try:
     jsons, tokenizers = components.read_files(folder, family)
     return family.build(
-      jsons, tokenizers, size=m.size, dtype=m.dtype, frozen_dtype=m.frozen_dtype, remat=m.remat, attention=m.attention
-    )
+      jsons, tokenizers, size=m.size, dtype=m.dtype, frozen_dtype=m.frozen_dtype, remat=m.remat, attention=m.attention,
+      **_family_options(config),
+    )  # fmt: skip
   except (ValueError, FileNotFoundError) as error:
     raise ConfigError(str(error)) from error
 

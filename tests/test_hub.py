@@ -13,7 +13,7 @@ import pytest
 from tiny_checkpoint import ROOT, tiny_config
 
 from dancegrpo_jax import components, loading
-from dancegrpo_jax.pipelines import stable_diffusion
+from dancegrpo_jax.pipelines import flux, stable_diffusion
 from dancegrpo_jax.rewards import clip
 from dancegrpo_jax.runtime import hub, weights
 from dancegrpo_jax.runtime.config import ConfigError
@@ -43,6 +43,17 @@ def test_only_what_is_needed_is_fetched():
   match = [file for file in others + unneeded if any(fnmatch.fnmatch(file, pattern) for pattern in wanted)]
   assert match == others
   assert "model.safetensors" in hub.patterns(hub.layout_of(clip))
+
+
+def test_flux_has_two_tokenizers(tmp_path):
+  layout = hub.layout_of(flux)
+  wanted = hub.patterns(layout)
+  assert {"tokenizer/vocab.json", "tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model"} <= set(wanted)
+  assert "tokenizer_2/vocab.json" not in wanted and "text_encoder_2/model-*-of-*.safetensors" in wanted
+  absent = hub.missing(tmp_path, layout)
+  assert {"tokenizer/merges.txt", "tokenizer_2/tokenizer.json", "transformer/*.safetensors"} <= set(absent)
+  with pytest.raises(ConfigError, match="tokenizer/vocab.json . merges.txt, tokenizer_2/tokenizer.json, transformer/"):
+    hub.folder("model.checkpoint", "nowhere", layout)
 
 
 def test_a_folder_that_is_no_pipeline(tmp_path):
@@ -144,6 +155,15 @@ def test_random_weights(tiny_models):
       fan_in = np.prod(a.shape[:-1])
       assert 0.7 < np.std(np.asarray(a)) * fan_in**0.5 < 1.3, path
   assert not any(np.isnan(np.asarray(leaf)).any() for leaf in jax.tree.leaves(first))
+
+
+def test_random_weights_of_stacked_blocks():
+  """As wide as those of single ones, or what passes through a deep network would vanish."""
+  shape = jax.ShapeDtypeStruct
+  tree = {"dense": {"kernel": shape((20, 64, 32), np.float32)}, "norm": {"scale": shape((20, 64), np.float32)}}
+  drawn = weights.draw(tree)
+  assert np.std(np.asarray(drawn["dense"]["kernel"])) * 8 == pytest.approx(1, rel=0.02)
+  np.testing.assert_array_equal(np.asarray(drawn["norm"]["scale"]), 1)
 
 
 def test_random_needs_its_json_files(tmp_path):

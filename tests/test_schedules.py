@@ -6,9 +6,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from dancegrpo_jax.diffusion.schedules import diffusion_schedule, flow_schedule, point
+from dancegrpo_jax.diffusion.schedules import diffusion_schedule, flow_schedule, point, resolution_shift
 
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
+FLUX = {"base_tokens": 256, "max_tokens": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
 def sd_schedule(steps, beta_schedule="scaled_linear", spacing="leading", steps_offset=1, set_alpha_to_one=False):
@@ -50,6 +51,13 @@ def test_flow_grid():
   assert float(flow_schedule(3, 1.0).model_time[1]) == pytest.approx(2000 / 3, rel=1e-6)
 
 
+@pytest.mark.parametrize("tokens, mu", [(256, 0.5), (4096, 1.15), (2176, 0.825), (64, 0.4675)])
+def test_shift_by_resolution(tokens, mu):
+  """FLUX.1-dev: linear through (256, 0.5) and (4096, 1.15), and beyond."""
+  assert resolution_shift(tokens, **FLUX) == pytest.approx(np.exp(mu), rel=1e-12)
+  assert resolution_shift(tokens, **FLUX, kind="linear") == pytest.approx(mu, rel=1e-12)
+
+
 def test_point_takes_a_traced_index():
   schedule = flow_schedule(4, 3.0)
   got = jax.jit(point)(schedule, 2)
@@ -68,6 +76,7 @@ def test_point_takes_a_traced_index():
     (lambda: sd_schedule(10, spacing="even"), "spacing is 'even'"),
     (lambda: flow_schedule(0, 1.0), "steps=0"),
     (lambda: flow_schedule(4, 0.0), "shift=0.0"),
+    (lambda: resolution_shift(256, **FLUX, kind="cubic"), "'cubic', must be exponential or linear"),
   ],
 )
 def test_mistakes_are_named(call, message):

@@ -4,6 +4,7 @@ import functools
 import gzip
 import json
 import math
+import re
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ import pytest
 from dancegrpo_jax.convert.core import ConversionError, Mapping, Spec, expected_sources, plan
 from dancegrpo_jax.convert.shapes import abstract_params, class_name
 from dancegrpo_jax.convert.tables import OPEN_CLIP, TABLES, tree_path
-from dancegrpo_jax.models import clip
+from dancegrpo_jax.models import clip, flux, t5
 from dancegrpo_jax.runtime.weights import specs
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tensors"
@@ -29,7 +30,13 @@ NETWORKS = {
   "sd21-text": 340_387_840,
   "clip-l": 427_616_513,
   "clip-h": 986_109_441,
+  "flux-dev": 11_901_408_320,
+  "flux-schnell": 11_891_178_560,
+  "flux-t5": 4_762_310_656,
+  "flux-text": 123_060_480,
+  "flux-vae": 83_819_683,
 }
+TODAYS = [name for name in NETWORKS if name != "clip-h"]
 
 
 def config(name: str) -> dict:
@@ -47,7 +54,14 @@ def inventory(file: str) -> dict[str, Spec]:
 def parameters(name: str, scan: bool = False) -> dict[str, Spec]:
   if not scan:
     return specs(abstract_params(config(name)))
-  if class_name(config(name)) == "CLIPTextModel":
+  kind = class_name(config(name))
+  if kind == "FluxTransformer2DModel":
+    network, arguments = flux.from_json(config(name), scan_blocks=True), [np.zeros((1, 2, 2, 16)), np.zeros(1)]
+    arguments += [np.zeros((1, 1, network.joint_attention_dim)), np.zeros((1, network.pooled_projection_dim))]
+    arguments = [x.astype(np.float32) for x in arguments + [np.zeros(1)] * network.guidance_embeds]
+  elif kind == "T5EncoderModel":
+    network, arguments = t5.from_json(config(name), scan_blocks=True), [np.zeros((1, 1), np.int32)]
+  elif kind == "CLIPTextModel":
     network, arguments = clip.ClipText.from_json(config(name), scan_layers=True), [np.zeros((1, 1), np.int32)]
   else:
     network = clip.Clip.from_json(config(name), scan_layers=True)
@@ -56,9 +70,10 @@ def parameters(name: str, scan: bool = False) -> dict[str, Spec]:
 
 
 def planned(name: str, file: str, scan: bool = False) -> Mapping:
-  """The plan, after a check that nothing is left on either side."""
-  mapping = plan(TABLES[class_name(config(name))], inventory(file), parameters(name, scan))
-  assert set(mapping.by_source) == set(inventory(file)) and all(mapping.by_target.values())
+  """The plan, after a check that nothing is left on either side (but a tied weight's second name)."""
+  table = TABLES[class_name(config(name))]
+  mapping = plan(table, inventory(file), parameters(name, scan))
+  assert set(mapping.by_source) == set(inventory(file)) - set(dict(table.copies)) and all(mapping.by_target.values())
   assert all(bool(blocks) != (name in mapping.buffers) for name, blocks in mapping.by_source.items())
   return mapping
 
@@ -68,9 +83,43 @@ def test_parameter_counts(name):
   assert sum(math.prod(spec.shape) for spec in parameters(name).values()) == NETWORKS[name]
 
 
-@pytest.mark.parametrize("name", ["sd14-unet", "sd21-unet", "sd14-vae", "sd21-vae", "sd14-text", "sd21-text", "clip-l"])
+@pytest.mark.parametrize("name", TODAYS)
 def test_todays_names_are_mapped(name):
   assert not planned(name, name).buffers
+
+
+@pytest.mark.parametrize("name", ["flux-text", "flux-t5"])
+def test_published_names_of_fluxs_text_encoders_are_mapped(name):
+  """Without the position_ids of the older files, and with one name of T5's tied embedding."""
+  assert not planned(name, f"{name}.published").buffers
+
+
+@pytest.mark.parametrize("name, file, last", [
+  ("flux-dev", "flux-dev", "transformer_blocks/attn/add_q_proj/kernel: transformer_blocks.18.attn.add_q_proj.weight"),
+  ("flux-schnell", "flux-schnell", "single_transformer_blocks/proj_mlp/bias: single_transformer_blocks.37.proj_mlp.bias"),
+  ("flux-t5", "flux-t5.published",
+   "encoder/block/layer_1/DenseReluDense/wi_1/kernel: encoder.block.23.layer.1.DenseReluDense.wi_1.weight"),
+])  # fmt: skip
+def test_stacked_blocks_are_mapped(name, file, last):
+  path, tensor = last.split(": ")
+  blocks = sorted(planned(name, file, scan=True).by_target[path], key=lambda block: block.target_box)
+  assert blocks[-1].source == tensor and len(blocks) == int(re.search(r"\d+", tensor)[0]) + 1
+  assert {n: s.shape for n, s in expected_sources(TABLES[class_name(config(name))], parameters(name, True)).items()} == {
+    n: s.shape for n, s in inventory(file).items()
+  }
+
+
+def test_either_name_of_t5s_embedding_and_a_whole_t5():
+  """Files hold the tied matrix under one name, the other or both; the decoder of a full T5 is left out."""
+  table, tensors, targets = TABLES["T5EncoderModel"], inventory("flux-t5"), parameters("flux-t5")
+  shared, copy = "shared.weight", "encoder.embed_tokens.weight"
+  assert copy not in plan(table, tensors, targets).sources
+  other = {name: spec for name, spec in tensors.items() if name != shared}
+  assert [block.source for block in plan(table, other, targets).by_target["shared/embedding"]] == [copy]
+  whole = tensors | {name: tensors[shared] for name in ("decoder.embed_tokens.weight", "lm_head.weight")}
+  assert plan(table, whole, targets).sources.keys() == tensors.keys() - {copy}
+  with pytest.raises(ConversionError, match="shared/embedding .* is not in the checkpoint"):
+    plan(table, {name: spec for name, spec in tensors.items() if name not in (shared, copy)}, targets)
 
 
 @pytest.mark.parametrize("name", ["sd14-vae", "sd21-vae", "sd14-text", "sd21-text", "clip-l", "clip-h"])
@@ -103,6 +152,8 @@ def test_open_clip_names_are_mapped(scan):
 @pytest.mark.parametrize("name, file", [
   ("sd14-unet", "sd14-unet"), ("sd21-unet", "sd21-unet"), ("sd14-vae", "sd14-vae"), ("sd21-vae", "sd21-vae"),
   ("sd14-text", "sd14-text.published"), ("sd21-text", "sd21-text.published"), ("clip-l", "clip-l.published"),
+  ("flux-dev", "flux-dev"), ("flux-schnell", "flux-schnell"), ("flux-vae", "flux-vae"),
+  ("flux-t5", "flux-t5.published"), ("flux-text", "flux-text.published"),
 ])  # fmt: skip
 def test_names_and_shapes_of_exported_files(name, file):
   """Today's names, but with the prefix that the published text encoders have, which all versions of transformers read."""

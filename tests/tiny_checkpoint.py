@@ -15,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dancegrpo_jax import loading, pretrain, programs
 from dancegrpo_jax.convert.shapes import abstract_params
-from dancegrpo_jax.data import tokenizer
+from dancegrpo_jax.data import t5_tokenizer, tokenizer
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.runtime import config as configs
@@ -47,6 +47,32 @@ SCHEDULER = {
   "beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False,
   "prediction_type": "epsilon", "timestep_spacing": "leading",
 }  # fmt: skip
+
+
+FLUX = {
+  "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2,
+  "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 16,
+  "guidance_embeds": True, "axes_dims_rope": (2, 2, 4),
+}  # fmt: skip
+FLUX_VAE = VAE | {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1159}
+T5 = {
+  "architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 2,
+  "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False, "pad_token_id": 0,
+}  # fmt: skip
+FLOW = {  # FLUX.1-dev's
+  "_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096,
+  "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
+}  # fmt: skip
+FLUX_INDEX = {
+  "_class_name": "FluxPipeline",
+  "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+  "text_encoder": ["transformers", "CLIPTextModel"],
+  "text_encoder_2": ["transformers", "T5EncoderModel"],
+  "tokenizer": ["transformers", "CLIPTokenizer"],
+  "tokenizer_2": ["transformers", "T5TokenizerFast"],
+  "transformer": ["diffusers", "FluxTransformer2DModel"],
+  "vae": ["diffusers", "AutoencoderKL"],
+}
 
 
 class Folders(NamedTuple):
@@ -95,6 +121,21 @@ def write_models(root: Path) -> Folders:
   pretrain.write_json(clip / "preprocessor_config.json", pretrain.clip_preprocessor(SIZE))
   prompts.write_text("\n".join(PROMPTS) + "\n")
   return folders
+
+
+def write_flux(folder: Path, scheduler: dict = FLOW, **transformer) -> Path:
+  """Writes a FLUX folder in diffusers' layout, with changes of its transformer's config; returns it."""
+  tokenizer.write_tokenizer(list(PROMPTS), str(folder / "tokenizer"), length=TOKENS, size=560)
+  t5_tokenizer.write_t5_tokenizer(list(PROMPTS), str(folder / "tokenizer_2"), length=TOKENS)
+  text = {**TOWER, "max_position_embeddings": TOKENS, **pretrain.token_ids(folder / "tokenizer")}
+  write_network(folder / "transformer", FLUX | transformer, seed=1)
+  write_network(folder / "vae", FLUX_VAE, seed=2)
+  write_network(folder / "text_encoder", {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **text}, seed=3)
+  vocabulary = len(t5_tokenizer.vocabulary(list(PROMPTS)))
+  write_network(folder / "text_encoder_2", T5 | {"vocab_size": vocabulary}, seed=4)
+  pretrain.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+  pretrain.write_json(folder / "model_index.json", FLUX_INDEX)
+  return folder
 
 
 def overrides(folders: Folders | None = None, **changes) -> list[str]:

@@ -57,6 +57,8 @@ def inspect(args: argparse.Namespace) -> int:
     print(f"# {folder} ({name}): {len(mapping.sources)} tensors, {len(mapping.targets)} parameters")
     for tensor, shape, dtype, target in describe(mapping):
       print(f"{tensor}\t{list(shape)}\t{dtype}\t{target}")
+    for tensor in sorted(reader.specs.keys() - mapping.sources.keys()):
+      print(f"# {tensor}: left out, a copy or another network's")
     problems += [f"{folder}: {problem}" for problem in found]
   for line in skipped:
     print(f"# {line}")

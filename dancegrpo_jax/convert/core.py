@@ -78,6 +78,9 @@ class Table(NamedTuple):
     rows: the correspondences.
     aliases: (other spelling, spelling of the rows); `{*}` stands for any text. Only for reading.
     buffers: tensors that are no parameters.
+    copies: (tensor, the tensor that it repeats), for weights that a network ties: some files hold one name, some both. Only
+      for reading, where the second is missing; else left out.
+    others: tensors of networks in the same file that aren't wanted here. Left out.
     file: stem of the weight file in this layout.
   """
 
@@ -85,6 +88,8 @@ class Table(NamedTuple):
   rows: tuple[Row, ...]
   aliases: tuple[tuple[str, str], ...] = ()
   buffers: tuple[Buffer, ...] = ()
+  copies: tuple[tuple[str, str], ...] = ()
+  others: tuple[str, ...] = ()
   file: str = "model"
 
 
@@ -99,7 +104,7 @@ class Block(NamedTuple):
 
 
 class Mapping(NamedTuple):
-  """What `plan` found: every tensor's and every parameter's blocks."""
+  """What `plan` found: every tensor's and every parameter's blocks. Tensors that the table leaves out aren't among `sources`."""
 
   sources: dict[str, Spec]
   targets: dict[str, Spec]
@@ -238,13 +243,20 @@ def expected_sources(table: Table, targets: dict[str, Spec]) -> dict[str, Spec]:
 # ---- plan -----------------------------------------------------------------------------------------------------------
 
 
+def _left_out(table: Table, name: str, sources: dict[str, Spec]) -> bool:
+  """Whether a tensor repeats one that is there, or belongs to another network of the file."""
+  repeats = any(name == copy and own in sources for copy, own in table.copies)
+  return repeats or any(_match(pattern, name) is not None for pattern in table.others)
+
+
 def match(table: Table, sources: dict[str, Spec], targets: dict[str, Spec]) -> tuple[Mapping, list[str]]:
   """As `plan`, but hands the problems back instead of raising them; for `inspect`."""
+  sources = {name: spec for name, spec in sources.items() if not _left_out(table, name, sources)}
   by_source: dict[str, list[Block]] = {name: [] for name in sources}
   by_target: dict[str, list[Block]] = {path: [] for path in targets}
   buffers, problems, unknown, reported, seen = {}, [], [], set(), {}
   for name, spec in sources.items():
-    canonical = next((_fill(to, m) for other, to in table.aliases if (m := _match(other, name)) is not None), name)
+    canonical = next((_fill(to, m) for other, to in table.aliases + table.copies if (m := _match(other, name)) is not None), name)
     if seen.setdefault(canonical, name) != name:
       problems.append(f"tensors {seen[canonical]} and {name}: two spellings of the same tensor {canonical}")
       continue

@@ -33,8 +33,8 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
     config: of the run.
     name: a workdir, or a folder of checkpoints; the last one is taken.
     out: where to; must not exist, or be empty.
-    part: "pipeline": the trained network with the base's other folders, for `StableDiffusionPipeline.from_pretrained`;
-      "denoiser": its folder alone, for `UNet2DConditionModel.from_pretrained`.
+    part: "pipeline": the trained network with the base's other folders, for diffusers' `from_pretrained`;
+      "denoiser": its folder alone, for the network's own `from_pretrained`.
     kind: "ema", "raw", or "" for the averaged weights where the checkpoint keeps them.
 
   Raises:
@@ -125,7 +125,7 @@ def _copy(source: Path, target: Path) -> None:
 def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
   """The base's folders without networks of ours: scheduler, tokenizer, and what else its index names (as feature_extractor)."""
   layout = hub.layout_of(loading.FAMILIES[config.model.family])
-  names = {str(Path(file).parent) for file in layout.files} | set(layout.tokenizers)
+  names = {str(Path(file).parent) for file in (*layout.files, *layout.tokenizer_files)}
   if (base / INDEX).is_file():
     names |= {key for key in weights.read_config(base, INDEX) if not key.startswith("_")}
   for name in sorted(names - set(layout.networks)):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from dancegrpo_jax.convert.core import ConversionError
-from dancegrpo_jax.models import autoencoder, clip, unet
+from dancegrpo_jax.models import autoencoder, clip, flux, t5, unet
 from dancegrpo_jax.types import PyTree
 
 
@@ -12,6 +12,13 @@ def _unet(config: dict) -> tuple:
   network = unet.from_json(config)
   latents = jnp.zeros((1, 64, 64, network.in_channels))
   return network, (latents, jnp.zeros(1), jnp.zeros((1, 1, network.cross_attention_dim)))
+
+
+def _flux(config: dict) -> tuple:
+  network = flux.from_json(config)
+  latents, text = jnp.zeros((1, 2, 2, network.in_channels // 4)), jnp.zeros((1, 1, network.joint_attention_dim))
+  guidance = jnp.zeros(1) if network.guidance_embeds else None
+  return network, (latents, jnp.zeros(1), text, jnp.zeros((1, network.pooled_projection_dim)), guidance)
 
 
 def _autoencoder(config: dict) -> tuple:
@@ -31,6 +38,10 @@ def _text(config: dict) -> tuple:
   return clip.ClipText.from_json(config), (_ids(),)
 
 
+def _t5(config: dict) -> tuple:
+  return t5.from_json(config), (_ids(),)
+
+
 def _vision(config: dict) -> tuple:
   network = clip.ClipVision.from_json(config)
   return network, (_pixels(network),)
@@ -44,8 +55,10 @@ def _clip(config: dict) -> tuple:
 # config -> (linen network, arguments of its init)
 NETWORKS = {
   "UNet2DConditionModel": _unet,
+  "FluxTransformer2DModel": _flux,
   "AutoencoderKL": _autoencoder,
   "CLIPTextModel": _text,
+  "T5EncoderModel": _t5,
   "CLIPVisionModel": _vision,
   "CLIPModel": _clip,
 }

@@ -1,4 +1,4 @@
-"""The tables of Stable Diffusion's networks and of CLIP.
+"""The tables of the networks of Stable Diffusion and FLUX, of CLIP and of T5.
 
 Parameter paths follow the torch names: "." becomes "/", and "_" in front of an index; so most rows need the torch name
 alone. Names were checked against the published files' inventories (tests/fixtures/tensors).
@@ -33,6 +33,11 @@ def norm(name: str) -> Rows:
   return Row(f"{name}.weight", f"{tree_path(name)}/scale", "c -> c"), Row(f"{name}.bias", f"{tree_path(name)}/bias", "c -> c")
 
 
+def scale(name: str) -> Rows:
+  """torch.nn.RMSNorm: a norm without a bias."""
+  return norm(name)[:1]
+
+
 def embedding(name: str) -> Rows:
   """torch.nn.Embedding."""
   return (Row(f"{name}.weight", f"{tree_path(name)}/embedding", "n d -> n d"),)
@@ -50,6 +55,16 @@ def under(prefix: str, rows: Rows) -> Rows:
 
 def join(*groups: Rows) -> Rows:
   return tuple(row for group in groups for row in group)
+
+
+def layers(source: str, target: str, rows: Rows) -> Rows:
+  """The rows of a list of layers, for a network that holds every layer apart and for one that stacks them on axis 0.
+
+  `source` is the list's name in the file, `target` its path in the network; `rows` are those of one layer.
+  """
+  rows = tuple(r._replace(source=f"{source}.{{i}}.{r.source}") for r in rows)
+  apart = tuple(r._replace(target=f"{target}_{{i}}/{r.target}") for r in rows)
+  return apart + tuple(r._replace(target=f"{target}/{r.target}", axes=r.axes.replace("->", "-> {i}")) for r in rows)
 
 
 # ---- Stable Diffusion -----------------------------------------------------------------------------------------------
@@ -125,6 +140,73 @@ AUTOENCODER = Table(
   file="diffusion_pytorch_model",
 )
 
+# ---- FLUX -----------------------------------------------------------------------------------------------------------
+
+FEED_FORWARD = join(dense("net.0.proj"), dense("net.2"))
+
+FLUX_ATTENTION = join(
+  *(dense(f"to_{name}") + dense(f"add_{name}_proj") for name in "qkv"),
+  *(scale(f"norm_{name}") + scale(f"norm_added_{name}") for name in "qk"),
+  dense("to_out.0"),
+  dense("to_add_out"),
+)
+
+DOUBLE_BLOCK = join(
+  dense("norm1.linear"),
+  dense("norm1_context.linear"),
+  under("attn", FLUX_ATTENTION),
+  under("ff", FEED_FORWARD),
+  under("ff_context", FEED_FORWARD),
+)
+
+SINGLE_BLOCK = join(
+  dense("norm.linear"),
+  *(dense(f"attn.to_{name}") for name in "qkv"),
+  *(scale(f"attn.norm_{name}") for name in "qk"),
+  dense("proj_mlp"),
+  dense("proj_out"),
+)
+
+FLUX = Table(
+  name="FluxTransformer2DModel",
+  rows=join(
+    dense("x_embedder"),
+    dense("context_embedder"),
+    *(dense(f"time_text_embed.{name}_embedder.linear_{k}") for name in ("timestep", "guidance", "text") for k in (1, 2)),
+    layers("transformer_blocks", "transformer_blocks", DOUBLE_BLOCK),
+    layers("single_transformer_blocks", "single_transformer_blocks", SINGLE_BLOCK),
+    dense("norm_out.linear"),
+    dense("proj_out"),
+  ),
+  file="diffusion_pytorch_model",
+)
+
+# ---- T5 -------------------------------------------------------------------------------------------------------------
+
+T5_BLOCK = join(
+  under("layer.0", join(scale("layer_norm"), *(dense(f"SelfAttention.{name}", bias=False) for name in "qkvo"))),
+  under("layer.1", join(scale("layer_norm"), *(dense(f"DenseReluDense.{name}", bias=False) for name in ("wi_0", "wi_1", "wo")))),
+)
+
+T5 = Table(
+  name="T5EncoderModel",
+  rows=join(
+    embedding("shared"),
+    layers("encoder.block", "encoder/block", T5_BLOCK),
+    (
+      # the first layer's in the file, every layer's in the network
+      Row(
+        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
+        "encoder/relative_attention_bias/embedding",
+        "n h -> n h",
+      ),
+    ),
+    scale("encoder.final_layer_norm"),
+  ),
+  copies=(("encoder.embed_tokens.weight", "shared.weight"),),
+  others=("decoder.{*}", "lm_head.weight"),
+)
+
 # ---- CLIP, transformers' names --------------------------------------------------------------------------------------
 
 CLIP_LAYER = join(
@@ -134,16 +216,6 @@ CLIP_LAYER = join(
   dense("mlp.fc1"),
   dense("mlp.fc2"),
 )
-
-
-def layers(source: str, target: str, rows: Rows) -> Rows:
-  """The rows of a list of layers, for a network that holds every layer apart and for one that stacks them on axis 0.
-
-  `source` is the list's name in the file, `target` its path in the network; `rows` are those of one layer.
-  """
-  rows = tuple(r._replace(source=f"{source}.{{i}}.{r.source}") for r in rows)
-  apart = tuple(r._replace(target=f"{target}_{{i}}/{r.target}") for r in rows)
-  return apart + tuple(r._replace(target=f"{target}/{r.target}", axes=r.axes.replace("->", "-> {i}")) for r in rows)
 
 
 CLIP_ENCODER = layers("encoder.layers", "encoder/layers", CLIP_LAYER)
@@ -255,4 +327,4 @@ OPEN_CLIP = Table(
 # LAION's aesthetic predictor v2: the Linears of a Sequential with dropouts between.
 AESTHETIC = Table(name="AestheticHead", rows=dense("layers.{i}"), file="model")
 
-TABLES = {table.name: table for table in (UNET, AUTOENCODER, CLIP_TEXT, CLIP_VISION, CLIP, OPEN_CLIP, AESTHETIC)}
+TABLES = {table.name: table for table in (UNET, AUTOENCODER, FLUX, T5, CLIP_TEXT, CLIP_VISION, CLIP, OPEN_CLIP, AESTHETIC)}

@@ -94,6 +94,23 @@ def flow_schedule(steps: int, shift: float, num_train_timesteps: int = 1000) -> 
   return _schedule(sigma * num_train_timesteps, 1.0 - sigma, sigma)
 
 
+def resolution_shift(
+  tokens: int, *, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float, kind: str = "exponential"
+) -> float:
+  """The time shift k of `flow_schedule` for a sample of this many tokens (FLUX.1-dev's, named as in its scheduler's config).
+
+  mu is linear in the tokens, `base_shift` at `base_tokens` and `max_shift` at `max_tokens`; k = exp(mu), or mu itself where
+  `kind` is "linear".
+
+  Raises:
+    ValueError: an unknown kind.
+  """
+  if kind not in ("exponential", "linear"):
+    raise ValueError(f"time_shift_type is {kind!r}, must be exponential or linear")
+  mu = base_shift + (max_shift - base_shift) * (tokens - base_tokens) / (max_tokens - base_tokens)
+  return float(np.exp(mu)) if kind == "exponential" else float(mu)
+
+
 def _schedule(model_time, alpha, sigma) -> Schedule:
   return Schedule(*(jnp.asarray(values, jnp.float32) for values in (model_time, alpha, sigma)))
 

@@ -14,6 +14,8 @@ def attention(
   v: Float[Array, "b m h d"],
   *,
   mask: Bool[Array, "#b #h #n m"] | None = None,
+  bias: Float[Array, "#b #h n m"] | None = None,
+  scale: float | None = None,
   impl: str = "auto",
 ) -> Float[Array, "b n h d"]:
   """Scaled dot-product attention; logits and softmax in float32.
@@ -21,14 +23,17 @@ def attention(
   Args:
     q: queries; k, v: keys and values; the head axis is third.
     mask: True where a query may look.
+    bias: added to the logits.
+    scale: of the products; None = d**-0.5.
     impl: xla | cudnn | auto. auto takes cudnn on a GPU for half precision and head dimensions that it supports
       (a multiple of 8, at most 128, which every generation takes), and xla everywhere else.
   """
   if impl == "auto":
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    cudnn = jax.default_backend() == "gpu" and half and mask is None and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+    cudnn = jax.default_backend() == "gpu" and half and mask is None and bias is None
+    cudnn = cudnn and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
     impl = "cudnn" if cudnn else "xla"
-  return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=impl)
+  return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, implementation=impl)
 
 
 class Attention(nn.Module):
@@ -63,19 +68,20 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    hidden, gate = jnp.split(GatedProjection(name="net_0", **types)(x), 2, axis=-1)
+    hidden, gate = jnp.split(Projection(8 * x.shape[-1], name="net_0", **types)(x), 2, axis=-1)
     return Dense(x.shape[-1], name="net_2", **types)(hidden * jax.nn.gelu(gate, approximate=False))
 
 
-class GatedProjection(nn.Module):
-  """The projection in front of GEGLU; a module of its own because its weights are named `net.0.proj`."""
+class Projection(nn.Module):
+  """The projection in front of a feed-forward's activation; a module of its own because its weights are named `net.0.proj`."""
 
+  features: int
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n h"]:
-    return Dense(8 * x.shape[-1], name="proj", dtype=self.dtype, param_dtype=self.param_dtype)(x)
+    return Dense(self.features, name="proj", dtype=self.dtype, param_dtype=self.param_dtype)(x)
 
 
 class TransformerBlock(nn.Module):

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 from dancegrpo_jax.models.attention import attention
 from dancegrpo_jax.models.config import from_config
 from dancegrpo_jax.models.layers import Conv, Dense, Downsample, Dtype, GroupNorm, ResnetBlock, Upsample
+from dancegrpo_jax.types import PyTree
 
 _NEUTRAL = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 _EPSILON = 1e-6  # every norm of the autoencoder
@@ -177,6 +178,13 @@ class AutoencoderKL(nn.Module):
   def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Reconstruction from the mean; touches every parameter, so `init` uses it."""
     return self.decode(self.encode(pixels)[0])
+
+
+def pixels_of(network: AutoencoderKL, params: PyTree, latents: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
+  """Pixels in [0, 1], float32, of latents in the denoiser's scale."""
+  own = latents / network.scaling_factor + network.shift_factor
+  pixels = network.apply({"params": params}, own.astype(network.dtype), method="decode")
+  return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
 
 
 def from_json(config_json: dict, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32) -> AutoencoderKL:

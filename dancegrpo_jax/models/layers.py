@@ -128,6 +128,13 @@ class GroupNorm(nn.Module):
     return (y * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
 
 
+def standardise(x: Float[Array, "... c"], epsilon: float) -> Float[Array, "... c"]:
+  """Mean 0 and variance 1 over the last axis, float32: a LayerNorm without parameters."""
+  y = x.astype(jnp.float32)
+  y = y - y.mean(-1, keepdims=True)
+  return y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + epsilon)
+
+
 class LayerNorm(nn.Module):
   """torch.nn.LayerNorm over the last axis; statistics in float32."""
 
@@ -140,10 +147,22 @@ class LayerNorm(nn.Module):
     broadcast = (1,) * (x.ndim - 1) + (x.shape[-1],)
     scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
     bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+    return (standardise(x, self.epsilon) * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+  """torch.nn.RMSNorm over the last axis (arXiv 1910.07467): no mean is taken off, no bias; statistics in float32."""
+
+  epsilon: float
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
     y = x.astype(jnp.float32)
-    y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-    return (y * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
+    return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
 
 
 def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:

@@ -6,7 +6,8 @@ from jaxtyping import Array, Float
 
 from dancegrpo_jax.models.attention import Transformer2D
 from dancegrpo_jax.models.config import from_config
-from dancegrpo_jax.models.layers import Conv, Dense, Downsample, Dtype, GroupNorm, ResnetBlock, Upsample
+from dancegrpo_jax.models.embeddings import TimeEmbedding, sinusoid
+from dancegrpo_jax.models.layers import Conv, Downsample, Dtype, GroupNorm, ResnetBlock, Upsample
 
 # config.json keys that are not fields, with the only value that is implemented (diffusers' defaults).
 _NEUTRAL = {
@@ -18,29 +19,6 @@ _NEUTRAL = {
 }  # fmt: skip
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
-
-
-def sinusoid(time: Float[Array, "b"], width: int, flip_sin_to_cos: bool, shift: int | float) -> Float[Array, "b w"]:
-  """Sinusoidal embedding of the exact float model time, float32."""
-  half = width // 2
-  frequency = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
-  angle = time.astype(jnp.float32)[:, None] * frequency[None, :]
-  parts = (jnp.cos(angle), jnp.sin(angle)) if flip_sin_to_cos else (jnp.sin(angle), jnp.cos(angle))
-  return jnp.concatenate(parts, axis=-1)
-
-
-class TimeEmbedding(nn.Module):
-  """Two linear layers with silu between."""
-
-  features: int
-  dtype: Dtype = jnp.float32
-  param_dtype: Dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "b w"]) -> Float[Array, "b t"]:
-    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    x = nn.silu(Dense(self.features, name="linear_1", **types)(x))
-    return Dense(self.features, name="linear_2", **types)(x)
 
 
 class Block(nn.Module):

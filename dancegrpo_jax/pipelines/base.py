@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from dancegrpo_jax.diffusion.schedules import Schedule
 from dancegrpo_jax.types import PyTree
 
@@ -27,18 +25,18 @@ class Pipeline(NamedTuple):
   """A text-to-image model. `params` below is a dict of trees by component: denoiser, text_encoder, decoder ...
 
   Attributes:
-    tokenize: host function, `list[str] -> int32 [n, tokens]`.
+    tokenize: host function, `list[str] -> tokens`, a pytree of int32 `[n, tokens]`.
     encode: `(params, tokens) -> rows`, a pytree with one row a text, as `denoise` takes it.
     denoise: `(params, x [b, ...], model_time [b], rows) -> output [b, ...]`.
     decode: `(params, latents [b, ...]) -> pixels [b, h, w, 3]` in [0, 1].
-    schedule: `(steps, shift) -> Schedule`.
+    schedule: `(steps, shift) -> Schedule`; the shift is rectified flow's, 0 = the checkpoint's own.
     prediction: "epsilon", "v" or "velocity".
     latent_shape: of one sample.
     components: what `params` consists of.
     trainable: the component that is trained.
   """
 
-  tokenize: Callable[[list[str]], np.ndarray]
+  tokenize: Callable[[list[str]], PyTree]
   encode: Callable[[PyTree, Any], PyTree]
   denoise: Callable[[PyTree, Any, Any, PyTree], Any]
   decode: Callable[[PyTree, Any], Any]

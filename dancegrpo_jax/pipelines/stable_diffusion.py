@@ -66,9 +66,7 @@ def build(
     return denoiser.apply({"params": params["denoiser"]}, x, time, rows)
 
   def decode(params: PyTree, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
-    latents = latents / vae.scaling_factor + (vae.shift_factor or 0.0)
-    pixels = vae.apply({"params": params["decoder"]}, latents.astype(frozen), method="decode")
-    return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+    return autoencoder.pixels_of(vae, params["decoder"], latents)
 
   def schedule(steps: int, shift: float) -> schedules.Schedule:
     del shift  # rectified flow's

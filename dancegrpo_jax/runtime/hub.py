@@ -14,6 +14,7 @@ from dancegrpo_jax.runtime.config import ConfigError
 RANDOM = "random:"
 ORBAX = "orbax"  # folder of a checkpoint that `convert import` wrote: all networks' parameters as one Orbax tree
 TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
+T5_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _OPTIONAL = ("model_index.json",)  # only export needs it
 _STEMS = ("diffusion_pytorch_model", "model", "open_clip_model")  # of weight files: diffusers, transformers, open_clip
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # pickled ones count as found: their reader says what to do
@@ -27,17 +28,29 @@ class Layout(NamedTuple):
     files: that must be there.
     tokenizers: folders of CLIP tokenizers.
     networks: folders with weights.
+    t5_tokenizers: folders of T5 tokenizers.
   """
 
   files: tuple[str, ...]
   tokenizers: tuple[str, ...]
   networks: tuple[str, ...]
+  t5_tokenizers: tuple[str, ...] = ()
+
+  @property
+  def tokenizer_files(self) -> list[str]:
+    """The files of all tokenizers."""
+    kinds = ((self.tokenizers, TOKENIZER_FILES), (self.t5_tokenizers, T5_TOKENIZER_FILES))
+    return [str(Path(place) / file) for places, files in kinds for place in places for file in files]
 
 
 def layout_of(module: ModuleType) -> Layout:
-  """The layout that a family's or a reward's module names with FILES and TOKENIZERS: a folder with a config.json has weights."""
+  """The layout that a family's or a reward's module names with FILES, TOKENIZERS and, where there are any, T5_TOKENIZERS.
+
+  A folder with a config.json has weights.
+  """
   files = tuple(module.FILES.values())
-  return Layout(files, tuple(module.TOKENIZERS), tuple(str(Path(f).parent) for f in files if Path(f).name == "config.json"))
+  networks = tuple(str(Path(f).parent) for f in files if Path(f).name == "config.json")
+  return Layout(files, tuple(module.TOKENIZERS), networks, tuple(getattr(module, "T5_TOKENIZERS", ())))
 
 
 def is_random(name: str) -> bool:
@@ -73,8 +86,7 @@ def folder(field: str, name: str, layout: Layout, variant: str = "") -> Path:
 
 def missing(path: Path, layout: Layout) -> list[str]:
   """What of the layout is not in the folder; [] where it is whole."""
-  tokenizers = [str(Path(place) / file) for place in layout.tokenizers for file in TOKENIZER_FILES]
-  absent = [file for file in (*layout.files, *tokenizers) if not (path / file).is_file()]
+  absent = [file for file in (*layout.files, *layout.tokenizer_files) if not (path / file).is_file()]
   if (path / ORBAX).is_dir():
     return absent
   names = {place: [entry.name for entry in (path / place).glob("*")] for place in layout.networks}
@@ -90,9 +102,10 @@ def patterns(layout: Layout, variant: str = "") -> list[str]:
   mark = f".{variant}" if variant else ""
   kinds = (f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors")
   kinds += (f"{mark}.safetensors.index.json", f".safetensors.index{mark}.json")
-  tokenizers = [str(Path(place) / file) for place in layout.tokenizers for file in (*TOKENIZER_FILES, "special_tokens_map.json")]
+  optional = [str(Path(place) / "special_tokens_map.json") for place in (*layout.tokenizers, *layout.t5_tokenizers)]
+  optional += [str(Path(place) / "spiece.model") for place in layout.t5_tokenizers]  # for other programs
   weights = [str(Path(place) / f"{stem}{kind}") for place in layout.networks for stem in _STEMS for kind in kinds]
-  return list(dict.fromkeys([*_OPTIONAL, *layout.files, *tokenizers, *weights]))
+  return list(dict.fromkeys([*_OPTIONAL, *layout.files, *layout.tokenizer_files, *optional, *weights]))
 
 
 def _cached(name: str, layout: Layout) -> Path | None:
@@ -139,5 +152,6 @@ def _remedy(field: str, name: str, layout: Layout) -> str:
 
 def _accepted(layout: Layout) -> str:
   tokenizers = [str(Path(place) / " + ".join(TOKENIZER_FILES[:2])) for place in layout.tokenizers]
+  tokenizers += [str(Path(place) / T5_TOKENIZER_FILES[0]) for place in layout.t5_tokenizers]
   networks = [str(Path(place) / "*.safetensors") for place in layout.networks]
   return f"accepted is a folder with {', '.join([*layout.files, *tokenizers, *networks])}"

@@ -15,7 +15,7 @@ from dancegrpo_jax.runtime import config as config_lib
 from dancegrpo_jax.runtime.mesh import AXES, axis_sizes
 
 # Families that pipelines/ has, and what their denoiser was trained as: rectified flow or diffusion.
-FAMILIES = {"stable_diffusion": "diffusion"}
+FAMILIES = {"stable_diffusion": "diffusion", "flux": "flow"}
 # Rewards that rewards/ has; anything else is module:function.
 REWARDS = ("clip", "hps", "pickscore", "aesthetic", "compressibility", "remote")
 
@@ -59,7 +59,9 @@ LIMITS = {
   "iterations": _at_least(1),
   "data.prompts_per_iteration": _at_least(1),
   "sampler.steps": _at_least(1),
-  "sampler.shift": _above(0),
+  "model.text_length": _at_least(1),
+  "sampler.shift": ((lambda value: value >= 0), "must be above 0, or 0 for what the checkpoint's scheduler says"),
+  "sampler.embedded_guidance": _at_least(0),
   "sampler.guidance_scale": ((lambda value: value >= 1), "must be at least 1; 1 is no guidance"),
   "sampler.noise_level": (
     (lambda value: value > 0),

@@ -157,9 +157,10 @@ def _random(path: str, spec: Spec, seed: int) -> np.ndarray:
   leaf = path.rpartition("/")[2]
   if leaf == "bias":
     return np.zeros(spec.shape, spec.dtype)
-  if len(spec.shape) < 2 and leaf != "class_embedding":
+  if leaf == "scale" or (len(spec.shape) < 2 and leaf != "class_embedding"):
     return np.ones(spec.shape, spec.dtype)
-  std = 0.02 if "embedding" in leaf else np.prod(spec.shape[:-1]) ** -0.5
+  stacked = len(spec.shape) % 2  # kernels of dense layers have two axes, of convolutions four; one more where blocks are stacked
+  std = 0.02 if "embedding" in leaf else np.prod(spec.shape[stacked:-1]) ** -0.5
   rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
   return (std * rng.standard_normal(spec.shape, np.float32)).astype(spec.dtype)
 

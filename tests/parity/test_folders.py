@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from torch_parity import randomise
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from dancegrpo_jax.convert.shapes import abstract_params, class_name
 from dancegrpo_jax.runtime import weights
@@ -30,9 +30,16 @@ def networks() -> dict:
       attention_head_dim=2,
     ),
     "AutoencoderKL": lambda: AutoencoderKL(block_out_channels=(16,), norm_num_groups=8),
+    "FluxTransformer2DModel": lambda: FluxTransformer2DModel(
+      in_channels=8, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12,
+      pooled_projection_dim=10, guidance_embeds=True, axes_dims_rope=(4, 2, 2),
+    ),
+    "T5EncoderModel": lambda: T5EncoderModel(
+      T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+    ),
     "CLIPTextModel": lambda: CLIPTextModel(CLIPTextConfig(**TEXT)),
     "CLIPModel": lambda: CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=12)),
-  }
+  }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", networks())
