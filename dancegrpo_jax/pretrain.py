@@ -133,7 +133,7 @@ def clip_stage(config, data: Data, out: Path) -> Stage:
     write_json(folder / "preprocessor_config.json", clip_preprocessor(config.size))
     write_tokenizer_files(folder)
 
-  params = network.init(jax.random.key(config.seed), data.tokens[:1], jnp.zeros((1, config.size, config.size, 3)))["params"]
+  params = network.init(jax.random.key(config.seed), jnp.asarray(data.tokens[:1]), jnp.zeros((1, config.size, config.size, 3)))["params"]
   return Stage("clip", params, loss, batch, export)
 
 
@@ -179,7 +179,7 @@ def denoiser_stage(config, data: Data, out: Path) -> Stage:
   context = jnp.zeros((1, config.tokens, stage.text.hidden_size))
   params = {
     "unet": network.init(keys[0], jnp.asarray(latents[:1]), jnp.zeros((1,)), context)["params"],
-    "text_encoder": text.init(keys[1], data.tokens[:1])["params"],
+    "text_encoder": text.init(keys[1], jnp.asarray(data.tokens[:1]))["params"],
   }
   return Stage("denoiser", params, loss, batch, export)
 
@@ -248,7 +248,7 @@ def model_index() -> dict:
 def fit(stage: Stage, config, workdir: Path, save_every: int = 400) -> PyTree:
   """Trains a stage to its last step and returns the averaged parameters; resumes from the workdir's checkpoint."""
   settings = config[stage.name]
-  schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.warmup, settings.steps, 1e-5)
+  schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.warmup, settings.decay_steps, 1e-5)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
   step_fn = programs.fit_step(stage.loss, optimizer)
   state = (stage.params, optimizer.init(stage.params), jax.tree.map(jnp.copy, stage.params))

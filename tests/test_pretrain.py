@@ -1,0 +1,61 @@
+"""The command that makes the embedded models, on four emoji and three steps a stage: what it writes loads, and it resumes."""
+
+import pathlib
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dancegrpo_jax import pretrain
+from dancegrpo_jax.data import emoji
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FONT = ROOT / "tests/fixtures/emoji_subset.ttf"
+CONFIG = f"--config={ROOT / 'configs' / 'emoji_pretrain.py'}:tiny"
+
+
+def command(folder: pathlib.Path, *flags: str) -> int:
+  return pretrain.main([CONFIG, f"--workdir={folder / 'work'}", f"--out={folder / 'out'}", f"--font={FONT}", *flags])
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+  """All stages in one go."""
+  whole = emoji.pairs
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(emoji, "pairs", lambda split, names=("red apple", "star", "frog", "ghost"): whole(split, names))
+    folder = tmp_path_factory.mktemp("pretrain")
+    assert command(folder) == 0
+    yield folder
+
+
+def test_what_it_writes_loads_in_diffusers_and_transformers(made):
+  diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  pipeline = diffusers.StableDiffusionPipeline.from_pretrained(made / "out/emoji-sd", dtype=torch.float32)
+  pipeline.set_progress_bar_config(disable=True)
+  (image,) = pipeline("a star on a red background", height=32, width=32, num_inference_steps=2, output_type="np").images
+  assert image.shape == (32, 32, 3) and np.isfinite(image).all()
+  clip = transformers.CLIPModel.from_pretrained(made / "out/emoji-clip")
+  assert clip.config.projection_dim == 64
+
+
+def test_it_resumes_where_it_stopped(made, tmp_path):
+  """Two steps, then the third: the weights of three in one go."""
+  work, out = tmp_path / "work", tmp_path / "out"
+  for name in ("emoji-sd/vae", "emoji-clip"):  # what the denoiser's stage reads
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
+    (out / name).symlink_to(made / "out" / name)
+  assert command(tmp_path, "--stage=denoiser", "--config.denoiser.steps=2") == 0
+  assert [path.name for path in (work / "denoiser").iterdir() if path.name.isdigit()] == ["2"]
+  assert command(tmp_path, "--stage=denoiser") == 0
+  file = "emoji-sd/unet/diffusion_pytorch_model.safetensors"
+  resumed, straight = load_file(out / file), load_file(made / "out" / file)
+  assert resumed.keys() == straight.keys()
+  assert all((resumed[name] == straight[name]).all() for name in straight)
+  assert len((work / "denoiser.jsonl").read_text().splitlines()) == 3  # steps 0, 1 and 2
+
+
+def test_a_font_that_is_not_there(tmp_path, capsys):
+  assert command(tmp_path, "--font=/nowhere.ttf") == 2
+  assert "/nowhere.ttf" in capsys.readouterr().err and not list(tmp_path.iterdir())
