@@ -102,13 +102,13 @@ def squashed(pixels: np.ndarray) -> torch.Tensor:
   return torch_normalised(torch.tensor(nchw(np.stack([np.asarray(image) for image in images]) / np.float32(255))))
 
 
-def padded(pixels: np.ndarray) -> torch.Tensor:
+def padded(pixels: np.ndarray, size: int = SIZE) -> torch.Tensor:
   """HPSv2's: the longest side to the tower's, zeros around, then normalised."""
   x, (h, w) = torch.tensor(nchw(pixels)), pixels.shape[1:3]
-  nh, nw = (round(side * (SIZE / max(h, w))) for side in (h, w))
+  nh, nw = (round(side * (size / max(h, w))) for side in (h, w))
   x = torch.nn.functional.interpolate(x, size=(nh, nw), mode="bicubic", antialias=True)
-  left, top = (SIZE - nw) // 2, (SIZE - nh) // 2
-  return torch_normalised(torch.nn.functional.pad(x, (left, SIZE - nw - left, top, SIZE - nh - top)))
+  left, top = (size - nw) // 2, (size - nh) // 2
+  return torch_normalised(torch.nn.functional.pad(x, (left, size - nw - left, top, size - nh - top)))
 
 
 def torch_normalised(x: torch.Tensor) -> torch.Tensor:
