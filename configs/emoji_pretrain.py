@@ -18,7 +18,6 @@ def get_config(preset: str = "") -> ConfigDict:
 
   config.vae = ConfigDict({
     "steps": 2400,
-    "decay_steps": 2400,  # length of the learning rate's cosine
     "batch": 32,
     "learning_rate": 2e-3,
     "warmup": 100,
@@ -41,7 +40,6 @@ def get_config(preset: str = "") -> ConfigDict:
 
   config.clip = ConfigDict({
     "steps": 600,
-    "decay_steps": 600,
     "batch": 128,  # distinct pairs, so that every caption has one picture
     "learning_rate": 1e-3,
     "warmup": 100,
@@ -59,8 +57,7 @@ def get_config(preset: str = "") -> ConfigDict:
   })
 
   config.denoiser = ConfigDict({
-    "steps": 2650,
-    "decay_steps": 4800,  # stopped on the way, on purpose; assets/README.md tells what the shipped one went through
+    "steps": 2400,  # assets/README.md tells in which steps the shipped one came here
     "batch": 64,
     "learning_rate": 1e-3,
     "warmup": 100,

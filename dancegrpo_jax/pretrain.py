@@ -133,7 +133,8 @@ def clip_stage(config, data: Data, out: Path) -> Stage:
     write_json(folder / "preprocessor_config.json", clip_preprocessor(config.size))
     write_tokenizer_files(folder)
 
-  params = network.init(jax.random.key(config.seed), jnp.asarray(data.tokens[:1]), jnp.zeros((1, config.size, config.size, 3)))["params"]
+  pixels = jnp.zeros((1, config.size, config.size, 3))
+  params = network.init(jax.random.key(config.seed), jnp.asarray(data.tokens[:1]), pixels)["params"]
   return Stage("clip", params, loss, batch, export)
 
 
@@ -248,7 +249,7 @@ def model_index() -> dict:
 def fit(stage: Stage, config, workdir: Path, save_every: int = 400) -> PyTree:
   """Trains a stage to its last step and returns the averaged parameters; resumes from the workdir's checkpoint."""
   settings = config[stage.name]
-  schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.warmup, settings.decay_steps, 1e-5)
+  schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.warmup, settings.steps, 1e-5)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
   step_fn = programs.fit_step(stage.loss, optimizer)
   state = (stage.params, optimizer.init(stage.params), jax.tree.map(jnp.copy, stage.params))
