@@ -39,7 +39,7 @@ def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
 
   Args:
     config: validated.
-    name: "base", a workdir, or a folder of checkpoints.
+    name: "base" (what training starts from: with the adapters of config.lora.checkpoint), a workdir, or a folder of checkpoints.
 
   Raises:
     ConfigError: a missing or damaged checkpoint, or one of other adapters.
