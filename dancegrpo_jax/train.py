@@ -38,7 +38,7 @@ class Session(NamedTuple):
     batches: `batches[iteration]` is that iteration's examples.
     model: without its trainable weights, which the state owns.
     programs: compiled functions.
-    reference: trainable weights that a KL penalty holds to, or None.
+    reference: in the place of the trained weights what a KL penalty holds to, or None. {} under LoRA: the base has no adapters.
     features: device rewards' features of every prompt, by reward.
     shown_features: of the shown ones.
   """
@@ -192,7 +192,7 @@ def prepare(
   model = loading.load(config, pipeline, rewards, mesh)
   shardings = loading.state_shardings(config, model, len(examples), mesh)
   compiled = programs.build(config, pipeline, rewards, mesh, shardings)
-  reference = jax.tree.map(jnp.copy, model.trainable) if config.objective.kl.weight else None
+  reference = reference_of(config, model)
   make_state = programs.init_state(config, len(examples), shardings)
   if first:
     shapes = jax.eval_shape(make_state, model.trainable)
@@ -211,6 +211,13 @@ def prepare(
     report.save_environment(workdir)
   model = model._replace(trainable=None)
   return Session(config, workdir, examples, shown, batches, model, compiled, reference, features, shown_features), state
+
+
+def reference_of(config: ConfigDict, model: Model) -> PyTree | None:
+  """What a KL penalty holds to: a copy of the weights before training, or the frozen base itself, which LoRA leaves as it is."""
+  if not config.objective.kl.weight:
+    return None
+  return {} if config.lora.rank else jax.tree.map(jnp.copy, model.trainable)
 
 
 def collect(
