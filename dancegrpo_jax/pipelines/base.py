@@ -34,6 +34,7 @@ class Pipeline(NamedTuple):
     latent_shape: of one sample.
     components: what `params` consists of.
     trainable: the component that is trained.
+    encoders: the components that `encode` alone reads.
   """
 
   tokenize: Callable[[list[str]], PyTree]
@@ -45,3 +46,4 @@ class Pipeline(NamedTuple):
   latent_shape: tuple[int, ...]
   components: dict[str, Component]
   trainable: str = "denoiser"
+  encoders: tuple[str, ...] = ("text_encoder",)
