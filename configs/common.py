@@ -20,7 +20,7 @@ def get_config() -> ConfigDict:
     "variant": "",  # which weight files to prefer, as "fp16"; "" = the full ones, then any
     "size": (32, 32),  # height, width of the samples, pixels
     "dtype": "float32",  # what the denoiser computes in; parameters and SDE arithmetic stay float32
-    "frozen_dtype": "float32",  # text encoder and decoder, stored and computed
+    "frozen_dtype": "float32",  # text encoder and decoder, stored and computed; the denoiser under lora, stored
     "remat": False,  # recompute the denoiser's blocks in the backward pass: less memory, a third more time
     "attention": "auto",  # auto | xla | cudnn
     "scan_blocks": False,  # flux: stack the blocks' weights and compile one of a kind; large ones compile many times faster
@@ -115,7 +115,7 @@ def get_config() -> ConfigDict:
     "timesteps": "random",  # first | random | last | all: which policy steps are trained
     "timestep_fraction": 0.6,  # share of the policy steps, rounded down [P]
     "guard": False,  # GRPO-Guard ratio and weight, arXiv 2510.22319
-    "kl": ConfigDict({"weight": 0.0, "mode": "exact"}),  # to the initial model; exact | no_dt | mean_mse | velocity_mse
+    "kl": ConfigDict({"weight": 0.0, "mode": "exact"}),  # to the base model; exact | no_dt | mean_mse | velocity_mse
   })
 
   config.optimizer = ConfigDict({
@@ -131,7 +131,12 @@ def get_config() -> ConfigDict:
     "max_skipped": 10,  # optimizer steps with a non-finite loss or gradient before the run stops
   })
 
-  config.lora = ConfigDict({"rank": 0, "alpha": 0.0, "targets": ""})  # rank 0 = train every weight
+  config.lora = ConfigDict({  # arXiv 2106.09685: train low-rank adapters over a frozen denoiser (stored in model.frozen_dtype)
+    "rank": 0,  # 0 = train every weight
+    "alpha": 0.0,  # the adapters count alpha / rank times
+    "targets": "",  # regex that matches the whole path of a dense kernel, as ".*attn.*/to_(q|k|v|out_0)/kernel"
+    "checkpoint": "",  # adapters to start from, in PEFT's or diffusers' layout: a file or its folder; "" = new ones
+  })
   config.ema = ConfigDict({"decay": 0.0})  # of the trained weights, float32; 0 = off
 
   config.mesh = ConfigDict({

@@ -21,14 +21,14 @@ def get_config(preset: str = ""):
   """`""` the 10-minute run; `tiny` 6 iterations of few samples, for tests; `broad` all training pairs, hours of CPU or a GPU."""
   config = common.get_config()
   config.name = "emoji_clip" + (f"_{preset}" if preset else "")
-  config.iterations = 40
+  config.iterations = 32
   config.sampler.steps = 8
   config.sampler.window.size = 6  # of 7 policy steps: the cleanest hardly changes the picture and drowns the others
   config.rollout.update(samples_per_prompt=16, chunk=256)
-  config.optimizer.update(learning_rate=2e-4, warmup_steps=40, b2=0.98, updates_per_iteration=4, microbatch=96)
+  config.optimizer.update(learning_rate=2e-5, warmup_steps=20, b2=0.98, updates_per_iteration=4, microbatch=96)
   config.objective.clip_range = 5e-3
-  config.evaluation.update(every=10, prompts=16, distractors="assets/prompts/emoji_train.txt")
-  config.checkpoint.every = 20
+  config.evaluation.update(every=8, prompts=16, samples=8, distractors="assets/prompts/emoji_train.txt")
+  config.checkpoint.every = 8
   if preset == "tiny":
     config.iterations = 6
     config.sampler.window.size = 0

@@ -57,7 +57,7 @@ def get_config(preset: str = "") -> ConfigDict:
   })
 
   config.denoiser = ConfigDict({
-    "steps": 2400,  # assets/README.md tells in which steps the shipped one came here
+    "steps": 1800,
     "batch": 64,
     "learning_rate": 1e-3,
     "warmup": 100,

@@ -9,11 +9,14 @@ import optax
 from ml_collections import ConfigDict
 
 from dancegrpo_jax import components, programs, scoring
+from dancegrpo_jax.models import lora
+from dancegrpo_jax.models.lora import Lora
 from dancegrpo_jax.pipelines import flux, stable_diffusion
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.runtime import weights
 from dancegrpo_jax.runtime.config import ConfigError
 from dancegrpo_jax.types import Conditioning, Example, PyTree
 
@@ -25,8 +28,8 @@ class Model(NamedTuple):
 
   Attributes:
     pipeline: functions.
-    frozen: parameters by component, without the trained one.
-    trainable: `{component: parameters}`, float32: the base model's.
+    frozen: parameters by component, without what is trained.
+    trainable: `{name: tree}`, float32, as training starts: the denoiser's parameters, or the adapters as "lora".
     rewards: by name.
     reward_params: by reward, {} where it has none.
     shardings: of `trainable`.
@@ -38,6 +41,12 @@ class Model(NamedTuple):
   rewards: dict[str, Reward]
   reward_params: dict[str, PyTree]
   shardings: PyTree
+
+
+def lora_of(config: ConfigDict) -> Lora | None:
+  """The adapters that a config asks for, or None: every weight is trained."""
+  c = config.lora
+  return Lora(c.rank, c.alpha, c.targets) if c.rank else None
 
 
 def _family_options(config: ConfigDict) -> dict:
@@ -62,7 +71,7 @@ def build_pipeline(config: ConfigDict) -> Pipeline:
   """The functions and abstract parameters of config.model, without its weights.
 
   Raises:
-    ConfigError: a folder or file that is missing, or a network that is not implemented.
+    ConfigError: a folder or file that is missing, a network that is not implemented, or LoRA targets that aren't there.
   """
   m = config.model
   folder, family = checkpoint_folder(config), FAMILIES[m.family]
@@ -70,15 +79,17 @@ def build_pipeline(config: ConfigDict) -> Pipeline:
     jsons, tokenizers = components.read_files(folder, family)
     return family.build(
       jsons, tokenizers, size=m.size, dtype=m.dtype, frozen_dtype=m.frozen_dtype, remat=m.remat, attention=m.attention,
-      **_family_options(config),
+      lora=lora_of(config), **_family_options(config),
     )  # fmt: skip
   except (ValueError, FileNotFoundError) as error:
     raise ConfigError(str(error)) from error
 
 
 def shardings_of(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
-  """Where the parameters of each component go. ConfigError: a rule that does not fit."""
+  """Where the parameters of each component, and the adapters, go. ConfigError: a rule that does not fit."""
   abstract = {name: component.abstract for name, component in pipeline.components.items()}
+  if pipeline.adapters is not None:
+    abstract[pipeline.trainable] = pipeline.adapters
   return meshes.infer_shardings(abstract, config.mesh.rules, mesh)
 
 
@@ -97,14 +108,34 @@ def load(
   """Reads every weight but those of the components `without`, each device its share.
 
   Raises:
-    ConfigError: a checkpoint that is missing, truncated or does not fit; a sharding rule that does not.
+    ConfigError: a checkpoint or LoRA that is missing, truncated or does not fit; a sharding rule that does not.
   """
   shardings, whole = shardings_of(config, pipeline, mesh), meshes.replicated(mesh)
+  name = pipeline.trainable
+  adapters = None if pipeline.adapters is None else load_adapters(config, pipeline, shardings[name])  # small, so first
   params = read(config, pipeline, [name for name in pipeline.components if name not in without], mesh)
   reward_params = {name: scoring.read_reward(reward, whole, config.model.allow_pickle) for name, reward in rewards.items()}
-  name = pipeline.trainable
+  if adapters is not None:
+    params[name] = adapters
   frozen = {key: value for key, value in params.items() if key != name}
   return Model(pipeline, frozen, {name: params[name]}, rewards, reward_params, {name: shardings[name]})
+
+
+def load_adapters(config: ConfigDict, pipeline: Pipeline, shardings: PyTree) -> PyTree:
+  """The adapters that training starts from: new ones, or those of config.lora.checkpoint, as strong as they are there.
+
+  Raises:
+    ConfigError: no adapters there, another model's, or others than this config's.
+  """
+  settings, component, name = lora_of(config), pipeline.components["denoiser"], config.lora.checkpoint
+  if not name:
+    return programs.init_adapters(config, pipeline.adapters, shardings)
+  everywhere = lora.abstract(component.abstract, Lora(1, 1.0, ".*"))
+  try:
+    adapters, scale = weights.load_lora(name, component.table, pipeline.adapters, everywhere, shardings)
+  except weights.ConversionError as error:
+    raise ConfigError(f"config.lora.checkpoint = {name!r}: {error}") from error
+  return lora.scaled(adapters, scale / settings.scale)
 
 
 def state_shardings(config: ConfigDict, model: Model, num_prompts: int, mesh: jax.sharding.Mesh) -> TrainState:

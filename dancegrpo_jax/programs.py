@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax.diffusion import windows
 from dancegrpo_jax.diffusion.guidance import classifier_free
+from dancegrpo_jax.models import lora
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.rl import advantages, state, update
@@ -280,6 +281,12 @@ def init_state(config: ConfigDict, num_prompts: int, shardings: PyTree) -> Calla
     return state.create(trainable, optimizer_of(config), config.ema.decay, stats)
 
   return run if shardings is None else jax.jit(run, out_shardings=shardings, donate_argnums=0)
+
+
+def init_adapters(config: ConfigDict, adapters: PyTree, shardings: PyTree) -> PyTree:
+  """LoRA's adapters before the first iteration, sharded; drawn from the config's seed."""
+  key = rng.stream(config.seed, "lora")
+  return jax.jit(lambda: lora.init(key, adapters), out_shardings=shardings)()
 
 
 def embed(reward: Reward) -> Callable:

@@ -39,11 +39,13 @@ def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
 
   Args:
     config: validated.
-    name: "base", a workdir, or a folder of checkpoints.
+    name: "base" (what training starts from: with the adapters of config.lora.checkpoint), a workdir, or a folder of checkpoints.
 
   Raises:
-    ConfigError: a missing or damaged checkpoint.
+    ConfigError: a missing or damaged checkpoint, or one of other adapters.
   """
+  if name != "base":
+    check_lora(config, name)
   mesh = meshes.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     pipeline, rewards = loading.build_pipeline(config), scoring.build_rewards(config)
@@ -57,6 +59,17 @@ def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
 def restore(config: ConfigDict, model: Model, name: str) -> PyTree:
   """A checkpoint's weights, the averaged ones where it keeps an average. ConfigError where it can't be read."""
   return restore_weights(name, components.placed(model.trainable, model.shardings), "")
+
+
+def check_lora(config: ConfigDict, name: str) -> None:
+  """ConfigError where a checkpoint's adapters aren't those of the config: of another alpha they would fit and be wrong."""
+  ran_with = checkpoint.read_meta(checkpoints(name))["config"]["lora"]
+  for field in ("rank", "alpha", "targets"):
+    if ran_with[field] != config.lora[field]:
+      raise ConfigError(
+        f"{name}: was trained with lora.{field} = {ran_with[field]!r}; this config has {config.lora[field]!r}; give the config"
+        f" of the run, or set --config.lora.{field}={ran_with[field]!r}"
+      )
 
 
 def checkpoints(name: str) -> Path:

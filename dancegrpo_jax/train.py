@@ -39,7 +39,7 @@ class Session(NamedTuple):
     model: without its trainable weights, which the state owns.
     programs: compiled functions.
     encode: `texts -> rows`: by the text encoders, or from the cache.
-    reference: trainable weights that a KL penalty holds to, or None.
+    reference: in the place of the trained weights what a KL penalty holds to, or None. {} under LoRA: the base has no adapters.
     features: device rewards' features of every prompt, by reward.
     shown_features: of the shown ones.
   """
@@ -197,7 +197,7 @@ def prepare(
   model = loading.load(config, pipeline, rewards, mesh, without=pipeline.encoders if cached else ())
   shardings = loading.state_shardings(config, model, len(examples), mesh)
   compiled = programs.build(config, pipeline, rewards, mesh, shardings)
-  reference = jax.tree.map(jnp.copy, model.trainable) if config.objective.kl.weight else None
+  reference = reference_of(config, model)
   make_state = programs.init_state(config, len(examples), shardings)
   if first:
     shapes = jax.eval_shape(make_state, model.trainable)
@@ -217,6 +217,13 @@ def prepare(
   model = model._replace(trainable=None)
   encode = cached or loading.encoder(model, compiled.encode)
   return Session(config, workdir, examples, shown, batches, model, compiled, encode, reference, features, shown_features), state
+
+
+def reference_of(config: ConfigDict, model: Model) -> PyTree | None:
+  """What a KL penalty holds to: a copy of the weights before training, or the frozen base itself, which LoRA leaves as it is."""
+  if not config.objective.kl.weight:
+    return None
+  return {} if config.lora.rank else jax.tree.map(jnp.copy, model.trainable)
 
 
 def collect(

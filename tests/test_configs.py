@@ -1,22 +1,27 @@
-"""Every config and preset loads, is locked and validates; the tiny ones of Stable Diffusion run from end to end."""
+"""Every config and preset loads, is locked and validates; some tiny ones of Stable Diffusion and FLUX run from end to end."""
 
 import json
+import math
 import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from dancegrpo_jax import scoring, train
 from dancegrpo_jax.data.prompts import read_prompts
+from dancegrpo_jax.models import flux, t5
+from dancegrpo_jax.models.lora import Lora, abstract
 from dancegrpo_jax.rl import timesteps
 from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime import validation
 
 ROOT = Path(__file__).parent.parent
-RUNS = sorted(file.stem for file in (ROOT / "configs").glob("*.py") if file.stem.startswith(("emoji_clip", "sd_")))
+RUNS = sorted(file.stem for file in (ROOT / "configs").glob("*.py") if file.stem.startswith(("emoji_clip", "sd_", "flux_")))
 
 
 def presets(name: str) -> tuple[str, ...]:
@@ -30,9 +35,10 @@ def load(name: str, preset: str = ""):
 CASES = [(name, preset) for name in RUNS for preset in presets(name)]
 
 
-def test_the_six_are_there():
+def test_all_are_there():
   wanted = {"sd_clip", "sd_hps", "sd_pick", "sd_hps_clip", "sd_aesthetic", "sd_compressibility"}
-  assert wanted <= set(RUNS) and len(CASES) >= 4 * 6 + 3
+  assert wanted <= set(RUNS) and len(CASES) >= 4 * 6 + 3 + 2 * 5
+  assert {"flux_hps", "flux_hps_8gpu", "flux_hps_lora", "flux_hps_clip", "flux_pick"} <= set(RUNS)
 
 
 @pytest.mark.parametrize("name, preset", CASES)
@@ -42,8 +48,10 @@ def test_loads_locks_and_validates(name, preset):
   assert configs.from_json(configs.to_json(config)) == config
   examples = len(read_prompts(str(ROOT / config.data.prompts)))
   configs.validate(config, num_devices=1, num_examples=examples)
-  if preset != "tiny" and name[:3] == "sd_":
+  if preset != "tiny" and name[:3] != "emo":
     configs.validate(config, num_devices=8, num_examples=examples)
+  if name in ("flux_hps", "flux_hps_clip", "flux_pick"):
+    configs.validate(config, num_devices=16 if not preset else 8, num_examples=examples)
 
 
 def test_the_recipe_is_the_published_one():
@@ -64,6 +72,59 @@ def test_the_recipe_is_the_published_one():
   assert all(any(key.startswith(field) for field in configs.RESUMABLE) for key in changed)  # the same result by another way
 
 
+def test_flux_recipes_are_the_published_ones():
+  """Section 2 of DanceGRPO's recipe table for FLUX: 16 GPUs, 8 GPUs, LoRA."""
+  wide, eight, adapters = (load(name) for name in ("flux_hps", "flux_hps_8gpu", "flux_hps_lora"))
+  for config, trained, updates in ((wide, 9, 3), (eight, 9, 2), (adapters, 6, 2)):
+    s, o = config.sampler, config.optimizer
+    assert (s.kind, s.noise_level, s.shift, s.guidance_scale, s.embedded_guidance) == ("dance", 0.3, 3.0, 1.0, 3.5)
+    assert config.data.prompts_per_iteration * config.rollout.samples_per_prompt == 16 * 12 and config.model.size == (720, 720)
+    policy_steps = validation.policy_steps(config)
+    assert timesteps.count(config.objective.timesteps, config.objective.timestep_fraction, policy_steps) == trained
+    assert (o.updates_per_iteration, o.b1, o.b2, o.eps, o.weight_decay) == (updates, 0.9, 0.999, 1e-8, 1e-4)
+    assert (config.objective.clip_range, config.advantage.clamp, config.iterations) == (1e-4, 5.0, 300)
+  numbers = [
+    (c.sampler.steps, c.optimizer.max_grad_norm, c.optimizer.learning_rate, c.ema.decay) for c in (wide, eight, adapters)
+  ]
+  assert numbers == [(16, 1.0, 1e-5, 0.0), (16, 0.01, 1e-5, 0.995), (12, 1.0, 3e-4, 0.0)]
+  assert (adapters.lora.rank, adapters.lora.alpha, wide.lora.rank, eight.lora.rank) == (128, 256.0, 0, 0)
+
+
+def published(name: str, module, **options):
+  """The abstract parameters of a published network with stacked blocks."""
+  network = module.from_json(json.loads((ROOT / "tests" / "fixtures" / "tensors" / f"{name}.json").read_text()), **options)
+  if module is t5:
+    arguments = (jnp.zeros((1, 1), jnp.int32),)
+  else:
+    arguments = (jnp.zeros((1, 2, 2, 16)), jnp.zeros(1), jnp.zeros((1, 1, 4096)), jnp.zeros((1, 768)), jnp.zeros(1))
+  return jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]
+
+
+def test_flux_fits_its_meshes():
+  """The sharding rules on the published shapes: 8 devices hold an eighth of all but 3 % of the parameters, also of T5."""
+  files = {"denoiser": ("flux-dev", flux), "text_encoder_2": ("flux-t5", t5)}
+  trees = {key: published(name, module, scan_blocks=True) for key, (name, module) in files.items()}
+  config = load("flux_hps")
+  shardings = meshes.infer_shardings(trees, config.mesh.rules, meshes.make_mesh(config.mesh))
+  for name, tree in trees.items():
+    pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(shardings[name])))
+    total = sum(x.size for x, _ in pairs)
+    held = sum(math.prod(sharding.shard_shape(x.shape)) for x, sharding in pairs)
+    print(f"{name}: {total / 1e9:.3f} B parameters, {held / 1e9:.3f} B on a device of 8")
+    assert held < total * (1 / 8 + 0.03)
+    assert all(x.shape[-1] % 16 == 0 for x, sharding in pairs if not sharding.is_fully_replicated)
+
+
+def test_flux_s_adapters_are_those_of_the_header():
+  lora = load("flux_hps_lora").lora
+  tree = abstract(published("flux-dev", flux, scan_blocks=True), Lora(lora.rank, lora.alpha, lora.targets))
+  layers = [x.shape[0] for x in jax.tree.leaves(tree)]
+  assert sum(layers) == 2 * 190 and sum(x.size for x in jax.tree.leaves(tree)) == 149_422_080
+  double = tree["transformer_blocks"]["attn"]
+  assert set(double) == {"to_q", "to_k", "to_v", "to_out_0"} and set(tree["single_transformer_blocks"]["attn"]) < set(double)
+  assert double["to_q"]["a"].shape == (19, 3072, 128)
+
+
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
   """A folder of compiled programs: the runs below differ in their rewards' alone."""
@@ -75,7 +136,7 @@ def compiled(tmp_path_factory):
   compilation_cache.reset_cache()
 
 
-@pytest.mark.parametrize("name", ["sd_clip", "sd_compressibility"])
+@pytest.mark.parametrize("name", ["sd_clip", "sd_compressibility", "flux_hps_8gpu", "flux_hps_lora"])
 def test_tiny_runs(name, tmp_path, monkeypatch, compiled):
   monkeypatch.chdir(ROOT)
   config = load(name, "tiny")

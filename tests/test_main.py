@@ -49,8 +49,18 @@ MISTAKES = {
   "no model": ([], {"model__checkpoint": "no/such-sd"}, ["config.model.checkpoint = 'no/such-sd'", "no such folder", "accepted"]),
   "no clip": ([], {"reward__clip__checkpoint": "no/such-clip"}, ["reward.clip.checkpoint = 'no/such-clip'", "no such folder"]),
   "no prompts file": ([], {"data__prompts": "no/such.txt"}, ["no/such.txt", "data.prompts"]),
+  "lora targets": (
+    [], {"lora__rank": 4, "lora__alpha": 4.0, "lora__targets": ".*to_x/kernel"},
+    ["lora.targets = '.*to_x/kernel'", "matches no dense kernel", "it must match the whole path of one"],
+  ),
+  "lora without alpha": ([], {"lora__rank": 4, "lora__targets": ".*to_q/kernel"}, ["lora.alpha = 0.0", "use 1 to 2 times"]),
+  "lora without rank": ([], {"lora__alpha": 4.0}, ["lora.alpha = 4.0", "needs lora.rank above 0"]),
+  "no lora file": (
+    [], {"lora__rank": 4, "lora__alpha": 4.0, "lora__targets": ".*to_q/kernel", "lora__checkpoint": "no/such-lora"},
+    ["lora.checkpoint = 'no/such-lora'", "no such folder", "pytorch_lora_weights.safetensors"],
+  ),
   "size": ([], {"model__size": (32, 36)}, ["model.size = (32, 36)", "multiples of 8"]),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", MISTAKES)

@@ -2,8 +2,10 @@
 
 import pathlib
 
+import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
 from dancegrpo_jax import pretrain
@@ -19,7 +21,21 @@ def command(folder: pathlib.Path, *flags: str) -> int:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def cache(tmp_path_factory):
+  """A compilation cache, so that a stage compiles once in this file."""
+  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+  before = {name: getattr(jax.config, name) for name in names}
+  compilation_cache.reset_cache()  # JAX looks for a folder at the first compilation of a process alone
+  for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.0)):
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, cache):
   """All stages in one go."""
   whole = emoji.pairs
   with pytest.MonkeyPatch.context() as patch:

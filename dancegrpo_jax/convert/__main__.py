@@ -1,11 +1,12 @@
 """Command: checkpoints out, in, and looked into.
 
     python -m dancegrpo_jax.convert inspect FOLDER
-    python -m dancegrpo_jax.convert export --config=... --checkpoint=runs/x --out=DIR [--part=denoiser] [--weights=ema|raw]
+    python -m dancegrpo_jax.convert export --config=... --checkpoint=runs/x --out=DIR [--part=denoiser|lora] [--weights=ema|raw]
     python -m dancegrpo_jax.convert import --config=... --out=DIR
 
 inspect: every tensor's name, shape, dtype and parameter, and all that does not fit. FOLDER is a diffusers pipeline
-(model_index.json) or one network's folder (config.json and safetensors). export: a trained model as a diffusers folder.
+(model_index.json) or one network's folder (config.json and safetensors). export: a trained model as a diffusers folder,
+or its adapters as a LoRA file.
 import: the config's base model as an Orbax tree, for repeated starts; `config.model.checkpoint` takes it.
 """
 
@@ -73,7 +74,10 @@ def export(argv: Sequence[str]) -> None:
   def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="a workdir, or its checkpoints/ folder")
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
-    parser.add_argument("--part", default="pipeline", choices=("pipeline", "denoiser"), help="all of it, or the trained network")
+    parser.add_argument(
+      "--part", default="", choices=("", "pipeline", "denoiser", "lora"),
+      help="all of it, the trained network (with adapters merged in), or adapters alone, the default where they were trained",
+    )  # fmt: skip
     parser.add_argument("--weights", default="", choices=("", "ema", "raw"), help="default: averaged where the run kept them")
 
   line = configs.parse_argv(argv, "Write a trained model as a diffusers folder.", add_flags)

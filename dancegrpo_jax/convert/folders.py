@@ -16,25 +16,29 @@ from ml_collections import ConfigDict
 from dancegrpo_jax import components, loading, sampling
 from dancegrpo_jax.convert.safetensors_io import find_files
 from dancegrpo_jax.convert.tables import TABLES
-from dancegrpo_jax.pipelines.base import Component
+from dancegrpo_jax.models import lora
+from dancegrpo_jax.pipelines.base import Component, Pipeline
 from dancegrpo_jax.runtime import checkpoint, hub, weights
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.types import PyTree
 
 INDEX = "model_index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".safetensors.index.json")
 
 
 def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> None:
-  """Writes a trained model as a diffusers folder, float32.
+  """Writes a trained model as a diffusers folder or LoRA file, float32.
 
   Args:
     config: of the run.
     name: a workdir, or a folder of checkpoints; the last one is taken.
     out: where to; must not exist, or be empty.
     part: "pipeline": the trained network with the base's other folders, for diffusers' `from_pretrained`;
-      "denoiser": its folder alone, for the network's own `from_pretrained`.
+      "denoiser": its folder alone, for the network's own `from_pretrained`;
+      "lora": the adapters as pytorch_lora_weights.safetensors, for `load_lora_weights` on the base's pipeline;
+      "": "lora" where the run trained adapters, which the others merge into the weights, else "pipeline".
     kind: "ema", "raw", or "" for the averaged weights where the checkpoint keeps them.
 
   Raises:
@@ -42,25 +46,45 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
   """
   check_free(out)
   configs.validate(config, num_devices=jax.device_count())
+  part = part or ("lora" if config.lora.rank else "pipeline")
+  if part == "lora" and not config.lora.rank:
+    raise ConfigError("--part=lora: this config trains every weight (lora.rank = 0); use pipeline or denoiser")
+  sampling.check_lora(config, name)
   base = loading.checkpoint_folder(config)
   if part == "pipeline" and not (base / INDEX).is_file():
     raise ConfigError(f"{base}: has no {INDEX}, so the pipeline's class is unknown; export it with --part=denoiser")
   pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh)
-  component = pipeline.components[pipeline.trainable]
+  component = pipeline.components["denoiser"]
   shardings = loading.shardings_of(config, pipeline, mesh)
-  abstract = {pipeline.trainable: components.placed(component.abstract, shardings[pipeline.trainable])}
+  trainable = pipeline.trainable
+  abstract = component.abstract if pipeline.adapters is None else pipeline.adapters
   _note_base(config, name)
   with jax.set_mesh(mesh), written(out) as folder:
-    trained = sampling.restore_weights(name, abstract, kind)[pipeline.trainable]
-    target = folder if part == "denoiser" else folder / component.folder
-    weights.save(target, component.table, trained, weights.read_config(base / component.folder))
+    trained = sampling.restore_weights(name, {trainable: components.placed(abstract, shardings[trainable])}, kind)[trainable]
+    if part == "lora":
+      weights.save_lora(folder, component.table, lora.scaled(trained, loading.lora_of(config).scale))
+    else:
+      target = folder if part == "denoiser" else folder / component.folder
+      whole = _whole(config, pipeline, trained, shardings)
+      weights.save(target, component.table, whole, weights.read_config(base / component.folder), dtype="float32")
     if part == "pipeline":
       _copy_files(config, base, folder)
       for key, other in pipeline.components.items():
-        if key != pipeline.trainable:
+        if key != "denoiser":
           _copy_network(config, base, other, shardings[key], folder / other.folder)
       _write_index(base, folder)
   print(f"{part} of {name}: {out}")
+
+
+def _whole(config: ConfigDict, pipeline: Pipeline, trained: PyTree, shardings: dict[str, PyTree]) -> PyTree:
+  """The denoiser's parameters: what was trained, or the base that it was trained over with the adapters merged in."""
+  if pipeline.adapters is None:
+    return trained
+  location, model = loading.model_location(config), config.model
+  base = components.read_component(
+    location, pipeline.components["denoiser"], shardings["denoiser"], model.variant, model.allow_pickle
+  )
+  return lora.merged(base, trained, loading.lora_of(config).scale)
 
 
 def import_checkpoint(config: ConfigDict, out: Path) -> None:

@@ -148,6 +148,12 @@ def header(file: Path) -> dict[str, Spec]:
   return {name: Spec(shape, DTYPES[kind]) for name, (shape, kind) in kinds.items()}
 
 
+def metadata(file: Path) -> dict[str, str]:
+  """The texts in a file's header, {} where there are none."""
+  with safe_open(file, "np") as opened:
+    return opened.metadata() or {}
+
+
 def write(file: str | Path, specs: dict[str, Spec], value: Callable[[str], np.ndarray]) -> None:
   """Writes a file tensor by tensor, so that one is in memory at a time. It appears under its name when it is complete.
 

@@ -241,7 +241,8 @@ class FluxTransformer2DModel(nn.Module):
     args = (self.num_attention_heads, self.impl, self.dtype, self.param_dtype)
     cls = nn.remat(cls, prevent_cse=not self.scan_blocks) if self.remat else cls
     if self.scan_blocks:
-      stack = nn.scan(cls, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=count)
+      axes = {"params": 0, "lora": 0}
+      stack = nn.scan(cls, variable_axes=axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=count)
       return lambda carry, *fixed: stack(*args, name=name)(carry, *fixed)[0]
 
     def one_by_one(carry, *fixed):

@@ -17,7 +17,10 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right
 
 
 class Dense(nn.Module):
-  """torch.nn.Linear: `[..., in] -> [..., features]`; kernel `[in, features]`."""
+  """torch.nn.Linear: `[..., in] -> [..., features]`; kernel `[in, features]`.
+
+  Where the variables have a collection "lora" with `a` and `b` for this layer, (x A) B is added: see models/lora.py.
+  """
 
   features: int
   use_bias: bool = True
@@ -27,7 +30,11 @@ class Dense(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
     kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype)
-    y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+    x = x.astype(self.dtype)
+    y = x @ kernel.astype(self.dtype)
+    if self.has_variable("lora", "a"):
+      a, b = (self.get_variable("lora", name).astype(self.dtype) for name in "ab")
+      y = y + (x @ a) @ b
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
       y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))

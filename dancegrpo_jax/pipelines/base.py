@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from dancegrpo_jax.diffusion.schedules import Schedule
+from dancegrpo_jax.models import lora
 from dancegrpo_jax.types import PyTree
 
 
@@ -33,8 +34,9 @@ class Pipeline(NamedTuple):
     prediction: "epsilon", "v" or "velocity".
     latent_shape: of one sample.
     components: what `params` consists of.
-    trainable: the component that is trained.
+    trainable: what is trained: a component, or "lora".
     encoders: the components that `encode` alone reads.
+    adapters: where "lora" is trained, the abstract tree that `params` then may hold beside the components; else None.
   """
 
   tokenize: Callable[[list[str]], PyTree]
@@ -47,3 +49,12 @@ class Pipeline(NamedTuple):
   components: dict[str, Component]
   trainable: str = "denoiser"
   encoders: tuple[str, ...] = ("text_encoder",)
+  adapters: PyTree | None = None
+
+
+def adapted(pipeline: Pipeline, settings: lora.Lora | None) -> Pipeline:
+  """The pipeline with its denoiser frozen under trained adapters; unchanged without settings. ValueError as `lora.chosen`."""
+  if settings is None:
+    return pipeline
+  adapters = lora.abstract(pipeline.components["denoiser"].abstract, settings)
+  return pipeline._replace(trainable=lora.COLLECTION, adapters=adapters)

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.models import autoencoder, clip, t5
 from dancegrpo_jax.models import flux as transformer
-from dancegrpo_jax.pipelines.base import Component, Pipeline
+from dancegrpo_jax.models.lora import Lora, variables
+from dancegrpo_jax.pipelines.base import Component, Pipeline, adapted
 from dancegrpo_jax.types import PyTree
 
 FILES = {
@@ -45,6 +46,7 @@ def build(
   scan_blocks: bool,
   text_length: int,
   guidance: float,
+  lora: Lora | None = None,
 ) -> Pipeline:
   """The pipeline of a checkpoint's JSON files (those of `FILES`).
 
@@ -52,23 +54,25 @@ def build(
     jsons: parsed files, by the keys of `FILES`.
     tokenize: by folder name, texts -> ids for `TOKENIZERS` and (texts, length) -> ids for `T5_TOKENIZERS`.
     size: height and width of the samples, pixels.
-    dtype: what the transformer computes in; its parameters are float32.
-    frozen_dtype: of the text encoders and the autoencoder, stored and computed.
+    dtype: what the transformer computes in; its parameters are float32 where they are trained.
+    frozen_dtype: of the text encoders and the autoencoder, stored and computed; under adapters the transformer's parameters too.
     remat: recompute the transformer's blocks in the backward pass.
     attention: see `models.attention.attention`.
     scan_blocks: stack the blocks of the transformer and of T5.
     text_length: of T5's tokens.
     guidance: what a guidance-distilled transformer is told.
+    lora: adapters to train in place of the transformer's parameters.
 
   Raises:
-    ValueError: a size that does not divide, a dtype that T5 does not stand, networks that don't fit each other, or a
-      config.json that asks for what is not implemented.
+    ValueError: a size that does not divide, a dtype that T5 does not stand, networks that don't fit each other, adapters
+      of nothing, or a config.json that asks for what is not implemented.
   """
   if frozen_dtype == "float16":
     raise ValueError("config.model.frozen_dtype = 'float16': T5's activations overflow it; use 'bfloat16' or 'float32'")
   frozen = {"dtype": jnp.dtype(frozen_dtype), "param_dtype": jnp.dtype(frozen_dtype)}
+  stored = jnp.dtype(frozen_dtype if lora else "float32")
   denoiser = transformer.from_json(
-    jsons["transformer"], dtype=jnp.dtype(dtype), scan_blocks=scan_blocks, remat=remat, impl=attention
+    jsons["transformer"], dtype=jnp.dtype(dtype), param_dtype=stored, scan_blocks=scan_blocks, remat=remat, impl=attention
   )
   vae = autoencoder.from_json(jsons["vae"], **frozen)
   pooler = clip.ClipText.from_json(jsons["text_encoder"], **frozen)
@@ -89,7 +93,7 @@ def build(
 
   def denoise(params: PyTree, x: Float[Array, "b h w c"], time: Float[Array, "b"], rows: dict[str, Array]) -> Array:
     told = jnp.full(time.shape, guidance, jnp.float32) if denoiser.guidance_embeds else None
-    return denoiser.apply({"params": params["denoiser"]}, x, time, rows["text"], rows["pooled"], told)
+    return denoiser.apply(variables(params, lora), x, time, rows["text"], rows["pooled"], told)
 
   def decode(params: PyTree, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
     return autoencoder.pixels_of(vae, params["decoder"], latents)
@@ -97,7 +101,7 @@ def build(
   def schedule(steps: int, shift: float) -> schedules.Schedule:
     return schedules.flow_schedule(steps, shift or own_shift, jsons["scheduler"].get("num_train_timesteps", 1000))
 
-  return Pipeline(
+  base = Pipeline(
     tokenize=both_tokenizers,
     encode=encode,
     denoise=denoise,
@@ -108,6 +112,7 @@ def build(
     components=_components(denoiser, vae, pooler, encoder, latent_shape, size),
     encoders=("text_encoder", "text_encoder_2"),
   )
+  return adapted(base, lora)
 
 
 def scheduler_shift(config: dict, tokens: int) -> float:

@@ -9,7 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.models import autoencoder, clip, unet
-from dancegrpo_jax.pipelines.base import Component, Pipeline
+from dancegrpo_jax.models.lora import Lora, variables
+from dancegrpo_jax.pipelines.base import Component, Pipeline, adapted
 from dancegrpo_jax.types import PyTree
 
 FILES = {
@@ -31,6 +32,7 @@ def build(
   frozen_dtype: str,
   remat: bool,
   attention: str,
+  lora: Lora | None = None,
 ) -> Pipeline:
   """The pipeline of a checkpoint's JSON files (those of `FILES`).
 
@@ -38,16 +40,19 @@ def build(
     jsons: parsed files, by the keys of `FILES`.
     tokenize: by folder name (`TOKENIZERS`), texts -> ids `[n, tokens]`.
     size: height and width of the samples, pixels.
-    dtype: what the UNet computes in; its parameters are float32.
-    frozen_dtype: of the text encoder and the autoencoder, stored and computed.
+    dtype: what the UNet computes in; its parameters are float32 where they are trained.
+    frozen_dtype: of the text encoder and the autoencoder, stored and computed; under adapters the UNet's parameters too.
     remat: recompute the UNet's blocks in the backward pass.
     attention: see `models.attention.attention`.
+    lora: adapters to train in place of the UNet's parameters.
 
   Raises:
-    ValueError: a size that the autoencoder does not divide, or a config.json that asks for what is not implemented.
+    ValueError: a size that the autoencoder does not divide, adapters of nothing, or a config.json that asks for what is not
+      implemented.
   """
   frozen = jnp.dtype(frozen_dtype)
-  denoiser = unet.from_json(jsons["unet"], dtype=jnp.dtype(dtype), remat=remat, impl=attention)
+  stored = frozen if lora else jnp.dtype("float32")
+  denoiser = unet.from_json(jsons["unet"], dtype=jnp.dtype(dtype), param_dtype=stored, remat=remat, impl=attention)
   vae = autoencoder.from_json(jsons["vae"], dtype=frozen, param_dtype=frozen)
   text = clip.ClipText.from_json(jsons["text_encoder"], dtype=frozen, param_dtype=frozen)
   scheduler = jsons["scheduler"]
@@ -63,7 +68,7 @@ def build(
     return text.apply({"params": params["text_encoder"]}, tokens)[0]
 
   def denoise(params: PyTree, x: Float[Array, "b h w c"], time: Float[Array, "b"], rows: Float[Array, "b t d"]) -> Array:
-    return denoiser.apply({"params": params["denoiser"]}, x, time, rows)
+    return denoiser.apply(variables(params, lora), x, time, rows)
 
   def decode(params: PyTree, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
     return autoencoder.pixels_of(vae, params["decoder"], latents)
@@ -81,7 +86,7 @@ def build(
       set_alpha_to_one=scheduler.get("set_alpha_to_one", True),
     )
 
-  return Pipeline(
+  base = Pipeline(
     tokenize=tokenize["tokenizer"],
     encode=encode,
     denoise=denoise,
@@ -91,6 +96,7 @@ def build(
     latent_shape=latent_shape,
     components=_components(denoiser, vae, text, latent_shape),
   )
+  return adapted(base, lora)
 
 
 def _components(denoiser, vae, text, latent_shape: tuple[int, ...]) -> dict[str, Component]:

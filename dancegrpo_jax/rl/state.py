@@ -17,7 +17,7 @@ class TrainState(NamedTuple):
   Attributes:
     step: optimizer steps taken; skipped ones don't count.
     skipped: optimizer steps whose loss or gradient was not finite.
-    trainable: `{component: params}`, float32.
+    trainable: `{component: params}`, float32; `{"lora": adapters}` where those alone are trained.
     opt_state: of optax.
     ema: running average of `trainable`, or None.
     prompt_stats: per-prompt reward statistics by signal, {} where they are off.
@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
 
 
 def variables(frozen: PyTree, trainable: PyTree) -> PyTree:
-  """All parameters of a pipeline, by component."""
+  """All parameters of a pipeline, by component; adapters are one more."""
   return {**frozen, **trainable}
 
 

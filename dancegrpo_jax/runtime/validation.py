@@ -88,7 +88,8 @@ LIMITS = {
   "optimizer.updates_per_iteration": _at_least(1),
   "optimizer.microbatch": _at_least(1),
   "optimizer.max_skipped": _at_least(0),
-  "lora.rank": ((lambda value: value == 0), "adapters are not supported yet; set 0, which trains every weight"),
+  "lora.rank": _at_least(0),
+  "lora.alpha": _at_least(0),
   "ema.decay": _below_one(),
   "mesh.tensor": ((lambda value: value == 1), "tensor parallelism is not supported yet; set 1"),
   "mesh.lanes": _at_least(1),
@@ -117,7 +118,7 @@ def problems(config: ConfigDict, *, num_devices: int, num_examples: int | None =
     return [f"config.{field}: missing; start from configs/common.py, which has every field" for field in missing]
   lines = [*_single_values(fields)]
   try:
-    for check in (_sampler, _window, _rewards, _advantage, _objective, _data, _mesh_rules, _logging):
+    for check in (_sampler, _window, _rewards, _advantage, _objective, _lora, _data, _mesh_rules, _logging):
       lines += check(config, num_examples) if check is _data else check(config)
     wrong = {line.split(" ")[0].removeprefix("config.") for line in lines}
     lines += _sizes(config, num_devices, wrong)
@@ -227,6 +228,25 @@ def _objective(config: ConfigDict) -> Iterator[str]:
     yield _line(field, mode, f"for the dance and flow samplers only, not {kind}; use exact or mean_mse")
   if objective.guard and objective.old_log_prob == "rollout":
     yield _line("objective.guard", True, "needs the old means, so objective.old_log_prob = 'recompute'")
+
+
+def _lora(config: ConfigDict) -> Iterator[str]:
+  """Rank, alpha and targets are all set or all empty; whether the targets are in the network shows when it is built."""
+  lora = config.lora
+  try:
+    re.compile(lora.targets)
+  except re.error as error:
+    yield _line("lora.targets", lora.targets, f"not a regular expression: {error}")
+  if lora.rank > 0:
+    if lora.alpha == 0:
+      yield _line("lora.alpha", lora.alpha, f"the adapters of rank {lora.rank} would do nothing; use 1 to 2 times lora.rank")
+    if not lora.targets:
+      example = r".*attn.*/to_(q|k|v|out_0)/kernel"
+      yield _line("lora.targets", lora.targets, f"must match the kernels to adapt, as {example!r}")
+  elif lora.rank == 0:
+    for field in ("alpha", "targets", "checkpoint"):
+      if lora[field]:
+        yield _line(f"lora.{field}", lora[field], "needs lora.rank above 0; with rank 0 every weight is trained")
 
 
 def _data(config: ConfigDict, num_examples: int | None) -> Iterator[str]:

@@ -17,14 +17,17 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
-from dancegrpo_jax.convert import pickled
+from dancegrpo_jax.convert import lora, pickled
 from dancegrpo_jax.convert.core import ConversionError, Mapping, Spec, Table, expected_sources, plan
 from dancegrpo_jax.convert.safetensors_io import HOW, Reader, find_files, write
 from dancegrpo_jax.convert.tables import TABLES
 from dancegrpo_jax.convert.transfer import export_tensor, import_slice
 from dancegrpo_jax.types import PyTree
 
-__all__ = ["ConversionError", "draw", "files", "fingerprint", "load", "open_reader", "read_config", "save", "specs"]
+__all__ = [
+  "ConversionError", "draw", "files", "fingerprint", "load", "load_lora", "open_reader", "read_config", "save", "save_lora",
+  "specs",
+]  # fmt: skip
 
 AnyReader = Reader | pickled.Reader
 
@@ -148,6 +151,33 @@ def load(
   return unflatten_dict(params, sep="/")
 
 
+def load_lora(
+  path: str | Path, table: str, adapters: PyTree, everywhere: PyTree, shardings: PyTree | Sharding | None = None
+) -> tuple[PyTree, float]:
+  """Reads adapters of a network in diffusers' or peft's layout.
+
+  Args:
+    path: a file, or its folder.
+    table: the name of the adapted network.
+    adapters: abstract tree of the adapters wanted (models/lora.py).
+    everywhere: the same for adapters of rank 1 on every dense layer.
+    shardings: as in `load`.
+
+  Returns:
+    (the tree, how often the product of its factors counts in the file).
+
+  Raises:
+    ConversionError: one line: no adapters, another model's, another rank, other layers.
+  """
+  network, file = _table(table), lora.find(path)
+  wanted, known = (expected_sources(lora.table(network), specs(tree)) for tree in (adapters, everywhere))
+  rank = next(spec.shape[0] for name, spec in wanted.items() if name.endswith("lora_A.weight"))
+  with Reader([file]) as reader:
+    own = lora.fitting(network, reader.specs, wanted, known, rank)
+    scale = lora.scale_of(file, network, reader, rank)
+  return load(file, own, adapters, shardings), scale
+
+
 def _each(shardings: PyTree | Sharding | None, targets: dict[str, Spec]) -> dict[str, Sharding | None]:
   """Path -> sharding, from a tree of them or one for all."""
   placed = flatten_dict(shardings, sep="/") if isinstance(shardings, dict) else dict.fromkeys(targets, shardings)
@@ -251,6 +281,14 @@ def save(
     temporary.write_text(json.dumps(config_json, indent=2, sort_keys=True) + "\n")
     os.replace(temporary, folder / "config.json")
   return file
+
+
+def save_lora(folder: str | Path, table: str, adapters: PyTree) -> Path:
+  """Writes adapters as diffusers' `save_lora_weights` does, float32; returns the file.
+
+  It says nothing of alpha, which every reader takes for the rank: alpha / rank must be in the factors already.
+  """
+  return save(folder, lora.table(_table(table)), adapters)
 
 
 def _fetch(array: Any, index: tuple[slice, ...]) -> np.ndarray:

@@ -1,0 +1,97 @@
+"""What the flux_*.py files share: DanceGRPO's recipe for FLUX.1-dev and its presets. Not a run by itself.
+
+Presets:
+  ""      the published code's recipe [C] for 16 GPUs: 720x720, the dance SDE at level 0.3 in 16 steps, time shift 3, embedded
+          guidance 3.5, 16 prompts x 12 samples, a random 60 % of the 15 stochastic steps (9), 3 optimizer steps. Any number of
+          devices that divides 16 computes the same; how much memory each then needs stands below.
+  tiny    two iterations of a random network on a CPU, a minute or two: shows that everything fits together, learns nothing.
+
+Memory, computed from the parameter counts and not measured (GB of 10^9 bytes), all devices together, split over mesh.fsdp:
+  transformer 11.90 B parameters, float32: weights 47.6, Adam's moments 95.2, gradients and their sum 95.2            238.0
+  T5-XXL 4.76 B parameters in bfloat16                                                                                  9.5
+  latents of an iteration, 192 x 16 of 16x90x90 in float32                                                              1.6
+and on every device, whole: CLIP-L's text tower 123.1 M and autoencoder 83.8 M in bfloat16 0.4, the reward's network (see each
+file), and activations: with rematerialised blocks 0.9 for the stored inputs of the 57 blocks for each row of a microbatch, and
+as an estimate 2 for the block at work. 16 devices: 16 + 5 a device; 8 devices: 31 + 8; on fewer than 4 of 80 GB it does not
+fit: use LoRA.
+
+Compute: about 37 TFLOP a forward pass of one row (2025 image and 512 text tokens), so 0.4 EFLOP an iteration, with the
+rematerialised forward and the recomputed old log-probs.
+
+Weights: black-forest-labs/FLUX.1-dev of the Hugging Face hub, 34 GB. Its licence must be accepted on its page and `hf auth
+login` be run once; then it is fetched when it isn't cached. FLUX.1-schnell goes in the same place with
+--config.model.checkpoint=black-forest-labs/FLUX.1-schnell --config.model.text_length=256: it takes no guidance.
+Prompts: 400 of this project. The paper's are HPDv2's: `python -m dancegrpo_jax.data.hpdv2_prompts`, then
+--config.data.prompts=tfds:hpdv2_prompts.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+PRESETS = ("", "tiny")
+RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
+# Kernels of stacked blocks `[blocks, in, out]` are split along their last axis; the rest is small.
+SPLIT = (
+  ("denoiser/(single_)?transformer_blocks/.*/kernel", (None, None, "fsdp")),
+  ("text_encoder_2/encoder/block/.*/kernel", (None, None, "fsdp")),
+  (".*", ()),
+)
+
+
+def recipe(name: str, preset: str) -> ConfigDict:
+  """The config of a run without its reward; `name` is that of its file."""
+  config = common.get_config()
+  config.name = name + (f"_{preset}" if preset else "")
+  config.iterations = 300
+  config.model.update(
+    family="flux",
+    checkpoint="black-forest-labs/FLUX.1-dev",
+    size=(720, 720),  # latents 16x90x90, 2025 tokens
+    dtype="bfloat16",
+    frozen_dtype="bfloat16",
+    remat=True,
+    scan_blocks=True,
+    text_length=512,
+  )
+  config.data.update(
+    prompts="assets/prompts/general.txt",
+    held_out="assets/prompts/general_held_out.txt",
+    prompts_per_iteration=16,
+  )
+  config.sampler.update(
+    kind="dance",
+    noise_level=0.3,
+    steps=16,
+    shift=3.0,  # constant; 0 would be the checkpoint's own, which grows with the resolution
+    guidance_scale=1.0,  # distilled: one forward pass a step, in training too
+    embedded_guidance=3.5,
+    last_step="ode",  # 15 of 16 steps are stochastic
+  )
+  config.rollout.update(samples_per_prompt=12, shared_noise=True, chunk=48)
+  config.objective.update(clip_range=1e-4, timesteps="random", timestep_fraction=0.6)  # 9 of 15
+  config.optimizer.update(
+    learning_rate=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4, max_grad_norm=1.0, updates_per_iteration=3, microbatch=16
+  )
+  config.advantage.clamp = 5.0
+  config.mesh.update(data=1, fsdp=-1, lanes=16, rules=SPLIT)
+  config.evaluation.update(every=20, prompts=8, steps=28, samples=4)  # 28: what diffusers' FluxPipeline takes
+  config.checkpoint.update(every=20, keep=2)
+  if preset == "tiny":
+    _tiny(config)
+  return config
+
+
+def _tiny(config: ConfigDict) -> None:
+  """Two iterations of networks with random weights (assets/random-flux holds their config.json files)."""
+  config.iterations = 2
+  config.model.update(
+    checkpoint="random:assets/random-flux", size=(32, 32), dtype="float32", frozen_dtype="float32", remat=False, text_length=16
+  )
+  config.data.prompts_per_iteration = 4
+  config.sampler.steps = 4
+  config.rollout.update(samples_per_prompt=4, chunk=16)
+  config.optimizer.update(updates_per_iteration=1, microbatch=16)  # one pass: on a CPU compiling takes longer than running
+  config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),))
+  config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
+  config.checkpoint.every = 2
