@@ -33,6 +33,8 @@ def get_config() -> ConfigDict:
     "prompts_per_iteration": 16,  # P
     "negative_prompt": "",  # text of the unconditional branch when sampler.guidance_scale > 1
     "shuffle": True,  # a new order each epoch, from the seed
+    "cache_embeddings": False,  # encode all prompts once, onto disk, and train without the text encoders in memory
+    "cache_folder": "",  # where to; "" = <workdir>/embeddings. One folder may serve many runs on the same prompts and encoders
   })
 
   config.sampler = ConfigDict({

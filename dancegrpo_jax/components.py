@@ -42,6 +42,25 @@ def placed(tree: PyTree, shardings: PyTree) -> PyTree:
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
+def identity(location: str, component: Component, variant: str = "") -> dict:
+  """What tells one network from another: its config.json and its weights' fingerprint. ConfigError where they are missing.
+
+  Of an imported Orbax tree, all networks together: another denoiser then counts as another encoder.
+  """
+  folder = Path(location.removeprefix(hub.RANDOM))
+  try:
+    described = {"config": weights.read_config(folder / component.folder)}
+    if hub.is_random(location):
+      return described | {"weights": "random"}
+    if (folder / hub.ORBAX).is_dir():
+      files = sorted(file for file in (folder / hub.ORBAX).rglob("*") if file.is_file())
+    else:
+      files = weights.files(folder / component.folder, variant)
+    return described | {"weights": weights.fingerprint(files)}
+  except weights.ConversionError as error:
+    raise ConfigError(str(error)) from error
+
+
 def read_component(
   location: str,
   component: Component,

@@ -1,6 +1,6 @@
 """From a config to a model in memory: what train, sample and evaluate have in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,8 +93,19 @@ def shardings_of(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh
   return meshes.infer_shardings(abstract, config.mesh.rules, mesh)
 
 
-def load(config: ConfigDict, pipeline: Pipeline, rewards: dict[str, Reward], mesh: jax.sharding.Mesh) -> Model:
-  """Reads every weight, each device its share.
+def read(config: ConfigDict, pipeline: Pipeline, names: Iterable[str], mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
+  """The parameters of these components of config.model, each device its share. ConfigError as `load`."""
+  shardings, location, m = shardings_of(config, pipeline, mesh), model_location(config), config.model
+  return {
+    name: components.read_component(location, pipeline.components[name], shardings[name], m.variant, m.allow_pickle)
+    for name in names
+  }
+
+
+def load(
+  config: ConfigDict, pipeline: Pipeline, rewards: dict[str, Reward], mesh: jax.sharding.Mesh, without: tuple[str, ...] = ()
+) -> Model:
+  """Reads every weight but those of the components `without`, each device its share.
 
   Raises:
     ConfigError: a checkpoint or LoRA that is missing, truncated or does not fit; a sharding rule that does not.
@@ -102,11 +113,7 @@ def load(config: ConfigDict, pipeline: Pipeline, rewards: dict[str, Reward], mes
   shardings, whole = shardings_of(config, pipeline, mesh), meshes.replicated(mesh)
   name = pipeline.trainable
   adapters = None if pipeline.adapters is None else load_adapters(config, pipeline, shardings[name])  # small, so first
-  location = model_location(config)
-  params = {
-    name: components.read_component(location, component, shardings[name], config.model.variant, config.model.allow_pickle)
-    for name, component in pipeline.components.items()
-  }
+  params = read(config, pipeline, [name for name in pipeline.components if name not in without], mesh)
   reward_params = {name: scoring.read_reward(reward, whole, config.model.allow_pickle) for name, reward in rewards.items()}
   if adapters is not None:
     params[name] = adapters
@@ -144,9 +151,14 @@ def state_shardings(config: ConfigDict, model: Model, num_prompts: int, mesh: ja
   return everywhere._replace(trainable=model.shardings, opt_state=optimizer, ema=ema)
 
 
-def conditioning(config: ConfigDict, model: Model, encode: Callable, examples: list[Example]) -> Conditioning:
-  """One row an example; the negative branch only where guidance needs it."""
-  positive = encode(model.frozen, model.pipeline.tokenize([e.prompt for e in examples]))
+def encoder(model: Model, encode: Callable) -> Callable[[list[str]], PyTree]:
+  """`texts -> rows` by the model's own encoders; `encode` is the compiled program."""
+  return lambda texts: encode(model.frozen, model.pipeline.tokenize(texts))
+
+
+def conditioning(config: ConfigDict, encode: Callable[[list[str]], PyTree], examples: list[Example]) -> Conditioning:
+  """One row an example, of whatever `encode` makes of texts; the negative branch only where guidance needs it."""
+  positive = encode([e.prompt for e in examples])
   if config.sampler.guidance_scale == 1.0:
     return Conditioning(positive, None)
-  return Conditioning(positive, encode(model.frozen, model.pipeline.tokenize([e.negative_prompt for e in examples])))
+  return Conditioning(positive, encode([e.negative_prompt for e in examples]))

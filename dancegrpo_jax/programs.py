@@ -110,7 +110,7 @@ def build(
   rolled = Rollout(whole, steps_first, steps_first, split)
   device = {name: reward for name, reward in rewards.items() if reward.kind == "device"}
   return Programs(
-    encode=jax.jit(pipeline.encode, out_shardings=whole),
+    encode=encoder(pipeline, mesh),
     rollout=jax.jit(_rollout(config, pipeline), out_shardings=rolled),
     sample=jax.jit(_sample(config, pipeline), out_shardings=split),
     decode=jax.jit(pipeline.decode, out_shardings=split),
@@ -119,6 +119,11 @@ def build(
     advantages=jax.jit(_advantages(config), out_shardings=whole),
     update=jax.jit(_update(config, pipeline, mesh), out_shardings=(state_shardings, whole), donate_argnums=0),
   )
+
+
+def encoder(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable:
+  """`(params of the encoders, tokens [n, t]) -> rows`, on every device."""
+  return jax.jit(pipeline.encode, out_shardings=meshes.replicated(mesh))
 
 
 def _rollout(config: ConfigDict, pipeline: Pipeline) -> Callable:

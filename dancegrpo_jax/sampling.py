@@ -110,7 +110,7 @@ def images(opened: Opened, weights: PyTree, examples: list[Example], samples: in
     Pixels `[prompts, samples, h, w, 3]` in [0, 1].
   """
   config, model, run = opened.config, opened.model, opened.programs
-  conditioning = loading.conditioning(config, model, run.encode, examples)
+  conditioning = loading.conditioning(config, loading.encoder(model, run.encode), examples)
   total = len(examples) * samples
   parts = []
   for row in scoring.chunks(total, config.rollout.chunk, config.mesh.lanes):

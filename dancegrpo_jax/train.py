@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import loading, programs, scoring
+from dancegrpo_jax import embeddings, loading, programs, scoring
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.rl.rollout import Rollout
@@ -38,6 +38,7 @@ class Session(NamedTuple):
     batches: `batches[iteration]` is that iteration's examples.
     model: without its trainable weights, which the state owns.
     programs: compiled functions.
+    encode: `texts -> rows`: by the text encoders, or from the cache.
     reference: in the place of the trained weights what a KL penalty holds to, or None. {} under LoRA: the base has no adapters.
     features: device rewards' features of every prompt, by reward.
     shown_features: of the shown ones.
@@ -50,6 +51,7 @@ class Session(NamedTuple):
   batches: Any
   model: Model
   programs: programs.Programs
+  encode: Callable[[list[str]], PyTree]
   reference: PyTree | None
   features: dict[str, PyTree]
   shown_features: dict[str, PyTree]
@@ -189,7 +191,10 @@ def prepare(
     jax.config.update("jax_compilation_cache_dir", config.logging.compilation_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   pipeline, rewards = loading.build_pipeline(config), scoring.build_rewards(config)
-  model = loading.load(config, pipeline, rewards, mesh)
+  held_out, cached = read_held_out(config), None
+  if config.data.cache_embeddings:
+    cached = embeddings.cached_encoder(config, workdir, pipeline, examples + held_out, mesh)
+  model = loading.load(config, pipeline, rewards, mesh, without=pipeline.encoders if cached else ())
   shardings = loading.state_shardings(config, model, len(examples), mesh)
   compiled = programs.build(config, pipeline, rewards, mesh, shardings)
   reference = reference_of(config, model)
@@ -201,7 +206,7 @@ def prepare(
   else:
     state = make_state(model.trainable)
   batches = prompts.prompt_batches(examples, config.data.prompts_per_iteration, config.seed, config.data.shuffle)
-  shown = examples[: config.evaluation.prompts], read_held_out(config)[: config.evaluation.prompts]
+  shown = examples[: config.evaluation.prompts], held_out[: config.evaluation.prompts]
   params, rows = model.reward_params, config.data.prompts_per_iteration
   features = scoring.reward_features(rewards, params, compiled.features, examples, rows)
   shown_features = scoring.reward_features(rewards, params, compiled.features, sum(shown, []), rows)
@@ -210,7 +215,8 @@ def prepare(
     (workdir / "config.json").write_text(configs.to_json(config))
     report.save_environment(workdir)
   model = model._replace(trainable=None)
-  return Session(config, workdir, examples, shown, batches, model, compiled, reference, features, shown_features), state
+  encode = cached or loading.encoder(model, compiled.encode)
+  return Session(config, workdir, examples, shown, batches, model, compiled, encode, reference, features, shown_features), state
 
 
 def reference_of(config: ConfigDict, model: Model) -> PyTree | None:
@@ -229,7 +235,7 @@ def collect(
   config, model, run = session.config, session.model, session.programs
   batch, group = session.batches[iteration], config.rollout.samples_per_prompt
   ids = np.array([example.id for example in batch], np.int32)
-  conditioning = loading.conditioning(config, model, run.encode, batch)
+  conditioning = loading.conditioning(config, session.encode, batch)
   clock.phase("encode", conditioning)
   rows = {name: jax.tree.map(lambda x: x[ids], features) for name, features in session.features.items()}
 
@@ -332,7 +338,7 @@ def show(session: Session, iteration: int, state: TrainState, say: Callable[[str
   examples = sum(session.shown, [])
   (row,) = scoring.chunks(len(examples), len(examples) + config.mesh.lanes, config.mesh.lanes)
   weights = state.trainable if state.ema is None else state.ema
-  conditioning = loading.conditioning(config, model, run.encode, [examples[i] for i in row])
+  conditioning = loading.conditioning(config, session.encode, [examples[i] for i in row])
   numbers = np.arange(len(row), dtype=np.int32)
   latents = run.sample(weights, model.frozen, conditioning, numbers, numbers, np.int32(config.evaluation.seed))
   pixels = np.asarray(run.decode(model.frozen, latents))[: len(examples)]

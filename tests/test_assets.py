@@ -47,7 +47,8 @@ def test_diffusers_samples_the_same_images(opened, monkeypatch):
   from dancegrpo_jax.rl.rollout import rollout
 
   config, model = opened.config, opened.model
-  conditioning = loading.conditioning(config, model, opened.programs.encode, [Example(i, p) for i, p in enumerate(PROMPTS)])
+  encode = loading.encoder(model, opened.programs.encode)
+  conditioning = loading.conditioning(config, encode, [Example(i, p) for i, p in enumerate(PROMPTS)])
   policy = programs.policy_of(config, model.pipeline.prediction)._replace(steps=STEPS, window=0)
   params = {**model.frozen, **opened.weights}
   denoise = programs.guided(model.pipeline, 1.0)

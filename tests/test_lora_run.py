@@ -109,7 +109,7 @@ def test_every_kl_mode_holds_to_the_base(flux_folder):
     model = loading.load(config, pipeline, {}, mesh)
     shardings = loading.state_shardings(config, model, 8, mesh)
     run = programs.build(config, pipeline, {}, mesh, shardings)
-    rows = loading.conditioning(config, model, run.encode, train.read_examples(config)[:4])
+    rows = loading.conditioning(config, loading.encoder(model, run.encode), train.read_examples(config)[:4])
     ids, numbers = np.arange(4, dtype=np.int32), np.arange(16, dtype=np.int32)
     rollout = run.rollout(model.trainable, model.frozen, rows, ids, numbers, np.int32(0))
     advantage = np.where(numbers % 2, 1.0, -1.0).astype(np.float32)

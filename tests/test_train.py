@@ -272,6 +272,20 @@ def test_resumed_equals_straight_bit_for_bit(straight, halves):
   assert stats.count.sum() == ITERATIONS * SAMPLES and (stats.values != 0).any()  # rewards of every iteration
 
 
+def test_cached_embeddings_change_nothing(straight, flags, tmp_path):
+  """Trained from a cache, without a text encoder in memory: the same bits as by the encoder in the loop."""
+  run = execute(flags(data__cache_embeddings=True), tmp_path / "run")
+  assert run.code == 0 and "encode" in {call.name for call in straight.calls} - {call.name for call in run.calls}
+  frozen = [set(next(call.arguments for call in r.calls if call.name == "update")[1]) for r in (run, straight)]
+  assert frozen == [{"decoder"}, {"decoder", "text_encoder"}]
+  jax.tree.map(np.testing.assert_array_equal, stored(run, ITERATIONS), stored(straight, ITERATIONS))
+  for ours, theirs in zip(run.rows, straight.rows, strict=True):
+    computed = [key for key in theirs if not key.startswith(("time/", "images_per_second", "evaluation/"))]
+    assert [ours[key] for key in computed] == [theirs[key] for key in computed]
+    shown = [key for key in theirs if key.startswith("evaluation/")]  # encoded in batches of another size
+    np.testing.assert_allclose([ours[key] for key in shown], [theirs[key] for key in shown], atol=1e-5)
+
+
 def snapshot(folder: Path) -> dict:
   return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

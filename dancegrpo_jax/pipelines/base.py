@@ -35,6 +35,7 @@ class Pipeline(NamedTuple):
     latent_shape: of one sample.
     components: what `params` consists of.
     trainable: what is trained: a component, or "lora".
+    encoders: the components that `encode` alone reads.
     adapters: where "lora" is trained, the abstract tree that `params` then may hold beside the components; else None.
   """
 
@@ -47,6 +48,7 @@ class Pipeline(NamedTuple):
   latent_shape: tuple[int, ...]
   components: dict[str, Component]
   trainable: str = "denoiser"
+  encoders: tuple[str, ...] = ("text_encoder",)
   adapters: PyTree | None = None
 
 

@@ -110,6 +110,7 @@ def build(
     prediction="velocity",
     latent_shape=latent_shape,
     components=_components(denoiser, vae, pooler, encoder, latent_shape, size),
+    encoders=("text_encoder", "text_encoder_2"),
   )
   return adapted(base, lora)
 

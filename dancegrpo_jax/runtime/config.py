@@ -22,7 +22,10 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 # What a resumed run may change: where and how fast it computes and what it writes, never what it computes (design, section 6).
-RESUMABLE = ("iterations", "mesh", "rollout.chunk", "optimizer.microbatch", "logging", "checkpoint", "evaluation")
+RESUMABLE = (
+  "iterations", "mesh", "rollout.chunk", "optimizer.microbatch", "logging", "checkpoint", "evaluation", "data.cache_embeddings",
+  "data.cache_folder",
+)  # fmt: skip
 
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 _ABSENT = "(absent)"

@@ -4,6 +4,7 @@ The one place that calls `convert/`. A folder is one network's: config.json and 
 layout, such as the `unet` folder of a pipeline.
 """
 
+import hashlib
 import json
 import os
 import zlib
@@ -23,7 +24,10 @@ from dancegrpo_jax.convert.tables import TABLES
 from dancegrpo_jax.convert.transfer import export_tensor, import_slice
 from dancegrpo_jax.types import PyTree
 
-__all__ = ["ConversionError", "draw", "load", "load_lora", "open_reader", "read_config", "save", "save_lora", "specs"]
+__all__ = [
+  "ConversionError", "draw", "files", "fingerprint", "load", "load_lora", "open_reader", "read_config", "save", "save_lora",
+  "specs",
+]  # fmt: skip
 
 AnyReader = Reader | pickled.Reader
 
@@ -76,6 +80,32 @@ def open_reader(folder: str | Path, variant: str = "", allow_pickle: bool = Fals
       raise ConversionError(f"{folder}: pickled weights only ({file.name}), not .safetensors; {HOW}, {how}") from error
     return pickled.Reader(file)
   return Reader(files)
+
+
+def files(folder: str | Path, variant: str = "") -> list[Path]:
+  """The weight files of a network's folder, pickled ones where there are no others. ConversionError where there are none."""
+  try:
+    return find_files(folder, variant)
+  except ConversionError:
+    file = pickled.find(folder)
+    if file is None:
+      raise
+    return [file]
+
+
+def fingerprint(files: list[Path], blocks: int = 64, size: int = 2**18) -> str:
+  """16 hexadecimal digits of weight files, without reading 10 GB of them: sizes, and `blocks` blocks of `size` bytes of each
+  file, evenly spread (all of a smaller one). Another training run changes nearly every weight, so nearly every block."""
+  digest = hashlib.sha256()
+  for file in files:
+    length = file.stat().st_size
+    digest.update(length.to_bytes(8, "little"))
+    whole = length <= blocks * size
+    with open(file, "rb") as opened:
+      for start in [0] if whole else np.linspace(0, length - size, blocks).astype(int).tolist():
+        opened.seek(start)
+        digest.update(opened.read(-1 if whole else size))
+  return digest.hexdigest()[:16]
 
 
 def _plan(folder: str | Path, table: Table | str, reader: AnyReader, params: PyTree) -> Mapping:

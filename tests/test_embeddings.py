@@ -1,0 +1,152 @@
+"""The cache of prompt embeddings: it has the encoder's rows, goes on where it stopped, and refuses what isn't its own.
+
+That training by it is training without it, bit for bit, is in test_train.py, beside the run that it is compared with.
+"""
+
+import json
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny_checkpoint import ROOT, assert_trees_equal, overrides, tiny_config, write_flux, write_network
+
+from dancegrpo_jax import components, embeddings, loading, main, programs, train
+from dancegrpo_jax.data import prompt_embeddings as disk
+from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.runtime import weights
+from dancegrpo_jax.runtime.config import ConfigError
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+  monkeypatch.setattr(disk, "PART", 3)
+
+
+GUIDED = {  # so that negative prompts are encoded too; and no reward with a text encoder of its own
+  "sampler__guidance_scale": 3.0, "data__negative_prompt": "grey", "reward__terms": (("compressibility", 1.0),),
+  "data__held_out": "",
+}  # fmt: skip
+
+
+def open_cache(config, workdir):
+  """The cached encoder of the config's prompts."""
+  pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh)
+  with jax.set_mesh(mesh):
+    return embeddings.cached_encoder(config, workdir, pipeline, train.read_examples(config), mesh)
+
+
+def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_parts):
+  config, written, write = tiny_config(tiny_models, **GUIDED, data__cache_folder=tmp_path / "cache"), [], disk.write
+
+  def interrupted(folder, leaves, part, texts, arrays):
+    if part == 1 and not written[1:]:
+      written.append("interrupted")
+      raise KeyboardInterrupt
+    written.append(part)
+    write(folder, leaves, part, texts, arrays)
+
+  monkeypatch.setattr(disk, "write", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    open_cache(config, tmp_path)
+  encode = open_cache(config, tmp_path)
+  assert written == [0, "interrupted", 1, 2]  # 8 prompts and the negative one
+  pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh)
+  vocabulary = pipeline.components["text_encoder"].abstract["embeddings"]["token_embedding"]["embedding"]
+  assert vocabulary.shape not in {x.shape for x in jax.live_arrays()}  # the encoder has gone
+  monkeypatch.setattr(components, "read_component", None)  # a whole cache needs no weights
+  again = open_cache(config, tmp_path)
+  texts = ["a red boat", "grey", "a red cat", "a red boat"]
+  assert_trees_equal(again(texts), encode(texts))
+  monkeypatch.undo()
+  examples = train.read_examples(config)[3:7]
+  with jax.set_mesh(mesh):
+    params, program = loading.read(config, pipeline, pipeline.encoders, mesh), programs.encoder(pipeline, mesh)
+    expected = loading.conditioning(config, lambda texts: program(params, pipeline.tokenize(texts)), examples)
+  actual = loading.conditioning(config, encode, examples)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), actual, expected)
+  assert actual.positive.shape == actual.negative.shape == (4, 8, 16) and actual.positive.sharding == expected.positive.sharding
+
+
+def test_flux_rows_in_bfloat16(tmp_path, tiny_models):
+  """Two encoders, a dtype that numpy alone doesn't know."""
+  folder = write_flux(tmp_path / "flux")
+  config = tiny_config(
+    None, data__prompts=tiny_models.prompts, model__family="flux", model__checkpoint=folder, model__text_length=8,
+    model__frozen_dtype="bfloat16", sampler__kind="flow", reward__terms=(("compressibility", 1.0),),
+  )  # fmt: skip
+  encode, pipeline, mesh = open_cache(config, tmp_path), loading.build_pipeline(config), meshes.make_mesh(config.mesh)
+  texts = [example.prompt for example in train.read_examples(config)][:4]
+  with jax.set_mesh(mesh):
+    params = loading.read(config, pipeline, pipeline.encoders, mesh)
+    expected = programs.encoder(pipeline, mesh)(params, pipeline.tokenize(texts))
+  rows = encode(texts)
+  assert "tensorflow" not in sys.modules
+  assert rows["text"].dtype == jax.numpy.bfloat16 and rows["text"].shape == (4, 8, 24)
+  assert_trees_equal(rows, expected)
+
+
+@pytest.fixture
+def other(tiny_models, tmp_path):
+  """`(what) -> (folders, words of the refusal)`: the tiny models with something changed."""
+
+  def change(what: str):
+    folders = tiny_models._replace(model=tmp_path / "other-sd", prompts=tmp_path / "other.txt")
+    shutil.copytree(tiny_models.model, folders.model)
+    shutil.copy(tiny_models.prompts, folders.prompts)
+    if what == "prompts":
+      folders.prompts.write_text(folders.prompts.read_text() + "a green cat\n")
+      return folders, ("other prompts (9 texts", "this run has 10")
+    if what == "weights":
+      text = json.loads((folders.model / "text_encoder" / "config.json").read_text())
+      write_network(folders.model / "text_encoder", text, seed=9)
+      return folders, ("another text encoder", "other-sd")
+    merges = folders.model / "tokenizer" / "merges.txt"
+    merges.write_text("\n".join(merges.read_text().splitlines()[:2]) + "\n")
+    return folders, ("another tokenizer",)
+
+  return change
+
+
+@pytest.mark.parametrize("what", ["prompts", "weights", "tokenizer"])
+def test_a_foreign_cache_is_refused_before_weights_are_read(what, tiny_models, other, tmp_path, monkeypatch, capsys):
+  folder = tmp_path / "cache"
+  open_cache(tiny_config(tiny_models, **GUIDED, data__cache_folder=folder), tmp_path)
+  folders, words = other(what)
+  changes = GUIDED | {"data__cache_folder": folder, "data__cache_embeddings": True}
+  monkeypatch.setattr(components, "read_component", None)
+  argv = [f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny", f"--workdir={tmp_path / 'run'}"]
+  capsys.readouterr()
+  assert main.main(argv + [f"--config.{word}" for word in overrides(folders, **changes)]) == 2
+  (line,) = capsys.readouterr().err.strip().splitlines()
+  assert line.startswith(f"error: config.data.cache_folder = '{folder}': belongs to ")
+  assert all(word in line for word in (*words, "name another folder, or delete this one"))
+  assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_something_else_and_a_damaged_part_are_refused(tiny_models, tmp_path):
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "thesis.txt").write_text("years of work")
+  with pytest.raises(ConfigError, match="is not empty and has no identity.json"):
+    open_cache(tiny_config(tiny_models, **GUIDED, data__cache_folder=tmp_path / "mine"), tmp_path)
+  config = tiny_config(tiny_models, **GUIDED, data__cache_folder=tmp_path / "cache")
+  open_cache(config, tmp_path)
+  for file in (tmp_path / "cache").rglob("*.array_record*"):
+    file.write_bytes(b"")
+  with pytest.raises(ConfigError, match="part_00000.* is damaged"):
+    open_cache(config, tmp_path)
+
+
+def test_fingerprint(tmp_path):
+  """Sizes and evenly spread blocks: another size shows, and so does any block; small files are read whole."""
+  file, data = tmp_path / "weights", bytearray(np.random.default_rng(0).bytes(1000))
+  prints = set()
+  for change in (None, 0, 500, 999):
+    copy = bytearray(data)
+    if change is not None:
+      copy[change] ^= 1
+    file.write_bytes(copy)
+    prints.add(weights.fingerprint([file]))
+    prints.add(weights.fingerprint([file], blocks=3, size=100) if change in (0, 500, 999) else "")
+  assert len(prints) == 8
