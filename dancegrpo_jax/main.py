@@ -1,24 +1,33 @@
 """Command: train.
 
     python -m dancegrpo_jax.main --config=configs/emoji_clip.py [--config.key=value ...] [--workdir=DIR]
+    ... --coordinator=HOST:PORT --num-processes=N --process-id=I      several processes where nothing else says who they are
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.runtime import distributed
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of this command alone."""
+  parser.add_argument("--workdir", help="default: runs/<config name>; running again on it resumes")
+  distributed.add_flags(parser)
 
 
 def main(argv: list[str]) -> int:
   """Reads the flags and runs; returns the exit code, 2 for a mistake."""
 
   def command() -> None:
-    line = configs.parse_argv(
-      argv, "GRPO post-training of an image generator.",
-      lambda parser: parser.add_argument("--workdir", help="default: runs/<config name>; running again on it resumes"),
-    )  # fmt: skip
+    line = configs.parse_argv(argv, "GRPO post-training of an image generator.", add_flags)
     from dancegrpo_jax import train  # after the flags: a misspelt one is answered at once
 
+    distributed.start(line.flags)  # before anything touches a device
+    remedy = "start all of them with the same --config, --config.key and files"
+    distributed.require_same(configs.digest(line.config), "the processes have different configs", remedy)
     train.run(line.config, Path(line.flags.workdir or f"runs/{line.config.name}"))
 
   return configs.exit_on_mistake(command)

@@ -16,11 +16,12 @@ from dancegrpo_jax.data import prompts
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.rl.rollout import Rollout
 from dancegrpo_jax.rl.state import TrainState
-from dancegrpo_jax.runtime import checkpoint, metrics, report
+from dancegrpo_jax.runtime import checkpoint, distributed, metrics, report
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.clock import Clock
 from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.runtime.preemption import Preemption
 from dancegrpo_jax.types import Conditioning, Example, PyTree
 
 
@@ -84,7 +85,7 @@ class Pending(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-  """Trains, or goes on training what the workdir holds.
+  """Trains, or goes on training what the workdir holds. SIGTERM ends it after the current iteration, saved.
 
   Raises:
     ConfigError: a mistake in the config, the prompts or the workdir, before anything is written.
@@ -93,6 +94,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
   examples = read_examples(config)
   configs.validate(config, num_devices=jax.device_count(), num_examples=len(examples))
   first = iterations_done(config, workdir)
+  distributed.require_same(first, f"--workdir={workdir}: iterations done differ", "all hosts must see the same folder")
   if first >= config.iterations:
     print(f"{workdir}: already finished, {first} iterations; {metrics.last_line(workdir, workdir / report.FILE)}")
     return
@@ -109,6 +111,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
       show(session, 0, state, progress.message)
     if config.logging.profile_steps:
       stack.callback(end_trace)
+    preemption = stack.enter_context(Preemption())
     pending = clock = None
     for iteration in range(first, config.iterations):
       done = iteration + 1
@@ -135,6 +138,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
       if shown:
         pending = pending._replace(values=pending.values | show(session, done, state, progress.message))
+      stop = preemption.reached(done) and not last
+      save = save or stop
       # A state is saved only after its numbers were read and found sound.
       if save or shown:
         pending = flush(config, workdir, pending, writer, progress)
@@ -142,6 +147,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
         saver.save(done, state, {"config": config.to_dict(), "iteration": done})
       if shown:
         save_extremes(session, done, seen)
+      if stop:
+        saver.wait()
+        progress.message(f"stopped by SIGTERM: {done} iterations are saved in {workdir}; the same command goes on from there")
+        break
   if jax.process_index() == 0:
     print(metrics.last_line(workdir, report.write(workdir)))
 

@@ -1,0 +1,150 @@
+"""Several processes: what flags and environment ask JAX for, disagreement, SIGTERM. Clusters are simulated by variables."""
+
+import argparse
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import jax
+import pytest
+from tiny_checkpoint import ROOT, overrides
+
+from dancegrpo_jax import main
+from dancegrpo_jax.runtime import checkpoint, distributed, metrics
+from dancegrpo_jax.runtime.config import ConfigError
+
+CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
+SLURM = {
+  "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[01-02]", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1",
+}  # fmt: skip
+EXPLICIT = ["--coordinator=10.0.0.1:1234", "--num-processes=4", "--process-id=3"]
+
+
+@pytest.fixture
+def started(monkeypatch):
+  """`(flags, variables) -> what jax.distributed.initialize was called with`, None where it wasn't."""
+  calls = []
+  monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
+  monkeypatch.setattr(distributed, "has_tpu", lambda: False)
+
+  def run(flags=(), **variables):
+    calls.clear()
+    parser = argparse.ArgumentParser()
+    distributed.add_flags(parser)
+    distributed.start(parser.parse_args(list(flags)), variables)
+    return calls[0] if calls else None
+
+  return run
+
+
+def test_a_single_process_does_nothing(started):
+  assert started() is None
+  assert started(["--coordinator=localhost:1234", "--num-processes=1", "--process-id=0"]) is None
+  assert started(**SLURM | {"SLURM_NTASKS": "1"}) is None
+  assert started(**{name: value for name, value in SLURM.items() if "STEP" not in name}) is None  # sbatch without srun
+  assert started(TPU_WORKER_HOSTNAMES="localhost") is None
+
+
+def test_flags_come_first(started):
+  wanted = {
+    "coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 3, "cluster_detection_method": "deactivate",
+  }  # fmt: skip
+  assert started(EXPLICIT) == started(EXPLICIT, **SLURM) == wanted
+
+
+def test_clusters(started, monkeypatch):
+  assert started(**SLURM) == {"cluster_detection_method": "slurm"}
+  assert started(TPU_WORKER_HOSTNAMES="a,b") == {}
+  assert started(TPU_WORKER_HOSTNAMES="a", MEGASCALE_NUM_SLICES="2") == {}
+  assert started(TPU_WORKER_HOSTNAMES="a,b", JAX_PLATFORMS="cpu") is None
+  monkeypatch.setattr(distributed, "has_tpu", lambda: True)
+  assert started() == {}  # a TPU VM: the metadata server knows
+  assert started(TPU_SKIP_MDS_QUERY="1") is None and started(JAX_PLATFORMS="cpu") is None
+
+
+@pytest.mark.parametrize("flags, words", [
+  (EXPLICIT[:1], ["--coordinator=10.0.0.1:1234", "without --num-processes and --process-id"]),
+  (EXPLICIT[1:], ["without --coordinator"]),
+  (["--coordinator=10.0.0.1", *EXPLICIT[1:]], ["--coordinator=10.0.0.1:", "host:port"]),
+  ([EXPLICIT[0], "--num-processes=x", EXPLICIT[2]], ["--num-processes=x", "whole number"]),
+  ([EXPLICIT[0], "--num-processes=0", EXPLICIT[2]], ["--num-processes=0", "at least 1"]),
+  ([*EXPLICIT[:2], "--process-id=4"], ["--process-id=4", "0 to 3"]),
+  (["--num-proceses=2"], ["--num-proceses", "did you mean", "--num-processes"]),
+])  # fmt: skip
+def test_wrong_flags_are_one_line(capsys, tmp_path, flags, words):
+  assert main.main([CONFIG, *flags, f"--workdir={tmp_path / 'workdir'}"]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ") and not [word for word in words if word not in line], line
+
+
+def test_a_coordinator_that_is_not_there_is_one_line(started, monkeypatch):
+  def refuse(**_):
+    raise RuntimeError("DEADLINE_EXCEEDED:\n after 300 s")
+
+  monkeypatch.setattr(jax.distributed, "initialize", refuse)
+  with pytest.raises(ConfigError, match="10.0.0.1:1234.*DEADLINE_EXCEEDED: after 300 s.*start all"):
+    started(EXPLICIT)
+
+
+def start(folders, workdir, *flags: str, devices: int = 1, **changes) -> subprocess.Popen:
+  """The command as a process of its own."""
+  words = [CONFIG, *(f"--config.{word}" for word in overrides(folders, **changes)), f"--workdir={workdir}", *flags]
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    "PYTHONUNBUFFERED": "1",
+  }  # fmt: skip
+  command = [sys.executable, "-m", "dancegrpo_jax.main", *words]
+  return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def together(port: int, count: int) -> list[list[str]]:
+  return [[f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}", f"--process-id={i}"] for i in range(count)]
+
+
+def free_port() -> int:
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
+def finish(processes: list[subprocess.Popen], seconds: float = 240) -> list[tuple[int, str, str]]:
+  """Exit code, stdout and stderr of each; none is left running."""
+  try:
+    texts = [process.communicate(timeout=seconds) for process in processes]
+  finally:
+    for process in processes:
+      process.kill()
+  return [(process.returncode, *text) for process, text in zip(processes, texts)]
+
+
+def test_different_configs_stop_all_processes(tiny_models, tmp_path):
+  flags = together(free_port(), 2)
+  processes = [start(tiny_models, tmp_path / "run", *flags[i], seed=i) for i in range(2)]
+  for code, _, errors in finish(processes):
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2 and "Traceback" not in errors
+    assert "different configs" in line and "on process 0" in line and "on process 1" in line
+  assert not (tmp_path / "run").exists()
+
+
+def test_sigterm_saves_and_a_resumed_run_goes_on(tiny_models, tmp_path):
+  workdir, most = tmp_path / "run", 1000
+  settings = {"logging__compilation_cache": tmp_path / "cache", "evaluation__every": 0, "checkpoint__every": 1000}
+  run = start(tiny_models, workdir, iterations=most, **settings)
+  said = []
+  for line in run.stdout:
+    said.append(line)
+    if line.startswith("iteration 2/"):
+      run.send_signal(signal.SIGTERM)
+      break
+  ((code, output, errors),) = finish([run])
+  done = checkpoint.latest(workdir / "checkpoints")
+  assert code == 0, "".join(said) + errors
+  assert 2 <= done < most and f"stopped by SIGTERM: {done} iterations are saved" in output
+  assert [row["iteration"] for row in metrics.read(workdir)] == list(range(done))
+  ((code, output, errors),) = finish([start(tiny_models, workdir, iterations=done + 1, **settings)])
+  assert code == 0, errors
+  assert f"iteration {done + 1}/{done + 1}" in output and f"iteration {done}/" not in output
+  assert [row["iteration"] for row in metrics.read(workdir)] == list(range(done + 1))

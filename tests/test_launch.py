@@ -1,0 +1,247 @@
+"""The launch scripts, with stand-ins for gcloud, xpk, kubectl, git and Slurm that only write down how they were called.
+
+No cloud is ever asked. What the tests can't show is that a TPU or a cluster takes these commands; the flags are held against
+the real tools' --help where those are installed.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
+TOOLS = ("gcloud", "xpk", "kubectl", "git", "mkdir", "sbatch", "squeue", "scancel", "tail", "python3")
+RECORDER = f"""#!{sys.executable}
+import json, os, sys
+with open(os.environ["CALLS"], "a") as file:
+  file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+"""
+PLACE = ["--zone=us-east5-b", "--project=my-project"]
+QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
+EVERYWHERE = ["--node=all", "--worker=all"]
+GKE = ["--cluster=dancegrpo", *PLACE]
+MAIN = "-m dancegrpo_jax.main --config=configs/emoji_clip.py"
+SETUP = (
+  "mkdir -p dancegrpo_jax && tar -xzf dancegrpo_jax.tar.gz -C dancegrpo_jax && cd dancegrpo_jax"
+  " && python3 -m pip install --user --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv"
+  " && python3 -m uv pip install --quiet --python .venv/bin/python -r requirements-tpu.txt"
+)
+
+
+@pytest.fixture
+def launch(tmp_path):
+  """`(script, *words, VARIABLE=value) -> (finished process, calls)`, each call a list of words."""
+  folder = tmp_path / "bin"
+  folder.mkdir()
+  for tool in TOOLS:
+    (folder / tool).write_text(RECORDER)
+    (folder / tool).chmod(0o755)
+
+  def run(script: str, *words: str, **variables: str) -> tuple[subprocess.CompletedProcess, list[list[str]]]:
+    calls = tmp_path / "calls"
+    calls.write_text("")
+    environment = {"PATH": f"{folder}:{os.environ['PATH']}", "HOME": str(tmp_path), "CALLS": str(calls), **variables}
+    command = [str(ROOT / "launch" / script), *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
+    return done, [json.loads(line) for line in calls.read_text().splitlines()]
+
+  return run
+
+
+def sbatch(*more: str, main: str = f".venv/bin/python {MAIN} --workdir=runs/dancegrpo", nodes: int = 1) -> list[str]:
+  return [
+    "sbatch", "--job-name=dancegrpo", f"--nodes={nodes}", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=8",
+    "--time=24:00:00", "--signal=TERM@300", "--output=dancegrpo.log", "--open-mode=append", *more,
+    f"--wrap=srun --kill-on-bad-exit=1 --cpus-per-task=8 {main}",
+  ]  # fmt: skip
+
+
+def workload(main: str = MAIN, slices: int = 1) -> list[str]:
+  return [
+    "xpk", "workload", "create", *GKE, "--workload=dancegrpo-run", "--tpu-type=v6e-8", f"--num-slices={slices}",
+    "--base-docker-image=python:3.12", "--script-dir=.", "--termination-grace-period-seconds=300",
+    f"--command=pip install --quiet -r requirements-tpu.txt && exec python {main} --workdir=/runs/dancegrpo-run",
+  ]  # fmt: skip
+
+
+def uploads(mount: str = "") -> list[list[str]]:
+  return [
+    ["mkdir", "-p", "out"],
+    ["git", "archive", "--format=tar.gz", "--output=out/dancegrpo_jax.tar.gz", "HEAD"],
+    [*QUEUED, "scp", "out/dancegrpo_jax.tar.gz", "dancegrpo:dancegrpo_jax.tar.gz", *EVERYWHERE, *PLACE],
+    [*QUEUED, "ssh", "dancegrpo", *EVERYWHERE, f"--command={SETUP}{mount}", *PLACE],
+  ]
+
+
+CREATE = [*QUEUED, "create", "dancegrpo", "--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e"]
+MOUNT = (
+  " && sudo apt-get install -y -q nfs-common && mkdir -p runs && (mountpoint -q runs || sudo mount -t nfs 10.0.0.2:/share runs)"
+)
+NODE_POOL = ["--tpu-type=v6e-8", "--num-slices=1"]
+VOLUME = ["--type=gcpfilestore", "--tier=BASIC_HDD", "--size=1T", "--vol=runs", "--access-mode=ReadWriteMany"]
+CREDENTIALS = ["gcloud", "container", "clusters", "get-credentials", "dancegrpo", "--region=us-east5", "--project=my-project"]
+CASES = {
+  "tpu create": ("tpu_vm.sh", ["create"], {}, [[*CREATE, "--node-id=dancegrpo", "--spot", *PLACE]]),
+  "tpu on demand": ("tpu_vm.sh", ["create"], {"SPOT": "false"}, [[*CREATE, "--node-id=dancegrpo", *PLACE]]),
+  "tpu slices": ("tpu_vm.sh", ["create"], {"SLICES": "4"},
+                 [[*CREATE, "--node-count=4", "--node-prefix=dancegrpo", "--spot", *PLACE]]),
+  "tpu status": ("tpu_vm.sh", ["status"], {}, [[*QUEUED, "describe", "dancegrpo", "--format=value(state.state)", *PLACE]]),
+  "tpu setup": ("tpu_vm.sh", ["setup"], {}, uploads()),
+  "tpu setup with a share": ("tpu_vm.sh", ["setup"], {"NFS": "10.0.0.2:/share", "SLICES": "2"}, uploads(MOUNT)),
+  "tpu logs": ("tpu_vm.sh", ["logs"], {}, [[*QUEUED, "ssh", "dancegrpo", "--node=0", "--worker=0",
+               "--command=tail -n 100 -F dancegrpo_jax/run.log", *PLACE]]),
+  "tpu stop": ("tpu_vm.sh", ["stop"], {}, [[*QUEUED, "ssh", "dancegrpo", *EVERYWHERE,
+               "--command=kill -TERM $(cat dancegrpo_jax/run.pid)", *PLACE]]),
+  "tpu delete": ("tpu_vm.sh", ["delete"], {}, [[*QUEUED, "delete", "dancegrpo", "--force", *PLACE]]),
+  "gke create": ("gke_xpk.sh", ["create"], {}, [["xpk", "cluster", "create", *GKE, *NODE_POOL, "--spot"]]),
+  "gke on demand": ("gke_xpk.sh", ["create"], {"SPOT": "false"}, [["xpk", "cluster", "create", *GKE, *NODE_POOL, "--on-demand"]]),
+  "gke storage": ("gke_xpk.sh", ["storage"], {}, [["xpk", "storage", "create", "dancegrpo-runs", *GKE, *VOLUME,
+                  "--mount-point=/runs", "--readonly=false", "--auto-mount=true"]]),
+  "gke run": ("gke_xpk.sh", ["run"], {}, [workload()]),
+  "gke run with flags": ("gke_xpk.sh", ["run", "--config.iterations=3"], {"SLICES": "2", "CONFIG": "configs/sd_clip.py"},
+                         [workload("-m dancegrpo_jax.main --config=configs/sd_clip.py", 2)]),
+  "gke status": ("gke_xpk.sh", ["status"], {}, [["xpk", "workload", "list", *GKE]]),
+  "gke logs": ("gke_xpk.sh", ["logs"], {}, [CREDENTIALS, ["kubectl", "logs", "--follow", "--prefix", "--tail=100",
+               "--max-log-requests=256", "--selector=jobset.sigs.k8s.io/jobset-name=dancegrpo-run"]]),
+  "gke stop": ("gke_xpk.sh", ["stop"], {}, [["xpk", "workload", "delete", *GKE, "--workload=dancegrpo-run"]]),
+  "gke delete": ("gke_xpk.sh", ["delete"], {}, [["xpk", "cluster", "delete", *GKE]]),
+  "slurm run": ("slurm.sh", ["run"], {}, [sbatch()]),
+  "slurm nodes": ("slurm.sh", ["run"], {"NODES": "4", "PARTITION": "gpu", "ACCOUNT": "us"},
+                  [sbatch("--partition=gpu", "--account=us", nodes=4)]),
+  "slurm status": ("slurm.sh", ["status"], {}, [["squeue", "--me", "--name=dancegrpo"]]),
+  "slurm logs": ("slurm.sh", ["logs"], {}, [["tail", "-n", "100", "-F", "dancegrpo.log"]]),
+  "slurm stop": ("slurm.sh", ["stop"], {}, [["scancel", "--name=dancegrpo", "--signal=TERM"]]),
+  "slurm delete": ("slurm.sh", ["delete"], {}, [["scancel", "--name=dancegrpo"]]),
+}  # fmt: skip
+CASES["gke run with flags"][3][0][-1] += " --config.iterations=3"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_exact_commands(launch, name):
+  script, words, variables, expected = CASES[name]
+  done, calls = launch(script, *words, **variables)
+  assert done.returncode == 0, done.stderr
+  assert calls == expected
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_dry_run_prints_the_same_commands_and_runs_none(launch, name):
+  script, words, variables, expected = CASES[name]
+  done, calls = launch(script, "--dry-run", *words, **variables)
+  assert done.returncode == 0 and not calls, done.stderr
+  for line, command in zip(done.stdout.splitlines(), expected, strict=True):
+    words = subprocess.run(["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True).stdout
+    assert words.split("\0")[:-1] == command  # what a shell makes of the pasted line
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "gke_xpk.sh", "slurm.sh"])
+@pytest.mark.parametrize("words, said", [
+  ([], "use "), (["destroy"], "'destroy': use "), (["run", "--dry-run"], "--dry-run comes before"),
+  (["stop", "now"], "takes none: now"),
+])  # fmt: skip
+def test_mistakes(launch, script, words, said):
+  done, calls = launch(script, *words)
+  assert done.returncode == 2 and not calls
+  (line,) = done.stderr.splitlines()
+  assert line.startswith("error: ") and said in line
+
+
+def test_slices_need_a_share(launch):
+  done, calls = launch("tpu_vm.sh", "run", SLICES="2")
+  assert done.returncode == 2 and not calls and "set NFS=" in done.stderr
+
+
+def on_host(launch, home: Path, *words: str) -> subprocess.CompletedProcess:
+  """Does in `home` what the script asks a host to do; ends when that shell ends, as ssh does."""
+  _, calls = launch("tpu_vm.sh", *words)
+  (command,) = [word.removeprefix("--command=") for word in calls[-1] if word.startswith("--command=")]
+  return subprocess.run(["bash", "-c", command], cwd=home, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_a_run_on_a_host(launch, tmp_path):
+  """Starts in the background with its flags unharmed, isn't started twice, and is told to stop by SIGTERM."""
+  folder = tmp_path / "host" / "dancegrpo_jax"
+  python = folder / ".venv" / "bin" / "python"
+  python.parent.mkdir(parents=True)
+  python.write_text('#!/usr/bin/env bash\ntrap "echo saved; exit 0" TERM\nprintf "<%s>\\n" "$@"\nwhile :; do sleep 0.05; done\n')
+  python.chmod(0o755)
+  flag = """--config.reward.terms=(("clip", 1.0),)"""
+  assert on_host(launch, folder.parent, "run", flag).returncode == 0
+  number, log = int((folder / "run.pid").read_text()), folder / "run.log"
+  try:
+    wait_for(lambda: flag in log.read_text())
+    assert log.read_text().splitlines()[-1] == f"<{flag}>"
+    again = on_host(launch, folder.parent, "run")
+    assert again.returncode == 2 and "a run is going on" in again.stderr
+    assert on_host(launch, folder.parent, "stop").returncode == 0
+    wait_for(lambda: "saved" in log.read_text())
+  finally:
+    if "saved" not in log.read_text():
+      os.kill(number, signal.SIGKILL)
+
+
+def wait_for(condition, seconds: float = 20) -> None:
+  end = time.monotonic() + seconds
+  while not condition():
+    assert time.monotonic() < end
+    time.sleep(0.05)
+
+
+def test_shellcheck():
+  tool = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+  if tool is None:
+    pytest.skip("shellcheck is not installed; pip install -r requirements-dev.txt")
+  files = [str(file.relative_to(ROOT)) for file in SCRIPTS]
+  done = subprocess.run([tool, "--external-sources", *files], cwd=ROOT, capture_output=True, text=True, check=False)
+  assert done.returncode == 0, done.stdout
+
+
+def test_options_of_the_shell():
+  scripts = [file for file in SCRIPTS if file.name != "common.sh"]
+  assert len(scripts) == 3
+  for file in scripts:
+    assert "\nset -euo pipefail\n" in file.read_text() and os.access(file, os.X_OK), file
+
+
+def asked(tool: str) -> dict[tuple[str, ...], set[str]]:
+  """Subcommand -> the flags that the scripts give it, over all cases."""
+  flags: dict[tuple[str, ...], set[str]] = {}
+  for _, _, _, calls in CASES.values():
+    for call in calls:
+      if call[0] == tool:
+        depth = {"gcloud": 4, "kubectl": 1, "xpk": 2, "sbatch": 0}[tool] + 1
+        words = tuple(call[1:depth])
+        flags.setdefault(words, set()).update(word.split("=")[0] for word in call[depth:] if word.startswith("--"))
+  return flags
+
+
+CLIENTS = ("gcloud", "kubectl", "xpk", "sbatch")
+
+
+@pytest.mark.parametrize("tool, words", [(tool, words) for tool in CLIENTS for words in asked(tool)])
+def test_flags_are_the_tools_own(tool, words):
+  """Against the real tool's help. gcloud keeps the flags that all its commands share on a page of their own."""
+  if shutil.which(tool) is None:
+    pytest.skip(f"{tool} is not installed")
+  environment = os.environ | {"CLOUDSDK_CORE_DISABLE_PROMPTS": "1", "PAGER": "cat", "TERM": "dumb"}
+  done = subprocess.run([tool, *words, "--help"], env=environment, capture_output=True, text=True, timeout=120, check=False)
+  text = re.sub(r"\x1b\[[0-9;]*m|.\x08", "", done.stdout + done.stderr)
+  if done.returncode:
+    pytest.skip(f"{tool} {' '.join(words)} --help does not run here: {text.strip()[:200]}")
+  shared = {"--project", "--format", "--quiet"} if tool == "gcloud" else set()
+  missing = [flag for flag in asked(tool)[words] - shared if not re.search(rf"{flag}(?![\w-])", text)]
+  assert not missing, f"{tool} {' '.join(words)} has no {missing}"
+
+
+@pytest.mark.parametrize("name, wanted", [("gpu", "jax[cuda13]"), ("tpu", "jax[tpu]")])
+def test_requirements(name, wanted):
+  lines = (ROOT / f"requirements-{name}.txt").read_text().splitlines()
+  assert [line for line in lines if not line.startswith("#")] == ["-r requirements.txt", wanted]
