@@ -1,7 +1,7 @@
 """The embedded default: emoji Stable Diffusion, reward = emoji-CLIP cosine. CPU, no downloads.
 
-What was found, with 16 prompts x 16 samples, 8 steps, 4 optimizer steps an iteration. reward/mean of the base is .65; "fixed" is the
-mean score of the 16 prompts with fixed noise and the deterministic sampler, .545 for the base; variety is the mean
+What was found, with 16 prompts x 16 samples, 8 steps, 4 optimizer steps an iteration. reward/mean of the base is .65; "fixed" is
+the mean score of the 16 prompts with fixed noise and the deterministic sampler, .545 for the base; variety is the mean
 distance of 8 such samples of a prompt in emoji-CLIP's space, .37 for the base:
 
   rate, warm-up, seed            iteration   reward   fixed   variety
