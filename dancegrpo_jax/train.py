@@ -200,6 +200,9 @@ def prepare(
     jax.config.update("jax_compilation_cache_dir", config.logging.compilation_cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
   pipeline, rewards = loading.build_pipeline(config), scoring.build_rewards(config)
+  on_host = [name for name, reward in rewards.items() if reward.kind == "host"]
+  if on_host and jax.process_count() > 1:
+    raise ConfigError(f"config.reward.terms = {on_host[0]!r}: it is scored on the host, which runs of one process can do so far")
   held_out, cached = read_held_out(config), None
   if config.data.cache_embeddings:
     cached = embeddings.cached_encoder(config, workdir, pipeline, examples + held_out, mesh)
@@ -264,7 +267,7 @@ def collect(
         results.append(threads.submit(scoring.host_scores, reward, pixels, [batch[owner] for owner in owners], say))
     rollouts.append(rollout)
     if keep_pixels and chunk.min() < group:
-      kept |= {number: image for number, image in zip(chunk.tolist(), np.asarray(pixels)) if number < group}
+      kept |= {number: image for number, image in zip(chunk.tolist(), meshes.to_host(pixels)) if number < group}
   first_group = np.stack([kept[number] for number in range(group)]) if kept else None
   order = np.argsort(chunks.reshape(-1))
   return Experience(ids, conditioning, tuple(rollouts), as_groups(results, order, len(batch)), first_group)
@@ -350,7 +353,7 @@ def show(session: Session, iteration: int, state: TrainState, say: Callable[[str
   conditioning = loading.conditioning(config, session.encode, [examples[i] for i in row])
   numbers = np.arange(len(row), dtype=np.int32)
   latents = run.sample(weights, model.frozen, conditioning, numbers, numbers, np.int32(config.evaluation.seed))
-  pixels = np.asarray(run.decode(model.frozen, latents))[: len(examples)]
+  pixels = meshes.to_host(run.decode(model.frozen, latents))[: len(examples)]
   owners, features = np.arange(len(examples), dtype=np.int32), session.shown_features
   scores = scoring.score_all(model.rewards, model.reward_params, run.score, pixels, features, owners, examples, row[None], say)
   total = sum(weight * scores[term] for term, weight in config.reward.terms)

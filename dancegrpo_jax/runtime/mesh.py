@@ -10,6 +10,8 @@ from math import prod
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -62,6 +64,13 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The leading axis (samples) split over data and fsdp; a device owns consecutive rows."""
   return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+  """The whole array on every process, whoever's devices hold it; all processes call it at the same point."""
+  if array.is_fully_addressable or array.is_fully_replicated:
+    return np.asarray(array)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def infer_shardings(abstract_tree: PyTree, rules: Sequence[Sequence[Any]], mesh: Mesh) -> PyTree:
