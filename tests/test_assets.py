@@ -27,7 +27,8 @@ def test_size():
 @pytest.fixture(scope="module")
 def opened():
   overrides = [f"model.checkpoint={ASSETS / 'emoji-sd'}", f"reward.clip.checkpoint={ASSETS / 'emoji-clip'}"]
-  overrides += [f"evaluation.steps={STEPS}", "rollout.chunk=16", f"evaluation.distractors={ASSETS / 'prompts/emoji_train.txt'}"]
+  overrides += [f"evaluation.steps={STEPS}", "rollout.chunk=16", "evaluation.samples=2"]
+  overrides += [f"evaluation.distractors={ASSETS / 'prompts/emoji_train.txt'}"]
   with sampling.opened(configs.load(str(ROOT / "configs/emoji_clip.py"), overrides), "base") as value:
     yield value
 
@@ -88,5 +89,6 @@ def test_transformers_scores_the_same(opened):
 def test_the_base_leaves_something_to_learn(opened):
   """Between 25 % and 75 % of the base's samples are nearest to their own caption among 200."""
   pool = prompts.read_prompts(opened.config.evaluation.distractors)
-  result, _ = evaluate.measure(opened, opened.weights, pool[2::14], pool)
+  chosen = np.random.default_rng(0).choice(len(pool), 200, replace=False)  # any emoji, any colour
+  result, _ = evaluate.measure(opened, opened.weights, [pool[i] for i in chosen], pool)
   assert 0.25 <= float(np.mean(result["clip/retrieval"])) <= 0.75

@@ -14,7 +14,7 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch_parity import nchw, nhwc, run
 
-from dancegrpo_jax import loading
+from dancegrpo_jax import components
 from dancegrpo_jax.pipelines import stable_diffusion
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.rl.rollout import Policy, Rollout, rollout
@@ -134,7 +134,7 @@ class Ours(NamedTuple):
 
 def our_results(pipeline: Pipeline, folder: Path, inputs: Inputs, states: np.ndarray, steps) -> Ours:
   """From the weights that diffusers saved in `folder`/unet, through the project's own loader."""
-  params = {"denoiser": loading.read_component(str(folder), pipeline.components["denoiser"], None)}
+  params = {"denoiser": components.read_component(str(folder), pipeline.components["denoiser"], None)}
   schedule = pipeline.schedule(STEPS, 1.0)
 
   def policy(window: int) -> Policy:
