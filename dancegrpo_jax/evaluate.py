@@ -103,7 +103,7 @@ def compare(base: dict, tuned: dict) -> dict:
   return rows
 
 
-def samples(folder: Path, examples: list, scores: dict, pixels: np.ndarray) -> list[dict]:
+def keep(folder: Path, examples: list, scores: dict, pixels: np.ndarray) -> list[dict]:
   """Writes every image of one set of weights; a row each with prompt, file and scores (None where one failed)."""
   from dancegrpo_jax.runtime import images
 
@@ -169,8 +169,8 @@ def run(config, checkpoint: str, files: list[str], out: Path) -> dict:
       results[name] = compare(base, tuned)
       images.save(folder / f"{name}.png", side_by_side(before, after, examples))
       rows[name] = {
-        "base": samples(folder / name / "base", examples, base, before),
-        "checkpoint": samples(folder / name / "checkpoint", examples, tuned, after),
+        "base": keep(folder / name / "base", examples, base, before),
+        "checkpoint": keep(folder / name / "checkpoint", examples, tuned, after),
       }
   out.write_text(json.dumps({"checkpoint": checkpoint, "results": results, "samples": rows}, indent=1) + "\n")
   print(table(results))
@@ -182,6 +182,8 @@ def main(argv: list[str]) -> int:
 
   def command() -> None:
     line = configs.parse_argv(argv, "Score a checkpoint next to its base model.", add_flags)
+    if Path(line.flags.out).suffix != ".json":
+      raise ConfigError(f"--out={line.flags.out}: must end with .json; the images go into the folder of that name without it")
     files = line.flags.prompts or [file for file in (line.config.data.prompts, line.config.data.held_out) if file]
     run(line.config, line.flags.checkpoint, files, Path(line.flags.out))
 

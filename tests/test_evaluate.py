@@ -79,6 +79,13 @@ def test_the_command_keeps_every_image_with_its_scores(evaluated):
   assert (folder / "scores" / "unseen.png").is_file()
 
 
+def test_an_out_that_would_be_the_images_folder(tmp_path, tiny_models, capsys):
+  words = [f"--config.{word}" for word in overrides(tiny_models)]
+  config = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
+  assert evaluate.main([config, *words, "--checkpoint=base", f"--out={tmp_path / 'scores'}"]) == 2
+  assert "scores: must end with .json" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
 def test_a_checkpoint_that_is_not_there(tmp_path, tiny_models, capsys):
   words = [f"--config.{word}" for word in overrides(tiny_models)]
   config = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"

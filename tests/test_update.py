@@ -420,7 +420,7 @@ def test_chunks_change_no_update(best_of):
     with jax.set_mesh(run.mesh):
       state, _ = run.compiled.update(*arguments(ADVANTAGE))
     changes.append(jax.tree.map(np.subtract, jax.device_get(state.trainable), jax.device_get(run.trainable)))
-  assert relative_error(*changes) < 2e-4  # round-off of the rollout in other shapes; other batches make 1.5e-3
+  assert relative_error(*changes) < 2e-4  # round-off of other shapes is 3e-5; other batches differ by their whole size
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
