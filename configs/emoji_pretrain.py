@@ -1,7 +1,8 @@
 """How the embedded models in assets/ were made, by `python -m dancegrpo_jax.pretrain` (2 CPU cores; times in assets/README.md).
 
-Three stages, each a folder of weights: vae -> assets/emoji-sd/vae, clip -> assets/emoji-clip, denoiser -> the rest of
-assets/emoji-sd. The networks are the published classes with small numbers; their config.json values stand here.
+Four stages, each a folder of weights: vae -> assets/emoji-sd/vae, clip -> assets/emoji-clip, denoiser -> the rest of
+assets/emoji-sd, flow -> assets/emoji-flux, with the same autoencoder. The networks are the published classes with small
+numbers; their config.json values stand here.
 """
 
 from ml_collections import ConfigDict
@@ -90,10 +91,56 @@ def get_config(preset: str = "") -> ConfigDict:
       "prediction_type": "epsilon", "timestep_spacing": "leading",
     }),  # fmt: skip
   })
+
+  config.flow = ConfigDict({
+    "steps": 350,
+    "batch": 64,
+    "learning_rate": 1.5e-3,
+    "warmup": 100,
+    "ema": 0.99,
+    "text_length": 12,  # of T5's tokens
+    "network": ConfigDict({
+      "_class_name": "FluxTransformer2DModel",
+      "in_channels": 16,  # 2x2 squares of 4 channels
+      "num_layers": 3,
+      "num_single_layers": 4,
+      "attention_head_dim": 32,
+      "num_attention_heads": 4,
+      "joint_attention_dim": 128,
+      "pooled_projection_dim": 128,
+      "guidance_embeds": False,
+      "axes_dims_rope": (4, 14, 14),
+      "patch_size": 1,
+    }),
+    "pooler": ConfigDict({
+      "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+      "max_position_embeddings": 16, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+    }),  # fmt: skip
+    "text": ConfigDict({
+      "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4, "layer_norm_epsilon": 1e-6,
+      "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "feed_forward_proj": "gated-gelu",
+      "pad_token_id": 0, "tie_word_embeddings": False,
+    }),  # fmt: skip
+    "scheduler": ConfigDict({
+      "_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0,
+      "use_dynamic_shifting": False,
+    }),  # fmt: skip
+  })
   if preset == "tiny":
     config.variants = 1
-    for stage in (config.vae, config.clip, config.denoiser):
+    for stage in (config.vae, config.clip, config.denoiser, config.flow):
       stage.update(steps=3, batch=8, warmup=1)
+    # Few layers: compiling them is what takes the time.
+    config.vae.network.update(
+      down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8)
+    )
+    for tower in (config.clip.text, config.clip.vision, config.denoiser.text, config.flow.pooler):
+      tower.num_hidden_layers = 1
+    config.denoiser.network.update(
+      down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), block_out_channels=(64,), sample_size=16
+    )
+    config.flow.network.update(num_layers=1, num_single_layers=1)
+    config.flow.text.num_layers = 1
   return config
 
 

@@ -52,6 +52,11 @@ def test_what_it_writes_loads_in_diffusers_and_transformers(made):
   pipeline.set_progress_bar_config(disable=True)
   (image,) = pipeline("a star on a red background", height=32, width=32, num_inference_steps=2, output_type="np").images
   assert image.shape == (32, 32, 3) and np.isfinite(image).all()
+  flux = diffusers.FluxPipeline.from_pretrained(made / "out/emoji-flux", torch_dtype=torch.float32)
+  flux.set_progress_bar_config(disable=True)
+  settings = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 0.0, "max_sequence_length": 12}
+  (image,) = flux("a star on a red background", **settings, output_type="np").images
+  assert image.shape == (32, 32, 3) and np.isfinite(image).all()
   clip = transformers.CLIPModel.from_pretrained(made / "out/emoji-clip")
   assert clip.config.projection_dim == 64
 

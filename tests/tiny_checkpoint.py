@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dancegrpo_jax import loading, pretrain, programs
+from dancegrpo_jax import loading, programs, stages
 from dancegrpo_jax.convert.shapes import abstract_params
 from dancegrpo_jax.data import t5_tokenizer, tokenizer
 from dancegrpo_jax.diffusion import schedules
@@ -63,18 +63,6 @@ FLOW = {  # FLUX.1-dev's
   "_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096,
   "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
 }  # fmt: skip
-FLUX_INDEX = {
-  "_class_name": "FluxPipeline",
-  "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-  "text_encoder": ["transformers", "CLIPTextModel"],
-  "text_encoder_2": ["transformers", "T5EncoderModel"],
-  "tokenizer": ["transformers", "CLIPTokenizer"],
-  "tokenizer_2": ["transformers", "T5TokenizerFast"],
-  "transformer": ["diffusers", "FluxTransformer2DModel"],
-  "vae": ["diffusers", "AutoencoderKL"],
-}
-
-
 class Folders(NamedTuple):
   """Where the tiny models lie: a diffusers folder, a CLIPModel folder, and a prompts file with the 8 of `PROMPTS`."""
 
@@ -109,16 +97,16 @@ def write_models(root: Path) -> Folders:
   model, clip, prompts = folders = Folders(root / "tiny-sd", root / "tiny-clip", root / "prompts.txt")
   for folder in (model / "tokenizer", clip):
     tokenizer.write_tokenizer(list(PROMPTS), str(folder), length=TOKENS, size=560)
-  text = {**TOWER, "max_position_embeddings": TOKENS, **pretrain.token_ids(model / "tokenizer")}
+  text = {**TOWER, "max_position_embeddings": TOKENS, **stages.token_ids(model / "tokenizer")}
   write_network(model / "unet", UNET, seed=1)
   write_network(model / "vae", VAE, seed=2)
   write_network(model / "text_encoder", {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **text}, seed=3)
-  pretrain.write_json(model / "scheduler" / "scheduler_config.json", SCHEDULER)
-  pretrain.write_json(model / "model_index.json", pretrain.model_index())
+  stages.write_json(model / "scheduler" / "scheduler_config.json", SCHEDULER)
+  stages.write_json(model / "model_index.json", pretrain.model_index())
   vision = {**TOWER, "image_size": SIZE, "patch_size": 8, "num_channels": 3}
   both = {"text_config": {**text, "projection_dim": 12}, "vision_config": {**vision, "projection_dim": 12}}
   write_network(clip, {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 12, **both}, seed=4)
-  pretrain.write_json(clip / "preprocessor_config.json", pretrain.clip_preprocessor(SIZE))
+  stages.write_json(clip / "preprocessor_config.json", pretrain.clip_preprocessor(SIZE))
   prompts.write_text("\n".join(PROMPTS) + "\n")
   return folders
 
@@ -127,14 +115,14 @@ def write_flux(folder: Path, scheduler: dict = FLOW, **transformer) -> Path:
   """Writes a FLUX folder in diffusers' layout, with changes of its transformer's config; returns it."""
   tokenizer.write_tokenizer(list(PROMPTS), str(folder / "tokenizer"), length=TOKENS, size=560)
   t5_tokenizer.write_t5_tokenizer(list(PROMPTS), str(folder / "tokenizer_2"), length=TOKENS)
-  text = {**TOWER, "max_position_embeddings": TOKENS, **pretrain.token_ids(folder / "tokenizer")}
+  text = {**TOWER, "max_position_embeddings": TOKENS, **stages.token_ids(folder / "tokenizer")}
   write_network(folder / "transformer", FLUX | transformer, seed=1)
   write_network(folder / "vae", FLUX_VAE, seed=2)
   write_network(folder / "text_encoder", {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **text}, seed=3)
   vocabulary = len(t5_tokenizer.vocabulary(list(PROMPTS)))
   write_network(folder / "text_encoder_2", T5 | {"vocab_size": vocabulary}, seed=4)
-  pretrain.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-  pretrain.write_json(folder / "model_index.json", FLUX_INDEX)
+  stages.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+  stages.write_json(folder / "model_index.json", stages.flux_index())
   return folder
 
 
