@@ -9,11 +9,11 @@ def get_config(preset: str = ""):
   """`""` the 10-minute run; `tiny` 6 iterations of few samples, for tests."""
   config = common.get_config()
   config.name = "emoji_flow_clip" + (f"_{preset}" if preset else "")
-  config.iterations = 30
+  config.iterations = 40
   config.model.update(family="flux", checkpoint="assets/emoji-flux", text_length=12)
   config.sampler.update(kind="dance", noise_level=0.7, steps=8)  # 7 policy steps, of which each sample trains a random 4
   config.rollout.update(samples_per_prompt=16, chunk=256)
-  config.optimizer.update(learning_rate=2e-5, warmup_steps=20, b2=0.98, updates_per_iteration=4, microbatch=128)
+  config.optimizer.update(learning_rate=5e-5, warmup_steps=20, b2=0.98, updates_per_iteration=4, microbatch=128)
   config.objective.clip_range = 5e-3
   config.evaluation.update(every=10, prompts=16, samples=8, distractors="assets/prompts/emoji_train.txt")
   config.checkpoint.every = 10
