@@ -1,4 +1,17 @@
-"""The embedded rectified-flow model: emoji FLUX, reward = emoji-CLIP cosine, the dance SDE. CPU, no downloads."""
+"""The embedded rectified-flow model: emoji FLUX, reward = emoji-CLIP cosine, the dance SDE. CPU, no downloads.
+
+What was found with 16 prompts x 16 samples, noise level 0.7 and 5e-5, as `evaluate` sees the run's prompts (8 samples each,
+deterministic, unseen noise); the base scores .607, with 42 % nearest to their own caption and a diversity of .316:
+
+  seed   iterations   reward of the first and last 5   score   retrieval   diversity
+  0              30   .604 .719                         .722        70 %        .226
+  0              40   .604 .736                         .758        80 %        .180
+  1              30   .608 .703
+  1              40   .608 .731                         .733        71 %        .208
+
+40 iterations took 8 min 15 s and 8 min 43 s on one core, half a minute of it to compile. Held-out prompts gain next to nothing:
+.566 -> .574, retrieval 31 % -> 34 % (seed 0).
+"""
 
 from configs import common
 

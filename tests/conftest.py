@@ -1,8 +1,12 @@
 """Test setup: 8 forced CPU devices, no silent rank promotion, key reuse is an error, shapes are checked."""
 
 import os
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "full_size" not in sys.argv:
+  # Small programs that run a few times: what they cost is their compilation, a third of it without LLVM's optimisations.
+  os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax

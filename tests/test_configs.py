@@ -21,7 +21,8 @@ from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime import validation
 
 ROOT = Path(__file__).parent.parent
-RUNS = sorted(file.stem for file in (ROOT / "configs").glob("*.py") if file.stem.startswith(("emoji_clip", "sd_", "flux_")))
+FILES = (ROOT / "configs").glob("*.py")
+RUNS = sorted(file.stem for file in FILES if file.stem.startswith(("emoji_clip", "emoji_flow", "sd_", "flux_")))
 
 
 def presets(name: str) -> tuple[str, ...]:
@@ -37,7 +38,8 @@ CASES = [(name, preset) for name in RUNS for preset in presets(name)]
 
 def test_all_are_there():
   wanted = {"sd_clip", "sd_hps", "sd_pick", "sd_hps_clip", "sd_aesthetic", "sd_compressibility"}
-  assert wanted <= set(RUNS) and len(CASES) >= 4 * 6 + 3 + 2 * 5
+  assert wanted <= set(RUNS) and len(CASES) >= 4 * 6 + 3 + 2 + 2 * 5
+  assert {"emoji_clip", "emoji_flow_clip"} <= set(RUNS)
   assert {"flux_hps", "flux_hps_8gpu", "flux_hps_lora", "flux_hps_clip", "flux_pick"} <= set(RUNS)
 
 
@@ -136,11 +138,12 @@ def compiled(tmp_path_factory):
   compilation_cache.reset_cache()
 
 
-@pytest.mark.parametrize("name", ["sd_clip", "sd_compressibility", "flux_hps_8gpu", "flux_hps_lora"])
+@pytest.mark.parametrize("name", ["emoji_flow_clip", "sd_compressibility", "flux_hps_8gpu", "flux_hps_lora"])
 def test_tiny_runs(name, tmp_path, monkeypatch, compiled):
   monkeypatch.chdir(ROOT)
   config = load(name, "tiny")
   with config.unlocked():
+    config.iterations = 2
     config.logging.update(compilation_cache=compiled, tensorboard=False)
   train.run(config, tmp_path)
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from tiny_checkpoint import FLOW, PROMPTS, TOKENS, relative_error, tiny_config, write_flux
+from tiny_checkpoint import FLOW, PROMPTS, ROOT, TOKENS, relative_error, tiny_config, write_flux
 
 from dancegrpo_jax import loading, programs, sampling
 from dancegrpo_jax.data.t5_tokenizer import load_t5_tokenizer
@@ -61,13 +61,14 @@ def sampled(folder, steps: int, guidance: float, **changes) -> tuple:
     noise = rng.initial_noise(stream, 0, numbers, numbers, shared=True, shape=model.pipeline.latent_shape)
     ours = jax.device_get((latents, pixels, rows))
   pipe, noise = their_pipeline(folder), torch.from_numpy(np.ascontiguousarray(np.asarray(noise).transpose(0, 3, 1, 2)))
+  size = config.model.size
   options = {
-    "height": SIZE[0], "width": SIZE[1], "num_inference_steps": steps, "guidance_scale": guidance,
+    "height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance,
     "max_sequence_length": config.model.text_length, "latents": pipe._pack_latents(noise, *noise.shape),
   }  # fmt: skip
   prompts = [PROMPTS[owner] for owner in owners]
   packed = pipe(prompts, output_type="latent", **options).images
-  theirs = pipe._unpack_latents(packed, *SIZE, pipe.vae_scale_factor).numpy().transpose(0, 2, 3, 1)
+  theirs = pipe._unpack_latents(packed, *size, pipe.vae_scale_factor).numpy().transpose(0, 2, 3, 1)
   return ours, (theirs, pipe(prompts, output_type="np", **options).images, pipe.encode_prompt(
     list(PROMPTS[:2]), None, max_sequence_length=config.model.text_length
   ))  # fmt: skip
@@ -91,6 +92,11 @@ def test_guidance_distilled_sampling(dev, scan):
 
 def test_guidance_is_what_the_model_is_told(dev):
   check(*sampled(dev, 4, 1.0))
+
+
+def test_the_shipped_model():
+  """assets/emoji-flux, which diffusers loads as it is."""
+  check(*sampled(ROOT / "assets" / "emoji-flux", 20, 3.5, model__size=(32, 32), model__text_length=12))
 
 
 def test_few_steps_without_guidance(schnell):
