@@ -1,6 +1,6 @@
 """The mesh from a config, and sharding rules onto parameters: what is refused must name parameter, shape and rule."""
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,8 @@ def test_the_catch_all_may_match_nothing(mesh):
 # Several TPU slices, and several processes
 
 
-class FakeTpu(NamedTuple):
+@dataclasses.dataclass
+class FakeTpu:
   """What JAX's mesh_utils reads of a TPU: a v5e host of 2 x 2 chips; two of them in each of two slices."""
 
   id: int
