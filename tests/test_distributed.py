@@ -131,7 +131,10 @@ def test_different_configs_stop_all_processes(tiny_models, tmp_path):
 
 def test_sigterm_saves_and_a_resumed_run_goes_on(tiny_models, tmp_path):
   workdir, most = tmp_path / "run", 1000
-  settings = {"logging__compilation_cache": tmp_path / "cache", "evaluation__every": 0, "checkpoint__every": 1000}
+  settings = {
+    "logging__compilation_cache": tmp_path / "cache", "evaluation__every": 0, "checkpoint__every": 1000,
+    "environment": {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+  }  # fmt: skip
   run = start(tiny_models, workdir, iterations=most, **settings)
   said = []
   for line in run.stdout:

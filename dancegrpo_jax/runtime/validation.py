@@ -91,7 +91,6 @@ LIMITS = {
   "lora.rank": _at_least(0),
   "lora.alpha": _at_least(0),
   "ema.decay": _below_one(),
-  "mesh.tensor": ((lambda value: value == 1), "tensor parallelism is not supported yet; set 1"),
   "mesh.lanes": _at_least(1),
   "checkpoint.every": _at_least(1),
   "checkpoint.keep": _at_least(1),
