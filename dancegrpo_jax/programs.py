@@ -89,8 +89,6 @@ def guided(pipeline: Pipeline, scale: float) -> Callable:
   """`(params, x, model_time, conditioning of P rows, prompt [b]) -> output`, rows gathered where they are used."""
 
   def denoise(params: PyTree, x: Array, time: Array, conditioning: Conditioning, prompt: Int[Array, "b"]) -> Array:
-    # Left to choose, XLA's partitioner gave FLUX's time embedding a wrong gradient where kernels are split over tensor too.
-    x, time, prompt = meshes.split_rows((x, time, prompt))
     branch = classifier_free(lambda x, time, rows: pipeline.denoise(params, x, time, rows), scale)
     return branch(x, time, jax.tree.map(lambda rows: rows[prompt], conditioning))
 

@@ -93,13 +93,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def split_rows(tree: PyTree) -> PyTree:
-  """Inside a program: arrays with one row a sample, held to `batch_sharding`; unchanged where no mesh is entered."""
-  if jax.sharding.get_abstract_mesh().empty:
-    return tree
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, P(("data", "fsdp"))), tree)
-
-
 def to_host(array: jax.Array) -> np.ndarray:
   """The whole array on every process, whoever's devices hold it; all processes call it at the same point."""
   if array.is_fully_addressable or array.is_fully_replicated:

@@ -258,6 +258,9 @@ def _data(config: ConfigDict, num_examples: int | None) -> Iterator[str]:
 
 
 def _mesh_rules(config: ConfigDict) -> Iterator[str]:
+  if config.model.family == "flux" and config.mesh.tensor != 1:
+    remedy = "with it the compiler gets the gradient of FLUX's time embedding wrong (tests/test_anywhere.py); set 1"
+    yield _line("mesh.tensor", config.mesh.tensor, remedy)
   for rule in config.mesh.rules:
     is_pair = isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str)
     if not is_pair or not isinstance(rule[1], (tuple, list)):
