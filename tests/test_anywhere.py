@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
@@ -263,6 +264,8 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
   processes = [
     start(models, workdir, *flags[i], devices=4, environment=variables | (only_second if i else {}), **settings) for i in (0, 1)
   ]
+  watchdog = threading.Timer(900, lambda: [process.kill() for process in processes])  # a hang is a failure, not a hang
+  watchdog.start()
   said = []
   for line in processes[0].stdout:
     said.append(line)
@@ -272,6 +275,7 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
       processes[1].send_signal(signal.SIGTERM)
       break
   results = finish(processes)
+  watchdog.cancel()
   assert [code for code, _, _ in results] == [0, 0], "".join(said) + results[0][2] + results[1][2]
 
   rows, done = metrics.read(workdir), checkpoint.latest(workdir / "checkpoints")
