@@ -93,13 +93,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def to_host(array: jax.Array) -> np.ndarray:
-  """The whole array on every process, whoever's devices hold it; all processes call it at the same point."""
-  if array.is_fully_addressable or array.is_fully_replicated:
-    return np.asarray(array)
-  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
 def own_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
   """The rows of an array split along its first axis that fall to this process; a row falls to exactly one. Any thread may ask.
 
@@ -129,6 +122,13 @@ def join_processes(values: dict[str, np.ndarray], own: np.ndarray) -> dict[str, 
   rows, owners = multihost_utils.process_allgather((np.stack(list(values.values())), own))
   joined = np.take_along_axis(rows, owners.argmax(0)[None, None], axis=0)[0]
   return dict(zip(values, joined))
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+  """The whole array on every process, whoever's devices hold it; all processes call it at the same point."""
+  if array.is_fully_addressable or array.is_fully_replicated:
+    return np.asarray(array)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
 def infer_shardings(abstract_tree: PyTree, rules: Sequence[Sequence[Any]], mesh: Mesh) -> PyTree:
