@@ -34,6 +34,7 @@ class Programs(NamedTuple):
     decode: `(frozen, latents) -> pixels`.
     features: `(reward params, prepared) -> features`, per device reward.
     score: `(reward params, pixels, features, numbers, group) -> {term: f32[chunk]}`, per device reward.
+    join: `({term: [f32[chunk], ..]}, order [B]) -> {term: f32[P, G]}`: the chunks' scores, sample by sample.
     advantages: `(scores {term: [P, G]}, prompt_ids, prompt_stats) -> (advantage [B'], weight [B'], chosen [B'], stats, metrics)`.
     update: `(state, frozen, reference, conditioning, prompt_ids, rollouts, advantage, weight, chosen, iteration)
       -> (state, metrics)`; donates the state.
@@ -45,6 +46,7 @@ class Programs(NamedTuple):
   decode: Callable
   features: dict[str, Callable]
   score: dict[str, Callable]
+  join: Callable
   advantages: Callable
   update: Callable
 
@@ -116,6 +118,7 @@ def build(
     decode=jax.jit(pipeline.decode, out_shardings=split),
     features={name: jax.jit(reward.features, out_shardings=whole) for name, reward in device.items()},
     score={name: jax.jit(_score(config, reward), out_shardings=whole) for name, reward in device.items()},
+    join=jax.jit(_join(config), out_shardings=whole),
     advantages=jax.jit(_advantages(config), out_shardings=whole),
     update=jax.jit(_update(config, pipeline, mesh), out_shardings=(state_shardings, whole), donate_argnums=0),
   )
@@ -167,6 +170,13 @@ def _sample(config: ConfigDict, pipeline: Pipeline) -> Callable:
 def _score(config: ConfigDict, reward: Reward) -> Callable:
   def run(params, pixels: Float[Array, "chunk h w 3"], features: PyTree, prompt: Int[Array, "chunk"]):
     return reward.score(params, Media(pixels), jax.tree.map(lambda rows: rows[prompt], features))
+
+  return run
+
+
+def _join(config: ConfigDict) -> Callable:
+  def run(chunks: dict[str, list], order: Int[Array, "samples"]) -> dict:
+    return {term: jnp.concatenate(parts)[order].reshape(-1, config.rollout.samples_per_prompt) for term, parts in chunks.items()}
 
   return run
 

@@ -1,6 +1,7 @@
 """From a config to its rewards in memory, and scores out of them."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dancegrpo_jax.rewards import aesthetic, clip, compressibility, hps, picksco
 from dancegrpo_jax.rewards import callable as python_function
 from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.runtime import hub, weights
+from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.config import ConfigError
 from dancegrpo_jax.types import Example, Media, PyTree
 
@@ -93,6 +95,11 @@ REWARDS = {
 }
 
 
+def reward_of(term: str) -> str:
+  """The reward that a term of config.reward.terms belongs to: of "videoalign/vq" the first part."""
+  return term if ":" in term else term.split("/")[0]
+
+
 def build_rewards(config: ConfigDict) -> dict[str, Reward]:
   """The rewards that config.reward.terms names, without weights; no other's files are looked at.
 
@@ -101,7 +108,7 @@ def build_rewards(config: ConfigDict) -> dict[str, Reward]:
   """
   rewards = {}
   for term, _ in config.reward.terms:
-    name = term if ":" in term else term.split("/")[0]
+    name = reward_of(term)
     try:
       rewards[name] = REWARDS[name](config) if name in REWARDS else python_function.build(name)
     except (ValueError, FileNotFoundError) as error:
@@ -153,6 +160,41 @@ def host_scores(reward: Any, pixels: Any, examples: list[Example], say: Callable
     return {reward.name: np.full(len(examples), np.nan, np.float32)}
 
 
+def own_scores(reward: Reward, pixels: jax.Array, examples: list[Example], say: Callable[[str], None]) -> tuple:
+  """A host reward of this process's rows of one chunk, in a thread: it may look at devices' data, and not compute on them.
+
+  Returns:
+    (numbers of the rows, {term: scores of these rows}).
+  """
+  numbers, rows = meshes.own_rows(pixels)
+  return numbers, host_scores(reward, rows, [examples[number] for number in numbers], say) if len(numbers) else {}
+
+
+def from_host(config: ConfigDict, waiting: list[tuple[str, np.ndarray, Future]], chunks: np.ndarray) -> dict[str, list]:
+  """The host rewards of an iteration, from all processes; waits for them.
+
+  Args:
+    config: of the run.
+    waiting: reward, sample numbers of its chunk, and the future of `own_scores`.
+    chunks: sample numbers `[chunks, chunk]`.
+
+  Returns:
+    `{term: [f32[samples]]}` in the order of `chunks`, NaN where failed.
+  """
+  place = np.argsort(chunks.reshape(-1))  # of a sample among all chunks
+  terms = {name: [term for term, _ in config.reward.terms if reward_of(term) == name] for name, *_ in waiting}
+  values = {term: np.full(chunks.size, np.nan, np.float32) for named in terms.values() for term in named}
+  own = np.zeros(chunks.size, bool)
+  for name, chunk, future in waiting:
+    numbers, scores = future.result()
+    places = place[chunk[numbers]]
+    own[places] = True
+    for term in terms[name]:
+      if term in scores:
+        values[term][places] = scores[term]
+  return {term: [row] for term, row in meshes.join_processes(values, own).items()}
+
+
 def chunks(count: int, size: int, lanes: int) -> np.ndarray:
   """Numbers 0 .. count - 1 in rows of one length: `size`, or fewer where all fit in one; the last number fills up."""
   size = min(size, -(-count // lanes) * lanes)
@@ -183,12 +225,15 @@ def score_all(
     say: where failures are told.
 
   Returns:
-    `{term: f32[n]}`, NaN where failed.
+    `{term: f32[n]}`, NaN where failed. Host rewards are process 0's alone, as all have the same pixels: NaN elsewhere.
   """
   result = {}
   for name, reward in rewards.items():
     if reward.kind == "host":
-      result |= host_scores(reward, pixels, [examples[owner] for owner in owners], say)
+      if jax.process_index() == 0:
+        result |= host_scores(reward, pixels, [examples[owner] for owner in owners], say)
+      else:
+        result[name] = np.full(len(pixels), np.nan, np.float32)
       continue
     parts = [compute[name](params[name], pixels[row], features[name], owners[row]) for row in rows]
     result |= {term: np.concatenate([np.asarray(part[term]) for part in parts])[: len(pixels)] for term in parts[0]}

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +108,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     writer = stack.enter_context(metrics.Writer(workdir, config, first))
     progress = stack.enter_context(metrics.Progress(config.iterations, first))
     if first == 0:
-      show(session, 0, state, progress.message)
+      show(session, 0, state, progress.warning)
     if config.logging.profile_steps:
       stack.callback(end_trace)
     preemption = stack.enter_context(Preemption())
@@ -121,7 +121,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
       start_profile(config, workdir, iteration)
       # Prompts, rollout, decode and rewards, chunk by chunk.
-      seen = collect(session, state.trainable, iteration, clock, reward_threads, progress.message, keep_pixels=shown)
+      seen = collect(session, state.trainable, iteration, clock, reward_threads, progress.warning, keep_pixels=shown)
       # Scores -> advantages within each prompt's group.
       advantage, weight, chosen, stats, reward_metrics = session.programs.advantages(seen.scores, seen.ids, state.prompt_stats)
       clock.phase("reward", advantage)
@@ -137,7 +137,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
       pending = Pending(iteration, reward_metrics | update_metrics, clock)
 
       if shown:
-        pending = pending._replace(values=pending.values | show(session, done, state, progress.message))
+        pending = pending._replace(values=pending.values | show(session, done, state, progress.warning))
       stop = preemption.reached(done) and not last
       save = save or stop
       # A state is saved only after its numbers were read and found sound.
@@ -196,13 +196,8 @@ def prepare(
   config: ConfigDict, workdir: Path, examples: list[Example], mesh: jax.sharding.Mesh, first: int
 ) -> tuple[Session, TrainState]:
   """Model, rewards, programs and the state to start from; writes config.json and environment.json when all is loaded."""
-  if config.logging.compilation_cache:
-    jax.config.update("jax_compilation_cache_dir", config.logging.compilation_cache)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  use_compilation_cache(config.logging.compilation_cache)
   pipeline, rewards = loading.build_pipeline(config), scoring.build_rewards(config)
-  on_host = [name for name, reward in rewards.items() if reward.kind == "host"]
-  if on_host and jax.process_count() > 1:
-    raise ConfigError(f"config.reward.terms = {on_host[0]!r}: it is scored on the host, which runs of one process can do so far")
   held_out, cached = read_held_out(config), None
   if config.data.cache_embeddings:
     cached = embeddings.cached_encoder(config, workdir, pipeline, examples + held_out, mesh)
@@ -231,6 +226,17 @@ def prepare(
   return Session(config, workdir, examples, shown, batches, model, compiled, encode, reference, features, shown_features), state
 
 
+def use_compilation_cache(folder: str) -> None:
+  """Keeps compiled programs in a folder, "" = doesn't.
+
+  Of several processes on CPUs JAX finds process 0's programs alone: the others would compile each while it waits in the
+  first collective, for which gloo gives them 30 s.
+  """
+  if folder and not (jax.process_count() > 1 and jax.default_backend() == "cpu"):
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 def reference_of(config: ConfigDict, model: Model) -> PyTree | None:
   """What a KL penalty holds to: a copy of the weights before training, or the frozen base itself, which LoRA leaves as it is."""
   if not config.objective.kl.weight:
@@ -251,9 +257,11 @@ def collect(
   clock.phase("encode", conditioning)
   rows = {name: jax.tree.map(lambda x: x[ids], features) for name, features in session.features.items()}
 
-  rollouts, results, kept = [], [], {}
+  rollouts, scores, waiting, kept = [], {}, [], {}
   chunks = deal(len(batch) * group, config.rollout.chunk, config.mesh.lanes)
   for chunk in chunks:
+    if len(rollouts) > 1:  # bounds what is queued on the devices, and the pixels that it holds
+      jax.block_until_ready(rollouts[-2])
     rollout = run.rollout(trainable, model.frozen, conditioning, ids, chunk, np.int32(iteration))
     clock.phase("rollout", rollout)
     pixels = run.decode(model.frozen, rollout.sample)
@@ -261,16 +269,19 @@ def collect(
     owners = chunk // group
     for name, reward in model.rewards.items():
       if reward.kind == "device":
-        results.append(run.score[name](model.reward_params[name], pixels, rows[name], owners))
-        clock.phase("reward", results[-1])
+        result = run.score[name](model.reward_params[name], pixels, rows[name], owners)
+        clock.phase("reward", result)
+        for term, value in result.items():
+          scores.setdefault(term, []).append(value)
       else:
-        results.append(threads.submit(scoring.host_scores, reward, pixels, [batch[owner] for owner in owners], say))
+        waiting.append((name, chunk, threads.submit(scoring.own_scores, reward, pixels, [batch[o] for o in owners], say)))
     rollouts.append(rollout)
     if keep_pixels and chunk.min() < group:
       kept |= {number: image for number, image in zip(chunk.tolist(), meshes.to_host(pixels)) if number < group}
   first_group = np.stack([kept[number] for number in range(group)]) if kept else None
-  order = np.argsort(chunks.reshape(-1))
-  return Experience(ids, conditioning, tuple(rollouts), as_groups(results, order, len(batch)), first_group)
+  order = np.argsort(chunks.reshape(-1)).astype(np.int32)
+  scores |= scoring.from_host(config, waiting, chunks)
+  return Experience(ids, conditioning, tuple(rollouts), run.join(scores, order), first_group)
 
 
 def deal(samples: int, chunk: int, lanes: int) -> np.ndarray:
@@ -278,16 +289,6 @@ def deal(samples: int, chunk: int, lanes: int) -> np.ndarray:
   samples in order, however many chunks there are: the update's batches don't depend on them.
   """
   return np.arange(samples, dtype=np.int32).reshape(lanes, -1, chunk // lanes).swapaxes(0, 1).reshape(-1, chunk)
-
-
-def as_groups(results: list, order: np.ndarray, prompts: int) -> dict[str, jax.Array]:
-  """Every term's chunks joined and put in order, `[prompts, samples]`; waits for the host rewards."""
-  chunks: dict[str, list] = {}
-  for result in results:
-    for term, value in (result.result() if isinstance(result, Future) else result).items():
-      chunks.setdefault(term, []).append(value)
-  joined = {term: jnp.concatenate([jnp.asarray(x) for x in values]) for term, values in chunks.items()}
-  return {term: values[order].reshape(prompts, -1) for term, values in joined.items()}
 
 
 def flush(

@@ -1,7 +1,10 @@
 """The mesh from a config, and sharding rules onto parameters: what is refused must name parameter, shape and rule."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -103,3 +106,48 @@ def test_a_parameter_without_a_rule_is_an_error(mesh, tree):
 def test_the_catch_all_may_match_nothing(mesh):
   tree = {"kernel": jnp.zeros((8, 8))}
   assert mesh_lib.infer_shardings(tree, (("kernel", ("fsdp",)), (".*", ())), mesh)["kernel"].spec == P("fsdp")
+
+
+# Several TPU slices, and several processes
+
+
+@dataclasses.dataclass
+class FakeTpu:
+  """What JAX's mesh_utils reads of a TPU: a v5e host of 2 x 2 chips; two of them in each of two slices."""
+
+  id: int
+  coords: tuple
+  slice_index: int
+  process_index: int
+  core_on_chip: int = 0
+  platform: str = "tpu"
+  device_kind: str = "TPU v5 lite"
+
+
+def two_slices() -> list[FakeTpu]:
+  chips = [(x, y, 0) for y in range(4) for x in range(2)]
+  return [FakeTpu(8 * s + i, chip, s, 2 * s + i // 4) for s in (1, 0) for i, chip in enumerate(chips)]
+
+
+@pytest.mark.parametrize("sizes", [(2, 8, 1), (4, 2, 2), (16, 1, 1), (2, 2, 4)])
+def test_only_the_data_axis_crosses_slices(sizes):
+  grid = mesh_lib.over_slices(sizes, two_slices())
+  assert grid.shape == sizes and sorted(device.id for device in grid.reshape(-1)) == list(range(16))
+  rows = [{device.slice_index for device in row.reshape(-1)} for row in grid]
+  assert rows == [{0}] * (sizes[0] // 2) + [{1}] * (sizes[0] // 2)
+
+
+def test_a_data_axis_that_slices_cannot_share_is_an_error():
+  with pytest.raises(ConfigError, match="config.mesh.data = 1: 2 TPU slices .* set a multiple of 2"):
+    mesh_lib.over_slices((1, 16, 1), two_slices())
+  assert mesh_lib.slices_of(two_slices()) == 2 and mesh_lib.slices_of(two_slices()[:8]) == 1
+  assert mesh_lib.slices_of(jax.devices()) == 1  # no TPUs
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_each_row_falls_to_one_process(sizes):
+  """Here to the only one: once each, in order, however often it is copied over the tensor axis."""
+  mesh, value = mesh_lib.make_mesh(axes(*sizes)), np.arange(48.0).reshape(16, 3)
+  numbers, rows = mesh_lib.own_rows(jax.device_put(value, mesh_lib.batch_sharding(mesh)))
+  np.testing.assert_array_equal(numbers, np.arange(16))
+  np.testing.assert_array_equal(rows, value)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -50,10 +50,37 @@ def axis_sizes(config_mesh: ConfigDict, num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config_mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh over all devices of all processes (or those given); enter it once with `jax.set_mesh`."""
+  """The mesh over all devices of all processes (or those given); enter it once with `jax.set_mesh`.
+
+  Raises:
+    ConfigError: as `axis_sizes`; a data axis that several TPU slices can't share equally.
+  """
   devices = jax.devices() if devices is None else list(devices)
-  sizes = axis_sizes(config_mesh, len(devices))
-  return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+  sizes, kinds = axis_sizes(config_mesh, len(devices)), (AxisType.Auto,) * len(AXES)
+  if slices_of(devices) > 1:
+    return Mesh(over_slices(sizes, devices), AXES, axis_types=kinds)
+  return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+
+
+def slices_of(devices: Sequence[Any]) -> int:
+  """TPU slices that devices belong to; 1 where they are no TPUs."""
+  if any(device.platform != "tpu" for device in devices):
+    return 1
+  return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def over_slices(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+  """The devices of several TPU slices as `[data, fsdp, tensor]`: the data axis alone crosses from slice to slice, over the
+  data center's network, which is slow; fsdp and tensor stay on the links inside one. ConfigError where data can't be shared.
+  """
+  slices = slices_of(devices)
+  if sizes[0] % slices:
+    raise ConfigError(
+      f"config.mesh.data = {sizes[0]}: {slices} TPU slices can't share it equally, and fsdp and tensor stay inside a slice;"
+      f" set a multiple of {slices}"
+    )
+  inside, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+  return mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -64,6 +91,37 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """The leading axis (samples) split over data and fsdp; a device owns consecutive rows."""
   return NamedSharding(mesh, P(("data", "fsdp")))
+
+
+def own_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
+  """The rows of an array split along its first axis that fall to this process; a row falls to exactly one. Any thread may ask.
+
+  Returns:
+    (numbers of the rows `[n]`, the rows `[n, ...]`), on the host; nothing is computed on a device.
+  """
+  shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+  shards.sort(key=lambda shard: shard.index[0].start or 0)
+  if not shards:
+    return np.zeros(0, np.int32), np.zeros((0, *array.shape[1:]), array.dtype)
+  numbers = [np.arange(*shard.index[0].indices(len(array))) for shard in shards]
+  return np.concatenate(numbers), np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def join_processes(values: dict[str, np.ndarray], own: np.ndarray) -> dict[str, np.ndarray]:
+  """Puts together what each process knows of a whole; all processes call it at the same point, with the same names.
+
+  Args:
+    values: `{name: [n]}`, host arrays.
+    own: bool `[n]`, which entries are this process's: each of exactly one process.
+
+  Returns:
+    `{name: [n]}`, the same on every process.
+  """
+  if jax.process_count() == 1 or not values:
+    return values
+  rows, owners = multihost_utils.process_allgather((np.stack(list(values.values())), own))
+  joined = np.take_along_axis(rows, owners.argmax(0)[None, None], axis=0)[0]
+  return dict(zip(values, joined))
 
 
 def to_host(array: jax.Array) -> np.ndarray:

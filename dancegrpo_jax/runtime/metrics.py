@@ -164,6 +164,13 @@ class Progress:
     elif not self._quiet:
       print(text, file=self._stream, flush=True)
 
+  def warning(self, text: str) -> None:
+    """A line from whichever process has something to say, as a reward that failed there; any thread."""
+    if self._quiet:
+      print(f"process {jax.process_index()}: {text}", file=self._stream, flush=True)
+    else:
+      self.message(text)
+
   @contextlib.contextmanager
   def phase(self, what: str) -> Iterator[None]:
     """Says what is going on, as "compiling the rollout ...", and how long it took."""
