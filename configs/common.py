@@ -145,6 +145,7 @@ def get_config() -> ConfigDict:
     "tensor": 1,
     "lanes": 8,  # samples lie in this many fixed lanes; a multiple of every data x fsdp to be supported
     "rules": ((".*", ()),),  # (regex over a parameter's path, partition spec); the first match holds
+    "reward_rules": ((".*", ()),),  # the same for the rewards' networks; paths as hps/clip/text_projection/kernel
   })
 
   config.checkpoint = ConfigDict({"every": 10, "keep": 2})  # iterations; checkpoints kept

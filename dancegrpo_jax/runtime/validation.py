@@ -259,19 +259,24 @@ def _data(config: ConfigDict, num_examples: int | None) -> Iterator[str]:
 
 
 def _mesh_rules(config: ConfigDict) -> Iterator[str]:
-  for rule in config.mesh.rules:
-    is_pair = isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str)
-    if not is_pair or not isinstance(rule[1], (tuple, list)):
-      yield _line("mesh.rules", rule, "must be (regex, partition spec), as (\".*/kernel\", (None, \"fsdp\"))")
-      continue
-    try:
-      re.compile(rule[0])
-    except re.error as error:
-      yield _line("mesh.rules", rule[0], f"not a regular expression: {error}")
-    for entry in rule[1]:
-      for axis in entry if isinstance(entry, (tuple, list)) else (entry,):
-        if axis is not None and axis not in AXES:
-          yield _line("mesh.rules", rule, f"unknown mesh axis {axis!r}; one of {', '.join(AXES)}, or None")
+  for field in ("rules", "reward_rules"):
+    for rule in config.mesh[field]:
+      yield from _rule(f"mesh.{field}", rule)
+
+
+def _rule(field: str, rule: Any) -> Iterator[str]:
+  is_pair = isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str)
+  if not is_pair or not isinstance(rule[1], (tuple, list)):
+    yield _line(field, rule, "must be (regex, partition spec), as (\".*/kernel\", (None, \"fsdp\"))")
+    return
+  try:
+    re.compile(rule[0])
+  except re.error as error:
+    yield _line(field, rule[0], f"not a regular expression: {error}")
+  for entry in rule[1]:
+    for axis in entry if isinstance(entry, (tuple, list)) else (entry,):
+      if axis is not None and axis not in AXES:
+        yield _line(field, rule, f"unknown mesh axis {axis!r}; one of {', '.join(AXES)}, or None")
 
 
 def _logging(config: ConfigDict) -> Iterator[str]:
