@@ -31,12 +31,15 @@ from configs import common
 
 PRESETS = ("", "tiny")
 RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
-# Kernels of stacked blocks `[blocks, in, out]` are split along their last axis; the rest is small.
+# Along their last axis; norms' scales and what stands at the network's ends is small.
 SPLIT = (
-  ("denoiser/(single_)?transformer_blocks/.*/kernel", (None, None, "fsdp")),
-  ("text_encoder_2/encoder/block/.*/kernel", (None, None, "fsdp")),
+  ("denoiser/(single_)?transformer_blocks/.*/(kernel|bias)", ("...", "fsdp")),
+  ("denoiser/(context_embedder|norm_out|time_text_embed)/.*kernel", (None, "fsdp")),
+  ("text_encoder_2/(encoder/block/.*/kernel|shared/embedding)", ("...", "fsdp")),
+  ("text_encoder/encoder/.*/kernel", (None, "fsdp")),
   (".*", ()),
 )
+SPLIT_REWARDS = ((".*/encoder/.*/kernel", (None, "fsdp")), (".*", ()))
 
 
 def recipe(name: str, preset: str) -> ConfigDict:
@@ -68,13 +71,13 @@ def recipe(name: str, preset: str) -> ConfigDict:
     embedded_guidance=3.5,
     last_step="ode",  # 15 of 16 steps are stochastic
   )
-  config.rollout.update(samples_per_prompt=12, shared_noise=True, chunk=48)
+  config.rollout.update(samples_per_prompt=12, shared_noise=True, chunk=64)
   config.objective.update(clip_range=1e-4, timesteps="random", timestep_fraction=0.6)  # 9 of 15
   config.optimizer.update(
-    learning_rate=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4, max_grad_norm=1.0, updates_per_iteration=3, microbatch=16
+    learning_rate=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4, max_grad_norm=1.0, updates_per_iteration=3, microbatch=64
   )
   config.advantage.clamp = 5.0
-  config.mesh.update(data=1, fsdp=-1, lanes=16, rules=SPLIT)
+  config.mesh.update(data=1, fsdp=-1, lanes=64, rules=SPLIT, reward_rules=SPLIT_REWARDS)
   config.evaluation.update(every=20, prompts=8, steps=28, samples=4)  # 28: what diffusers' FluxPipeline takes
   config.checkpoint.update(every=20, keep=2)
   if preset == "tiny":
@@ -92,6 +95,6 @@ def _tiny(config: ConfigDict) -> None:
   config.sampler.steps = 4
   config.rollout.update(samples_per_prompt=4, chunk=16)
   config.optimizer.update(updates_per_iteration=1, microbatch=16)  # one pass: on a CPU compiling takes longer than running
-  config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),))
+  config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),), reward_rules=((".*", ()),))
   config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
   config.checkpoint.every = 2

@@ -18,12 +18,12 @@ Weights and prompts: configs/flux.py and configs/flux_hps.py. The result is a fi
 
 from configs import flux, flux_hps
 
-PRESETS = flux.PRESETS
+PRESETS = (*flux.PRESETS, "v5e")
 
 
 def get_config(preset: str = ""):
   """Presets: see configs/flux.py."""
-  config = flux_hps.get_config(preset)
+  config = flux_hps.get_config("" if preset == "v5e" else preset)
   config.name = "flux_hps_lora" + (f"_{preset}" if preset else "")
   config.lora.update(
     rank=128,  # [C]
@@ -40,5 +40,10 @@ def get_config(preset: str = ""):
     config.optimizer.updates_per_iteration = 2  # [C]
     config.rollout.chunk = 8
     config.optimizer.microbatch = 8
-    config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),))
+    config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),), reward_rules=((".*", ()),))
+  if preset == "v5e":
+    config.rollout.chunk = 16
+    config.optimizer.microbatch = 16
+    rules = (("lora/.*", ("...", "fsdp")), *flux.SPLIT)
+    config.mesh.update(data=1, fsdp=-1, lanes=16, rules=rules, reward_rules=flux.SPLIT_REWARDS)
   return config

@@ -103,6 +103,8 @@ def shardings_of(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh
 def reward_shardings(config: ConfigDict, rewards: dict[str, Reward], mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
   """Where the rewards' parameters go, by reward and component. ConfigError: a rule that does not fit."""
   abstract = {name: {part: c.abstract for part, c in reward.components.items()} for name, reward in rewards.items()}
+  if not jax.tree.leaves(abstract):
+    return abstract  # none has a network: there is nothing that a rule could match
   return meshes.infer_shardings(abstract, config.mesh.reward_rules, mesh, "reward_rules")
 
 

@@ -23,6 +23,7 @@ REMEDIES = {
   "sample": "a smaller evaluation.prompts or mesh.lanes, or more devices along mesh.fsdp with mesh.rules that split",
   "encode": "data.cache_embeddings = True, a smaller data.prompts_per_iteration, or mesh.rules that split the encoders over fsdp",
 }
+KERNEL_SHARE = 0.5  # of the peak that a Pallas kernel is taken to reach: the compiler expects nothing of it
 CHUNKED = "a smaller rollout.chunk, or more devices along mesh.fsdp with mesh.rules that split"
 
 
@@ -67,6 +68,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--topology", default="", help="as v5p:4x4x4 or v5e:2x4; default: the local devices")
   parser.add_argument("--out", default="", help="JSON file for the numbers")
   parser.add_argument("--hlo", default="", help="folder for the compiled programs' text")
+  parser.add_argument("--only", default="", help="programs, as update,rollout; default: all")
 
 
 def devices_of(topology: str) -> list:
@@ -94,9 +96,12 @@ def compile_call(call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: s
   """
   import jax
 
+  from dancegrpo_jax.runtime import flops as counter
+
   start = time.time()
+  traced = call.program.trace(*call.arguments)
   try:
-    compiled = call.program.lower(*call.arguments).compile()
+    compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
     needs = re.search(r"Used ([\d.]+)([MGT])|requires? ?[^(]*\(?([\d.]+)([MGT])", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error):
@@ -111,11 +116,12 @@ def compile_call(call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: s
   if hlo:
     Path(hlo).mkdir(parents=True, exist_ok=True)
     (Path(hlo) / f"{call.name.replace(' ', '_')}.txt").write_text(text)
-  return row_of(call, kept, flops, chip, count, text, memory)._replace(compile_seconds=took)
+  kernels = counter.count(traced.jaxpr, "tpu").kernels
+  return row_of(call, kept, flops, kernels, chip, count, text, memory)._replace(compile_seconds=took)
 
 
-def row_of(call: Any, kept: int, flops: Any, chip: Any, count: int, text: str, memory: Any) -> Row:
-  """A compiled program's row; see `compile_call`."""
+def row_of(call: Any, kept: int, flops: Any, kernels: float, chip: Any, count: int, text: str, memory: Any) -> Row:
+  """A compiled program's row; see `compile_call`. `kernels` are the FLOPs inside Pallas kernels, recomputed ones too."""
   from dancegrpo_jax.runtime import hlo as texts
 
   summary = texts.summary(text)
@@ -124,7 +130,8 @@ def row_of(call: Any, kept: int, flops: Any, chip: Any, count: int, text: str, m
   moved = sum(collective.moved for collective in summary.collectives)
   compute = network = mfu = None
   if chip.clock:
-    compute, network = summary.cycles / chip.clock, moved / chip.network
+    compute = summary.cycles / chip.clock + kernels / count / (KERNEL_SHARE * chip.flops)
+    network = moved / chip.network
     total = compute + network
     mfu = flops.total / count / chip.flops / total if total else None
   uncounted = tuple(sorted(flops.unknown)) + ("loops of unknown length",) * bool(summary.unknown)
@@ -149,7 +156,7 @@ def counts(config: Any, mesh: Any, examples: int, held_out: int) -> dict[str, An
     return {call.name: flops.count(call.program.trace(*call.arguments).jaxpr, platform) for call in calls}
 
 
-def plan(config: Any, topology: str, say: Any = print, hlo: str = "") -> dict:
+def plan(config: Any, topology: str, say: Any = print, hlo: str = "", only: str = "") -> dict:
   """Compiles all programs of a run.
 
   Args:
@@ -157,6 +164,7 @@ def plan(config: Any, topology: str, say: Any = print, hlo: str = "") -> dict:
     topology: as "v5p:4x4x4", "" for the local devices.
     say: where each program's row is told when it is there.
     hlo: folder for the compiled programs' text, "" for none.
+    only: names of programs, with commas between; "" for all.
 
   Returns:
     What --out writes; "rows" holds `Row`s as dicts.
@@ -176,8 +184,11 @@ def plan(config: Any, topology: str, say: Any = print, hlo: str = "") -> dict:
   mesh, chip = meshes.make_mesh(config.mesh, devices), topologies.chip_of(devices[0])
   plain = inventory.without_weights(config)
   taken, flops, rows = inventory.take(plain, mesh, examples, held_out), counts(plain, mesh, examples, held_out), []
+  unknown = set(filter(None, only.split(","))) - {call.name for call in taken.calls}
+  if unknown:
+    raise ConfigError(f"--only={only}: no program {', '.join(sorted(unknown))}; there are {', '.join(flops)}")
   with jax.set_mesh(mesh):
-    for call in taken.calls:
+    for call in (call for call in taken.calls if not only or call.name in only.split(",")):
       rows.append(compile_call(call, inventory.kept_bytes(taken, call), flops[call.name], chip, len(devices), hlo))
       say(f"{call.name}: compiled in {rows[-1].compile_seconds:.0f} s")
   kept = {name: sum(map(inventory.device_bytes, jax.tree.leaves(tree))) for name, tree in taken.kept.items()}
@@ -277,7 +288,7 @@ def report(result: dict) -> str:
     lines.append(
       f"Estimate, not measured: {result['iteration_seconds']:.0f} s an iteration, {result['hours']:.1f} hours for"
       f" {result['iterations']} iterations of {result['images']} images, {result['hours'] * result['devices']:.0f} chip-hours: the cycles that"
-      " the compiler expects of each operation, and the collectives' bytes over the chip's links as if nothing were computed"
+      " the compiler expects of each operation, attention kernels at half of the peak, and the collectives' bytes over the chip's links as if nothing were computed"
       " meanwhile; without loading, compiling and host work."
     )
   if not result["memory"]:
@@ -286,11 +297,11 @@ def report(result: dict) -> str:
   return "\n".join(lines)
 
 
-def run(config: Any, topology: str, out: str, hlo: str = "") -> int:
+def run(config: Any, topology: str, out: str, hlo: str = "", only: str = "") -> int:
   """Plans, tells and writes; returns the exit code. ConfigError as `plan`."""
   if out and Path(out).suffix != ".json":
     raise ConfigError(f"--out={out}: must end with .json")
-  result = plan(config, topology, hlo=hlo)
+  result = plan(config, topology, hlo=hlo, only=only)
   print(report(result))
   if out:
     Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -303,7 +314,7 @@ def main(argv: list[str]) -> int:
 
   def command() -> int:
     line = configs.parse_argv(argv, "Compile a run's programs ahead of time.", add_flags)
-    return run(line.config, line.flags.topology, line.flags.out, line.flags.hlo)
+    return run(line.config, line.flags.topology, line.flags.out, line.flags.hlo, line.flags.only)
 
   return configs.exit_on_mistake(command)
 

@@ -13,18 +13,20 @@ class Flops(NamedTuple):
 
   Attributes:
     total: of all devices together.
-    unknown: primitives that may hold products and could not be counted: loops of unknown length (counted once), kernels.
+    kernels: the part of it that is inside Pallas kernels.
+    unknown: primitives that may hold products and could not be counted: loops of unknown length (counted once), foreign code.
   """
 
   total: float
+  kernels: float = 0.0
   unknown: frozenset[str] = frozenset()
 
   def __add__(self, other: "Flops") -> "Flops":
-    return Flops(self.total + other.total, self.unknown | other.unknown)
+    return Flops(self.total + other.total, self.kernels + other.kernels, self.unknown | other.unknown)
 
-  def times(self, count: float) -> "Flops":
+  def times(self, count: float | int) -> "Flops":
     """The same, `count` times over."""
-    return Flops(self.total * count, self.unknown)
+    return self._replace(total=self.total * count, kernels=self.kernels * count)
 
 
 def count(jaxpr: Any, platform: str) -> Flops:
@@ -62,11 +64,15 @@ def _equation(eqn: Any, platform: str) -> Flops:
   if name == "while":
     body = count(params["body_jaxpr"], platform)
     return body._replace(unknown=body.unknown | {"while"}) if body.total else body
-  if name in ("pallas_call", "ragged_dot", "ffi_call"):
-    return Flops(0.0, frozenset({name}))
+  if name == "pallas_call":
+    kernel = count(params["jaxpr"], platform).times(prod(params["grid_mapping"].grid))
+    return kernel._replace(kernels=kernel.total)
+  if name in ("ragged_dot", "ffi_call"):
+    return Flops(0.0, unknown=frozenset({name}))
   inner = sum((count(sub, platform) for sub in _jaxprs(params)), Flops(0.0))
   if name == "shard_map":  # the body is one device's part
-    return inner.times(prod(params["mesh"].shape[axis] for axis in params.get("manual_axes", params["mesh"].shape)))
+    axes = params.get("newly_manual_axes") or params.get("manual_axes") or params["mesh"].shape  # by version
+    return inner.times(prod(params["mesh"].shape[axis] for axis in axes))
   return inner
 
 

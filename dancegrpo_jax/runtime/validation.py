@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.runtime import config as config_lib
-from dancegrpo_jax.runtime.mesh import AXES, axis_sizes
+from dancegrpo_jax.runtime.mesh import AXES, REST, axis_sizes
 
 # Families that pipelines/ has, and what their denoiser was trained as: rectified flow or diffusion.
 FAMILIES = {"stable_diffusion": "diffusion", "flux": "flow"}
@@ -24,7 +24,7 @@ CHOICES = {
   "model.family": tuple(FAMILIES),
   "model.dtype": _DTYPES,
   "model.frozen_dtype": _DTYPES,
-  "model.attention": ("auto", "xla", "cudnn"),
+  "model.attention": ("auto", "xla", "cudnn", "splash"),
   "sampler.kind": ("ddim", "dance", "flow", "cps"),
   "sampler.last_step": ("ode", "x0hat", "sde"),
   "sampler.window.mode": ("fixed", "sliding", "random"),
@@ -273,7 +273,7 @@ def _rule(field: str, rule: Any) -> Iterator[str]:
     re.compile(rule[0])
   except re.error as error:
     yield _line(field, rule[0], f"not a regular expression: {error}")
-  for entry in rule[1]:
+  for entry in rule[1][1:] if rule[1][:1] in ((REST,), [REST]) else rule[1]:
     for axis in entry if isinstance(entry, (tuple, list)) else (entry,):
       if axis is not None and axis not in AXES:
         yield _line(field, rule, f"unknown mesh axis {axis!r}; one of {', '.join(AXES)}, or None")
