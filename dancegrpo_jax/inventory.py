@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from dancegrpo_jax import components, loading, programs, scoring
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.rewards import clip, pickscore
+from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.runtime import hub
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.train import deal
@@ -37,7 +38,7 @@ class Call(NamedTuple):
   name: str
   program: Callable
   arguments: tuple
-  times: float
+  times: float | int
 
 
 class Inventory(NamedTuple):
@@ -117,14 +118,21 @@ def take(config: ConfigDict, mesh: jax.sharding.Mesh, examples: int, held_out: i
   """
   # Before the mesh is entered: keys and zeros are computed on the way, which devices that aren't there can't.
   model = outline(config, mesh)
-  shardings = loading.state_shardings(config, model, examples, mesh)
+  state = state_of(config, model, mesh, examples)
   with jax.set_mesh(mesh):
-    return _take(config, model, mesh, shardings, examples, held_out)
+    return _take(config, model, state, mesh, examples, held_out)
 
 
-def _take(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, shardings: Any, examples: int, held_out: int) -> Inventory:
-  run = programs.build(config, model.pipeline, model.rewards, mesh, shardings)
-  state = components.placed(jax.eval_shape(programs.init_state(config, examples, None), model.trainable), shardings)
+def state_of(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, examples: int) -> TrainState:
+  """The state before the first iteration, abstract."""
+  shapes = jax.eval_shape(programs.init_state(config, examples, None), model.trainable)
+  return components.placed(shapes, loading.state_shardings(config, model, examples, mesh))
+
+
+def _take(
+  config: ConfigDict, model: Model, state: TrainState, mesh: jax.sharding.Mesh, examples: int, held_out: int
+) -> Inventory:
+  run = programs.build(config, model.pipeline, model.rewards, mesh, jax.tree.map(lambda x: x.sharding, state))
   prompts, group, lanes = config.data.prompts_per_iteration, config.rollout.samples_per_prompt, config.mesh.lanes
   chunks = deal(prompts * group, config.rollout.chunk, lanes)
   shown = min(config.evaluation.prompts, examples) + min(config.evaluation.prompts, held_out)
@@ -170,7 +178,7 @@ def _take(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, shardings: 
 
 
 def _scoring(
-  config: ConfigDict, model: Model, run: programs.Programs, pixels: Any, examples: int, chunk: Any, times: float
+  config: ConfigDict, model: Model, run: programs.Programs, pixels: Any, examples: int, chunk: Any, times: int
 ) -> list[Call]:
   """The programs of the rewards that are networks."""
   calls, prompts = [], config.data.prompts_per_iteration

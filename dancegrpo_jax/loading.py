@@ -156,7 +156,7 @@ def load_adapters(config: ConfigDict, pipeline: Pipeline, shardings: PyTree) -> 
 
 
 def outline(config: ConfigDict, pipeline: Pipeline, rewards: dict[str, Reward], mesh: jax.sharding.Mesh) -> Model:
-  """What `load` returns, with `jax.ShapeDtypeStruct`s in the places of the weights. ConfigError: a sharding rule that does not fit."""
+  """What `load` returns, with `jax.ShapeDtypeStruct`s in the places of the weights. ConfigError: a rule that does not fit."""
   shardings, of_rewards, name = shardings_of(config, pipeline, mesh), reward_shardings(config, rewards, mesh), pipeline.trainable
   params = {key: components.placed(part.abstract, shardings[key]) for key, part in pipeline.components.items()}
   if pipeline.adapters is not None:

@@ -7,6 +7,7 @@ numbers are the compiler's, and the time is an estimate (see `seconds`). Exit co
 """
 
 import argparse
+import importlib.metadata
 import json
 import re
 import sys
@@ -44,7 +45,7 @@ class Row(NamedTuple):
   """
 
   name: str
-  times: float
+  times: float | int
   arguments: float | None
   temporaries: float | None
   peak: float
@@ -194,12 +195,21 @@ def plan(config: Any, topology: str, say: Any = print, hlo: str = "", only: str 
   kept = {name: sum(map(inventory.device_bytes, jax.tree.leaves(tree))) for name, tree in taken.kept.items()}
   return {
     "config": config.name, "topology": topology, "device": devices[0].device_kind, "devices": len(devices),
-    "mesh": dict(mesh.shape), "memory": chip.memory, "fits": problems(rows, chip.memory) == [], "rows": [row._asdict() for row in rows],
+    "mesh": dict(mesh.shape), "memory": chip.memory, "fits": problems(rows, chip.memory) == [],
+    "rows": [row._asdict() for row in rows],
     "kept": {name: size for name, size in kept.items() if size}, "hours": hours(rows),
     "images": config.data.prompts_per_iteration * config.rollout.samples_per_prompt, "iterations": config.iterations,
     "iteration_seconds": iteration_seconds(rows, config.iterations), "geometry": geometry(config, len(devices)),
-    "problems": problems(rows, chip.memory),
+    "problems": problems(rows, chip.memory), "versions": {"jax": jax.__version__, "libtpu": libtpu_version()},
   }  # fmt: skip
+
+
+def libtpu_version() -> str:
+  """Of the TPU compiler, "" where it isn't installed."""
+  try:
+    return importlib.metadata.version("libtpu")
+  except importlib.metadata.PackageNotFoundError:
+    return ""
 
 
 def problems(rows: list[Row], memory: float) -> list[str]:
@@ -285,11 +295,12 @@ def report(result: dict) -> str:
     left_out = sorted({what for row in result["rows"] for what in row["uncounted"]})
     lines.append(f"* without what can't be counted: {', '.join(left_out)}.")
   if result["hours"] is not None:
+    total, chip_hours = result["hours"], result["hours"] * result["devices"]
     lines.append(
-      f"Estimate, not measured: {result['iteration_seconds']:.0f} s an iteration, {result['hours']:.1f} hours for"
-      f" {result['iterations']} iterations of {result['images']} images, {result['hours'] * result['devices']:.0f} chip-hours: the cycles that"
-      " the compiler expects of each operation, attention kernels at half of the peak, and the collectives' bytes over the chip's links as if nothing were computed"
-      " meanwhile; without loading, compiling and host work."
+      f"Estimate, not measured: {result['iteration_seconds']:.0f} s an iteration, {total:.1f} hours for {result['iterations']}"
+      f" iterations of {result['images']} images, {chip_hours:.0f} chip-hours: the cycles that the compiler expects of each"
+      " operation, attention kernels at half of the peak, and the collectives' bytes over the chip's links as if nothing were"
+      " computed meanwhile; without loading, compiling and host work."
     )
   if not result["memory"]:
     lines.append("Whether it fits: unknown, since nothing is known of this device's memory.")

@@ -117,7 +117,7 @@ def _collective(opcode: str, instruction: Instruction, inside: dict[str, str], t
 def _executions(
   code: dict[str, list[Instruction]], name: str, times: float = 1.0
 ) -> Iterator[tuple[Instruction, float, dict[str, str], bool]]:
-  """Every instruction that runs, how often, the shapes beside it, and whether a loop's length is known. Longest branches alone."""
+  """Every instruction that runs, how often, the shapes beside it, and whether a loop's length is known; longest branches."""
   inside = {instruction.name: instruction.shape for instruction in code.get(name, ())}
   for instruction in code.get(name, ()):
     trips, opcode = 1.0, instruction.opcode
@@ -138,11 +138,9 @@ def _executions(
 
 
 def _weight(executions: list) -> float:
-  return sum(
-    times * int(found[1])
-    for instruction, times, *_ in executions
-    if (found := re.search(r'"estimated_cycles":"(\d+)"', instruction.rest))
-  )
+  """The cycles of a branch, and its length where none are stated."""
+  stated = [(times, re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)) for instruction, times, *_ in executions]
+  return sum(times * int(found[1]) for times, found in stated if found) + 1e-3 * len(executions)
 
 
 def _trips(code: dict[str, list[Instruction]], loop: Instruction) -> float | None:
@@ -153,8 +151,7 @@ def _trips(code: dict[str, list[Instruction]], loop: Instruction) -> float | Non
   condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
   reached = [name for instruction in code.get(condition[1], ()) for name in (_CALLED.findall(instruction.rest))]
   lines = [line for name in (condition[1], *reached) for line in code.get(name, ())]
-  constants = [
-    int(found[1]) for line in lines if line.opcode == "constant" and (found := re.match(r"(\d+)\)", line.rest)) and "s32" in line.shape
-  ]
+  numbers = [re.match(r"(\d+)\)", line.rest) for line in lines if line.opcode == "constant" and "s32" in line.shape]
+  constants = [int(number[1]) for number in numbers if number]
   less = any(line.opcode == "compare" and "direction=LT" in line.rest for line in lines)
   return float(constants[0]) if less and len(constants) == 1 else None

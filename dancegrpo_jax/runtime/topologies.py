@@ -1,4 +1,4 @@
-"""Chips that a program can be compiled for without having them: a TPU topology's devices out of libtpu, and what a chip offers."""
+"""Chips that a program can be compiled for without having them: a TPU topology's devices out of libtpu; what a chip offers."""
 
 import importlib.util
 import os
