@@ -1,7 +1,8 @@
 """Plans of the published recipes on TPU topologies: runs `dancegrpo_jax.plan` and writes RESULTS.md from its numbers.
 
     python benchmarks/plans.py            all of them, then the page (an hour or more of one core; needs libtpu, no TPU)
-    python benchmarks/plans.py NAME ...   these alone, then the page
+    python benchmarks/plans.py NAME ...   these alone, then the page; NAME:update,rollout compiles these programs alone and keeps
+                                          the others' rows of earlier calls
     python benchmarks/plans.py --write    the page alone, from the JSON files in benchmarks/plans
 
 The numbers are the compiler's and what is computed from them; nothing was run on a TPU.
@@ -36,12 +37,12 @@ if nothing were computed meanwhile. MFU is what they imply. Compile times are of
 """
 
 
-def run(name: str) -> int:
-  """One plan; its exit code."""
+def run(name: str, only: str) -> int:
+  """One plan, or some of its programs; the exit code."""
   config, topology = PLANS[name]
   command = [sys.executable, "-m", "dancegrpo_jax.plan", f"--config={config}", f"--topology={topology}"]
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-  return subprocess.run([*command, f"--out={HERE / 'plans' / name}.json"], cwd=HERE.parent, env=environment).returncode
+  return subprocess.run([*command, f"--out={HERE / 'plans' / name}.json", f"--only={only}"], cwd=HERE.parent, env=environment).returncode
 
 
 def page() -> str:
@@ -61,12 +62,13 @@ def page() -> str:
 
 def main(arguments: list[str]) -> int:
   """Runs what is asked and writes the page; 1 where a plan did not fit or failed."""
-  names = [] if arguments == ["--write"] else arguments or list(PLANS)
+  asked = [] if arguments == ["--write"] else arguments or list(PLANS)
+  names = {name: only for name, _, only in (word.partition(":") for word in asked)}
   unknown = set(names) - set(PLANS)
   if unknown:
     print(f"error: no plan {', '.join(sorted(unknown))}; there are {', '.join(PLANS)}", file=sys.stderr)
     return 2
-  codes = [run(name) for name in names]
+  codes = [run(name, only) for name, only in names.items()]
   (HERE / "RESULTS.md").write_text(page())
   return int(any(codes))
 

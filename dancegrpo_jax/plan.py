@@ -67,7 +67,7 @@ class Row(NamedTuple):
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
   parser.add_argument("--topology", default="", help="as v5p:4x4x4 or v5e:2x4; default: the local devices")
-  parser.add_argument("--out", default="", help="JSON file for the numbers")
+  parser.add_argument("--out", default="", help="JSON file for the numbers; one of the same config and topology is completed")
   parser.add_argument("--hlo", default="", help="folder for the compiled programs' text")
   parser.add_argument("--only", default="", help="programs, as update,rollout; default: all")
 
@@ -142,8 +142,8 @@ def row_of(call: Any, kept: int, flops: Any, kernels: float, chip: Any, count: i
   )  # fmt: skip
 
 
-def counts(config: Any, mesh: Any, examples: int, held_out: int) -> dict[str, Any]:
-  """FLOPs of every program by name, of the same run without rematerialisation and fused kernels: what it has to compute."""
+def counts(config: Any, mesh: Any, examples: int, held_out: int, names: list[str]) -> dict[str, Any]:
+  """FLOPs of the named programs, of the same run without rematerialisation and fused kernels: what it has to compute."""
   import jax
 
   from dancegrpo_jax import inventory
@@ -152,7 +152,7 @@ def counts(config: Any, mesh: Any, examples: int, held_out: int) -> dict[str, An
   with (plain := config.copy_and_resolve_references()).unlocked():
     plain.model.update(remat=False, attention="xla")
   platform = mesh.devices.flat[0].platform
-  calls = inventory.take(plain.lock(), mesh, examples, held_out).calls
+  calls = [call for call in inventory.take(plain.lock(), mesh, examples, held_out).calls if call.name in names]
   with jax.set_mesh(mesh):
     return {call.name: flops.count(call.program.trace(*call.arguments).jaxpr, platform) for call in calls}
 
@@ -168,7 +168,7 @@ def plan(config: Any, topology: str, say: Any = print, hlo: str = "", only: str 
     only: names of programs, with commas between; "" for all.
 
   Returns:
-    What --out writes; "rows" holds `Row`s as dicts.
+    What --out writes, but for what `concluded` adds; "rows" holds `Row`s as dicts.
 
   Raises:
     ConfigError: a mistake in config or topology.
@@ -184,24 +184,42 @@ def plan(config: Any, topology: str, say: Any = print, hlo: str = "", only: str 
   configs.validate(config, num_devices=len(devices), num_examples=examples)
   mesh, chip = meshes.make_mesh(config.mesh, devices), topologies.chip_of(devices[0])
   plain = inventory.without_weights(config)
-  taken, flops, rows = inventory.take(plain, mesh, examples, held_out), counts(plain, mesh, examples, held_out), []
-  unknown = set(filter(None, only.split(","))) - {call.name for call in taken.calls}
-  if unknown:
-    raise ConfigError(f"--only={only}: no program {', '.join(sorted(unknown))}; there are {', '.join(flops)}")
+  taken, rows = inventory.take(plain, mesh, examples, held_out), []
+  names = [call.name for call in taken.calls]
+  wanted = only.split(",") if only else names
+  if unknown := sorted(set(wanted) - set(names)):
+    raise ConfigError(f"--only={only}: no program {', '.join(unknown)}; there are {', '.join(names)}")
+  flops = counts(plain, mesh, examples, held_out, wanted)
   with jax.set_mesh(mesh):
-    for call in (call for call in taken.calls if not only or call.name in only.split(",")):
+    for call in (call for call in taken.calls if call.name in wanted):
       rows.append(compile_call(call, inventory.kept_bytes(taken, call), flops[call.name], chip, len(devices), hlo))
       say(f"{call.name}: compiled in {rows[-1].compile_seconds:.0f} s")
   kept = {name: sum(map(inventory.device_bytes, jax.tree.leaves(tree))) for name, tree in taken.kept.items()}
   return {
-    "config": config.name, "topology": topology, "device": devices[0].device_kind, "devices": len(devices),
-    "mesh": dict(mesh.shape), "memory": chip.memory, "fits": problems(rows, chip.memory) == [],
-    "rows": [row._asdict() for row in rows],
-    "kept": {name: size for name, size in kept.items() if size}, "hours": hours(rows),
+    "config": config.name, "digest": configs.digest(config), "topology": topology,
+    "versions": {"jax": jax.__version__, "libtpu": libtpu_version()},
+    "device": devices[0].device_kind, "devices": len(devices), "memory": chip.memory, "mesh": dict(mesh.shape),
     "images": config.data.prompts_per_iteration * config.rollout.samples_per_prompt, "iterations": config.iterations,
-    "iteration_seconds": iteration_seconds(rows, config.iterations), "geometry": geometry(config, len(devices)),
-    "problems": problems(rows, chip.memory), "versions": {"jax": jax.__version__, "libtpu": libtpu_version()},
+    "geometry": geometry(config, len(devices)), "kept": {name: size for name, size in kept.items() if size}, "programs": names,
+    "rows": [row._asdict() for row in rows],
   }  # fmt: skip
+
+
+def merged(old: dict, new: dict) -> dict:
+  """`new` with the rows of `old` that it lacks, where both are of one config, topology and compiler."""
+  if any(old.get(key) != new[key] for key in ("digest", "topology", "versions", "programs")):
+    return new
+  rows = {row["name"]: row for row in [*old["rows"], *new["rows"]]}
+  return new | {"rows": [rows[name] for name in new["programs"] if name in rows]}
+
+
+def concluded(result: dict) -> dict:
+  """What follows from the rows: whether it fits, and how long a run takes where every program is there."""
+  rows = [Row(**row) for row in result["rows"]]
+  left_out = [name for name in result["programs"] if name not in [row.name for row in rows]]
+  lines = problems(rows, result["memory"])
+  times = {"iteration_seconds": iteration_seconds(rows, result["iterations"]), "hours": hours(rows)}
+  return result | {"left_out": left_out, "problems": lines, "fits": not lines} | (times if not left_out else dict.fromkeys(times))
 
 
 def libtpu_version() -> str:
@@ -302,9 +320,12 @@ def report(result: dict) -> str:
       " operation, attention kernels at half of the peak, and the collectives' bytes over the chip's links as if nothing were"
       " computed meanwhile; without loading, compiling and host work."
     )
+  if result["left_out"]:
+    lines.append(f"Not compiled: {', '.join(result['left_out'])}.")
   if not result["memory"]:
     lines.append("Whether it fits: unknown, since nothing is known of this device's memory.")
-  lines += result["problems"] or (["It fits."] if result["memory"] else [])
+  fits = "What was compiled fits." if result["left_out"] else "It fits."
+  lines += result["problems"] or [fits] * bool(result["memory"])
   return "\n".join(lines)
 
 
@@ -312,11 +333,14 @@ def run(config: Any, topology: str, out: str, hlo: str = "", only: str = "") -> 
   """Plans, tells and writes; returns the exit code. ConfigError as `plan`."""
   if out and Path(out).suffix != ".json":
     raise ConfigError(f"--out={out}: must end with .json")
-  result = plan(config, topology, hlo=hlo, only=only)
+  result, file = plan(config, topology, hlo=hlo, only=only), Path(out)
+  if out and file.exists():
+    result = merged(json.loads(file.read_text()), result)
+  result = concluded(result)
   print(report(result))
   if out:
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps(result, indent=1) + "\n")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
   return 1 if result["problems"] else 0
 
 

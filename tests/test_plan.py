@@ -102,7 +102,17 @@ def test_what_does_not_fit_says_which_field(monkeypatch, capsys, tiny_models):
   monkeypatch.setattr(topologies, "chip_of", lambda device: full)
   assert plan.main([*flags(tiny_models), "--only=advantages"]) == 1
   text = capsys.readouterr().out
-  assert "advantages needs" in text and "It fits." not in text and "hours for" in text
+  assert "advantages needs" in text and "fits." not in text and "Not compiled: encode, rollout" in text
+
+
+def test_a_file_is_completed_by_later_calls():
+  base = {"digest": "a", "topology": "", "versions": {}, "programs": ["encode", "update"], "memory": 0.0, "iterations": 1}
+  first = base | {"rows": [row("update", 1.0)._asdict()]}
+  second = base | {"rows": [row("encode", 2.0)._asdict()]}
+  assert plan.concluded(first)["left_out"] == ["encode"] and plan.concluded(first)["hours"] is None
+  whole = plan.concluded(plan.merged(first, second))
+  assert [r["name"] for r in whole["rows"]] == ["encode", "update"] and whole["left_out"] == [] and whole["hours"] == 3.0 / 3600
+  assert plan.merged(first, second | {"digest": "b"})["rows"] == second["rows"]  # another config's rows are not kept
 
 
 def test_estimates():

@@ -25,7 +25,7 @@ def by_sample(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(axis for axis in ("data", "fsdp") if mesh.shape.get(axis, 1) > 1)
-  if not axes or x.shape[0] % prod(mesh.shape[axis] for axis in axes):
+  if not axes or x.ndim < 2 or x.shape[0] % prod(mesh.shape[axis] for axis in axes):
     return x
   return jax.lax.with_sharding_constraint(x, jax.P(axes, *(jax.P.UNCONSTRAINED,) * (x.ndim - 1)))
 
