@@ -40,9 +40,9 @@ if nothing were computed meanwhile. MFU is what they imply. Compile times are of
 def run(name: str, only: str) -> int:
   """One plan, or some of its programs; the exit code."""
   config, topology = PLANS[name]
-  command = [sys.executable, "-m", "dancegrpo_jax.plan", f"--config={config}", f"--topology={topology}"]
+  flags = [f"--config={config}", f"--topology={topology}", f"--out={HERE / 'plans' / name}.json", f"--only={only}"]
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
-  return subprocess.run([*command, f"--out={HERE / 'plans' / name}.json", f"--only={only}"], cwd=HERE.parent, env=environment).returncode
+  return subprocess.run([sys.executable, "-m", "dancegrpo_jax.plan", *flags], cwd=HERE.parent, env=environment).returncode
 
 
 def page() -> str:

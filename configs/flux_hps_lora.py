@@ -9,6 +9,7 @@ Memory, computed from the parameter counts and not measured (GB of 10^9 bytes, o
   latents of an iteration, 192 x 12 of 16x90x90 in float32, split over the devices                                       1.2
   activations of a microbatch of 8 rows with rematerialised blocks on one device: 7 stored, 5 an estimate for the block 12
 What is left is for the decoder: a chunk of 8 images is an estimate that should fit. The base's gradient doesn't exist.
+The preset v5e splits what is frozen and the adapters over 16 TPU v5e chips of 16 GB (`plan`, benchmarks/RESULTS.md).
 
 Weights and prompts: configs/flux.py and configs/flux_hps.py. The result is a file for diffusers' `load_lora_weights`:
 
@@ -44,6 +45,6 @@ def get_config(preset: str = ""):
   if preset == "v5e":
     config.rollout.chunk = 16
     config.optimizer.microbatch = 16
-    rules = (("lora/.*", ("...", "fsdp")), *flux.SPLIT)
+    rules = (("lora/.*", ("...", "fsdp", None)), *flux.SPLIT)
     config.mesh.update(data=1, fsdp=-1, lanes=16, rules=rules, reward_rules=flux.SPLIT_REWARDS)
   return config

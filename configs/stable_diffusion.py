@@ -33,13 +33,13 @@ from configs import common
 
 PRESETS = ("", "1gpu", "v5e", "paper", "tiny")
 RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
-# Kernels along their last axis; what is left (convolutions at both ends, norms, biases, the autoencoder) is small.
+# Kernels `[.., in, out]` along `in`, see configs/flux.py; what is left (the ends, norms, biases, the autoencoder) is small.
 SPLIT = (
-  ("denoiser/(down_blocks|mid_block|up_blocks|time_embedding).*/kernel", ("...", "fsdp")),
-  ("text_encoder/encoder/.*/kernel", (None, "fsdp")),
+  ("denoiser/(down_blocks|mid_block|up_blocks|time_embedding).*/kernel", ("...", "fsdp", None)),
+  ("text_encoder/encoder/.*/kernel", ("fsdp", None)),
   (".*", ()),
 )
-SPLIT_REWARDS = ((".*/encoder/.*/kernel", (None, "fsdp")), (".*", ()))
+SPLIT_REWARDS = ((".*/encoder/.*/kernel", ("fsdp", None)), (".*", ()))
 
 
 def recipe(name: str, preset: str) -> ConfigDict:

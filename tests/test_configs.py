@@ -116,7 +116,7 @@ def test_flux_fits_its_meshes():
     held = sum(math.prod(sharding.shard_shape(x.shape)) for x, sharding in pairs)
     print(f"{name}: {total / 1e9:.3f} B parameters, {held / 1e9:.3f} B on a device of 8")
     assert held < total * (1 / 8 + 0.03) or name == "text_encoder"  # CLIP's table of tokens is whole
-    assert all(x.shape[-1] % 16 == 0 for x, sharding in pairs if not sharding.is_fully_replicated)
+    assert all(x.shape[-2] % 16 == 0 or x.shape[-1] % 16 == 0 for x, sharding in pairs if not sharding.is_fully_replicated)
 
 
 def test_flux_s_adapters_are_those_of_the_header():
