@@ -13,8 +13,8 @@ Memory, computed from the parameter counts and not measured (GB of 10^9 bytes), 
   latents of an iteration, 192 x 16 of 16x90x90 in float32                                                              1.6
 and on every device, whole: the autoencoder, 83.8 M in bfloat16 0.2 (CLIP-L and the reward's network, see each file, are split
 too), and activations: with rematerialised blocks 0.9 for the stored inputs of the 57 blocks and as an estimate 2 for the block at
-work, for each of a device's rows of a microbatch of 64. 16 devices: 16 + 12 a device; 8 devices: 31 + 23; on fewer than 8 of 80 GB
-it does not fit: use LoRA.
+work, for each of a device's rows of a microbatch. 16 devices, 12 rows: 16 + 35 a device. 8 devices with
+--config.optimizer.microbatch=64, 8 rows: 31 + 23. On fewer than 8 of 80 GB it does not fit: use LoRA.
 
 Compute: about 37 TFLOP a forward pass of one row (2025 image and 512 text tokens), so 0.4 EFLOP an iteration, with the
 rematerialised forward and the recomputed old log-probs.
@@ -32,7 +32,7 @@ from configs import common
 
 PRESETS = ("", "tiny")
 RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
-# Kernels `[.., in, out]` along `in`: a TPU lays the last axis out in lanes of 128, and collects pieces that are narrower (3072 over
+# Kernels `[.., in, out]` along `in`: a TPU lays the last axis out in lanes of 128, and collects narrower pieces (3072 over
 # 64 chips are 48) as a sum with zeros, twice the bytes. Norms' scales and what stands at the network's ends is small.
 SPLIT = (
   ("denoiser/(single_)?transformer_blocks/.*/kernel", ("...", "fsdp", None)),
@@ -78,7 +78,7 @@ def recipe(name: str, preset: str) -> ConfigDict:
   config.rollout.update(samples_per_prompt=12, shared_noise=True, chunk=64)
   config.objective.update(clip_range=1e-4, timesteps="random", timestep_fraction=0.6)  # 9 of 15
   config.optimizer.update(
-    learning_rate=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4, max_grad_norm=1.0, updates_per_iteration=3, microbatch=64
+    learning_rate=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4, max_grad_norm=1.0, updates_per_iteration=3, microbatch=192
   )
   config.advantage.clamp = 5.0
   config.mesh.update(data=1, fsdp=-1, lanes=64, rules=SPLIT, reward_rules=SPLIT_REWARDS)
