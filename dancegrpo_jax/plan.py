@@ -272,7 +272,7 @@ def geometry(config: Any, devices: int) -> str:
   )
 
 
-def _number(value: float | None, form: str, scale: float = 1.0) -> str:
+def _number(value: float | int | None, form: str, scale: float | int = 1.0) -> str:
   return "-" if value is None else format(value / scale, form)
 
 
