@@ -101,7 +101,12 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
 
 TPU_TEXT = """
 %fused (p: bf16[4,8]) -> bf16[4,8] {
+  %all-gather.7 = bf16[4,16] all-gather(%p), channel_id=9, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
   ROOT %all-reduce.9 = bf16[4,8]{1,0} all-reduce(%p), to_apply=%add
+}
+
+%started (p.1: bf16[4,8]) -> bf16[4,8] {
+  %all-gather.8 = bf16[4,16] all-gather(%p.1), channel_id=9, backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
 }
 
 %body (param: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
@@ -126,6 +131,7 @@ TPU_TEXT = """
 ENTRY %main (p0: bf16[4,8]) -> bf16[4,8] {
   %while.1 = (s32[], bf16[4,8]{1,0}) while(%tuple), condition=%condition, body=%body
   %either = f32[2] conditional(%n, %u, %v), branch_computations={%dear, %cheap}
+  %fusion.8 = bf16[4,8]{1,0} fusion(%p0), kind=kCustom, calls=%started
   %kernel = f32[2] custom-call(%either), custom_call_target="tpu_custom_call"
   ROOT %copy = bf16[4,8] copy(%y), backend_config={"estimated_cycles":"7"}
 }
@@ -135,6 +141,7 @@ ENTRY %main (p0: bf16[4,8]) -> bf16[4,8] {
 def test_text_of_the_tpu_compiler():
   summary = hlo.summary(TPU_TEXT)
   assert summary.cycles == 16 * 100 + 30 + 7 and summary.unknown == 0 and summary.kernels == {"tpu_custom_call": 1.0}
-  gather, reduce = summary.collectives
+  gather, reduce, in_parts = summary.collectives
   assert (gather.opcode, gather.bytes, gather.times, gather.source) == ("all-gather", 4 * 32 * 2, 16, "jit(f)/dot_general")
   assert (reduce.opcode, reduce.moved) == ("all-reduce", 2 * 4 * 8 * 2 * 16)
+  assert (in_parts.bytes, in_parts.times) == (4 * 16 * 2, 1)  # of one collective that several fusions do, its start alone

@@ -11,6 +11,7 @@ from typing import NamedTuple
 _WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f64": 8, "s64": 8, "u64": 8}  # others 4
 # How often a collective moves the larger of what goes in and comes out, per device, on a ring; (n - 1) / n is left out.
 _MOVED = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1, "ragged-all-to-all": 1, "collective-permute": 1}
+_PART = '"async_collective_fusion_config"'  # one collective, which several fusions do a part of each while they compute
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
@@ -91,18 +92,23 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
 def summary(text: str) -> Summary:
   """Reads `compiled.as_text()`."""
   code, entry = computations(text)
-  collectives, kernels, cycles, unknown = [], {}, 0.0, 0
+  collectives, parts, kernels, cycles, unknown = [], {}, {}, 0.0, 0
   for instruction, times, inside, known in _executions(code, entry):
     opcode = instruction.opcode.removesuffix("-start")
     unknown += not known
     if opcode in _MOVED:
-      collectives.append(_collective(opcode, instruction, inside, times))
+      found = _collective(opcode, instruction, inside, times)
+      channel = re.search(r"channel_id=(\d+)", instruction.rest)
+      if _PART in instruction.rest and channel:  # of its parts the start is what runs least often
+        parts[channel[1]] = min(parts.get(channel[1], found), found, key=lambda part: part.times)
+      else:
+        collectives.append(found)
     elif opcode == "custom-call":
       target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
       kernels[target[1] if target else "?"] = kernels.get(target[1] if target else "?", 0.0) + times
     expected = re.search(r'"estimated_cycles":"(\d+)"', instruction.rest)
     cycles += times * int(expected[1]) if expected else 0.0
-  return Summary(collectives, cycles, unknown, kernels)
+  return Summary([*collectives, *parts.values()], cycles, unknown, kernels)
 
 
 def _collective(opcode: str, instruction: Instruction, inside: dict[str, str], times: float) -> Collective:
@@ -151,7 +157,7 @@ def _trips(code: dict[str, list[Instruction]], loop: Instruction) -> float | Non
   condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
   reached = [name for instruction in code.get(condition[1], ()) for name in (_CALLED.findall(instruction.rest))]
   lines = [line for name in (condition[1], *reached) for line in code.get(name, ())]
-  numbers = [re.match(r"(\d+)\)", line.rest) for line in lines if line.opcode == "constant" and "s32" in line.shape]
+  numbers = [re.match(r"(\d+)\)", line.rest) for line in lines if line.opcode == "constant" and re.match(r"[su]32", line.shape)]
   constants = [int(number[1]) for number in numbers if number]
   less = any(line.opcode == "compare" and "direction=LT" in line.rest for line in lines)
   return float(constants[0]) if less and len(constants) == 1 else None
