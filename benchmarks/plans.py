@@ -15,8 +15,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PLANS = {  # name: config, topology
-  "flux_hps_v5p_64": ("configs/flux_hps.py", "v5p:4x4x4"),
+PLANS = {  # name: config, topology; a config may be followed by overrides
+  "flux_hps_v5p_64": ("configs/flux_hps.py --config.optimizer.microbatch=64", "v5p:4x4x4"),
   "flux_hps_v6e_64": ("configs/flux_hps.py", "v6e:8x8"),
   "flux_hps_lora_v5e_16": ("configs/flux_hps_lora.py:v5e", "v5e:4x4"),
   "sd_hps_v5e_8": ("configs/sd_hps.py:v5e", "v5e:2x4"),
@@ -40,7 +40,7 @@ if nothing were computed meanwhile. MFU is what they imply. Compile times are of
 def run(name: str, only: str) -> int:
   """One plan, or some of its programs; the exit code."""
   config, topology = PLANS[name]
-  flags = [f"--config={config}", f"--topology={topology}", f"--out={HERE / 'plans' / name}.json", f"--only={only}"]
+  flags = [*f"--config={config}".split(), f"--topology={topology}", f"--out={HERE / 'plans' / name}.json", f"--only={only}"]
   environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
   return subprocess.run([sys.executable, "-m", "dancegrpo_jax.plan", *flags], cwd=HERE.parent, env=environment).returncode
 
