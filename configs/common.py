@@ -22,7 +22,7 @@ def get_config() -> ConfigDict:
     "dtype": "float32",  # what the denoiser computes in; parameters and SDE arithmetic stay float32
     "frozen_dtype": "float32",  # text encoder and decoder, stored and computed; the denoiser under lora, stored
     "remat": False,  # recompute the denoiser's blocks in the backward pass: less memory, a third more time
-    "attention": "auto",  # auto | xla | cudnn
+    "attention": "auto",  # auto (what the devices have) | xla | cudnn (GPU) | splash (TPU, heads that 128 divides)
     "scan_blocks": False,  # flux: stack the blocks' weights and compile one of a kind; large ones compile many times faster
     "text_length": 512,  # flux: tokens of T5's text, padded and cut to (FLUX.1-schnell was made with 256)
   })
@@ -144,7 +144,9 @@ def get_config() -> ConfigDict:
     "fsdp": 1,
     "tensor": 1,
     "lanes": 8,  # samples lie in this many fixed lanes; a multiple of every data x fsdp to be supported
-    "rules": ((".*", ()),),  # (regex over a parameter's path, partition spec); the first match holds
+    # (regex over a parameter's path, partition spec); the first match holds; ("...", "fsdp") splits the last dimension
+    "rules": ((".*", ()),),
+    "reward_rules": ((".*", ()),),  # the same for the rewards' networks; paths as hps/clip/text_projection/kernel
   })
 
   config.checkpoint = ConfigDict({"every": 10, "keep": 2})  # iterations; checkpoints kept

@@ -3,17 +3,18 @@
 Presets:
   ""      the published code's recipe [C] for 16 GPUs: 720x720, the dance SDE at level 0.3 in 16 steps, time shift 3, embedded
           guidance 3.5, 16 prompts x 12 samples, a random 60 % of the 15 stochastic steps (9), 3 optimizer steps. Any number of
-          devices that divides 16 computes the same; how much memory each then needs stands below.
+          devices that divides 64 computes the same; how much memory each then needs stands below. 64 TPU chips take a row of
+          a microbatch each: `python -m dancegrpo_jax.plan` and benchmarks/RESULTS.md say how that fits.
   tiny    two iterations of a random network on a CPU, a minute or two: shows that everything fits together, learns nothing.
 
 Memory, computed from the parameter counts and not measured (GB of 10^9 bytes), all devices together, split over mesh.fsdp:
   transformer 11.90 B parameters, float32: weights 47.6, Adam's moments 95.2, gradients and their sum 95.2            238.0
   T5-XXL 4.76 B parameters in bfloat16                                                                                  9.5
   latents of an iteration, 192 x 16 of 16x90x90 in float32                                                              1.6
-and on every device, whole: CLIP-L's text tower 123.1 M and autoencoder 83.8 M in bfloat16 0.4, the reward's network (see each
-file), and activations: with rematerialised blocks 0.9 for the stored inputs of the 57 blocks for each row of a microbatch, and
-as an estimate 2 for the block at work. 16 devices: 16 + 5 a device; 8 devices: 31 + 8; on fewer than 4 of 80 GB it does not
-fit: use LoRA.
+and on every device, whole: the autoencoder, 83.8 M in bfloat16 0.2 (CLIP-L and the reward's network, see each file, are split
+too), and activations: with rematerialised blocks 0.9 for the stored inputs of the 57 blocks and as an estimate 2 for the block at
+work, for each of a device's rows of a microbatch. 16 devices, 12 rows: 16 + 35 a device. 8 devices with
+--config.optimizer.microbatch=64, 8 rows: 31 + 23. On fewer than 8 of 80 GB it does not fit: use LoRA.
 
 Compute: about 37 TFLOP a forward pass of one row (2025 image and 512 text tokens), so 0.4 EFLOP an iteration, with the
 rematerialised forward and the recomputed old log-probs.
@@ -31,12 +32,18 @@ from configs import common
 
 PRESETS = ("", "tiny")
 RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
-# Kernels of stacked blocks `[blocks, in, out]` are split along their last axis; the rest is small.
+# Kernels `[.., in, out]` along `in`: a TPU lays the last axis out in lanes of 128, and collects narrower pieces (3072 over
+# 64 chips are 48) as a sum with zeros, twice the bytes. Norms' scales and what stands at the network's ends is small.
 SPLIT = (
-  ("denoiser/(single_)?transformer_blocks/.*/kernel", (None, None, "fsdp")),
-  ("text_encoder_2/encoder/block/.*/kernel", (None, None, "fsdp")),
+  ("denoiser/(single_)?transformer_blocks/.*/kernel", ("...", "fsdp", None)),
+  ("denoiser/(single_)?transformer_blocks/.*/bias", ("...", "fsdp")),
+  ("denoiser/(context_embedder|norm_out|time_text_embed)/.*kernel", ("fsdp", None)),
+  ("text_encoder_2/encoder/block/.*/kernel", ("...", "fsdp", None)),
+  ("text_encoder_2/shared/embedding", (None, "fsdp")),
+  ("text_encoder/encoder/.*/kernel", ("fsdp", None)),
   (".*", ()),
 )
+SPLIT_REWARDS = ((".*/encoder/.*/kernel", ("fsdp", None)), (".*", ()))
 
 
 def recipe(name: str, preset: str) -> ConfigDict:
@@ -68,13 +75,13 @@ def recipe(name: str, preset: str) -> ConfigDict:
     embedded_guidance=3.5,
     last_step="ode",  # 15 of 16 steps are stochastic
   )
-  config.rollout.update(samples_per_prompt=12, shared_noise=True, chunk=48)
+  config.rollout.update(samples_per_prompt=12, shared_noise=True, chunk=64)
   config.objective.update(clip_range=1e-4, timesteps="random", timestep_fraction=0.6)  # 9 of 15
   config.optimizer.update(
-    learning_rate=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4, max_grad_norm=1.0, updates_per_iteration=3, microbatch=16
+    learning_rate=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4, max_grad_norm=1.0, updates_per_iteration=3, microbatch=192
   )
   config.advantage.clamp = 5.0
-  config.mesh.update(data=1, fsdp=-1, lanes=16, rules=SPLIT)
+  config.mesh.update(data=1, fsdp=-1, lanes=64, rules=SPLIT, reward_rules=SPLIT_REWARDS)
   config.evaluation.update(every=20, prompts=8, steps=28, samples=4)  # 28: what diffusers' FluxPipeline takes
   config.checkpoint.update(every=20, keep=2)
   if preset == "tiny":
@@ -92,6 +99,6 @@ def _tiny(config: ConfigDict) -> None:
   config.sampler.steps = 4
   config.rollout.update(samples_per_prompt=4, chunk=16)
   config.optimizer.update(updates_per_iteration=1, microbatch=16)  # one pass: on a CPU compiling takes longer than running
-  config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),))
+  config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),), reward_rules=((".*", ()),))
   config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
   config.checkpoint.every = 2

@@ -9,6 +9,7 @@ Memory, computed from the parameter counts and not measured (GB of 10^9 bytes, o
   latents of an iteration, 192 x 12 of 16x90x90 in float32, split over the devices                                       1.2
   activations of a microbatch of 8 rows with rematerialised blocks on one device: 7 stored, 5 an estimate for the block 12
 What is left is for the decoder: a chunk of 8 images is an estimate that should fit. The base's gradient doesn't exist.
+The preset v5e splits what is frozen and the adapters over 16 TPU v5e chips of 16 GB (`plan`, benchmarks/RESULTS.md).
 
 Weights and prompts: configs/flux.py and configs/flux_hps.py. The result is a file for diffusers' `load_lora_weights`:
 
@@ -18,12 +19,12 @@ Weights and prompts: configs/flux.py and configs/flux_hps.py. The result is a fi
 
 from configs import flux, flux_hps
 
-PRESETS = flux.PRESETS
+PRESETS = (*flux.PRESETS, "v5e")
 
 
 def get_config(preset: str = ""):
   """Presets: see configs/flux.py."""
-  config = flux_hps.get_config(preset)
+  config = flux_hps.get_config("" if preset == "v5e" else preset)
   config.name = "flux_hps_lora" + (f"_{preset}" if preset else "")
   config.lora.update(
     rank=128,  # [C]
@@ -40,5 +41,10 @@ def get_config(preset: str = ""):
     config.optimizer.updates_per_iteration = 2  # [C]
     config.rollout.chunk = 8
     config.optimizer.microbatch = 8
-    config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),))
+    config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),), reward_rules=((".*", ()),))
+  if preset == "v5e":
+    config.rollout.chunk = 16
+    config.optimizer.microbatch = 16
+    rules = (("lora/.*", ("...", "fsdp", None)), *flux.SPLIT)
+    config.mesh.update(data=1, fsdp=-1, lanes=16, rules=rules, reward_rules=flux.SPLIT_REWARDS)
   return config

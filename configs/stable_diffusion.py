@@ -4,6 +4,8 @@ Presets:
   ""      the published code's recipe [C]: 512x512, DDIM with eta 1 in 50 steps, guidance 5, 32 prompts x 16 samples, all 49
           stochastic steps, 2 optimizer steps. For 8 devices of 80 GB; any number that divides 8 works.
   1gpu    the same numbers on one GPU of 80 GB: smaller chunks and microbatches, so the same result more slowly.
+  v5e     the same numbers on 8 TPU v5e chips (16 GB each), or 8 larger ones: parameters and optimizer split over them, smaller
+          chunks and microbatches.
   paper   what the paper asks where guidance is trained [P, section 3.3]: 1 optimizer step, a random 60 % of the steps.
   tiny    two iterations of a random network on a CPU, a minute: shows that everything fits together, learns nothing.
 
@@ -29,8 +31,15 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-PRESETS = ("", "1gpu", "paper", "tiny")
+PRESETS = ("", "1gpu", "v5e", "paper", "tiny")
 RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
+# Kernels `[.., in, out]` along `in`, see configs/flux.py; what is left (the ends, norms, biases, the autoencoder) is small.
+SPLIT = (
+  ("denoiser/(down_blocks|mid_block|up_blocks|time_embedding).*/kernel", ("...", "fsdp", None)),
+  ("text_encoder/encoder/.*/kernel", ("fsdp", None)),
+  (".*", ()),
+)
+SPLIT_REWARDS = ((".*/encoder/.*/kernel", ("fsdp", None)), (".*", ()))
 
 
 def recipe(name: str, preset: str) -> ConfigDict:
@@ -68,6 +77,10 @@ def recipe(name: str, preset: str) -> ConfigDict:
   if preset == "1gpu":
     config.rollout.chunk = 16
     config.optimizer.microbatch = 16
+  elif preset == "v5e":
+    config.rollout.chunk = 16
+    config.optimizer.microbatch = 8
+    config.mesh.update(data=1, fsdp=-1, lanes=8, rules=SPLIT, reward_rules=SPLIT_REWARDS)
   elif preset == "paper":
     config.optimizer.updates_per_iteration = 1
     config.objective.update(timesteps="random", timestep_fraction=0.6)

@@ -73,15 +73,22 @@ def build_pipeline(config: ConfigDict) -> Pipeline:
   Raises:
     ConfigError: a folder or file that is missing, a network that is not implemented, or LoRA targets that aren't there.
   """
-  m = config.model
-  folder, family = checkpoint_folder(config), FAMILIES[m.family]
+  folder, family = checkpoint_folder(config), FAMILIES[config.model.family]
   try:
-    jsons, tokenizers = components.read_files(folder, family)
+    return pipeline_of(config, *components.read_files(folder, family))
+  except (ValueError, FileNotFoundError) as error:
+    raise ConfigError(str(error)) from error
+
+
+def pipeline_of(config: ConfigDict, jsons: dict[str, dict], tokenizers: dict[str, Callable]) -> Pipeline:
+  """The pipeline of what `components.read_files` reads. ConfigError as `build_pipeline`."""
+  m, family = config.model, FAMILIES[config.model.family]
+  try:
     return family.build(
       jsons, tokenizers, size=m.size, dtype=m.dtype, frozen_dtype=m.frozen_dtype, remat=m.remat, attention=m.attention,
       lora=lora_of(config), **_family_options(config),
     )  # fmt: skip
-  except (ValueError, FileNotFoundError) as error:
+  except ValueError as error:
     raise ConfigError(str(error)) from error
 
 
@@ -91,6 +98,14 @@ def shardings_of(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh
   if pipeline.adapters is not None:
     abstract[pipeline.trainable] = pipeline.adapters
   return meshes.infer_shardings(abstract, config.mesh.rules, mesh)
+
+
+def reward_shardings(config: ConfigDict, rewards: dict[str, Reward], mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
+  """Where the rewards' parameters go, by reward and component. ConfigError: a rule that does not fit."""
+  abstract = {name: {part: c.abstract for part, c in reward.components.items()} for name, reward in rewards.items()}
+  if not jax.tree.leaves(abstract):
+    return abstract  # none has a network: there is nothing that a rule could match
+  return meshes.infer_shardings(abstract, config.mesh.reward_rules, mesh, "reward_rules")
 
 
 def read(config: ConfigDict, pipeline: Pipeline, names: Iterable[str], mesh: jax.sharding.Mesh) -> dict[str, PyTree]:
@@ -110,11 +125,13 @@ def load(
   Raises:
     ConfigError: a checkpoint or LoRA that is missing, truncated or does not fit; a sharding rule that does not.
   """
-  shardings, whole = shardings_of(config, pipeline, mesh), meshes.replicated(mesh)
+  shardings, of_rewards = shardings_of(config, pipeline, mesh), reward_shardings(config, rewards, mesh)
   name = pipeline.trainable
   adapters = None if pipeline.adapters is None else load_adapters(config, pipeline, shardings[name])  # small, so first
   params = read(config, pipeline, [name for name in pipeline.components if name not in without], mesh)
-  reward_params = {name: scoring.read_reward(reward, whole, config.model.allow_pickle) for name, reward in rewards.items()}
+  reward_params = {
+    name: scoring.read_reward(reward, of_rewards[name], config.model.allow_pickle) for name, reward in rewards.items()
+  }
   if adapters is not None:
     params[name] = adapters
   frozen = {key: value for key, value in params.items() if key != name}
@@ -136,6 +153,20 @@ def load_adapters(config: ConfigDict, pipeline: Pipeline, shardings: PyTree) -> 
   except weights.ConversionError as error:
     raise ConfigError(f"config.lora.checkpoint = {name!r}: {error}") from error
   return lora.scaled(adapters, scale / settings.scale)
+
+
+def outline(config: ConfigDict, pipeline: Pipeline, rewards: dict[str, Reward], mesh: jax.sharding.Mesh) -> Model:
+  """What `load` returns, with `jax.ShapeDtypeStruct`s in the places of the weights. ConfigError: a rule that does not fit."""
+  shardings, of_rewards, name = shardings_of(config, pipeline, mesh), reward_shardings(config, rewards, mesh), pipeline.trainable
+  params = {key: components.placed(part.abstract, shardings[key]) for key, part in pipeline.components.items()}
+  if pipeline.adapters is not None:
+    params[name] = components.placed(pipeline.adapters, shardings[name])
+  reward_params = {
+    key: {part: components.placed(c.abstract, of_rewards[key][part]) for part, c in reward.components.items()}
+    for key, reward in rewards.items()
+  }
+  frozen = {key: value for key, value in params.items() if key != name}
+  return Model(pipeline, frozen, {name: params[name]}, rewards, reward_params, {name: shardings[name]})
 
 
 def state_shardings(config: ConfigDict, model: Model, num_prompts: int, mesh: jax.sharding.Mesh) -> TrainState:

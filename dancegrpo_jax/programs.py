@@ -132,9 +132,10 @@ def encoder(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable:
 def _rollout(config: ConfigDict, pipeline: Pipeline) -> Callable:
   policy, denoise = policy_of(config, pipeline.prediction), guided(pipeline, config.sampler.guidance_scale)
   group, shape = config.rollout.samples_per_prompt, pipeline.latent_shape
-  streams = {name: rng.stream(config.seed, name) for name in ("initial_noise", "step_noise", "window")}
 
   def run(trainable, frozen, conditioning: Conditioning, prompt_ids: Array, numbers: Int[Array, "chunk"], iteration) -> Rollout:
+    # Here and not outside: nothing is computed where programs are only compiled (plan.py), on devices that aren't there.
+    streams = {name: rng.stream(config.seed, name) for name in ("initial_noise", "step_noise", "window")}
     params, schedule = state.variables(frozen, trainable), pipeline.schedule(policy.steps, config.sampler.shift)
     prompt, sample = numbers // group, numbers % group
     ids = prompt_ids[prompt]
@@ -239,7 +240,6 @@ def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -
 def _update(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable:
   policy, settings, optimizer = policy_of(config, pipeline.prediction), objective_of(config), optimizer_of(config)
   denoise, lanes, group = guided(pipeline, config.sampler.guidance_scale), config.mesh.lanes, config.rollout.samples_per_prompt
-  streams = {name: rng.stream(config.seed, name) for name in ("timesteps", "shuffle")}
 
   def in_lanes(chunks: list[Array], axis: int) -> Array:
     """Chunks of `[.., C, ..]` as `[.., lanes, n C / lanes, ..]`: a device keeps the rows that it made."""
@@ -265,6 +265,7 @@ def _update(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> 
       weight=weight.reshape(lanes, -1),
     )
     flat = (prompt_ids[prompt].reshape(-1), sample.reshape(-1))
+    streams = {name: rng.stream(config.seed, name) for name in ("timesteps", "shuffle")}
     keys = (rng.sample_keys(streams["timesteps"], iteration, *flat), rng.derive(streams["shuffle"], iteration))
     schedule = pipeline.schedule(policy.steps, config.sampler.shift)
 

@@ -19,6 +19,8 @@ from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.config import ConfigError
 from dancegrpo_jax.types import Example, Media, PyTree
 
+Tokenizer = Callable[[str, str, dict[str, Any]], Callable]  # see build_rewards
+
 
 def _is_open_clip(source: str) -> bool:
   """Whether a local folder is in open_clip's layout. LAION's are in both: transformers' then, where its weights are there."""
@@ -39,8 +41,9 @@ def _clip_checkpoint(field: str, source: str) -> clip.Checkpoint:
   return clip.open_clip_checkpoint(components.location_of(source, place), weights.read_config(folder, clip.OPEN_CLIP_FILE))
 
 
-def _tokenizer(field: str, source: str) -> Callable:
-  """The CLIP tokenizer of a folder or a hub id."""
+def _tokenizer(field: str, source: str, network: dict[str, Any]) -> Callable:
+  """The CLIP tokenizer of a folder or a hub id; it says itself how many tokens the network takes."""
+  del network
   return load_tokenizer(str(hub.folder(field, source.removeprefix(hub.RANDOM), hub.Layout((), ("",), ()))))
 
 
@@ -52,33 +55,34 @@ def _weight_file(field: str, source: str) -> Path:
   return path
 
 
-def _clip(config: ConfigDict) -> Reward:
+def _clip(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
   c = config.reward.clip
   checkpoint = _clip_checkpoint("reward.clip.checkpoint", c.checkpoint)
-  tokenize = _tokenizer("reward.clip.tokenizer", c.tokenizer or c.checkpoint)
+  tokenize = tokenizer("reward.clip.tokenizer", c.tokenizer or c.checkpoint, checkpoint.config)
   return clip.build("clip", checkpoint, tokenize, config.model.frozen_dtype)
 
 
-def _hps(config: ConfigDict) -> Reward:
+def _hps(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
   c = config.reward.hps
   place = _weight_file("reward.hps.checkpoint", c.checkpoint)
   folder = place if place.is_dir() else place.parent
   said = weights.read_config(folder, clip.OPEN_CLIP_FILE) if (folder / clip.OPEN_CLIP_FILE).is_file() else None
-  tokenize = _tokenizer("reward.hps.tokenizer", c.tokenizer or str(folder))
   checkpoint = hps.checkpoint(components.location_of(c.checkpoint, place), said)
+  tokenize = tokenizer("reward.hps.tokenizer", c.tokenizer or str(folder), checkpoint.config)
   return clip.build("hps", checkpoint, tokenize, config.model.frozen_dtype)
 
 
-def _pickscore(config: ConfigDict) -> Reward:
+def _pickscore(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
   c = config.reward.pickscore
   folder = components.folder_of("reward.pickscore.checkpoint", c.checkpoint, pickscore)
   values = components.read_jsons(folder, pickscore)["clip"]
   checkpoint = pickscore.checkpoint(components.location_of(c.checkpoint, folder), values)
-  tokenize = _tokenizer("reward.pickscore.tokenizer", c.tokenizer or c.checkpoint)
+  tokenize = tokenizer("reward.pickscore.tokenizer", c.tokenizer or c.checkpoint, checkpoint.config)
   return clip.build("pickscore", checkpoint, tokenize, config.model.frozen_dtype)
 
 
-def _aesthetic(config: ConfigDict) -> Reward:
+def _aesthetic(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
+  del tokenizer
   c = config.reward.aesthetic
   checkpoint = _clip_checkpoint("reward.aesthetic.checkpoint", c.checkpoint)
   head = c.head if hub.is_random(c.head) else str(_weight_file("reward.aesthetic.head", c.head))
@@ -90,8 +94,8 @@ REWARDS = {
   "hps": _hps,
   "pickscore": _pickscore,
   "aesthetic": _aesthetic,
-  "compressibility": lambda config: compressibility.build(**config.reward.compressibility),
-  "remote": lambda config: remote.build(**config.reward.remote),
+  "compressibility": lambda config, _: compressibility.build(**config.reward.compressibility),
+  "remote": lambda config, _: remote.build(**config.reward.remote),
 }
 
 
@@ -100,8 +104,12 @@ def reward_of(term: str) -> str:
   return term if ":" in term else term.split("/")[0]
 
 
-def build_rewards(config: ConfigDict) -> dict[str, Reward]:
+def build_rewards(config: ConfigDict, tokenizer: Tokenizer = _tokenizer) -> dict[str, Reward]:
   """The rewards that config.reward.terms names, without weights; no other's files are looked at.
+
+  Args:
+    config: validated.
+    tokenizer: how a tokenizer is found: (field, its name there, the network's config.json) -> tokenizer.
 
   Raises:
     ConfigError: a file that is missing, or a value in one that is not implemented.
@@ -110,16 +118,25 @@ def build_rewards(config: ConfigDict) -> dict[str, Reward]:
   for term, _ in config.reward.terms:
     name = reward_of(term)
     try:
-      rewards[name] = REWARDS[name](config) if name in REWARDS else python_function.build(name)
+      rewards[name] = REWARDS[name](config, tokenizer) if name in REWARDS else python_function.build(name)
     except (ValueError, FileNotFoundError) as error:
       raise ConfigError(str(error)) from error
   return rewards
 
 
-def read_reward(reward: Reward, sharding: jax.sharding.Sharding | None, allow_pickle: bool = False) -> dict[str, PyTree]:
-  """A reward's parameters by component, {} where it has none. Arguments and errors are `read_component`'s."""
+def read_reward(
+  reward: Reward, shardings: dict[str, PyTree] | jax.sharding.Sharding | None, allow_pickle: bool = False
+) -> dict[str, PyTree]:
+  """A reward's parameters by component, {} where it has none. Errors are `read_component`'s.
+
+  Args:
+    reward: what to read.
+    shardings: by component, or one for all.
+    allow_pickle: as `read_component`.
+  """
+  each = shardings if isinstance(shardings, dict) else dict.fromkeys(reward.components, shardings)
   return {
-    name: components.read_component(part.folder, part._replace(folder=""), sharding, allow_pickle=allow_pickle)
+    name: components.read_component(part.folder, part._replace(folder=""), each[name], allow_pickle=allow_pickle)
     for name, part in reward.components.items()
   }
 

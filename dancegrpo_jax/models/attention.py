@@ -1,5 +1,8 @@
 """Attention, and the transformer block of diffusers' UNets."""
 
+import functools
+import logging
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -25,15 +28,38 @@ def attention(
     mask: True where a query may look.
     bias: added to the logits.
     scale: of the products; None = d**-0.5.
-    impl: xla | cudnn | auto. auto takes cudnn on a GPU for half precision and head dimensions that it supports
-      (a multiple of 8, at most 128, which every generation takes), and xla everywhere else.
+    impl: xla | cudnn (NVIDIA GPUs) | splash (TPUs) | auto, which takes what the devices have and xla elsewhere. cudnn is for
+      half precision and head dimensions that every generation takes, splash for head dimensions that 128 divides; neither
+      takes a mask or a bias here. What a kernel can't do, xla does, with a line in the log.
   """
-  if impl == "auto":
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    cudnn = jax.default_backend() == "gpu" and half and mask is None and bias is None
-    cudnn = cudnn and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
-    impl = "cudnn" if cudnn else "xla"
-  return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, implementation=impl)
+  d = q.shape[-1]
+  place = platform()
+  wanted = {"gpu": "cudnn", "tpu": "splash"}.get(place, "xla") if impl == "auto" else impl
+  plain = mask is None and bias is None
+  if wanted == "splash" and plain and d % 128 == 0:
+    from dancegrpo_jax.models import splash  # here: Pallas takes a second to import
+
+    return splash.attention(q, k, v, d**-0.5 if scale is None else scale, interpret=place != "tpu")
+  half = q.dtype in (jnp.bfloat16, jnp.float16)
+  if wanted == "cudnn" and plain and half and d % 8 == 0 and d <= 128:
+    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
+  if wanted != "xla":
+    _told(wanted, q.dtype.name, d, plain)
+  return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, implementation="xla")
+
+
+def platform() -> str:
+  """cpu, gpu or tpu: what the program is for. The mesh's devices say it, which aren't this machine's where plan.py compiles."""
+  device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+  name = jax.default_backend() if device is None else device.platform
+  return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+
+
+@functools.cache
+def _told(kernel: str, dtype: str, head_dim: int, plain: bool) -> None:
+  """Says once a shape that a kernel is not used."""
+  what = "" if plain else ", a mask or a bias"
+  logging.getLogger(__name__).info("attention: xla in place of %s for %s, heads of %d%s", kernel, dtype, head_dim, what)
 
 
 class Attention(nn.Module):

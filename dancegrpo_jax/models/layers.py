@@ -5,6 +5,7 @@ Flax and torch differ in norm epsilons, variance formula and padding; every such
 
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import flax.linen as nn
@@ -14,6 +15,19 @@ from jaxtyping import Array, Float
 
 Dtype = Any  # jnp.float32, "bfloat16" or a numpy dtype
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
+
+
+def by_sample(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+  """x with its samples split over the mesh's data and fsdp axes, where there is a mesh and they divide.
+
+  Every layer's result is so pinned. Left alone, the compiler meets samples and kernels split over the same axis and may gather
+  the samples, so that each device computes its columns of all of them; the kernels are what is to be gathered, layer by layer.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = tuple(axis for axis in ("data", "fsdp") if mesh.shape.get(axis, 1) > 1)
+  if not axes or x.ndim < 2 or x.shape[0] % prod(mesh.shape[axis] for axis in axes):
+    return x
+  return jax.lax.with_sharding_constraint(x, jax.P(axes, *(jax.P.UNCONSTRAINED,) * (x.ndim - 1)))
 
 
 class Dense(nn.Module):
@@ -31,10 +45,10 @@ class Dense(nn.Module):
   def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
     kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype)
     x = x.astype(self.dtype)
-    y = x @ kernel.astype(self.dtype)
+    y = by_sample(x @ kernel.astype(self.dtype))
     if self.has_variable("lora", "a"):
       a, b = (self.get_variable("lora", name).astype(self.dtype) for name in "ab")
-      y = y + (x @ a) @ b
+      y = y + by_sample(by_sample(x @ a) @ b)
     if self.use_bias:
       bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
       y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
@@ -110,7 +124,7 @@ class Conv(nn.Module):
     pad = ((self.padding, self.padding),) * 2 if isinstance(self.padding, int) else tuple(map(tuple, self.padding))
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
     y = x @ kernel[0, 0] if self.size == self.stride == 1 and not any(map(sum, pad)) else convolve(x, kernel, self.stride, pad)
-    return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+    return by_sample(y) + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
 class GroupNorm(nn.Module):

@@ -84,6 +84,27 @@ def folder(field: str, name: str, layout: Layout, variant: str = "") -> Path:
   return _cached(name, layout) or _download(field, name, layout, variant)
 
 
+def described(field: str, name: str, layout: Layout, published: Path) -> str:
+  """A checkpoint as "random:FOLDER", for those who ask what its networks are and need neither weights nor tokenizers.
+
+  Args:
+    field, name, layout: as `folder` takes them.
+    published: folder with JSON files of some hub ids, for those that aren't here.
+
+  Raises:
+    ConfigError: its JSON files are nowhere.
+  """
+  files = layout._replace(tokenizers=(), t5_tokenizers=(), networks=())
+  path = Path(name.removeprefix(RANDOM))
+  for place in (path, None if is_random(name) else _cached(name, files), published / name):
+    if place is not None and place.is_dir() and not missing(place, files):
+      return f"{RANDOM}{place}"
+  raise ConfigError(
+    f"config.{field} = {name!r}: needs {', '.join(files.files)} of it, which are in no folder of that name, not in the Hugging"
+    f" Face cache and not in {published}"
+  )
+
+
 def missing(path: Path, layout: Layout) -> list[str]:
   """What of the layout is not in the folder; [] where it is whole."""
   absent = [file for file in (*layout.files, *layout.tokenizer_files) if not (path / file).is_file()]

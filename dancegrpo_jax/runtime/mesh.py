@@ -21,6 +21,7 @@ from dancegrpo_jax.types import PyTree
 
 AXES = ("data", "fsdp", "tensor")
 CATCH_ALL = ".*"
+REST = "..."  # first in a rule's spec: as many whole dimensions as the parameter has beside those that follow
 
 
 def axis_sizes(config_mesh: ConfigDict, num_devices: int) -> tuple[int, ...]:
@@ -131,14 +132,16 @@ def to_host(array: jax.Array) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def infer_shardings(abstract_tree: PyTree, rules: Sequence[Sequence[Any]], mesh: Mesh) -> PyTree:
+def infer_shardings(abstract_tree: PyTree, rules: Sequence[Sequence[Any]], mesh: Mesh, field: str = "rules") -> PyTree:
   """A NamedSharding for each leaf of a tree of arrays or `jax.ShapeDtypeStruct`s.
 
   Args:
     abstract_tree: all trees that the rules speak of, as one (a dict of them): a rule that matches nothing is an error.
     rules: (regex, spec) pairs; the regex must match the whole path, as `params/mid/attention/query/kernel`, and the first
-      that does holds. spec has an entry a dimension, at most: None, a mesh axis, or a tuple of axes. `.*` may match nothing.
+      that does holds. spec has an entry a dimension, at most: None, a mesh axis, or a tuple of axes; "..." first stands for
+      all dimensions before those that follow. `.*` may match nothing.
     mesh: the devices.
+    field: of config.mesh that holds the rules, for messages.
 
   Raises:
     ConfigError: leaves that no rule matches, rules that match no leaf (or none that an earlier rule has left), and specs
@@ -152,13 +155,16 @@ def infer_shardings(abstract_tree: PyTree, rules: Sequence[Sequence[Any]], mesh:
     index = next((i for i, matcher in enumerate(matchers) if matcher.fullmatch(name)), None)
     if index is None:
       remedy = f"end with (\"{CATCH_ALL}\", ()) to replicate it"
-      problems.append(f"config.mesh.rules: none matches parameter {name} {tuple(leaf.shape)}; {remedy}")
+      problems.append(f"config.mesh.{field}: none matches parameter {name} {tuple(leaf.shape)}; {remedy}")
       return None
     used.add(index)
-    pattern, spec = rules[index]
+    pattern, said = rules[index]
+    spec = said
+    if said and said[0] == REST:
+      spec = (None,) * (len(leaf.shape) + 1 - len(said)) + tuple(said[1:])
     reason = _misfit(tuple(leaf.shape), spec, mesh)
     if reason:
-      problems.append(f"config.mesh.rules: (\"{pattern}\", {tuple(spec)}) on parameter {name} {tuple(leaf.shape)}: {reason}")
+      problems.append(f"config.mesh.{field}: (\"{pattern}\", {tuple(said)}) on parameter {name} {tuple(leaf.shape)}: {reason}")
       return None
     return NamedSharding(mesh, P(*(tuple(entry) if isinstance(entry, list) else entry for entry in spec)))
 
@@ -166,7 +172,7 @@ def infer_shardings(abstract_tree: PyTree, rules: Sequence[Sequence[Any]], mesh:
   for index, (pattern, spec) in enumerate(rules):
     if index not in used and pattern != CATCH_ALL:
       problems.append(
-        f"config.mesh.rules: (\"{pattern}\", {tuple(spec)}) is the first match of no parameter; "
+        f"config.mesh.{field}: (\"{pattern}\", {tuple(spec)}) is the first match of no parameter; "
         "it must match the whole path (`.*/kernel`), and stand before a broader rule"
       )
   if problems:

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.runtime import config as config_lib
-from dancegrpo_jax.runtime.mesh import AXES, axis_sizes
+from dancegrpo_jax.runtime.mesh import AXES, REST, axis_sizes
 
 # Families that pipelines/ has, and what their denoiser was trained as: rectified flow or diffusion.
 FAMILIES = {"stable_diffusion": "diffusion", "flux": "flow"}
@@ -24,7 +24,7 @@ CHOICES = {
   "model.family": tuple(FAMILIES),
   "model.dtype": _DTYPES,
   "model.frozen_dtype": _DTYPES,
-  "model.attention": ("auto", "xla", "cudnn"),
+  "model.attention": ("auto", "xla", "cudnn", "splash"),
   "sampler.kind": ("ddim", "dance", "flow", "cps"),
   "sampler.last_step": ("ode", "x0hat", "sde"),
   "sampler.window.mode": ("fixed", "sliding", "random"),
@@ -258,19 +258,24 @@ def _data(config: ConfigDict, num_examples: int | None) -> Iterator[str]:
 
 
 def _mesh_rules(config: ConfigDict) -> Iterator[str]:
-  for rule in config.mesh.rules:
-    is_pair = isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str)
-    if not is_pair or not isinstance(rule[1], (tuple, list)):
-      yield _line("mesh.rules", rule, "must be (regex, partition spec), as (\".*/kernel\", (None, \"fsdp\"))")
-      continue
-    try:
-      re.compile(rule[0])
-    except re.error as error:
-      yield _line("mesh.rules", rule[0], f"not a regular expression: {error}")
-    for entry in rule[1]:
-      for axis in entry if isinstance(entry, (tuple, list)) else (entry,):
-        if axis is not None and axis not in AXES:
-          yield _line("mesh.rules", rule, f"unknown mesh axis {axis!r}; one of {', '.join(AXES)}, or None")
+  for field in ("rules", "reward_rules"):
+    for rule in config.mesh[field]:
+      yield from _rule(f"mesh.{field}", rule)
+
+
+def _rule(field: str, rule: Any) -> Iterator[str]:
+  is_pair = isinstance(rule, (tuple, list)) and len(rule) == 2 and isinstance(rule[0], str)
+  if not is_pair or not isinstance(rule[1], (tuple, list)):
+    yield _line(field, rule, "must be (regex, partition spec), as (\".*/kernel\", (None, \"fsdp\"))")
+    return
+  try:
+    re.compile(rule[0])
+  except re.error as error:
+    yield _line(field, rule[0], f"not a regular expression: {error}")
+  for entry in rule[1][1:] if rule[1][:1] in ((REST,), [REST]) else rule[1]:
+    for axis in entry if isinstance(entry, (tuple, list)) else (entry,):
+      if axis is not None and axis not in AXES:
+        yield _line(field, rule, f"unknown mesh axis {axis!r}; one of {', '.join(AXES)}, or None")
 
 
 def _logging(config: ConfigDict) -> Iterator[str]:

@@ -1,0 +1,77 @@
+"""Plans of the published recipes on TPU topologies: runs `dancegrpo_jax.plan` and writes RESULTS.md from its numbers.
+
+    python benchmarks/plans.py            all of them, then the page (an hour or more of one core; needs libtpu, no TPU)
+    python benchmarks/plans.py NAME ...   these alone, then the page; NAME:update,rollout compiles these programs alone and keeps
+                                          the others' rows of earlier calls
+    python benchmarks/plans.py --write    the page alone, from the JSON files in benchmarks/plans
+
+The numbers are the compiler's and what is computed from them; nothing was run on a TPU.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PLANS = {  # name: config, topology; a config may be followed by overrides
+  "flux_hps_v5p_64": ("configs/flux_hps.py --config.optimizer.microbatch=64", "v5p:4x4x4"),
+  "flux_hps_v6e_64": ("configs/flux_hps.py", "v6e:8x8"),
+  "flux_hps_lora_v5e_16": ("configs/flux_hps_lora.py:v5e", "v5e:4x4"),
+  "sd_hps_v5e_8": ("configs/sd_hps.py:v5e", "v5e:2x4"),
+  "sd_hps_v6e_8": ("configs/sd_hps.py:v5e", "v6e:2x4"),
+}
+HEAD = """# Results
+
+Written by scripts in this folder; each section says by which.
+
+## Plans
+
+`python benchmarks/plans.py`: every program of an iteration compiled ahead of time at full size with the TPU compiler (libtpu
+{libtpu}, JAX {jax}), on a machine without a TPU and without weights. **Nothing here was run on a TPU.** Memory is what the
+compiler allots, with all that stays resident. "TFLOP" is what the networks' matrix products and convolutions have to compute on
+all devices together, without rematerialisation. The times are estimates: the cycles that the compiler expects of each operation,
+attention kernels (of which it expects nothing) at half of the chip's peak, and the collectives' bytes over all links of a chip as
+if nothing were computed meanwhile. MFU is what they imply. Compile times are of one core that other work shared.
+"""
+
+
+def run(name: str, only: str) -> int:
+  """One plan, or some of its programs; the exit code."""
+  config, topology = PLANS[name]
+  flags = [*f"--config={config}".split(), f"--topology={topology}", f"--out={HERE / 'plans' / name}.json", f"--only={only}"]
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
+  return subprocess.run([sys.executable, "-m", "dancegrpo_jax.plan", *flags], cwd=HERE.parent, env=environment).returncode
+
+
+def page() -> str:
+  """RESULTS.md."""
+  sys.path.insert(0, str(HERE.parent))
+  from dancegrpo_jax import plan
+
+  parts, versions = [], {"libtpu": "?", "jax": "?"}
+  for name, (config, topology) in PLANS.items():
+    file = HERE / "plans" / f"{name}.json"
+    if file.exists():
+      result = json.loads(file.read_text())
+      versions = result["versions"]
+      parts.append(f"\n### `--config={config} --topology={topology}`\n\n{plan.report(result)}\n")
+  return HEAD.format(**versions) + "".join(parts)
+
+
+def main(arguments: list[str]) -> int:
+  """Runs what is asked and writes the page; 1 where a plan did not fit or failed."""
+  asked = [] if arguments == ["--write"] else arguments or list(PLANS)
+  names = {name: only for name, _, only in (word.partition(":") for word in asked)}
+  unknown = set(names) - set(PLANS)
+  if unknown:
+    print(f"error: no plan {', '.join(sorted(unknown))}; there are {', '.join(PLANS)}", file=sys.stderr)
+    return 2
+  codes = [run(name, only) for name, only in names.items()]
+  (HERE / "RESULTS.md").write_text(page())
+  return int(any(codes))
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

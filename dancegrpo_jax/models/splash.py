@@ -1,0 +1,76 @@
+"""Splash attention, Pallas's TPU kernel: attention without its matrix of logits in memory.
+
+The kernel is one device's, so it stands in `jax.shard_map`: samples over data and fsdp, heads over tensor, where they divide.
+Lengths are padded to a multiple of 128, and padded keys are in a segment that no query looks at: FLUX at 720x720 has
+2025 + 512 = 2537 tokens, 2560 with padding.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jaxtyping import Array, Float
+
+LANES = 128  # a TPU's registers: head dimensions and blocks are multiples of it
+_BLOCKS = (512, 256, 128)  # tokens of queries and of keys that are in fast memory together; the largest that divides
+
+
+def padded(length: int) -> int:
+  """A length as the kernel takes it."""
+  return -(-length // LANES) * LANES
+
+
+def _kernel(heads: int, queries: int, keys: int, interpret: bool) -> kernels.SplashAttentionKernel:
+  """The kernel of one sample, forward and backward, for padded lengths."""
+  q, kv = (next(block for block in _BLOCKS if length % block == 0) for length in (queries, keys))
+  blocks = kernels.BlockSizes(
+    block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv, block_q_dq=q,
+    block_kv_dq=kv,
+  )  # fmt: skip
+  mask = masks.MultiHeadMask([masks.FullMask((queries, keys))] * heads)
+  return kernels.make_splash_mha_single_device(mask=mask, block_sizes=blocks, interpret=interpret)
+
+
+def _local(q: Array, k: Array, v: Array, interpret: bool) -> Array:
+  """Attention of one device's samples and heads, `[b, h, n, d]`; the queries are scaled."""
+  queries, keys = q.shape[2], k.shape[2]
+  q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padded(x.shape[2]) - x.shape[2]), (0, 0))) for x in (q, k, v))
+  segments = kernels.SegmentIds(np.ones(q.shape[2], np.int32), (np.arange(k.shape[2]) < keys).astype(np.int32))
+  kernel = _kernel(q.shape[1], q.shape[2], k.shape[2], interpret)
+  return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)[:, :, :queries]
+
+
+def attention(
+  q: Float[Array, "b n h d"],
+  k: Float[Array, "b m h d"],
+  v: Float[Array, "b m h d"],
+  scale: float,
+  *,
+  interpret: bool = False,
+) -> Float[Array, "b n h d"]:
+  """softmax(scale q k^T) v, logits and softmax in float32.
+
+  Args:
+    q, k, v: the head axis is third, d a multiple of 128.
+    scale: of the products.
+    interpret: run the kernel in Pallas's interpreter, as on a CPU.
+  """
+  dtype = q.dtype
+  q = (q.astype(jnp.float32) * scale).astype(dtype)
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+  local, mesh = partial(_local, interpret=interpret), jax.sharding.get_abstract_mesh()
+  if not mesh.empty:
+    spec = _spec(mesh, q.shape[0], q.shape[1])
+    local = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+  return local(q, k, v).swapaxes(1, 2).astype(dtype)
+
+
+def _spec(mesh: jax.sharding.AbstractMesh, batch: int, heads: int) -> jax.P:
+  """How `[b, h, n, d]` lies on the mesh: as `runtime.mesh.batch_sharding` has it, whole where that does not divide."""
+  rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
+  shards = int(np.prod([mesh.shape[axis] for axis in rows]))
+  split = "tensor" if heads % mesh.shape.get("tensor", 1) == 0 and "tensor" in mesh.shape else None
+  return jax.P(rows if batch % shards == 0 else None, split, None, None)

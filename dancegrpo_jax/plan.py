@@ -1,0 +1,358 @@
+"""Command: compile every program of a run ahead of time, without weights, for a named TPU topology or the local devices.
+
+    python -m dancegrpo_jax.plan --config=configs/flux_hps.py --topology=v5p:4x4x4 [--out=FILE.json]
+
+Says what each program takes of a device's memory, what it computes and sends, and how long the run may last. Nothing runs: the
+numbers are the compiler's, and the time is an estimate (see `seconds`). Exit code 1 where it doesn't fit, 2 for a mistake.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import re
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.runtime.config import ConfigError
+
+# What to change where a program does not fit.
+REMEDIES = {
+  "update": "a smaller optimizer.microbatch, model.remat = True, or more devices along mesh.fsdp with mesh.rules that split",
+  "sample": "a smaller evaluation.prompts or mesh.lanes, or more devices along mesh.fsdp with mesh.rules that split",
+  "encode": "data.cache_embeddings = True, a smaller data.prompts_per_iteration, or mesh.rules that split the encoders over fsdp",
+}
+KERNEL_SHARE = 0.5  # of the peak that a Pallas kernel is taken to reach: the compiler expects nothing of it
+CHUNKED = "a smaller rollout.chunk, or more devices along mesh.fsdp with mesh.rules that split"
+
+
+class Row(NamedTuple):
+  """A program's numbers; bytes and seconds are a device's, of one call. None where they aren't known.
+
+  Attributes:
+    name, times: the program and its calls in the run.
+    arguments, temporaries: bytes.
+    peak: bytes, with all that stays in memory while it runs.
+    flops: of all devices together, each product once however often it is recomputed.
+    uncounted: what the count leaves out.
+    collective: bytes sent or received.
+    compile_seconds: of this machine.
+    compute_seconds, network_seconds: estimates.
+    mfu: what they imply, as a share of the peak.
+    problem: what the compiler says where it can't fit the program.
+  """
+
+  name: str
+  times: float | int
+  arguments: float | None
+  temporaries: float | None
+  peak: float
+  flops: float
+  uncounted: tuple[str, ...]
+  collective: float | None
+  compile_seconds: float
+  compute_seconds: float | None
+  network_seconds: float | None
+  mfu: float | None
+  problem: str = ""
+
+  @property
+  def seconds(self) -> float | None:
+    """Of a call, as if nothing were sent while something is computed."""
+    return None if self.compute_seconds is None else self.compute_seconds + self.network_seconds
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of this command."""
+  parser.add_argument("--topology", default="", help="as v5p:4x4x4 or v5e:2x4; default: the local devices")
+  parser.add_argument("--out", default="", help="JSON file for the numbers; one of the same config and topology is completed")
+  parser.add_argument("--hlo", default="", help="folder for the compiled programs' text")
+  parser.add_argument("--only", default="", help="programs, as update,rollout; default: all")
+
+
+def devices_of(topology: str) -> list:
+  """The devices to plan for. ConfigError as `topologies.devices`."""
+  import jax
+
+  from dancegrpo_jax.runtime import topologies
+
+  if not topology:
+    return jax.devices()
+  jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile: no TPU is looked for
+  return topologies.devices(topology)
+
+
+def compile_call(call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: str = "") -> Row:
+  """A program's row.
+
+  Args:
+    call: of the inventory.
+    kept: bytes of a device's memory that are taken beside its arguments.
+    flops: of `flops.count`.
+    chip: `topologies.Chip`.
+    count: devices.
+    hlo: folder for the text, "" for none.
+  """
+  import jax
+
+  from dancegrpo_jax.runtime import flops as counter
+
+  start = time.time()
+  traced = call.program.trace(*call.arguments)
+  try:
+    compiled = traced.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    needs = re.search(r"Used ([\d.]+)([MGT])|requires? ?[^(]*\(?([\d.]+)([MGT])", str(error))
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    found = [part for part in needs.groups() if part] if needs else ["inf", "G"]
+    size = float(found[0]) * {"M": 2**20, "G": 2**30, "T": 2**40}[found[1]]
+    said = " ".join(str(error).split())[:300]
+    return Row(
+      call.name, call.times, None, None, size + kept, flops.total, (), None, time.time() - start, None, None, None, said
+    )
+  took, text, memory = time.time() - start, compiled.as_text(), compiled.memory_analysis()
+  if hlo:
+    Path(hlo).mkdir(parents=True, exist_ok=True)
+    (Path(hlo) / f"{call.name.replace(' ', '_')}.txt").write_text(text)
+  kernels = counter.count(traced.jaxpr, "tpu").kernels
+  return row_of(call, kept, flops, kernels, chip, count, text, memory)._replace(compile_seconds=took)
+
+
+def row_of(call: Any, kept: int, flops: Any, kernels: float, chip: Any, count: int, text: str, memory: Any) -> Row:
+  """A compiled program's row; see `compile_call`. `kernels` are the FLOPs inside Pallas kernels, recomputed ones too."""
+  from dancegrpo_jax.runtime import hlo as texts
+
+  summary = texts.summary(text)
+  added = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
+  peak = kept + memory.argument_size_in_bytes + added + memory.generated_code_size_in_bytes
+  moved = sum(collective.moved for collective in summary.collectives)
+  compute = network = mfu = None
+  if chip.clock:
+    compute = summary.cycles / chip.clock + kernels / count / (KERNEL_SHARE * chip.flops)
+    network = moved / chip.network
+    total = compute + network
+    mfu = flops.total / count / chip.flops / total if total else None
+  uncounted = tuple(sorted(flops.unknown)) + ("loops of unknown length",) * bool(summary.unknown)
+  return Row(
+    call.name, call.times, memory.argument_size_in_bytes, memory.temp_size_in_bytes, peak, flops.total, uncounted, moved, 0.0,
+    compute, network, mfu,
+  )  # fmt: skip
+
+
+def counts(config: Any, mesh: Any, examples: int, held_out: int, names: list[str]) -> dict[str, Any]:
+  """FLOPs of the named programs, of the same run without rematerialisation and fused kernels: what it has to compute."""
+  import jax
+
+  from dancegrpo_jax import inventory
+  from dancegrpo_jax.runtime import flops
+
+  with (plain := config.copy_and_resolve_references()).unlocked():
+    plain.model.update(remat=False, attention="xla")
+  platform = mesh.devices.flat[0].platform
+  calls = [call for call in inventory.take(plain.lock(), mesh, examples, held_out).calls if call.name in names]
+  with jax.set_mesh(mesh):
+    return {call.name: flops.count(call.program.trace(*call.arguments).jaxpr, platform) for call in calls}
+
+
+def plan(config: Any, topology: str, say: Any = print, hlo: str = "", only: str = "") -> dict:
+  """Compiles all programs of a run.
+
+  Args:
+    config: as read.
+    topology: as "v5p:4x4x4", "" for the local devices.
+    say: where each program's row is told when it is there.
+    hlo: folder for the compiled programs' text, "" for none.
+    only: names of programs, with commas between; "" for all.
+
+  Returns:
+    What --out writes, but for what `concluded` adds; "rows" holds `Row`s as dicts.
+
+  Raises:
+    ConfigError: a mistake in config or topology.
+  """
+  import jax
+
+  from dancegrpo_jax import inventory, train
+  from dancegrpo_jax.runtime import mesh as meshes
+  from dancegrpo_jax.runtime import topologies
+
+  devices = devices_of(topology)
+  examples, held_out = len(train.read_examples(config)), len(train.read_held_out(config))
+  configs.validate(config, num_devices=len(devices), num_examples=examples)
+  mesh, chip = meshes.make_mesh(config.mesh, devices), topologies.chip_of(devices[0])
+  plain = inventory.without_weights(config)
+  taken, rows = inventory.take(plain, mesh, examples, held_out), []
+  names = [call.name for call in taken.calls]
+  wanted = only.split(",") if only else names
+  if unknown := sorted(set(wanted) - set(names)):
+    raise ConfigError(f"--only={only}: no program {', '.join(unknown)}; there are {', '.join(names)}")
+  flops = counts(plain, mesh, examples, held_out, wanted)
+  with jax.set_mesh(mesh):
+    for call in (call for call in taken.calls if call.name in wanted):
+      rows.append(compile_call(call, inventory.kept_bytes(taken, call), flops[call.name], chip, len(devices), hlo))
+      say(f"{call.name}: compiled in {rows[-1].compile_seconds:.0f} s")
+  kept = {name: sum(map(inventory.device_bytes, jax.tree.leaves(tree))) for name, tree in taken.kept.items()}
+  return {
+    "config": config.name, "digest": configs.digest(config), "topology": topology,
+    "versions": {"jax": jax.__version__, "libtpu": libtpu_version()},
+    "device": devices[0].device_kind, "devices": len(devices), "memory": chip.memory, "mesh": dict(mesh.shape),
+    "images": config.data.prompts_per_iteration * config.rollout.samples_per_prompt, "iterations": config.iterations,
+    "geometry": geometry(config, len(devices)), "kept": {name: size for name, size in kept.items() if size}, "programs": names,
+    "rows": [row._asdict() for row in rows],
+  }  # fmt: skip
+
+
+def merged(old: dict, new: dict) -> dict:
+  """`new` with the rows of `old` that it lacks, where both are of one config, topology and compiler."""
+  if any(old.get(key) != new[key] for key in ("digest", "topology", "versions", "programs")):
+    return new
+  rows = {row["name"]: row for row in [*old["rows"], *new["rows"]]}
+  return new | {"rows": [rows[name] for name in new["programs"] if name in rows]}
+
+
+def concluded(result: dict) -> dict:
+  """What follows from the rows: whether it fits, and how long a run takes where every program is there."""
+  rows = [Row(**row) for row in result["rows"]]
+  left_out = [name for name in result["programs"] if name not in [row.name for row in rows]]
+  lines = problems(rows, result["memory"])
+  times = {"iteration_seconds": iteration_seconds(rows, result["iterations"]), "hours": hours(rows)}
+  return result | {"left_out": left_out, "problems": lines, "fits": not lines} | (times if not left_out else dict.fromkeys(times))
+
+
+def libtpu_version() -> str:
+  """Of the TPU compiler, "" where it isn't installed."""
+  try:
+    return importlib.metadata.version("libtpu")
+  except importlib.metadata.PackageNotFoundError:
+    return ""
+
+
+def problems(rows: list[Row], memory: float) -> list[str]:
+  """A line for each program that does not fit; [] where all do or nothing is known of the memory."""
+  lines = []
+  for row in rows:
+    if row.problem or (memory and row.peak > memory):
+      said = f" ({row.problem})" if row.problem else ""
+      remedy = REMEDIES.get(row.name.split()[0], CHUNKED)
+      lines.append(f"{row.name} needs {row.peak / 2**30:.2f} of {memory / 2**30:.2f} GiB{said}; use {remedy}")
+  return lines
+
+
+def hours(rows: list[Row]) -> float | None:
+  """Of the run, by the estimates; None where one is missing."""
+  seconds = [row.seconds for row in rows]
+  return None if None in seconds else sum(s * row.times for s, row in zip(seconds, rows)) / 3600
+
+
+def iteration_seconds(rows: list[Row], iterations: int) -> float | None:
+  """Of an iteration without what isn't done in each of them."""
+  often = [row for row in rows if row.times >= iterations]
+  return None if any(row.seconds is None for row in often) else sum(row.seconds * row.times / iterations for row in often)
+
+
+def geometry(config: Any, devices: int) -> str:
+  """How an iteration's samples become batches, in words."""
+  from dancegrpo_jax.rl import timesteps
+  from dancegrpo_jax.runtime import validation
+
+  data, optimizer, objective = config.data, config.optimizer, config.objective
+  group, samples = config.rollout.samples_per_prompt, data.prompts_per_iteration * config.rollout.samples_per_prompt
+  steps = config.sampler.window.size or validation.policy_steps(config)
+  trained = timesteps.count(objective.timesteps, objective.timestep_fraction, steps)
+  kept = data.prompts_per_iteration * (config.advantage.best_of or group)
+  each = kept * trained // optimizer.updates_per_iteration
+  return (
+    f"{data.prompts_per_iteration} prompts x {group} samples = {samples} images, in {samples // config.rollout.chunk} chunks of"
+    f" {config.rollout.chunk}; {kept} of them x {trained} of {steps} steps = {kept * trained} transitions, in"
+    f" {optimizer.updates_per_iteration} optimizer steps of {each // optimizer.microbatch} microbatches of {optimizer.microbatch}"
+    f" ({config.mesh.lanes} lanes on {devices} devices)"
+  )
+
+
+def _number(value: float | int | None, form: str, scale: float | int = 1.0) -> str:
+  return "-" if value is None else format(value / scale, form)
+
+
+def table(result: dict) -> str:
+  """The rows as a Markdown table for people."""
+  head = (
+    "program", "calls", "arguments GiB", "temporaries GiB", "peak GiB", "of HBM", "TFLOP", "collectives GiB", "compile s",
+    "compute s", "network s", "MFU",
+  )  # fmt: skip
+  lines = []
+  for row in result["rows"]:
+    share = f"{row['peak'] / result['memory']:.0%}" if result["memory"] else "-"
+    lines.append((
+      row["name"], f"{row['times']:g}", _number(row["arguments"], ".2f", 2**30), _number(row["temporaries"], ".2f", 2**30),
+      _number(row["peak"], ".2f", 2**30), share, _number(row["flops"], ".4g", 1e12) + "*" * bool(row["uncounted"]),
+      _number(row["collective"], ".3f", 2**30), _number(row["compile_seconds"], ".1f"), _number(row["compute_seconds"], ".3g"),
+      _number(row["network_seconds"], ".3g"), _number(row["mfu"], ".0%"),
+    ))  # fmt: skip
+  widths = [max(map(len, column)) for column in zip(head, *lines)]
+  rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+
+  def line(cells) -> str:
+    return "| " + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))) + " |"
+
+  return "\n".join([line(head), line(rule), *map(line, lines)])
+
+
+def report(result: dict) -> str:
+  """All that the command says."""
+  mesh = " x ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
+  kept = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in result["kept"].items())
+  lines = [
+    f"{result['config']} on {result['devices']} x {result['device']} ({mesh})", "", table(result), "",
+    f"Kept on a device over an iteration, GiB: {kept}.",
+    f"An iteration: {result['geometry']}.",
+  ]  # fmt: skip
+  if any(row["uncounted"] for row in result["rows"]):
+    left_out = sorted({what for row in result["rows"] for what in row["uncounted"]})
+    lines.append(f"* without what can't be counted: {', '.join(left_out)}.")
+  if result["hours"] is not None:
+    total, chip_hours = result["hours"], result["hours"] * result["devices"]
+    lines.append(
+      f"Estimate, not measured: {result['iteration_seconds']:.0f} s an iteration, {total:.1f} hours for {result['iterations']}"
+      f" iterations of {result['images']} images, {chip_hours:.0f} chip-hours: the cycles that the compiler expects of each"
+      " operation, attention kernels at half of the peak, and the collectives' bytes over the chip's links as if nothing were"
+      " computed meanwhile; without loading, compiling and host work."
+    )
+  if result["left_out"]:
+    lines.append(f"Not compiled: {', '.join(result['left_out'])}.")
+  if not result["memory"]:
+    lines.append("Whether it fits: unknown, since nothing is known of this device's memory.")
+  fits = "What was compiled fits." if result["left_out"] else "It fits."
+  lines += result["problems"] or [fits] * bool(result["memory"])
+  return "\n".join(lines)
+
+
+def run(config: Any, topology: str, out: str, hlo: str = "", only: str = "") -> int:
+  """Plans, tells and writes; returns the exit code. ConfigError as `plan`."""
+  if out and Path(out).suffix != ".json":
+    raise ConfigError(f"--out={out}: must end with .json")
+  result, file = plan(config, topology, hlo=hlo, only=only), Path(out)
+  if out and file.exists():
+    result = merged(json.loads(file.read_text()), result)
+  result = concluded(result)
+  print(report(result))
+  if out:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(result, indent=1) + "\n")
+  return 1 if result["problems"] else 0
+
+
+def main(argv: list[str]) -> int:
+  """Reads the flags and plans; returns the exit code: 0 it fits, 1 it doesn't, 2 for a mistake."""
+
+  def command() -> int:
+    line = configs.parse_argv(argv, "Compile a run's programs ahead of time.", add_flags)
+    return run(line.config, line.flags.topology, line.flags.out, line.flags.hlo, line.flags.only)
+
+  return configs.exit_on_mistake(command)
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

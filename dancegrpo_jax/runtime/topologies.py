@@ -1,0 +1,72 @@
+"""Chips that a program can be compiled for without having them: a TPU topology's devices out of libtpu; what a chip offers."""
+
+import importlib.util
+import os
+import re
+from typing import NamedTuple
+
+import jax
+
+from dancegrpo_jax.runtime.config import ConfigError
+
+
+class Chip(NamedTuple):
+  """What one device of a mesh offers.
+
+  Attributes:
+    name: as in a topology's name.
+    memory: bytes of HBM that a program may use.
+    flops: peak of bfloat16 products, FLOP/s; 0 where it isn't known.
+    clock: of the matrix units, 1/s: what turns the compiler's cycles into seconds.
+    network: bytes/s that a chip receives over all its links to other chips.
+  """
+
+  name: str
+  memory: float
+  flops: float
+  clock: float
+  network: float
+
+
+# By device_kind. Memory: what libtpu 0.0.42.1 says is available when a program needs more. Peak and network: the tables of
+# https://cloud.google.com/tpu/docs (v4 275 TFLOP/s and 2400 Gbit/s, v5e 197 and 1600, v5p 459 and 4800, v6e 918 and 3584).
+# Clock: peak / (2 cores x 4 units x 2 x 128**2) of v4 and v5p, (4 x 2 x 128**2) of v5e, (4 x 2 x 256**2) of v6e.
+CHIPS = {
+  "TPU v4": Chip("v4", 30.75 * 2**30, 275e12, 1.05e9, 300e9),
+  "TPU v5 lite": Chip("v5e", 15.75 * 2**30, 197e12, 1.50e9, 200e9),
+  "TPU v5": Chip("v5p", 95.74 * 2**30, 459e12, 1.75e9, 600e9),
+  "TPU v6 lite": Chip("v6e", 31.25 * 2**30, 918e12, 1.75e9, 448e9),
+}
+# Examples of shapes: chips along the axes of the network, two of them (v5e, v6e) or three; multiples of a host's 2 x 2.
+KNOWN = {"v4": "v4:4x4x4", "v5e": "v5e:2x4", "v5p": "v5p:4x4x4", "v6e": "v6e:8x8"}
+
+
+def devices(topology: str) -> list:
+  """The devices of a topology, as "v5p:4x4x4". They can be compiled for and hold no data.
+
+  Raises:
+    ConfigError: libtpu is not installed, or does not know the topology.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise ConfigError(f"--topology={topology}: needs the TPU compiler; pip install 'jax[tpu]=={jax.__version__}'")
+  found = re.fullmatch(r"(\w+):\d+x\d+(x\d+)?", topology)
+  known = ", ".join(KNOWN.values())
+  if found is None or found[1] not in KNOWN:
+    raise ConfigError(f"--topology={topology}: unknown; CHIP:SHAPE with chips {', '.join(KNOWN)}, as {known}")
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks Google Cloud's metadata server who it is, for minutes
+  from jax.experimental import topologies
+
+  options = {"chip_config_name": "megacore"} if found[1] == "v4" else {}  # one device a chip, as it runs
+  try:
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
+  except Exception as error:  # RuntimeErrors of several classes, by version
+    reason = " ".join(str(error).split())[:200]
+    raise ConfigError(f"--topology={topology}: libtpu refuses it ({reason}); shapes it knows are such as {known}") from error
+
+
+def chip_of(device: jax.Device) -> Chip:
+  """What a device offers; zeros where that isn't known, as of a CPU."""
+  if device.device_kind in CHIPS:
+    return CHIPS[device.device_kind]
+  stats = device.memory_stats() if device.platform == "gpu" else None
+  return Chip(device.device_kind, float((stats or {}).get("bytes_limit", 0)), 0.0, 0.0, 0.0)

@@ -1,0 +1,52 @@
+"""Golden sharding specs: where every parameter of the published networks lies under the configs' rules.
+
+    python tests/golden_specs.py      writes tests/golden/specs_<config>.txt anew
+
+A line is how many parameters, their path with # for the numbers of layers, shape and partition spec. Shapes and rules alone
+count, so that a mesh of one device stands for any.
+"""
+
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from dancegrpo_jax import inventory  # noqa: E402
+from dancegrpo_jax.runtime import config as configs  # noqa: E402
+from dancegrpo_jax.runtime import mesh as meshes  # noqa: E402
+
+GOLDEN = Path(__file__).parent / "golden"
+RUNS = {"flux_hps": "", "flux_hps_lora": "v5e", "sd_hps": "v5e"}  # config: preset
+
+
+def specs(name: str) -> list[str]:
+  """The lines of a config: frozen networks, what is trained, the rewards', and the optimizer's state."""
+  path = ROOT / "configs" / f"{name}.py"
+  config = inventory.without_weights(configs.load(f"{path}:{RUNS[name]}" if RUNS[name] else str(path)))
+  mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
+  model = inventory.outline(config, mesh)
+  state = inventory.state_of(config, model, mesh, 1)
+  trees = {**model.frozen, **model.trainable, "rewards": model.reward_params, "optimizer": state.opt_state, "average": state.ema}
+  lines = []
+  for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
+    where = jax.tree_util.keystr(path, simple=True, separator="/")
+    spec = ", ".join("None" if axis is None else str(axis) for axis in leaf.sharding.spec)
+    lines.append(f"{where} {list(leaf.shape)} ({spec})")
+  return folded(lines)
+
+
+def folded(lines: list[str]) -> list[str]:
+  """Lines that differ in the numbers of their layers alone as one, with their count."""
+  found = Counter(re.sub(r"_[0-9]+(?=/)", "_#", line) for line in lines)
+  return [f"{count:4d} x {line}" for line, count in sorted(found.items())]
+
+
+if __name__ == "__main__":
+  GOLDEN.mkdir(exist_ok=True)
+  for run in RUNS:
+    (GOLDEN / f"specs_{run}.txt").write_text("\n".join(specs(run)) + "\n")

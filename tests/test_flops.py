@@ -1,0 +1,147 @@
+"""The FLOP counter against closed forms, and the reading of compiled text."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dancegrpo_jax.models import splash
+from dancegrpo_jax.models.attention import attention
+from dancegrpo_jax.models.layers import Conv
+from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.runtime import flops, hlo
+from dancegrpo_jax.runtime import mesh as meshes
+
+
+def count(f, *shapes, platform: str = "cpu", dtype=jnp.float32) -> flops.Flops:
+  return flops.count(jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)), platform)
+
+
+def test_dense_layer_and_its_gradient():
+  """2 n k m forward; each of the two gradients is a product of the same size."""
+  n, k, m = 3, 5, 7
+  assert count(lambda x, w: x @ w, (n, k), (k, m)).total == 2 * n * k * m
+  gradient = jax.grad(lambda x, w: jnp.sum(jnp.tanh(x @ w)), (0, 1))
+  assert count(gradient, (n, k), (k, m)).total == 3 * 2 * n * k * m
+  assert count(jax.vmap(lambda x, w: x @ w), (4, n, k), (4, k, m)).total == 4 * 2 * n * k * m
+
+
+def test_loops_branches_and_recomputation():
+  n, layers = 6, 11
+  block = 2 * n**3
+
+  def scanned(x, w):
+    return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
+
+  assert count(scanned, (n, n), (layers, n, n)).total == layers * block
+  twice = count(lambda x, w: jax.lax.scan(lambda x, _: (scanned(x, w), None), x, None, length=2)[0], (n, n), (layers, n, n))
+  assert twice.total == 2 * layers * block
+
+  def layers_of(wrap):
+    return jax.grad(lambda x, w: jnp.sum(wrap(lambda x: jnp.tanh(x @ w) @ w)(x)))
+
+  assert count(layers_of(lambda f: f), (n, n), (n, n)).total == (2 + 2) * block
+  assert count(layers_of(jax.checkpoint), (n, n), (n, n)).total == (2 + 1 + 2) * block  # x w once more
+  either = count(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), (n, n))
+  assert either.total == 2 * block  # the dearer one
+  endless = count(lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x), (n, n))
+  assert (endless.total, endless.unknown) == (block, {"while"})
+  assert count(jax.jit(lambda x: x @ x), (n, n)).total == block
+
+
+def test_convolution_and_its_gradient():
+  """2 B H' W' k^2 i o; a strided one's gradient has no more products than the convolution itself."""
+  b, side, i, o, k = 2, 8, 3, 5, 3
+  for stride in (1, 2):
+    conv = Conv(o, size=k, stride=stride)
+    shapes = ((b, side, side, i), (k, k, i, o))
+
+    def apply(x, kernel, conv=conv):
+      return conv.apply({"params": {"kernel": kernel, "bias": jnp.zeros(o)}}, x)
+
+    forward = 2 * b * (side // stride) ** 2 * k**2 * i * o
+    assert count(apply, *shapes).total == forward
+    gradient = count(jax.grad(lambda x, w, apply=apply: jnp.sum(apply(x, w) ** 2), (0, 1)), *shapes, platform="tpu").total
+    assert gradient == pytest.approx(3 * forward, rel=0.6)  # the gradient to x covers its padding too
+
+
+def test_attention():
+  """2 n m d for the logits and as much for the values, each head; a kernel computes padded lengths."""
+  b, n, m, h, d = 2, 10, 12, 3, 8
+  xla = count(lambda q, k, v: attention(q, k, v, impl="xla"), (b, n, h, d), (b, m, h, d), (b, m, h, d))
+  assert (xla.total, xla.kernels) == (4 * b * h * n * m * d, 0)
+  kernel = count(lambda q, k, v: splash.attention(q, k, v, 1.0), *((b, 200, h, 128),) * 3)
+  assert kernel.total == kernel.kernels == 4 * b * h * 256 * 256 * 128
+
+
+def test_a_device_s_part_counts_for_all_devices():
+  mesh = meshes.make_mesh(configs.ConfigDict({"data": 8, "fsdp": 1, "tensor": 1}))
+
+  def split(x, w):
+    return jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data"))(x, w)
+
+  assert count(split, (16, 4), (4, 5)).total == 2 * 16 * 4 * 5
+
+
+def test_collectives_of_a_loop_count_as_often_as_it_runs():
+  """Weights split over 8 devices and gathered one after the other: 8 * 8 * 4 bytes each."""
+  mesh = meshes.make_mesh(configs.ConfigDict({"data": 1, "fsdp": 8, "tensor": 1}))
+  split, whole = jax.NamedSharding(mesh, jax.P(None, None, "fsdp")), meshes.replicated(mesh)
+
+  def run(w, x):
+    step = lambda x, w: (jax.lax.with_sharding_constraint(jnp.tanh(x @ jax.lax.with_sharding_constraint(w, whole)), whole), None)  # noqa: E731
+    return jax.lax.scan(step, x, w)[0]
+
+  arguments = (
+    jax.ShapeDtypeStruct((5, 8, 8), jnp.float32, sharding=split), jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=whole),
+  )  # fmt: skip
+  summary = hlo.summary(jax.jit(run, out_shardings=whole).lower(*arguments).compile().as_text())
+  gathers = [c for c in summary.collectives if c.opcode == "all-gather"]
+  assert sum(c.moved for c in gathers) == 5 * 8 * 8 * 4 and summary.unknown == 0
+
+
+TPU_TEXT = """
+%fused (p: bf16[4,8]) -> bf16[4,8] {
+  %all-gather.7 = bf16[4,16] all-gather(%p), channel_id=9, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  ROOT %all-reduce.9 = bf16[4,8]{1,0} all-reduce(%p), to_apply=%add
+}
+
+%started (p.1: bf16[4,8]) -> bf16[4,8] {
+  %all-gather.8 = bf16[4,16] all-gather(%p.1), channel_id=9, backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
+}
+
+%body (param: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %x = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%param), index=1
+  %all-gather.1 = bf16[4,32]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=3, metadata={op_name="jit(f)/dot_general"}
+  %fusion.1 = bf16[4,8]{1,0} fusion(%all-gather.1), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"100"}
+}
+
+%condition (param.1: (s32[], bf16[4,8])) -> pred[] {
+  %constant.5 = s32[]{:T(128)} constant(16)
+  ROOT %lt = pred[] compare(%i, %constant.5), direction=LT
+}
+
+%dear (q: f32[2]) -> f32[2] {
+  %a = f32[2] copy(%q), backend_config={"estimated_cycles":"30"}
+}
+
+%cheap (r: f32[2]) -> f32[2] {
+  %b = f32[2] copy(%r), backend_config={"estimated_cycles":"3"}
+}
+
+ENTRY %main (p0: bf16[4,8]) -> bf16[4,8] {
+  %while.1 = (s32[], bf16[4,8]{1,0}) while(%tuple), condition=%condition, body=%body
+  %either = f32[2] conditional(%n, %u, %v), branch_computations={%dear, %cheap}
+  %fusion.8 = bf16[4,8]{1,0} fusion(%p0), kind=kCustom, calls=%started
+  %kernel = f32[2] custom-call(%either), custom_call_target="tpu_custom_call"
+  ROOT %copy = bf16[4,8] copy(%y), backend_config={"estimated_cycles":"7"}
+}
+"""
+
+
+def test_text_of_the_tpu_compiler():
+  summary = hlo.summary(TPU_TEXT)
+  assert summary.cycles == 16 * 100 + 30 + 7 and summary.unknown == 0 and summary.kernels == {"tpu_custom_call": 1.0}
+  gather, reduce, in_parts = summary.collectives
+  assert (gather.opcode, gather.bytes, gather.times, gather.source) == ("all-gather", 4 * 32 * 2, 16, "jit(f)/dot_general")
+  assert (reduce.opcode, reduce.moved) == ("all-reduce", 2 * 4 * 8 * 2 * 16)
+  assert (in_parts.bytes, in_parts.times) == (4 * 16 * 2, 1)  # of one collective that several fusions do, its start alone

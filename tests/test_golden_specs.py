@@ -1,0 +1,31 @@
+"""Where parameters, optimizer and averages lie at full size: a change of rules, names or shapes shows as a difference here."""
+
+import difflib
+
+import pytest
+from golden_specs import GOLDEN, RUNS, folded, specs
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_specs_are_the_golden_ones(name):
+  golden = (GOLDEN / f"specs_{name}.txt").read_text().splitlines()
+  difference = "\n".join(difflib.unified_diff(golden, found := specs(name), "golden", "now", lineterm="", n=0))
+  assert found == golden, f"{difference}\nif this is meant: python tests/golden_specs.py, and look at the difference in git"
+  # The optimizer's moments lie where their parameters do, and nothing of a megabyte or more is whole on every device.
+  prefix = "lora" if "lora" in name else "denoiser"
+  trained = {line.split("/", 1)[1] for line in golden if line.split(" x ")[1].startswith(f"{prefix}/")}
+  for moment in ("mu", "nu"):
+    of_optimizer = {line.split(f"/{moment}/{prefix}/")[1] for line in golden if f"/{moment}/{prefix}/" in line}
+    assert of_optimizer == trained
+  for line in golden:
+    shape, spec = line.rsplit(" [", 1)[1].split("] (")
+    size = 4
+    for side in filter(None, shape.split(", ")):
+      size *= int(side)
+    if line.split(" x ")[1].startswith((f"{prefix}/", "optimizer/")):
+      assert "fsdp" in spec or size < 2**20 or "conv_" in line, line
+
+
+def test_lines_are_folded():
+  lines = ["a/layers_0/k [2] ()", "a/layers_11/k [2] ()", "a/layers_1/k [3] ()"]
+  assert folded(lines) == ["   2 x a/layers_#/k [2] ()", "   1 x a/layers_#/k [3] ()"]

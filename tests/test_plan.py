@@ -1,0 +1,175 @@
+"""The plan of a tiny run on local devices: table, JSON and exit codes; what it plans for is what train loads. Needs no libtpu."""
+
+import importlib.util
+import json
+
+import jax
+import pytest
+from tiny_checkpoint import ROOT, overrides, tiny_config
+
+from dancegrpo_jax import inventory, loading, plan, scoring
+from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.runtime import topologies
+from dancegrpo_jax.runtime.config import ConfigError
+
+CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
+PROGRAMS = ["encode", "decode", "features clip", "score clip", "advantages"]
+SLOW = ["rollout", "update", "sample"]  # to compile, and nothing else is asked of them
+
+
+def flags(folders, **changes) -> list[str]:
+  return [CONFIG, *(f"--config.{word}" for word in overrides(folders, **changes))]
+
+
+@pytest.fixture(scope="module")
+def planned(tiny_models, tmp_path_factory):
+  """(exit code, what was printed, the JSON file) of a run on 8 devices, without what compiles long."""
+  out = tmp_path_factory.mktemp("plan") / "deep" / "plan.json"
+  said = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
+    code = plan.main([*flags(tiny_models), f"--out={out}", f"--only={','.join(PROGRAMS)}"])
+  return code, "\n".join(said), json.loads(out.read_text())
+
+
+def test_every_program_has_a_row(planned):
+  code, text, result = planned
+  assert code == 0 and [row["name"] for row in result["rows"]] == PROGRAMS
+  table = [line for line in text.splitlines() if line.startswith("| ")]
+  assert len(table) == 2 + len(PROGRAMS) and len({len(line) for line in table}) == 1
+  assert "Whether it fits: unknown" in text and "Not compiled: rollout, update, sample." in text  # a CPU
+  assert "4 prompts x 4 samples = 16 images, in 1 chunks of 16; 16 of them x 3 of 3 steps = 48 transitions" in text
+  assert "1 optimizer steps of 3 microbatches of 16 (8 lanes on 8 devices)" in text
+  assert result["images"] == 16 and result["devices"] == 8 and result["hours"] is None
+  for row in result["rows"]:
+    assert row["peak"] >= row["arguments"] > 0 and row["compile_seconds"] > 0 and not row["uncounted"]
+
+
+@pytest.fixture(scope="module")
+def taken(tiny_models):
+  """(config, mesh) of the run on one device, and its inventory."""
+  config = inventory.without_weights(tiny_config(tiny_models))
+  mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
+  return config, mesh, inventory.take(config, mesh, 8, 0)
+
+
+def test_calls_in_a_run(taken):
+  """1 chunk an iteration; features of 8 prompts, 4 at once; the grid at the start, the end and whenever evaluation.every says."""
+  times = {call.name: call.times for call in taken[2].calls}
+  assert set(times) == {*PROGRAMS, *SLOW}
+  iterations = tiny_config().iterations
+  assert times["rollout"] == times["decode"] == times["score clip"] == times["update"] == times["encode"] == iterations
+  assert times["features clip"] == 2
+  every = tiny_config().evaluation.every
+  assert times["sample"] == (iterations // every + 1 if every else 2)
+
+
+def test_flops_are_the_network_s(taken):
+  """A rollout calls the network once for each of 16 samples at 4 steps, the update 3 of them once forward, twice backward."""
+  config, mesh, _ = taken
+  flops = plan.counts(config, mesh, 8, 0, ["rollout", "update"])
+  one = flops["rollout"].total / (16 * 4)
+  assert 2.9 < flops["update"].total / (16 * 3 * one) < 3.1  # the first layer's input has no gradient
+
+
+def test_what_is_planned_is_what_is_loaded(tiny_models):
+  """Shapes, dtypes and shardings of the outline and of the loaded model agree, of rewards too; no weights are read for it."""
+  rules = (("text_encoder/.*/fc1/kernel", ("...", "fsdp")), (".*", ()))
+  rewards = ((".*/encoder/.*/kernel", (None, "fsdp")), (".*", ()))
+  config = tiny_config(tiny_models, mesh__data=1, mesh__fsdp=8, mesh__rules=rules, mesh__reward_rules=rewards)
+  mesh = meshes.make_mesh(config.mesh)
+  outline = inventory.outline(inventory.without_weights(config), mesh)
+  with jax.set_mesh(mesh):
+    loaded = loading.load(config, loading.build_pipeline(config), scoring.build_rewards(config), mesh)
+  for name in ("frozen", "trainable", "reward_params"):
+    mine, theirs = getattr(outline, name), getattr(loaded, name)
+    assert jax.tree.structure(mine) == jax.tree.structure(theirs)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(theirs)):
+      assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+  split = jax.tree.leaves(loaded.reward_params["clip"]["clip"]["vision_model"]["encoder"])
+  assert any(not leaf.sharding.is_fully_replicated for leaf in split)
+
+
+def test_what_stays_in_memory():
+  """Kept arrays that a program is given count once, with it; the others stand beside it."""
+  leaf = jax.ShapeDtypeStruct((10,), "float32")
+  other = jax.ShapeDtypeStruct((3,), "float32")
+  taken = inventory.Inventory([], {"weights": {"a": leaf}, "optimizer": [other]}, None)
+  assert inventory.kept_bytes(taken) == 52
+  assert inventory.kept_bytes(taken, inventory.Call("x", print, ({"a": leaf},), 1)) == 12
+
+
+def row(name: str, peak: float, problem: str = "") -> plan.Row:
+  return plan.Row(name, 1, 1.0, 1.0, peak, 1.0, (), 0.0, 0.0, 1.0, 0.5, 0.1, problem)
+
+
+def test_what_does_not_fit_says_which_field(monkeypatch, capsys, tiny_models):
+  rows = [row("update", 20.0 * 2**30), row("decode", 3.0 * 2**30), row("rollout", 8.0 * 2**30, "out of memory")]
+  lines = plan.problems(rows, 16.0 * 2**30)
+  assert len(lines) == 2 and "update needs 20.00 of 16.00 GiB" in lines[0] and "optimizer.microbatch" in lines[0]
+  assert "rollout needs" in lines[1] and "rollout.chunk" in lines[1] and "out of memory" in lines[1]
+  assert plan.problems(rows[:2], 0.0) == []  # nothing is known
+  full = topologies.Chip("tiny", 1000.0, 1e12, 1e9, 1e9)
+  monkeypatch.setattr(topologies, "chip_of", lambda device: full)
+  assert plan.main([*flags(tiny_models), "--only=advantages"]) == 1
+  text = capsys.readouterr().out
+  assert "advantages needs" in text and "fits." not in text and "Not compiled: encode, rollout" in text
+
+
+def test_a_file_is_completed_by_later_calls():
+  base = {"digest": "a", "topology": "", "versions": {}, "programs": ["encode", "update"], "memory": 0.0, "iterations": 1}
+  first = base | {"rows": [row("update", 1.0)._asdict()]}
+  second = base | {"rows": [row("encode", 2.0)._asdict()]}
+  assert plan.concluded(first)["left_out"] == ["encode"] and plan.concluded(first)["hours"] is None
+  whole = plan.concluded(plan.merged(first, second))
+  assert [r["name"] for r in whole["rows"]] == ["encode", "update"] and whole["left_out"] == [] and whole["hours"] == 3.0 / 3600
+  assert plan.merged(first, second | {"digest": "b"})["rows"] == second["rows"]  # another config's rows are not kept
+
+
+def test_estimates():
+  rows = [row("rollout", 1.0)._replace(times=20), row("sample", 1.0)._replace(times=2)]
+  assert plan.iteration_seconds(rows, 10) == 3.0  # the rollout twice, 1.5 s each; the grid not
+  assert plan.hours(rows) == pytest.approx(22 * 1.5 / 3600)
+  assert plan.hours([row("x", 1.0)._replace(compute_seconds=None)]) is None
+
+
+@pytest.mark.parametrize(
+  "extra, words",
+  [
+    (["--topology=v5p:4x4x4"], ["needs the TPU compiler", "pip install 'jax[tpu]=="]),
+    (["--out=plan.txt"], ["--out=plan.txt", "must end with .json"]),
+    (["--only=updat"], ["--only=updat", "no program updat", "rollout"]),
+    (["--config.mesh.data=3"], ["mesh.data = 3", "does not use 8 devices"]),
+    (["--config.model.checkpoint=no/such-model"], ["no/such-model", "unet/config.json"]),
+  ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(extra, words, tiny_models, capsys, monkeypatch):
+  monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
+  assert plan.main([*flags(tiny_models), *extra]) == 2
+  lines = capsys.readouterr().err.splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: ")
+  for word in words:
+    assert word in lines[0]
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "foo", "v5p:3x3x3x3"])
+def test_a_topology_that_nobody_knows(name, monkeypatch):
+  monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: "installed")
+  with pytest.raises(ConfigError) as caught:
+    topologies.devices(name)
+  assert f"--topology={name}: unknown" in str(caught.value) and "v5p:4x4x4" in str(caught.value)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (requirements-tpu.txt)")
+def test_a_shape_that_libtpu_refuses():
+  with pytest.raises(ConfigError, match="libtpu refuses it"):
+    topologies.devices("v5p:3x3x3")
+  assert len(topologies.devices("v5p:2x2x1")) == 4
+
+
+@pytest.mark.parametrize("name", ["sd_hps_clip", "sd_pick", "sd_aesthetic", "flux_hps", "flux_hps_lora", "flux_hps_clip"])
+def test_the_configs_networks_are_described_here(name):
+  """No download is needed to plan them."""
+  config = inventory.without_weights(configs.load(str(ROOT / "configs" / f"{name}.py")))
+  assert config.model.checkpoint.startswith("random:") and "assets/published" in config.model.checkpoint
