@@ -102,11 +102,11 @@ def write_models(root: Path) -> Folders:
   write_network(model / "vae", VAE, seed=2)
   write_network(model / "text_encoder", {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **text}, seed=3)
   stages.write_json(model / "scheduler" / "scheduler_config.json", SCHEDULER)
-  stages.write_json(model / "model_index.json", pretrain.model_index())
+  stages.write_json(model / "model_index.json", stages.model_index())
   vision = {**TOWER, "image_size": SIZE, "patch_size": 8, "num_channels": 3}
   both = {"text_config": {**text, "projection_dim": 12}, "vision_config": {**vision, "projection_dim": 12}}
   write_network(clip, {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 12, **both}, seed=4)
-  stages.write_json(clip / "preprocessor_config.json", pretrain.clip_preprocessor(SIZE))
+  stages.write_json(clip / "preprocessor_config.json", stages.clip_preprocessor(SIZE))
   prompts.write_text("\n".join(PROMPTS) + "\n")
   return folders
 
