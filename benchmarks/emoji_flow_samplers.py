@@ -120,7 +120,7 @@ def plot() -> None:
     scores = [np.mean(row["reward"][-4:]) for row in rows], *([row[name] for row in rows] for name in ("evaluation", "held_out"))
     cells = [f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})" for values in scores]
     print(f"| {arm} | {rows[0]['passes']} | {len(rows[0]['reward'])} | {' | '.join(cells)} | {len(rows)} |")
-  axes.set(xlabel="thousand forward passes of the denoiser", ylabel="reward (mean of a group's samples)")
+  axes.set(xlabel="thousand forward passes of the denoiser", ylabel="reward, mean of 4 iterations")
   axes.legend(fontsize=8, frameon=False)
   axes.spines[["top", "right"]].set_visible(False)
   figure.savefig(FIGURE, dpi=130)
