@@ -285,8 +285,8 @@ def _logging(config: ConfigDict) -> Iterator[str]:
 
 
 def _tensor(config: ConfigDict) -> Iterator[str]:
-  if config.model.family == "flux" and config.mesh.tensor != 1:
-    remedy = "with it the compiler gets the gradient of FLUX's time embedding wrong (tests/test_anywhere.py); set 1"
+  if config.mesh.tensor != 1:
+    remedy = "beside fsdp the compiler gets some gradients wrong, as that of FLUX's time embedding; set 1"
     yield _line("mesh.tensor", config.mesh.tensor, remedy)
 
 
