@@ -10,6 +10,10 @@ from jaxtyping import Array, Float
 
 PyTree = Any
 
+# The mesh axes that samples are split over, fsdp the major one. With data first XLA's partitioner (jaxlib 0.10.2) loses track of
+# which device has which samples, and gradients of kernels that lie over fsdp and tensor come out wrong: see tests/test_mesh.py.
+SAMPLE_AXES = ("fsdp", "data")
+
 
 class Example(NamedTuple):
   """One row of a prompt data set.

@@ -1,7 +1,7 @@
-"""The same numbers on any devices: meshes of 1 to 8, a run resumed on others, and two processes of four against one of eight.
+"""The same numbers on any devices: meshes of 1 to 8, a run resumed on others, and processes of two or four against one of eight.
 
 Every network is as small as it can be and compiled without most of LLVM's passes: what is tested is how programs are split.
-Iterations are those of `train.collect` and the programs, without the loop's evaluation; the two processes run the command.
+Iterations are those of `train.collect` and the programs, without the loop's evaluation; several processes run the command.
 """
 
 import functools
@@ -30,7 +30,7 @@ from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.clock import Clock
 
 ITERATIONS = 3
-MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 4, 1))
+MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2))
 SHORT_UNET = UNET | {"block_out_channels": (16,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
 SHORT_VAE = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",), "block_out_channels": (8,)}
 SCORER = '''
@@ -182,10 +182,8 @@ def assert_same_course(actual: list, parameters: Any, expected: Trained, initial
     assert abs(row["reward/mean"] - other["reward/mean"]) <= 1e-3
 
 
-@pytest.mark.parametrize("network, sizes", [
-  *(("sd", sizes) for sizes in MESHES[1:]),
-  *(("flux", sizes) for sizes in MESHES[1:3]),
-])  # fmt: skip
+@pytest.mark.parametrize("sizes", MESHES[1:])
+@pytest.mark.parametrize("network", ["sd", "flux"])
 def test_every_mesh_trains_alike(trained, network, sizes):
   (one, _, initial), (other, _, again) = trained(network, MESHES[0]), trained(network, sizes)
   assert distance(initial, again) == 0
@@ -203,7 +201,7 @@ def test_every_mesh_trains_alike(trained, network, sizes):
 # Resuming on other devices
 
 
-@pytest.mark.parametrize("saved_on, sizes", [((2, 4, 1), (1, 1, 1)), ((1, 1, 1), (2, 4, 1))])
+@pytest.mark.parametrize("saved_on, sizes", [((2, 2, 2), (1, 1, 1)), ((1, 1, 1), (2, 2, 2))])
 def test_a_run_goes_on_on_other_devices(trained, machine, saved_on, sizes):
   """Saved after the first iteration; the others are the uninterrupted run's."""
   expected, folder, initial = trained("sd", saved_on)
@@ -245,21 +243,33 @@ def test_from_eight_devices_to_four_two_and_one(tmp_path):
     np.testing.assert_allclose(scores, expected, atol=1e-3)
 
 
-# Two processes
+# Several processes
+
+
+def command(models, workdir: Path, count: int, sizes: tuple, environments: dict | None = None, **settings):
+  """The command in `count` processes with 8 / count devices each, on a mesh of `sizes`; variables by process."""
+  settings = SD | dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes)) | settings
+  variables = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(models.model.parent)}
+  return [
+    start(models, workdir, *flags, devices=8 // count, environment=variables | (environments or {}).get(i, {}), **settings)
+    for i, flags in enumerate(together(free_port(), count))
+  ]
+
+
+def assert_one_run(rows: list, state: Any, expected: Trained, initial: Any) -> None:
+  """The first iterations of several processes against those of one."""
+  assert_same_course(rows, jax.device_get(state.trainable), expected, initial)
+  for row, other in zip(rows, expected.rows, strict=True):
+    for name in ("reward/clip/mean", "reward/scorer_anywhere:score/mean", "reward/min", "reward/max", "grad_norm"):
+      np.testing.assert_allclose(row[name], other[name], rtol=1e-2, atol=1e-4, err_msg=name)
 
 
 def test_two_processes_are_one_run(trained, models, machine, tmp_path):
   """By the command, with a reward on the host: the numbers of one process. Then the reward fails in one of them, and SIGTERM."""
-  sizes, workdir, broken = (2, 4, 1), tmp_path / "run", tmp_path / "broken"
+  sizes, workdir, broken = (2, 2, 2), tmp_path / "run", tmp_path / "broken"
   expected, _, initial = trained("sd", sizes)
-  flags = together(free_port(), 2)
-  settings = SD | dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes))
-  settings |= {"iterations": 1000, "logging__tensorboard": True}
-  variables = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(models.model.parent)}
-  only_second = {"FAIL": str(broken)}
-  processes = [
-    start(models, workdir, *flags[i], devices=4, environment=variables | (only_second if i else {}), **settings) for i in (0, 1)
-  ]
+  settings = {"iterations": 1000, "logging__tensorboard": True}
+  processes = command(models, workdir, 2, sizes, {1: {"FAIL": str(broken)}}, **settings)
   watchdog = threading.Timer(900, lambda: [process.kill() for process in processes])  # a hang is a failure, not a hang
   watchdog.start()
   said = []
@@ -283,15 +293,24 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
   }  # fmt: skip
 
   state = checkpoint.restore(workdir / "checkpoints", machine("sd", sizes).abstract, ITERATIONS).state
-  assert_same_course(rows[:ITERATIONS], jax.device_get(state.trainable), expected, initial)
-  for row, other in zip(rows[:ITERATIONS], expected.rows):
-    for name in ("reward/clip/mean", "reward/scorer_anywhere:score/mean", "reward/min", "reward/max", "grad_norm"):
-      np.testing.assert_allclose(row[name], other[name], rtol=1e-2, atol=1e-4, err_msg=name)
+  assert_one_run(rows[:ITERATIONS], state, expected, initial)
 
   failed = {row["reward/failed"] for row in rows[ITERATIONS:]}
   assert 0.5 in failed and failed <= {0.0, 0.25, 0.5}  # the second process's half; a quarter where a chunk was done before
   assert re.search(r"process 1: reward scorer_anywhere:score failed for 4 samples: ConnectionError", results[1][1])
   assert "failed" not in "".join(said) + results[0][1]
+
+
+def test_four_processes_share_every_parameter(trained, models, machine, tmp_path):
+  """4 x 2 devices with fsdp over all of them: no process has a whole parameter, and the numbers are those of one process."""
+  sizes, workdir = (1, 8, 1), tmp_path / "run"
+  expected, _, initial = trained("sd", sizes)
+  results = finish(command(models, workdir, 4, sizes), seconds=900)
+  assert [code for code, _, _ in results] == [0] * 4, results[0][1] + "".join(errors for _, _, errors in results)
+  state = checkpoint.restore(workdir / "checkpoints", machine("sd", sizes).abstract, ITERATIONS).state
+  rows = metrics.read(workdir)
+  assert [row["iteration"] for row in rows] == list(range(ITERATIONS))
+  assert_one_run(rows, state, expected, initial)
 
 
 # Weights

@@ -64,6 +64,25 @@ def test_batch_and_replicated(mesh):
   assert jax.device_put(jnp.arange(16), mesh_lib.replicated(mesh)).is_fully_replicated
 
 
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (4, 1, 2)])
+def test_gradients_of_kernels_over_both_axes(sizes):
+  """Two layers are enough for the partitioner to go wrong by half of the gradient, were samples split over data first."""
+  rng = np.random.default_rng(0)
+  x, *kernels = (rng.standard_normal((16, 16)).astype(np.float32) / 4 for _ in range(3))
+
+  def gradient(kernels, x):
+    return jax.grad(lambda kernels: jnp.sum(jnp.square(jnp.tanh(x @ kernels[0]) @ kernels[1])))(kernels)
+
+  mesh = mesh_lib.make_mesh(axes(*sizes))
+  split = jax.NamedSharding(mesh, P("fsdp", "tensor"))
+  program = jax.jit(gradient, in_shardings=([split] * 2, mesh_lib.batch_sharding(mesh)), out_shardings=[split] * 2)
+  hidden = np.tanh(x @ kernels[0])
+  back = 2 * hidden @ kernels[1]
+  expected = x.T @ (back @ kernels[1].T * (1 - hidden**2)), hidden.T @ back
+  for actual, value in zip(program(kernels, x), expected, strict=True):
+    np.testing.assert_allclose(actual, value, atol=1e-5)
+
+
 def test_the_first_matching_rule_holds(mesh, tree):
   rules = ((".*/dense/kernel", (None, "fsdp")), (".*/kernel", ("data",)), (".*/bias", [["data", "fsdp"]]), (".*", ()))
   with pytest.raises(ConfigError, match=r'\(".\*/kernel", \(\'data\',\)\) is the first match of no parameter'):

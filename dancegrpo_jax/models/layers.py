@@ -13,18 +13,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dancegrpo_jax.types import SAMPLE_AXES
+
 Dtype = Any  # jnp.float32, "bfloat16" or a numpy dtype
 Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right)
 
 
 def by_sample(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-  """x with its samples split over the mesh's data and fsdp axes, where there is a mesh and they divide.
+  """x with its samples split over the mesh's fsdp and data axes, where there is a mesh and they divide.
 
   Every layer's result is so pinned. Left alone, the compiler meets samples and kernels split over the same axis and may gather
   the samples, so that each device computes its columns of all of them; the kernels are what is to be gathered, layer by layer.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  axes = tuple(axis for axis in ("data", "fsdp") if mesh.shape.get(axis, 1) > 1)
+  axes = tuple(axis for axis in SAMPLE_AXES if mesh.shape.get(axis, 1) > 1)
   if not axes or x.ndim < 2 or x.shape[0] % prod(mesh.shape[axis] for axis in axes):
     return x
   return jax.lax.with_sharding_constraint(x, jax.P(axes, *(jax.P.UNCONSTRAINED,) * (x.ndim - 1)))

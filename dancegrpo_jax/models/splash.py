@@ -14,6 +14,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float
 
+from dancegrpo_jax.types import SAMPLE_AXES
+
 LANES = 128  # a TPU's registers: head dimensions and blocks are multiples of it
 _BLOCKS = (512, 256, 128)  # tokens of queries and of keys that are in fast memory together; the largest that divides
 
@@ -70,7 +72,7 @@ def attention(
 
 def _spec(mesh: jax.sharding.AbstractMesh, batch: int, heads: int) -> jax.P:
   """How `[b, h, n, d]` lies on the mesh: as `runtime.mesh.batch_sharding` has it, whole where that does not divide."""
-  rows = tuple(axis for axis in ("data", "fsdp") if axis in mesh.shape)
+  rows = tuple(axis for axis in SAMPLE_AXES if axis in mesh.shape)
   shards = int(np.prod([mesh.shape[axis] for axis in rows]))
   split = "tensor" if heads % mesh.shape.get("tensor", 1) == 0 and "tensor" in mesh.shape else None
   return jax.P(rows if batch % shards == 0 else None, split, None, None)

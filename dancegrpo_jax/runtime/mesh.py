@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.runtime.config import ConfigError
-from dancegrpo_jax.types import PyTree
+from dancegrpo_jax.types import SAMPLE_AXES, PyTree
 
 AXES = ("data", "fsdp", "tensor")
 CATCH_ALL = ".*"
@@ -90,8 +90,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The leading axis (samples) split over data and fsdp; a device owns consecutive rows."""
-  return NamedSharding(mesh, P(("data", "fsdp")))
+  """The leading axis (samples) split over fsdp and data; a device owns consecutive rows."""
+  return NamedSharding(mesh, P(SAMPLE_AXES))
 
 
 def own_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:

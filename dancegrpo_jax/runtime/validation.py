@@ -117,7 +117,7 @@ def problems(config: ConfigDict, *, num_devices: int, num_examples: int | None =
     return [f"config.{field}: missing; start from configs/common.py, which has every field" for field in missing]
   lines = [*_single_values(fields)]
   try:
-    for check in (_sampler, _window, _rewards, _advantage, _objective, _lora, _data, _mesh_rules, _logging, _tensor):
+    for check in (_sampler, _window, _rewards, _advantage, _objective, _lora, _data, _mesh_rules, _logging):
       lines += check(config, num_examples) if check is _data else check(config)
     wrong = {line.split(" ")[0].removeprefix("config.") for line in lines}
     lines += _sizes(config, num_devices, wrong)
@@ -284,18 +284,11 @@ def _logging(config: ConfigDict) -> Iterator[str]:
     yield _line("logging.profile_steps", steps, "must be () or (first, last) iteration, as (3, 4)")
 
 
-def _tensor(config: ConfigDict) -> Iterator[str]:
-  if config.mesh.tensor != 1:
-    remedy = "beside fsdp the compiler gets some gradients wrong, as that of FLUX's time embedding; set 1"
-    yield _line("mesh.tensor", config.mesh.tensor, remedy)
-
-
 def _sizes(config: ConfigDict, num_devices: int, wrong: set[str]) -> Iterator[str]:
   """Batches divide: P G samples into chunks, trained transitions into microbatches, both into lanes, lanes onto devices."""
   lanes, shards = config.mesh.lanes, 1
   try:
-    if "mesh.tensor" not in wrong:
-      shards = prod(axis_sizes(config.mesh, num_devices)[:2])
+    shards = prod(axis_sizes(config.mesh, num_devices)[:2])
   except config_lib.ConfigError as error:
     yield str(error)
   if wrong & _SIZES:
