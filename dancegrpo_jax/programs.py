@@ -212,7 +212,7 @@ def _advantages(config: ConfigDict) -> Callable:
 
 
 def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -> dict[str, Array]:
-  """reward/* is the weighted sum of the raw scores; each term has rows of its own where there are several."""
+  """reward/* is the weighted sum of the raw scores; each term has rows of its own where there are several; failed is a share."""
   total = sum(weight * scores[name] for name, weight in terms)
   metrics, rows = {}, {"reward": total}
   if len(terms) > 1:
@@ -227,10 +227,11 @@ def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -
       f"{prefix}/std": jnp.sqrt(spread),
       f"{prefix}/min": jnp.min(jnp.where(ok, values, jnp.inf)),
       f"{prefix}/max": jnp.max(jnp.where(ok, values, -jnp.inf)),
+      f"{prefix}/failed": 1 - ok.mean(),
     }
   group = advantages.group_statistics(total, jnp.isfinite(total), 1)
   return metrics | {
-    "reward/failed": result.failed,
+    "reward/failed": result.failed,  # by reward.combine's own count
     "group/std_mean": group.std.mean(),
     "group/zero_variance": result.flat_groups,
     "advantage/abs_mean": jnp.abs(result.advantage).mean(),
