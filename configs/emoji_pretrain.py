@@ -7,6 +7,11 @@ numbers; their config.json values stand here.
 
 from ml_collections import ConfigDict
 
+TEXT = {  # CLIP's text towers: of the reward, of Stable Diffusion and of FLUX's pooled text
+  "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+  "max_position_embeddings": 16, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
+}  # fmt: skip
+
 
 def get_config(preset: str = "") -> ConfigDict:
   """`""` is what made the assets; `tiny` runs every stage in seconds, for tests."""
@@ -46,10 +51,7 @@ def get_config(preset: str = "") -> ConfigDict:
     "warmup": 100,
     "pixel_noise": 0.1,  # largest std of white noise added to pixels in [0, 1], so that the score survives imperfect samples
     "ema": 0.99,
-    "text": ConfigDict({
-      "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-      "max_position_embeddings": 16, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-    }),  # fmt: skip
+    "text": ConfigDict(TEXT),
     "vision": ConfigDict({
       "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
       "image_size": 32, "patch_size": 8, "num_channels": 3, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
@@ -81,10 +83,7 @@ def get_config(preset: str = "") -> ConfigDict:
       "freq_shift": 0,
       "sample_size": 8,
     }),
-    "text": ConfigDict({
-      "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-      "max_position_embeddings": 16, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-    }),  # fmt: skip
+    "text": ConfigDict(TEXT),
     "scheduler": ConfigDict({
       "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
       "beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False,
@@ -112,10 +111,7 @@ def get_config(preset: str = "") -> ConfigDict:
       "axes_dims_rope": (4, 14, 14),
       "patch_size": 1,
     }),
-    "pooler": ConfigDict({
-      "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
-      "max_position_embeddings": 16, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,
-    }),  # fmt: skip
+    "pooler": ConfigDict(TEXT),
     "text": ConfigDict({
       "d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2, "num_heads": 4, "layer_norm_epsilon": 1e-6,
       "relative_attention_num_buckets": 32, "relative_attention_max_distance": 128, "feed_forward_proj": "gated-gelu",
@@ -127,21 +123,25 @@ def get_config(preset: str = "") -> ConfigDict:
     }),  # fmt: skip
   })
   if preset == "tiny":
-    config.variants = 1
-    for stage in (config.vae, config.clip, config.denoiser, config.flow):
-      stage.update(steps=3, batch=8, warmup=1)
-    # Few layers: compiling them is what takes the time.
-    config.vae.network.update(
-      down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8)
-    )
-    for tower in (config.clip.text, config.clip.vision, config.denoiser.text, config.flow.pooler):
-      tower.num_hidden_layers = 1
-    config.denoiser.network.update(
-      down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), block_out_channels=(64,), sample_size=16
-    )
-    config.flow.network.update(num_layers=1, num_single_layers=1)
-    config.flow.text.num_layers = 1
+    _tiny(config)
   return config
+
+
+def _tiny(config: ConfigDict) -> None:
+  """Three steps of small networks: few layers, since compiling them is what takes the time."""
+  config.variants = 1
+  for stage in (config.vae, config.clip, config.denoiser, config.flow):
+    stage.update(steps=3, batch=8, warmup=1)
+  config.vae.network.update(
+    down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, block_out_channels=(8, 8)
+  )
+  for tower in (config.clip.text, config.clip.vision, config.denoiser.text, config.flow.pooler):
+    tower.num_hidden_layers = 1
+  config.denoiser.network.update(
+    down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",), block_out_channels=(64,), sample_size=16
+  )
+  config.flow.network.update(num_layers=1, num_single_layers=1)
+  config.flow.text.num_layers = 1
 
 
 PRESETS = ("", "tiny")

@@ -18,7 +18,6 @@ from dancegrpo_jax.loading import Model
 from dancegrpo_jax.rewards import clip, pickscore
 from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.runtime import hub
-from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.train import deal
 from dancegrpo_jax.types import Conditioning, Example, PyTree
 
@@ -159,8 +158,12 @@ def _take(
   calls.append(Call("decode", run.decode, (frozen, rollouts[-1].sample), every_chunk))
   pixels = jax.eval_shape(run.decode, *calls[-1].arguments)
   calls += _scoring(config, model, run, pixels, examples, chunk, every_chunk)
-  score = jax.ShapeDtypeStruct((prompts, group), np.float32, sharding=meshes.replicated(mesh))
-  scores = {term: score for term, _ in config.reward.terms}
+  parts = [jax.eval_shape(call.program, *call.arguments) for call in calls if call.name.startswith("score ")]
+  on_device = {term: [score] * len(chunks) for scores in parts for term, score in scores.items()}
+  on_host = abstract([np.zeros(prompts * group, np.float32)])  # of all chunks, see scoring.from_host
+  scores = {term: on_device.get(term, on_host) for term, _ in config.reward.terms}
+  calls.append(Call("join", run.join, (scores, abstract(np.zeros(prompts * group, np.int32))), config.iterations))
+  scores = jax.eval_shape(run.join, *calls[-1].arguments)
   calls.append(Call("advantages", run.advantages, (scores, ids, state.prompt_stats), config.iterations))
   advantage, weight, chosen, _, _ = jax.eval_shape(run.advantages, *calls[-1].arguments)
   reference = None

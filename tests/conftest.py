@@ -4,7 +4,7 @@ import os
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "full_size" not in sys.argv:
+if "PYTEST_XDIST_WORKER" not in os.environ and "full_size" not in sys.argv:  # workers have it from the process that starts them
   # Small programs that run a few times: what they cost is their compilation, a third of it without LLVM's optimisations.
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

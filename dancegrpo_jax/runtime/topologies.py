@@ -59,7 +59,7 @@ def devices(topology: str) -> list:
   options = {"chip_config_name": "megacore"} if found[1] == "v4" else {}  # one device a chip, as it runs
   try:
     return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
-  except Exception as error:  # RuntimeErrors of several classes, by version
+  except (RuntimeError, ValueError) as error:
     reason = " ".join(str(error).split())[:200]
     raise ConfigError(f"--topology={topology}: libtpu refuses it ({reason}); shapes it knows are such as {known}") from error
 
