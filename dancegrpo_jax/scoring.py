@@ -177,14 +177,16 @@ def host_scores(reward: Any, pixels: Any, examples: list[Example], say: Callable
     return {reward.name: np.full(len(examples), np.nan, np.float32)}
 
 
-def own_scores(reward: Reward, pixels: jax.Array, examples: list[Example], say: Callable[[str], None]) -> tuple:
+def own_scores(reward: Reward, pixels: meshes.Shards, examples: list[Example], say: Callable[[str], None]) -> tuple:
   """A host reward of this process's rows of one chunk, in a thread: it may look at devices' data, and not compute on them.
 
   Returns:
     (numbers of the rows, {term: scores of these rows}).
   """
-  numbers, rows = meshes.own_rows(pixels)
-  return numbers, host_scores(reward, rows, [examples[number] for number in numbers], say) if len(numbers) else {}
+  if not len(pixels.numbers):
+    return pixels.numbers, {}
+  rows = np.concatenate([np.asarray(part) for part in pixels.parts])
+  return pixels.numbers, host_scores(reward, rows, [examples[number] for number in pixels.numbers], say)
 
 
 def from_host(config: ConfigDict, waiting: list[tuple[str, np.ndarray, Future]], chunks: np.ndarray) -> dict[str, list]:

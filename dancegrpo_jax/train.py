@@ -265,6 +265,7 @@ def collect(
     rollout = run.rollout(trainable, model.frozen, conditioning, ids, chunk, np.int32(iteration))
     clock.phase("rollout", rollout)
     pixels = run.decode(model.frozen, rollout.sample)
+    shards = meshes.own_shards(pixels)
     clock.phase("decode", pixels)
     owners = chunk // group
     for name, reward in model.rewards.items():
@@ -274,7 +275,7 @@ def collect(
         for term, value in result.items():
           scores.setdefault(term, []).append(value)
       else:
-        waiting.append((name, chunk, threads.submit(scoring.own_scores, reward, pixels, [batch[o] for o in owners], say)))
+        waiting.append((name, chunk, threads.submit(scoring.own_scores, reward, shards, [batch[o] for o in owners], say)))
     rollouts.append(rollout)
     if keep_pixels and chunk.min() < group:
       kept |= {number: image for number, image in zip(chunk.tolist(), meshes.to_host(pixels)) if number < group}

@@ -1,6 +1,8 @@
 """The mesh from a config, and sharding rules onto parameters: what is refused must name parameter, shape and rule."""
 
 import dataclasses
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -167,6 +169,23 @@ def test_a_data_axis_that_slices_cannot_share_is_an_error():
 def test_each_row_falls_to_one_process(sizes):
   """Here to the only one: once each, in order, however often it is copied over the tensor axis."""
   mesh, value = mesh_lib.make_mesh(axes(*sizes)), np.arange(48.0).reshape(16, 3)
-  numbers, rows = mesh_lib.own_rows(jax.device_put(value, mesh_lib.batch_sharding(mesh)))
+  numbers, parts = mesh_lib.own_shards(jax.device_put(value, mesh_lib.batch_sharding(mesh)))
   np.testing.assert_array_equal(numbers, np.arange(16))
-  np.testing.assert_array_equal(rows, value)
+  np.testing.assert_array_equal(np.concatenate(parts), value)
+
+
+def test_shards_can_be_read_while_the_whole_is(mesh):
+  """By another thread, as host rewards do: lists of shards that both threads make come out short or too long now and then."""
+  double = jax.jit(lambda x: 2 * x, out_shardings=mesh_lib.batch_sharding(mesh))
+  value = np.arange(48.0, dtype=np.float32).reshape(16, 3)
+  before = sys.getswitchinterval()
+  sys.setswitchinterval(1e-6)
+  with ThreadPoolExecutor(2) as pool:
+    for _ in range(300):
+      whole = double(value)
+      shards = mesh_lib.own_shards(whole)
+      read = [pool.submit(lambda parts: np.concatenate([np.asarray(part) for part in parts]), shards.parts) for _ in range(2)]
+      np.testing.assert_array_equal(mesh_lib.to_host(whole), 2 * value)
+      for rows in read:
+        np.testing.assert_array_equal(rows.result(), 2 * value)
+  sys.setswitchinterval(before)

@@ -7,7 +7,7 @@ Samples are split over data and fsdp together. Axis types are Auto: the compiler
 import re
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -94,18 +94,28 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(SAMPLE_AXES))
 
 
-def own_rows(array: jax.Array) -> tuple[np.ndarray, np.ndarray]:
-  """The rows of an array split along its first axis that fall to this process; a row falls to exactly one. Any thread may ask.
+class Shards(NamedTuple):
+  """The rows of an array that fall to this process, where they lie.
 
-  Returns:
-    (numbers of the rows `[n]`, the rows `[n, ...]`), on the host; nothing is computed on a device.
+  Attributes:
+    numbers: of the rows `[n]`.
+    parts: arrays of one device each, with these rows in this order; [] for none.
+  """
+
+  numbers: np.ndarray
+  parts: list[jax.Array]
+
+
+def own_shards(array: jax.Array) -> Shards:
+  """This process's rows of an array split along its first axis; a row falls to exactly one process. Does not wait for them.
+
+  To be called by the thread that has the array, before another one gets it or its shards: JAX (0.10.2) makes the list of an
+  array's shards at first use, and two threads that ask at once may see a part of it.
   """
   shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
   shards.sort(key=lambda shard: shard.index[0].start or 0)
-  if not shards:
-    return np.zeros(0, np.int32), np.zeros((0, *array.shape[1:]), array.dtype)
   numbers = [np.arange(*shard.index[0].indices(len(array))) for shard in shards]
-  return np.concatenate(numbers), np.concatenate([np.asarray(shard.data) for shard in shards])
+  return Shards(np.concatenate([np.zeros(0, np.int64), *numbers]), [shard.data for shard in shards])
 
 
 def join_processes(values: dict[str, np.ndarray], own: np.ndarray) -> dict[str, np.ndarray]:
