@@ -58,6 +58,7 @@ SD = COMMON | {
     (".*", ()),
   ),
 }  # fmt: skip
+EMOJI = {key: value for key, value in SD.items() if key != "model__size"}
 FLUX = COMMON | {
   "reward__terms": HOST, "model__family": "flux", "model__text_length": 8, "model__scan_blocks": True, "model__remat": True,
   "sampler__kind": "flow", "sampler__shift": 0.0, "sampler__noise_level": 0.7,
@@ -115,9 +116,9 @@ def machine(models, tmp_path_factory):
 
   @functools.cache
   def make(network: str, sizes: tuple[int, int, int]) -> Machine:
-    changes = {"sd": SD, "flux": FLUX | {"model__checkpoint": str(models.model.parent / "flux")}}[network]
+    changes = {"sd": SD, "flux": FLUX | {"model__checkpoint": str(models.model.parent / "flux")}, "emoji": EMOJI}[network]
     axes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes))
-    config = tiny_config(models, **changes, **axes)
+    config = tiny_config(None if network == "emoji" else models, **changes, **axes)
     mesh = meshes.make_mesh(config.mesh, jax.devices()[: prod(sizes)])
     with jax.set_mesh(mesh):
       session, state = train.prepare(config, tmp_path_factory.mktemp("machine"), train.read_examples(config), mesh, 0)
@@ -185,6 +186,17 @@ def assert_same_course(actual: list, parameters: Any, expected: Trained, initial
 @pytest.mark.parametrize("sizes", MESHES[1:])
 @pytest.mark.parametrize("network", ["sd", "flux"])
 def test_every_mesh_trains_alike(trained, network, sizes):
+  assert_alike(trained, network, sizes)
+
+
+@pytest.mark.full_size
+@pytest.mark.parametrize("sizes", MESHES[1:])
+def test_every_mesh_trains_the_emoji_model_alike(trained, sizes):
+  assert_alike(trained, "emoji", sizes)
+
+
+def assert_alike(trained, network: str, sizes: tuple[int, int, int]) -> None:
+  """The first gradient, the course and the parameters are those of one device."""
   (one, _, initial), (other, _, again) = trained(network, MESHES[0]), trained(network, sizes)
   assert distance(initial, again) == 0
   zero = jax.tree.map(np.zeros_like, one.moment)

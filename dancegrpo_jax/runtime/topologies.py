@@ -54,6 +54,7 @@ def devices(topology: str) -> list:
   if found is None or found[1] not in KNOWN:
     raise ConfigError(f"--topology={topology}: unknown; CHIP:SHAPE with chips {', '.join(KNOWN)}, as {known}")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks Google Cloud's metadata server who it is, for minutes
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is touched: others may use it, or plan at the same time
   from jax.experimental import topologies
 
   options = {"chip_config_name": "megacore"} if found[1] == "v4" else {}  # one device a chip, as it runs
