@@ -152,9 +152,9 @@ def run(config, checkpoint: str, files: list[str], out: Path) -> dict:
 
   from dancegrpo_jax import sampling
   from dancegrpo_jax.data import prompts
-  from dancegrpo_jax.runtime import images
+  from dancegrpo_jax.runtime import images, validation
 
-  configs.validate(config, num_devices=jax.device_count())
+  validation.validate(config, num_devices=jax.device_count())
   try:
     lists = {file: prompts.read_prompts(file, config.data.negative_prompt) for file in files}
     pool = prompts.read_prompts(config.evaluation.distractors) if config.evaluation.distractors else sum(lists.values(), [])

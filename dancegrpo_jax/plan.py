@@ -177,11 +177,11 @@ def plan(config: Any, topology: str, say: Any = print, hlo: str = "", only: str 
 
   from dancegrpo_jax import inventory, train
   from dancegrpo_jax.runtime import mesh as meshes
-  from dancegrpo_jax.runtime import topologies
+  from dancegrpo_jax.runtime import topologies, validation
 
   devices = devices_of(topology)
   examples, held_out = len(train.read_examples(config)), len(train.read_held_out(config))
-  configs.validate(config, num_devices=len(devices), num_examples=examples)
+  validation.validate(config, num_devices=len(devices), num_examples=examples)
   mesh, chip = meshes.make_mesh(config.mesh, devices), topologies.chip_of(devices[0])
   plain = inventory.without_weights(config)
   taken, rows = inventory.take(plain, mesh, examples, held_out), []

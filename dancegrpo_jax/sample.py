@@ -32,12 +32,12 @@ def run(config, checkpoint: str, prompts: list[str], out: Path, samples: int, se
   import jax
 
   from dancegrpo_jax import sampling
-  from dancegrpo_jax.runtime import images
+  from dancegrpo_jax.runtime import images, validation
   from dancegrpo_jax.types import Example
 
   if samples < 1:
     raise ConfigError(f"--samples={samples}: must be at least 1")
-  configs.validate(config, num_devices=jax.device_count())
+  validation.validate(config, num_devices=jax.device_count())
   with sampling.opened(config, checkpoint) as opened:
     examples = [Example(i, text, config.data.negative_prompt) for i, text in enumerate(prompts)]
     pixels = sampling.images(opened, opened.weights, examples, samples, seed)

@@ -16,7 +16,7 @@ from dancegrpo_jax.data import prompts
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.rl.rollout import Rollout
 from dancegrpo_jax.rl.state import TrainState
-from dancegrpo_jax.runtime import checkpoint, distributed, metrics, report
+from dancegrpo_jax.runtime import checkpoint, distributed, metrics, report, validation
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.clock import Clock
@@ -92,7 +92,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     RunError: too many non-finite steps or failed rewards.
   """
   examples = read_examples(config)
-  configs.validate(config, num_devices=jax.device_count(), num_examples=len(examples))
+  validation.validate(config, num_devices=jax.device_count(), num_examples=len(examples))
   first = iterations_done(config, workdir)
   distributed.require_same(first, f"--workdir={workdir}: iterations done differ", "all hosts must see the same folder")
   if first >= config.iterations:

@@ -9,6 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.runtime import config as config_lib
+from dancegrpo_jax.runtime import validation
 from dancegrpo_jax.runtime.config import ConfigError
 
 COMMON = str(Path(__file__).parent.parent / "configs" / "common.py")
@@ -29,7 +30,7 @@ def common(**changes) -> ConfigDict:
 
 def problems(num_devices=1, num_examples=None, **changes) -> list[str]:
   try:
-    config_lib.validate(common(**changes), num_devices=num_devices, num_examples=num_examples)
+    validation.validate(common(**changes), num_devices=num_devices, num_examples=num_examples)
   except ConfigError as error:
     return str(error).splitlines()
   return []
@@ -297,7 +298,7 @@ def test_a_missing_field_is_named():
   with config.unlocked():
     del config.sampler.kind
   with pytest.raises(ConfigError, match="config.sampler.kind: missing; start from configs/common.py"):
-    config_lib.validate(config, num_devices=1)
+    validation.validate(config, num_devices=1)
 
 
 # Storage

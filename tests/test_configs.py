@@ -49,11 +49,11 @@ def test_loads_locks_and_validates(name, preset):
   assert config.is_locked and config.name == name + (f"_{preset}" if preset else "")
   assert configs.from_json(configs.to_json(config)) == config
   examples = len(read_prompts(str(ROOT / config.data.prompts)))
-  configs.validate(config, num_devices=1, num_examples=examples)
+  validation.validate(config, num_devices=1, num_examples=examples)
   if preset != "tiny" and name[:3] != "emo":
-    configs.validate(config, num_devices=8, num_examples=examples)
+    validation.validate(config, num_devices=8, num_examples=examples)
   if name in ("flux_hps", "flux_hps_clip", "flux_pick"):
-    configs.validate(config, num_devices=16 if not preset else 8, num_examples=examples)
+    validation.validate(config, num_devices=16 if not preset else 8, num_examples=examples)
 
 
 def test_the_recipe_is_the_published_one():

@@ -18,8 +18,7 @@ from dancegrpo_jax.convert.safetensors_io import find_files
 from dancegrpo_jax.convert.tables import TABLES
 from dancegrpo_jax.models import lora
 from dancegrpo_jax.pipelines.base import Component, Pipeline
-from dancegrpo_jax.runtime import checkpoint, hub, weights
-from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.runtime import checkpoint, hub, validation, weights
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.config import ConfigError
 from dancegrpo_jax.types import PyTree
@@ -45,7 +44,7 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
     ConfigError: `out` is taken, or a checkpoint can't be used.
   """
   check_free(out)
-  configs.validate(config, num_devices=jax.device_count())
+  validation.validate(config, num_devices=jax.device_count())
   part = part or ("lora" if config.lora.rank else "pipeline")
   if part == "lora" and not config.lora.rank:
     raise ConfigError("--part=lora: this config trains every weight (lora.rank = 0); use pipeline or denoiser")
@@ -93,7 +92,7 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
   `config.model.checkpoint` takes the folder; dtypes are those of this config. Errors as `export`.
   """
   check_free(out)
-  configs.validate(config, num_devices=jax.device_count())
+  validation.validate(config, num_devices=jax.device_count())
   pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh)
   shardings, location = loading.shardings_of(config, pipeline, mesh), loading.model_location(config)
   with jax.set_mesh(mesh), written(out) as folder:

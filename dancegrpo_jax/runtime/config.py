@@ -1,4 +1,4 @@
-"""The command line and the config: load, override, validate, compare, store.
+"""The command line and the config: load, override, compare, store.
 
 The contract is `--config=FILE[:preset] [--config.key=value ...]`: FILE is Python with `get_config(preset="")`, which returns
 a ConfigDict that holds every value; a `PRESETS` in the file lists the presets it knows. An override takes the type of the value
@@ -316,21 +316,3 @@ def differences(old: dict, new: ConfigDict) -> tuple[list[Difference], list[Diff
       may_change = any(field == name or field.startswith(f"{name}.") for name in RESUMABLE)
       (allowed if may_change else refused).append(difference)
   return allowed, refused
-
-
-def validate(config: ConfigDict, *, num_devices: int, num_examples: int | None = None) -> None:
-  """Checks every value and every pair of values that must agree, once, before any weight is loaded.
-
-  Args:
-    config: the whole config.
-    num_devices: devices of the run, all processes together.
-    num_examples: prompts in `data.prompts`, where they have been read.
-
-  Raises:
-    ConfigError: all problems in one message, a line each.
-  """
-  from dancegrpo_jax.runtime import validation  # here, since it imports this module
-
-  problems = validation.problems(config, num_devices=num_devices, num_examples=num_examples)
-  if problems:
-    raise ConfigError("\n".join(problems))

@@ -1,6 +1,6 @@
 """What a config must satisfy, as lines for the user: field = value: what is wrong and what would work.
 
-`config.validate` is the entrance. Single values stand in the tables below; values that must agree have a function each.
+`validate` is the entrance. Single values stand in the tables below; values that must agree have a function each.
 """
 
 import difflib
@@ -109,8 +109,23 @@ _SIZES = {
 }  # fmt: skip
 
 
+def validate(config: ConfigDict, *, num_devices: int, num_examples: int | None = None) -> None:
+  """Checks every value and every pair of values that must agree, once, before any weight is loaded.
+
+  Args:
+    config: the whole config.
+    num_devices: devices of the run, all processes together.
+    num_examples: prompts in `data.prompts`, where they have been read.
+
+  Raises:
+    ConfigError: all problems in one message, a line each.
+  """
+  if lines := problems(config, num_devices=num_devices, num_examples=num_examples):
+    raise config_lib.ConfigError("\n".join(lines))
+
+
 def problems(config: ConfigDict, *, num_devices: int, num_examples: int | None = None) -> list[str]:
-  """Every problem of a config, a line each; [] where it is sound. Arguments as `config.validate` takes them."""
+  """Every problem of a config, a line each; [] where it is sound. Arguments as `validate` takes them."""
   fields = config_lib.flatten(config)
   missing = [field for field in (*CHOICES, *LIMITS) if field not in fields]
   if missing:
