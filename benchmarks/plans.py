@@ -15,12 +15,12 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-PLANS = {  # name: config, topology; a config may be followed by overrides
+PLANS = {  # name: config, topology; a config may be followed by overrides and flags
   "flux_hps_v5p_64": ("configs/flux_hps.py --config.optimizer.microbatch=64", "v5p:4x4x4"),
   "flux_hps_v6e_64": ("configs/flux_hps.py", "v6e:8x8"),
   "flux_hps_lora_v5e_16": ("configs/flux_hps_lora.py:v5e", "v5e:4x4"),
-  "sd_hps_v5e_8": ("configs/sd_hps.py:v5e", "v5e:2x4"),
-  "sd_hps_v6e_8": ("configs/sd_hps.py:v5e", "v6e:2x4"),
+  "sd_hps_v5e_8": ("configs/sd_hps.py:v5e --effort=-1", "v5e:2x4"),
+  "sd_hps_v6e_8": ("configs/sd_hps.py:v5e --effort=-1", "v6e:2x4"),
 }
 HEAD = """# Results
 

@@ -12,6 +12,7 @@ import json
 import re
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument("--out", default="", help="JSON file for the numbers; one of the same config and topology is completed")
   parser.add_argument("--hlo", default="", help="folder for the compiled programs' text")
   parser.add_argument("--only", default="", help="programs, as update,rollout; default: all")
+  parser.add_argument("--effort", default="0", help="of the compiler, -1 to 1; -1: convolutions in seconds")
 
 
 def devices_of(topology: str) -> list:
@@ -84,7 +86,7 @@ def devices_of(topology: str) -> list:
   return topologies.devices(topology)
 
 
-def compile_call(call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: str = "") -> Row:
+def compile_call(call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: str = "", effort: float = 0.0) -> Row:
   """A program's row.
 
   Args:
@@ -94,6 +96,7 @@ def compile_call(call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: s
     chip: `topologies.Chip`.
     count: devices.
     hlo: folder for the text, "" for none.
+    effort: XLA's exec_time_optimization_effort; 0 is what a run is compiled with.
   """
   import jax
 
@@ -102,7 +105,7 @@ def compile_call(call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: s
   start = time.time()
   traced = call.program.trace(*call.arguments)
   try:
-    compiled = traced.lower().compile()
+    compiled = traced.lower().compile({"exec_time_optimization_effort": effort} if effort else None)
   except jax.errors.JaxRuntimeError as error:
     needs = re.search(r"Used ([\d.]+)([MGT])|requires? ?[^(]*\(?([\d.]+)([MGT])", str(error))
     if "RESOURCE_EXHAUSTED" not in str(error):
@@ -118,7 +121,8 @@ def compile_call(call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: s
     Path(hlo).mkdir(parents=True, exist_ok=True)
     (Path(hlo) / f"{call.name.replace(' ', '_')}.txt").write_text(text)
   kernels = counter.count(traced.jaxpr, "tpu").kernels
-  return row_of(call, kept, flops, kernels, chip, count, text, memory)._replace(compile_seconds=took)
+  row = row_of(call, kept, flops, kernels, chip, count, text, memory)._replace(compile_seconds=took)
+  return row if effort == 0 else row._replace(compute_seconds=None, mfu=None)  # not a run's: with -1 several times as long
 
 
 def row_of(call: Any, kept: int, flops: Any, kernels: float, chip: Any, count: int, text: str, memory: Any) -> Row:
@@ -157,7 +161,9 @@ def counts(config: Any, mesh: Any, examples: int, held_out: int, names: list[str
     return {call.name: flops.count(call.program.trace(*call.arguments).jaxpr, platform) for call in calls}
 
 
-def plan(config: Any, topology: str, say: Any = print, hlo: str = "", only: str = "") -> dict:
+def plan(
+  config: Any, topology: str, say: Any = print, hlo: str = "", only: str = "", effort: float = 0.0
+) -> Iterator[dict]:
   """Compiles all programs of a run.
 
   Args:
@@ -166,9 +172,10 @@ def plan(config: Any, topology: str, say: Any = print, hlo: str = "", only: str 
     say: where each program's row is told when it is there.
     hlo: folder for the compiled programs' text, "" for none.
     only: names of programs, with commas between; "" for all.
+    effort: as `compile_call`.
 
-  Returns:
-    What --out writes, but for what `concluded` adds; "rows" holds `Row`s as dicts.
+  Yields:
+    After each program what is known so far: what --out holds, but for what `concluded` adds; "rows" are `Row`s as dicts.
 
   Raises:
     ConfigError: a mistake in config or topology.
@@ -190,24 +197,25 @@ def plan(config: Any, topology: str, say: Any = print, hlo: str = "", only: str 
   if unknown := sorted(set(wanted) - set(names)):
     raise ConfigError(f"--only={only}: no program {', '.join(unknown)}; there are {', '.join(names)}")
   flops = counts(plain, mesh, examples, held_out, wanted)
-  with jax.set_mesh(mesh):
-    for call in (call for call in taken.calls if call.name in wanted):
-      rows.append(compile_call(call, inventory.kept_bytes(taken, call), flops[call.name], chip, len(devices), hlo))
-      say(f"{call.name}: compiled in {rows[-1].compile_seconds:.0f} s")
   kept = {name: sum(map(inventory.device_bytes, jax.tree.leaves(tree))) for name, tree in taken.kept.items()}
-  return {
+  result = {
     "config": config.name, "digest": configs.digest(config), "topology": topology,
-    "versions": {"jax": jax.__version__, "libtpu": libtpu_version()},
+    "versions": {"jax": jax.__version__, "libtpu": libtpu_version()}, "effort": effort,
     "device": devices[0].device_kind, "devices": len(devices), "memory": chip.memory, "mesh": dict(mesh.shape),
     "images": config.data.prompts_per_iteration * config.rollout.samples_per_prompt, "iterations": config.iterations,
     "geometry": geometry(config, len(devices)), "kept": {name: size for name, size in kept.items() if size}, "programs": names,
-    "rows": [row._asdict() for row in rows],
   }  # fmt: skip
+  for call in (call for call in taken.calls if call.name in wanted):
+    with jax.set_mesh(mesh):
+      row = compile_call(call, inventory.kept_bytes(taken, call), flops[call.name], chip, len(devices), hlo, effort)
+    say(f"{call.name}: compiled in {row.compile_seconds:.0f} s")
+    rows.append(row._asdict())
+    yield result | {"rows": list(rows)}
 
 
 def merged(old: dict, new: dict) -> dict:
   """`new` with the rows of `old` that it lacks, where both are of one config, topology and compiler."""
-  if any(old.get(key) != new[key] for key in ("digest", "topology", "versions", "programs")):
+  if any(old.get(key) != new[key] for key in ("digest", "topology", "versions", "effort", "programs")):
     return new
   rows = {row["name"]: row for row in [*old["rows"], *new["rows"]]}
   return new | {"rows": [rows[name] for name in new["programs"] if name in rows]}
@@ -320,6 +328,8 @@ def report(result: dict) -> str:
       " operation, attention kernels at half of the peak, and the collectives' bytes over the chip's links as if nothing were"
       " computed meanwhile; without loading, compiling and host work."
     )
+  if result["effort"]:
+    lines.append(f"Compiled with an effort of {result['effort']:g}: memory is near a run's, which has 0; times are not known.")
   if result["left_out"]:
     lines.append(f"Not compiled: {', '.join(result['left_out'])}.")
   if not result["memory"]:
@@ -329,18 +339,27 @@ def report(result: dict) -> str:
   return "\n".join(lines)
 
 
-def run(config: Any, topology: str, out: str, hlo: str = "", only: str = "") -> int:
+def run(config: Any, topology: str, out: str, hlo: str = "", only: str = "", effort: str = "0") -> int:
   """Plans, tells and writes; returns the exit code. ConfigError as `plan`."""
+  try:
+    level = float(effort)
+  except ValueError:
+    level = float("nan")
+  if not -1 <= level <= 1:
+    raise ConfigError(f"--effort={effort}: must be a number from -1 (compile quickly) to 1")
   if out and Path(out).suffix != ".json":
     raise ConfigError(f"--out={out}: must end with .json")
-  result, file = plan(config, topology, hlo=hlo, only=only), Path(out)
-  if out and file.exists():
-    result = merged(json.loads(file.read_text()), result)
-  result = concluded(result)
+  file = Path(out)
+  for result in plan(config, topology, hlo=hlo, only=only, effort=level):
+    if out and file.exists():
+      result = merged(json.loads(file.read_text()), result)
+    result = concluded(result)
+    if out:  # program by program: compiling takes minutes, and what is there outlasts an interruption
+      file.parent.mkdir(parents=True, exist_ok=True)
+      written = file.with_suffix(".tmp")
+      written.write_text(json.dumps(result, indent=1) + "\n")
+      written.replace(file)
   print(report(result))
-  if out:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(result, indent=1) + "\n")
   return 1 if result["problems"] else 0
 
 
@@ -349,7 +368,8 @@ def main(argv: list[str]) -> int:
 
   def command() -> int:
     line = configs.parse_argv(argv, "Compile a run's programs ahead of time.", add_flags)
-    return run(line.config, line.flags.topology, line.flags.out, line.flags.hlo, line.flags.only)
+    flags = line.flags
+    return run(line.config, flags.topology, flags.out, flags.hlo, flags.only, flags.effort)
 
   return configs.exit_on_mistake(command)
 

@@ -118,13 +118,38 @@ def test_what_does_not_fit_says_which_field(monkeypatch, capsys, tiny_models):
 
 
 def test_a_file_is_completed_by_later_calls():
-  base = {"digest": "a", "topology": "", "versions": {}, "programs": ["encode", "update"], "memory": 0.0, "iterations": 1}
+  base = {"digest": "a", "topology": "", "versions": {}, "effort": 0.0, "memory": 0.0, "iterations": 1}
+  base["programs"] = ["encode", "update"]
   first = base | {"rows": [row("update", 1.0)._asdict()]}
   second = base | {"rows": [row("encode", 2.0)._asdict()]}
   assert plan.concluded(first)["left_out"] == ["encode"] and plan.concluded(first)["hours"] is None
   whole = plan.concluded(plan.merged(first, second))
   assert [r["name"] for r in whole["rows"]] == ["encode", "update"] and whole["left_out"] == [] and whole["hours"] == 3.0 / 3600
   assert plan.merged(first, second | {"digest": "b"})["rows"] == second["rows"]  # another config's rows are not kept
+
+
+def test_what_is_compiled_outlasts_an_interruption(monkeypatch, tiny_models, tmp_path):
+  compile_call, out = plan.compile_call, tmp_path / "plan.json"
+
+  def interrupted(call, *arguments):
+    if call.name == "join":
+      raise KeyboardInterrupt
+    return compile_call(call, *arguments)
+
+  monkeypatch.setattr(plan, "compile_call", interrupted)
+  with pytest.raises(KeyboardInterrupt):
+    plan.main([*flags(tiny_models), "--only=encode,join,advantages", f"--out={out}"])
+  assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["encode"]
+  monkeypatch.setattr(plan, "compile_call", compile_call)
+  plan.main([*flags(tiny_models), "--only=join,advantages", f"--out={out}"])
+  assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["encode", "join", "advantages"]
+
+
+def test_a_quick_compilation_promises_no_times(tiny_models, tmp_path, capsys):
+  plan.main([*flags(tiny_models), "--only=advantages", "--effort=-1", f"--out={tmp_path / 'plan.json'}"])
+  assert "effort of -1" in capsys.readouterr().out
+  (result,) = json.loads((tmp_path / "plan.json").read_text())["rows"]
+  assert result["peak"] > 0 and result["compute_seconds"] is None and result["mfu"] is None
 
 
 def test_estimates():
@@ -139,6 +164,7 @@ def test_estimates():
   [
     (["--topology=v5p:4x4x4"], ["needs the TPU compiler", "pip install 'jax[tpu]=="]),
     (["--out=plan.txt"], ["--out=plan.txt", "must end with .json"]),
+    (["--effort=low"], ["--effort=low", "number from -1"]),
     (["--only=updat"], ["--only=updat", "no program updat", "rollout"]),
     (["--config.mesh.data=3"], ["mesh.data = 3", "does not use 8 devices"]),
     (["--config.model.checkpoint=no/such-model"], ["no/such-model", "unet/config.json"]),
