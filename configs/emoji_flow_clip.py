@@ -9,8 +9,8 @@ deterministic, unseen noise); the base scores .607, with 42 % nearest to their o
   1              30   .608 .703
   1              40   .608 .731                         .733        71 %        .208
 
-40 iterations took 8 min 15 s and 8 min 43 s on one core, half a minute of it to compile. Held-out prompts gain next to nothing:
-.566 -> .574, retrieval 31 % -> 34 % (seed 0).
+40 iterations took 8 min 15 s and 8 min 43 s on one core, half a minute of it to compile, and 6 min 41 s on two. Held-out
+prompts gain next to nothing: .566 -> .574, retrieval 31 % -> 34 % (seed 0).
 """
 
 from configs import common
