@@ -3,8 +3,8 @@
 Presets:
   ""      the published code's recipe [C] for 16 GPUs: 720x720, the dance SDE at level 0.3 in 16 steps, time shift 3, embedded
           guidance 3.5, 16 prompts x 12 samples, a random 60 % of the 15 stochastic steps (9), 3 optimizer steps. Any number of
-          devices that divides 64 computes the same; how much memory each then needs stands below. 64 TPU chips take a row of
-          a microbatch each: `python -m dancegrpo_jax.plan` and benchmarks/RESULTS.md say how that fits.
+          devices that divides 64 computes the same; how much memory each then needs stands below. 64 TPU chips take three rows
+          of a microbatch each: `python -m dancegrpo_jax.plan` and benchmarks/RESULTS.md say how that fits.
   tiny    two iterations of a random network on a CPU, a minute or two: shows that everything fits together, learns nothing.
 
 Memory, computed from the parameter counts and not measured (GB of 10^9 bytes), all devices together, split over mesh.fsdp:

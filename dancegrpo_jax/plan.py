@@ -122,7 +122,9 @@ def compile_call(call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: s
     (Path(hlo) / f"{call.name.replace(' ', '_')}.txt").write_text(text)
   kernels = counter.count(traced.jaxpr, "tpu").kernels
   row = row_of(call, kept, flops, kernels, chip, count, text, memory)._replace(compile_seconds=took)
-  return row if effort == 0 else row._replace(compute_seconds=None, mfu=None)  # not a run's: with -1 several times as long
+  if effort:  # not a run's times: with -1 several times as long
+    row = row._replace(compute_seconds=None, network_seconds=None, mfu=None)
+  return row
 
 
 def row_of(call: Any, kept: int, flops: Any, kernels: float, chip: Any, count: int, text: str, memory: Any) -> Row:
@@ -214,9 +216,10 @@ def plan(
 
 
 def merged(old: dict, new: dict) -> dict:
-  """`new` with the rows of `old` that it lacks, where both are of one config, topology and compiler."""
-  if any(old.get(key) != new[key] for key in ("digest", "topology", "versions", "effort", "programs")):
-    return new
+  """`new` with the rows of `old` that it lacks. ConfigError where they aren't of one config, topology and compiler."""
+  other = [key for key in ("digest", "topology", "versions", "effort", "programs") if old.get(key) != new[key]]
+  if other:
+    raise ConfigError(f"--out holds another plan ({', '.join(other)} differ): remove it, or use another file")
   rows = {row["name"]: row for row in [*old["rows"], *new["rows"]]}
   return new | {"rows": [rows[name] for name in new["programs"] if name in rows]}
 

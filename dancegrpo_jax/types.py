@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 
 PyTree = Any
 
-# The mesh axes that samples are split over, fsdp the major one. With data first XLA's partitioner (jaxlib 0.10.2) loses track of
-# which device has which samples, and gradients of kernels that lie over fsdp and tensor come out wrong: see tests/test_mesh.py.
+# The mesh axes that samples are split over, fsdp the major one. XLA's partitioner (jaxlib 0.10.2) gets gradients wrong of kernels
+# that lie over the minor one of them and tensor: fsdp must not be it (tests/test_mesh.py), and rules with data are refused.
 SAMPLE_AXES = ("fsdp", "data")
 
 

@@ -313,8 +313,8 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
   assert "failed" not in "".join(said) + results[0][1]
 
 
-def test_four_processes_share_every_parameter(trained, models, machine, tmp_path):
-  """4 x 2 devices with fsdp over all of them: no process has a whole parameter, and the numbers are those of one process."""
+def test_four_processes_share_the_kernels(trained, models, machine, tmp_path):
+  """4 x 2 devices with fsdp over all of them: no process has a whole kernel, and the numbers are those of one process."""
   sizes, workdir = (1, 8, 1), tmp_path / "run"
   expected, _, initial = trained("sd", sizes)
   results = finish(command(models, workdir, 4, sizes), seconds=900)

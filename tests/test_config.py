@@ -239,6 +239,7 @@ def test_the_common_config_is_sound():
     ({"mesh__data": 3}, "mesh.data = 3: data=3 x fsdp=1 x tensor=1 does not use 1 devices; set mesh.data = 1 or -1"),
     ({"mesh__rules": (("(", ()),)}, "mesh.rules = '\\(': not a regular expression"),
     ({"mesh__rules": ((".*", ("model",)),)}, "mesh.rules = .*: unknown mesh axis 'model'; one of data, fsdp, tensor"),
+    ({"mesh__rules": ((".*", ("data", "tensor")),)}, "mesh.rules = .*: data beside tensor: .*use fsdp"),
     ({"model__size": (32,)}, r"model.size = \(32,\): must be \(height, width\)"),
     ({"logging__profile_steps": (5, 2)}, "logging.profile_steps = .*as \\(3, 4\\)"),
   ],

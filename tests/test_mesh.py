@@ -66,8 +66,9 @@ def test_batch_and_replicated(mesh):
   assert jax.device_put(jnp.arange(16), mesh_lib.replicated(mesh)).is_fully_replicated
 
 
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (4, 1, 2)])
-def test_gradients_of_kernels_over_both_axes(sizes):
+@pytest.mark.parametrize("second", [("fsdp", "tensor"), ("tensor", "fsdp"), (None, "tensor"), (("fsdp", "tensor"), None)])
+@pytest.mark.parametrize("first", [("fsdp", "tensor"), ("tensor", "fsdp"), (None, "tensor"), (("fsdp", "tensor"), None)])
+def test_gradients_of_kernels_over_both_axes(first, second):
   """Two layers are enough for the partitioner to go wrong by half of the gradient, were samples split over data first."""
   rng = np.random.default_rng(0)
   x, *kernels = (rng.standard_normal((16, 16)).astype(np.float32) / 4 for _ in range(3))
@@ -75,9 +76,9 @@ def test_gradients_of_kernels_over_both_axes(sizes):
   def gradient(kernels, x):
     return jax.grad(lambda kernels: jnp.sum(jnp.square(jnp.tanh(x @ kernels[0]) @ kernels[1])))(kernels)
 
-  mesh = mesh_lib.make_mesh(axes(*sizes))
-  split = jax.NamedSharding(mesh, P("fsdp", "tensor"))
-  program = jax.jit(gradient, in_shardings=([split] * 2, mesh_lib.batch_sharding(mesh)), out_shardings=[split] * 2)
+  mesh = mesh_lib.make_mesh(axes(2, 2, 2))
+  split = [jax.NamedSharding(mesh, P(*spec)) for spec in (first, second)]
+  program = jax.jit(gradient, in_shardings=(split, mesh_lib.batch_sharding(mesh)), out_shardings=split)
   hidden = np.tanh(x @ kernels[0])
   back = 2 * hidden @ kernels[1]
   expected = x.T @ (back @ kernels[1].T * (1 - hidden**2)), hidden.T @ back
@@ -180,12 +181,14 @@ def test_shards_can_be_read_while_the_whole_is(mesh):
   value = np.arange(48.0, dtype=np.float32).reshape(16, 3)
   before = sys.getswitchinterval()
   sys.setswitchinterval(1e-6)
-  with ThreadPoolExecutor(2) as pool:
-    for _ in range(300):
-      whole = double(value)
-      shards = mesh_lib.own_shards(whole)
-      read = [pool.submit(lambda parts: np.concatenate([np.asarray(part) for part in parts]), shards.parts) for _ in range(2)]
-      np.testing.assert_array_equal(mesh_lib.to_host(whole), 2 * value)
-      for rows in read:
-        np.testing.assert_array_equal(rows.result(), 2 * value)
-  sys.setswitchinterval(before)
+  try:
+    with ThreadPoolExecutor(2) as pool:
+      for _ in range(300):
+        whole = double(value)
+        shards = mesh_lib.own_shards(whole)
+        read = [pool.submit(lambda parts: np.concatenate([np.asarray(part) for part in parts]), shards.parts) for _ in range(2)]
+        np.testing.assert_array_equal(mesh_lib.to_host(whole), 2 * value)
+        for rows in read:
+          np.testing.assert_array_equal(rows.result(), 2 * value)
+  finally:
+    sys.setswitchinterval(before)

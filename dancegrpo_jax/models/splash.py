@@ -1,6 +1,6 @@
 """Splash attention, Pallas's TPU kernel: attention without its matrix of logits in memory.
 
-The kernel is one device's, so it stands in `jax.shard_map`: samples over data and fsdp, heads over tensor, where they divide.
+The kernel is one device's, so it stands in `jax.shard_map`: samples over fsdp and data, heads over tensor, where they divide.
 Lengths are padded to a multiple of 128, and padded keys are in a segment that no query looks at: FLUX at 720x720 has
 2025 + 512 = 2537 tokens, 2560 with padding.
 """

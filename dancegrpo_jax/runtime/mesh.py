@@ -1,7 +1,7 @@
 """Devices as a mesh, and parameters onto it: regex -> PartitionSpec rules, after big_vision's `sharding.py`.
 
 Axes: `data` copies the parameters and splits the samples, `fsdp` splits both, `tensor` splits parameters inside a layer.
-Samples are split over data and fsdp together. Axis types are Auto: the compiler decides where nothing is said.
+Samples are split over fsdp and data together. Axis types are Auto: the compiler decides where nothing is said.
 """
 
 import re

@@ -291,6 +291,9 @@ def _rule(field: str, rule: Any) -> Iterator[str]:
     for axis in entry if isinstance(entry, (tuple, list)) else (entry,):
       if axis is not None and axis not in AXES:
         yield _line(field, rule, f"unknown mesh axis {axis!r}; one of {', '.join(AXES)}, or None")
+  split = {axis for entry in rule[1] for axis in (entry if isinstance(entry, (tuple, list)) else (entry,))}
+  if {"data", "tensor"} <= split:
+    yield _line(field, rule, "data beside tensor: the compiler gets gradients of such kernels wrong; use fsdp for data")
 
 
 def _logging(config: ConfigDict) -> Iterator[str]:
