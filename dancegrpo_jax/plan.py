@@ -177,7 +177,8 @@ def plan(
     effort: as `compile_call`.
 
   Yields:
-    After each program what is known so far: what --out holds, but for what `concluded` adds; "rows" are `Row`s as dicts.
+    Before the first program and after each what is known so far: what --out holds, but for what `concluded` adds; "rows" are
+    `Row`s as dicts.
 
   Raises:
     ConfigError: a mistake in config or topology.
@@ -207,6 +208,7 @@ def plan(
     "images": config.data.prompts_per_iteration * config.rollout.samples_per_prompt, "iterations": config.iterations,
     "geometry": geometry(config, len(devices)), "kept": {name: size for name, size in kept.items() if size}, "programs": names,
   }  # fmt: skip
+  yield result | {"rows": []}
   for call in (call for call in taken.calls if call.name in wanted):
     with jax.set_mesh(mesh):
       row = compile_call(call, inventory.kept_bytes(taken, call), flops[call.name], chip, len(devices), hlo, effort)
@@ -261,7 +263,7 @@ def hours(rows: list[Row]) -> float | None:
 def iteration_seconds(rows: list[Row], iterations: int) -> float | None:
   """Of an iteration without what isn't done in each of them."""
   often = [row for row in rows if row.times >= iterations]
-  return None if any(row.seconds is None for row in often) else sum(row.seconds * row.times / iterations for row in often)
+  return None if any(row.seconds is None for row in often) else sum((r.seconds * r.times / iterations for r in often), 0.0)
 
 
 def geometry(config: Any, devices: int) -> str:
@@ -332,7 +334,7 @@ def report(result: dict) -> str:
       " computed meanwhile; without loading, compiling and host work."
     )
   if result["effort"]:
-    lines.append(f"Compiled with an effort of {result['effort']:g}: memory is near a run's, which has 0; times are not known.")
+    lines.append(f"Compiled with an effort of {result['effort']:g}: a run's memory, with 0, may differ; times are not known.")
   if result["left_out"]:
     lines.append(f"Not compiled: {', '.join(result['left_out'])}.")
   if not result["memory"]:
@@ -357,7 +359,7 @@ def run(config: Any, topology: str, out: str, hlo: str = "", only: str = "", eff
     if out and file.exists():
       result = merged(json.loads(file.read_text()), result)
     result = concluded(result)
-    if out:  # program by program: compiling takes minutes, and what is there outlasts an interruption
+    if out and result["rows"]:  # program by program: compiling takes minutes, and what is there outlasts an interruption
       file.parent.mkdir(parents=True, exist_ok=True)
       written = file.with_suffix(".tmp")
       written.write_text(json.dumps(result, indent=1) + "\n")

@@ -227,11 +227,11 @@ def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -
       f"{prefix}/std": jnp.sqrt(spread),
       f"{prefix}/min": jnp.min(jnp.where(ok, values, jnp.inf)),
       f"{prefix}/max": jnp.max(jnp.where(ok, values, -jnp.inf)),
-      f"{prefix}/failed": 1 - ok.mean(),
+      f"{prefix}/failed": jnp.mean(~ok),
     }
   group = advantages.group_statistics(total, jnp.isfinite(total), 1)
   return metrics | {
-    "reward/failed": result.failed,  # by reward.combine's own count
+    "reward/failed": result.failed,  # what was masked, thresholds applied
     "group/std_mean": group.std.mean(),
     "group/zero_variance": result.flat_groups,
     "advantage/abs_mean": jnp.abs(result.advantage).mean(),

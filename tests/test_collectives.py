@@ -36,7 +36,7 @@ def gathered(summary: hlo.Summary) -> list[hlo.Collective]:
 
 def collecting(summary: hlo.Summary) -> list[hlo.Collective]:
   """`gathered`, and what may be the same in another form: between many TPUs an all-gather becomes an all-reduce of zeros."""
-  return [c for c in summary.collectives if c.opcode in ("all-gather", "all-to-all", "ragged-all-to-all", "all-reduce")]
+  return gathered(summary) + [c for c in summary.collectives if c.opcode == "all-reduce"]
 
 
 def largest_block(model) -> int:

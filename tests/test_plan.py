@@ -146,11 +146,27 @@ def test_what_is_compiled_outlasts_an_interruption(monkeypatch, tiny_models, tmp
   assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["encode", "join", "advantages"]
 
 
-def test_a_quick_compilation_promises_no_times(tiny_models, tmp_path, capsys):
-  plan.main([*flags(tiny_models), "--only=advantages", "--effort=-1", f"--out={tmp_path / 'plan.json'}"])
-  assert "effort of -1" in capsys.readouterr().out
-  (result,) = json.loads((tmp_path / "plan.json").read_text())["rows"]
-  assert result["peak"] > 0 and result["compute_seconds"] is None and result["mfu"] is None
+def test_a_quick_compilation_promises_no_times(tiny_models, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(topologies, "chip_of", lambda device: topologies.Chip("tiny", 1e12, 1e12, 1e9, 1e9))  # has times
+  times = {}
+  for effort in ("0", "-1"):
+    out = tmp_path / f"plan{effort}.json"
+    plan.main([*flags(tiny_models), "--only=advantages", f"--effort={effort}", f"--out={out}"])
+    (result,) = json.loads(out.read_text())["rows"]
+    times[effort] = [result[name] for name in ("compute_seconds", "network_seconds")]
+    assert result["peak"] > 0 and ("effort of -1" in capsys.readouterr().out) == (effort == "-1")
+  assert None not in times["0"] and times["-1"] == [None, None]
+
+
+def test_a_file_of_another_plan_is_kept(tiny_models, tmp_path, capsys):
+  """...and nothing is compiled before that is found."""
+  out = tmp_path / "plan.json"
+  assert plan.main([*flags(tiny_models), "--only=join", f"--out={out}"]) == 0
+  before = out.read_bytes()
+  capsys.readouterr()
+  assert plan.main([*flags(tiny_models), "--only=advantages", "--config.seed=9", f"--out={out}"]) == 2
+  said = capsys.readouterr()
+  assert "digest differ" in said.err and "compiled in" not in said.out and out.read_bytes() == before
 
 
 def test_estimates():

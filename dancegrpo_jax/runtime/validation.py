@@ -287,12 +287,12 @@ def _rule(field: str, rule: Any) -> Iterator[str]:
     re.compile(rule[0])
   except re.error as error:
     yield _line(field, rule[0], f"not a regular expression: {error}")
-  for entry in rule[1][1:] if rule[1][:1] in ((REST,), [REST]) else rule[1]:
-    for axis in entry if isinstance(entry, (tuple, list)) else (entry,):
-      if axis is not None and axis not in AXES:
-        yield _line(field, rule, f"unknown mesh axis {axis!r}; one of {', '.join(AXES)}, or None")
-  split = {axis for entry in rule[1] for axis in (entry if isinstance(entry, (tuple, list)) else (entry,))}
-  if {"data", "tensor"} <= split:
+  spec = rule[1][1:] if rule[1][:1] in ((REST,), [REST]) else rule[1]
+  axes = [axis for entry in spec for axis in (entry if isinstance(entry, (tuple, list)) else (entry,))]
+  for axis in axes:
+    if axis is not None and axis not in AXES:
+      yield _line(field, rule, f"unknown mesh axis {axis!r}; one of {', '.join(AXES)}, or None")
+  if "data" in axes and "tensor" in axes:
     yield _line(field, rule, "data beside tensor: the compiler gets gradients of such kernels wrong; use fsdp for data")
 
 
