@@ -22,16 +22,19 @@ from dancegrpo_jax.runtime import mesh as meshes  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
 RUNS = {"flux_hps": "", "flux_hps_lora": "v5e", "sd_hps": "v5e"}  # config: preset
+REWARDS = {"sd_clip": "v5e", "sd_pick": "v5e", "sd_aesthetic": "v5e"}  # the same, of which the rewards alone are new
 
 
 def specs(name: str) -> list[str]:
   """The lines of a config: frozen networks, what is trained, the rewards', and the optimizer's state."""
-  path = ROOT / "configs" / f"{name}.py"
-  config = inventory.without_weights(configs.load(f"{path}:{RUNS[name]}" if RUNS[name] else str(path)))
+  path, preset = ROOT / "configs" / f"{name}.py", {**RUNS, **REWARDS}[name]
+  config = inventory.without_weights(configs.load(f"{path}:{preset}" if preset else str(path)))
   mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
   model = inventory.outline(config, mesh)
-  state = inventory.state_of(config, model, mesh, 1)
-  trees = {**model.frozen, **model.trainable, "rewards": model.reward_params, "optimizer": state.opt_state, "average": state.ema}
+  trees = {"rewards": model.reward_params}
+  if name in RUNS:
+    state = inventory.state_of(config, model, mesh, 1)
+    trees |= {**model.frozen, **model.trainable, "optimizer": state.opt_state, "average": state.ema}
   lines = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(trees):
     where = jax.tree_util.keystr(path, simple=True, separator="/")
@@ -48,5 +51,5 @@ def folded(lines: list[str]) -> list[str]:
 
 if __name__ == "__main__":
   GOLDEN.mkdir(exist_ok=True)
-  for run in RUNS:
+  for run in (*RUNS, *REWARDS):
     (GOLDEN / f"specs_{run}.txt").write_text("\n".join(specs(run)) + "\n")
