@@ -115,6 +115,12 @@ TPU_TEXT = """
   %fusion.1 = bf16[4,8]{1,0} fusion(%all-gather.1), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"100"}
 }
 
+%all-reduce-scatter.4.clone (input.1: f32[16,8]) -> f32[2,8] {
+  %input.1 = f32[16,8]{1,0:T(8,128)} parameter(0)
+  %all-reduce.5 = f32[16,8]{1,0:T(8,128)} all-reduce(%input.1), channel_id=4, to_apply=%add
+  ROOT %dynamic-slice.1 = f32[2,8]{1,0} dynamic-slice(%all-reduce.5, %i, %zero), dynamic_slice_sizes={2,8}
+}
+
 %condition (param.1: (s32[], bf16[4,8])) -> pred[] {
   %constant.5 = s32[]{:T(128)} constant(16)
   ROOT %lt = pred[] compare(%i, %constant.5), direction=LT
@@ -132,6 +138,7 @@ ENTRY %main (p0: bf16[4,8]) -> bf16[4,8] {
   %while.1 = (s32[], bf16[4,8]{1,0}) while(%tuple), condition=%condition, body=%body
   %either = f32[2] conditional(%n, %u, %v), branch_computations={%dear, %cheap}
   %fusion.8 = bf16[4,8]{1,0} fusion(%p0), kind=kCustom, calls=%started
+  %fusion.9 = f32[2,8]{1,0} fusion(%gradient), kind=kCustom, calls=%all-reduce-scatter.4.clone
   %kernel = f32[2] custom-call(%either), custom_call_target="tpu_custom_call"
   ROOT %copy = bf16[4,8] copy(%y), backend_config={"estimated_cycles":"7"}
 }
@@ -141,7 +148,24 @@ ENTRY %main (p0: bf16[4,8]) -> bf16[4,8] {
 def test_text_of_the_tpu_compiler():
   summary = hlo.summary(TPU_TEXT)
   assert summary.cycles == 16 * 100 + 30 + 7 and summary.unknown == 0 and summary.kernels == {"tpu_custom_call": 1.0}
-  gather, reduce, in_parts = summary.collectives
+  gather, reduce, scatter, in_parts = summary.collectives
   assert (gather.opcode, gather.bytes, gather.times, gather.source) == ("all-gather", 4 * 32 * 2, 16, "jit(f)/dot_general")
   assert (reduce.opcode, reduce.moved) == ("all-reduce", 2 * 4 * 8 * 2 * 16)
+  assert (scatter.opcode, scatter.moved) == ("reduce-scatter", 16 * 8 * 4)  # each device keeps 2 rows of the sum
   assert (in_parts.bytes, in_parts.times) == (4 * 16 * 2, 1)  # of one collective that several fusions do, its start alone
+
+
+@pytest.mark.parametrize("line, moved", [
+  ("(bf16[4,8]{1,0:T(8,128)(2,1)}, bf16[32,8]{1,0:T(8,128)(2,1)}) all-gather-start(%p), dimensions={0}", 32 * 8 * 2),
+  ("((f32[4,8], f32[2,8]), (f32[32,8]{1,0:T(8,128)}, f32[16,8])) all-gather-start(%p, %q), dimensions={0}", (32 + 16) * 8 * 4),
+  ("(f32[32,8], f32[16,8]) all-gather(%p, %q), dimensions={0}", (32 + 16) * 8 * 4),
+  ("f32[4,8] reduce-scatter(%r), dimensions={0}", 32 * 8 * 4),
+  ("(f32[4,8], f32[16]) all-reduce-start(%p, %s), to_apply=%add", 2 * (4 * 8 + 16) * 4),
+  ("(f32[4,8], f32[4,8], u32[], u32[]) collective-permute-start(%p)", 4 * 8 * 4),
+])  # fmt: skip
+def test_bytes_of_a_collective(line, moved):
+  """What a device sends on a ring, from the shapes: XLA's own forms of one and of several arrays."""
+  head = "ENTRY %main (p: f32[4,8], r: f32[32,8]) -> f32[4,8] {\n"
+  inputs = "  %p = f32[4,8] parameter(0)\n  %r = f32[32,8] parameter(1)\n"
+  (found,) = hlo.summary(f"{head}{inputs}  %c = {line}\n}}").collectives
+  assert found.moved == moved

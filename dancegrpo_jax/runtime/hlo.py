@@ -12,6 +12,7 @@ _WIDTH = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 # How often a collective moves the larger of what goes in and comes out, per device, on a ring; (n - 1) / n is left out.
 _MOVED = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1, "ragged-all-to-all": 1, "collective-permute": 1}
 _PART = '"async_collective_fusion_config"'  # one collective, which several fusions do a part of each while they compute
+_SCATTER = "all-reduce-scatter"  # how libtpu names a fusion that does a reduce-scatter; inside stands an all-reduce
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][\w\-]*)\((.*)$")
 _SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
@@ -114,10 +115,16 @@ def summary(text: str) -> Summary:
 def _collective(opcode: str, instruction: Instruction, inside: dict[str, str], times: float) -> Collective:
   operands = [inside.get(name, "") for name in re.findall(r"%([\w.\-]+)", instruction.rest.split("), ")[0])]
   source = re.search(r'op_name="([^"]*)"', instruction.rest)
-  moved = max(largest(instruction.shape), *(largest(shape) for shape in operands), 0)
-  if not instruction.opcode.endswith("-start") and instruction.shape.startswith("("):  # several arrays at once
-    moved = max(size(instruction.shape), sum(size(shape) for shape in operands))
+  moved = max(_result_size(instruction), sum(map(size, operands)))
   return Collective(opcode, instruction.shape, moved, times, source[1] if source else "")
+
+
+def _result_size(instruction: Instruction) -> int:
+  """Bytes that a collective results in. The shape of a -start holds what goes in beside it: (in, out, ..), ((in, ..), (out, ..))."""
+  shape = re.sub(r"\{[^}]*\}", "", instruction.shape)  # layouts have parentheses too
+  if not instruction.opcode.endswith("-start") or instruction.opcode == "all-reduce-start":
+    return size(shape)
+  return max(map(size, re.findall(r"\(([^()]*)\)", shape))) if shape.startswith("((") else largest(shape)
 
 
 def _executions(
@@ -134,13 +141,20 @@ def _executions(
       for called in _CALLED.findall(instruction.rest):
         yield from _executions(code, called, times * (trips or 1.0))
     elif opcode == "fusion":  # its cycles are stated at the fusion itself
-      parts = (part for called in _CALLED.findall(instruction.rest) for part in _executions(code, called, times))
-      yield from (part for part in parts if part[0].opcode.removesuffix("-start") in _MOVED)
+      for called in _CALLED.findall(instruction.rest):
+        parts = (part for part in _executions(code, called, times) if part[0].opcode.removesuffix("-start") in _MOVED)
+        yield from map(_scattered, parts) if called.startswith(_SCATTER) else parts
     elif opcode == "conditional":
       branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.rest)
       named = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest)
       named = re.findall(r"[\w.\-]+", branches[1]) if branches else named
       yield from max((list(_executions(code, branch, times)) for branch in named), key=_weight, default=[])
+
+
+def _scattered(part: tuple) -> tuple:
+  """An all-reduce of which each device keeps its share alone."""
+  instruction, *rest = part
+  return (instruction._replace(opcode="reduce-scatter") if instruction.opcode == "all-reduce" else instruction, *rest)
 
 
 def _weight(executions: list) -> float:
