@@ -42,10 +42,13 @@ def axis_sizes(config_mesh: ConfigDict, num_devices: int) -> tuple[int, ...]:
   if free and num_devices % known == 0:
     sizes[free[0]] = num_devices // known
   elif free or known != num_devices:
-    axis = free[0] if free else "data"
     others = known if free else known // sizes["data"]
-    fits = num_devices % others == 0
-    remedy = f"set mesh.data = {num_devices // others} or -1" if fits else f"make their product a divisor of {num_devices}"
+    if num_devices % others == 0:
+      axis, remedy = "data", f"set mesh.data = {num_devices // others} or -1"
+    else:
+      given = [axis for axis in AXES if axis not in free]
+      axis = max(given, key=lambda axis: (num_devices % sizes[axis] != 0, sizes[axis]))
+      remedy = f"make the product of {' and '.join(given)} a divisor of {num_devices}"
     raise ConfigError(f"config.mesh.{axis} = {sizes[axis]}: {text} does not use {num_devices} devices; {remedy}")
   return tuple(sizes.values())
 
