@@ -59,7 +59,8 @@ def platform() -> str:
 def _told(kernel: str, dtype: str, head_dim: int, plain: bool) -> None:
   """Says once a shape that a kernel is not used."""
   what = "" if plain else ", a mask or a bias"
-  logging.getLogger(__name__).info("attention: xla in place of %s for %s, heads of %d%s", kernel, dtype, head_dim, what)
+  # A warning, which Python shows where nobody has set up logging.
+  logging.getLogger(__name__).warning("attention: xla in place of %s for %s, heads of %d%s", kernel, dtype, head_dim, what)
 
 
 class Attention(nn.Module):
