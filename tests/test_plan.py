@@ -2,13 +2,16 @@
 
 import importlib.util
 import json
+from typing import NamedTuple
 
 import jax
 import pytest
+from test_flops import TPU_TEXT
 from tiny_checkpoint import ROOT, overrides, tiny_config
 
 from dancegrpo_jax import inventory, loading, plan, scoring
 from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.runtime import flops as counter
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime import topologies
 from dancegrpo_jax.runtime.config import ConfigError
@@ -169,6 +172,40 @@ def test_a_file_of_another_plan_is_kept(tiny_models, tmp_path, capsys):
   assert "digest differ" in said.err and "compiled in" not in said.out and out.read_bytes() == before
 
 
+@pytest.mark.parametrize("text", ["", "{}", "[1]", '{"rows": '])
+def test_a_file_that_is_no_plan_is_kept(text, tiny_models, tmp_path, capsys):
+  out = tmp_path / "plan.json"
+  out.write_text(text)
+  assert plan.main([*flags(tiny_models), "--only=join", f"--out={out}"]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert f"--out={out}: holds no plan; remove it" in line and out.read_text() == text
+
+
+class Allotted(NamedTuple):
+  """What `compiled.memory_analysis()` says."""
+
+  argument_size_in_bytes: int = 1000
+  output_size_in_bytes: int = 300
+  alias_size_in_bytes: int = 200
+  temp_size_in_bytes: int = 50
+  generated_code_size_in_bytes: int = 7
+
+
+def test_times_and_memory_of_a_compiled_program():
+  """By hand, of test_flops' text: 1637 cycles; 16 gathers of 256 bytes and 16 all-reduces of 64, both ways, a reduce-scatter of
+  512, and a gather of 128 in parts; a kernel at half of the peak."""
+  chip = topologies.Chip("tiny", 1e12, flops=4000.0, clock=100.0, network=50.0)
+  call, flops = inventory.Call("update", print, (), 3), counter.Flops(8000.0)
+  row = plan.row_of(call, 10000, flops, 6000.0, chip, 2, TPU_TEXT, Allotted())
+  moved = 16 * 256 + 16 * 2 * 64 + 512 + 128
+  assert row.collective == moved and row.network_seconds == pytest.approx(moved / 50)
+  assert row.compute_seconds == pytest.approx(1637 / 100 + 6000 / 2 / 2000)
+  assert row.seconds == pytest.approx(row.compute_seconds + row.network_seconds)
+  assert row.mfu == pytest.approx(8000 / 2 / 4000 / row.seconds)
+  assert row.peak == 10000 + 1000 + (300 - 200) + 50 + 7 and (row.arguments, row.temporaries) == (1000, 50)
+  assert plan.row_of(call, 0, flops, 0.0, chip._replace(clock=0.0), 2, TPU_TEXT, Allotted()).seconds is None
+
+
 def test_estimates():
   rows = [row("rollout", 1.0)._replace(times=20), row("sample", 1.0)._replace(times=2)]
   assert plan.iteration_seconds(rows, 10) == 3.0  # the rollout twice, 1.5 s each; the grid not
@@ -181,6 +218,8 @@ def test_estimates():
   [
     (["--topology=v5p:4x4x4"], ["needs the TPU compiler", "pip install 'jax[tpu]=="]),
     (["--out=plan.txt"], ["--out=plan.txt", "must end with .json"]),
+    (["--out=/dev/null/plan.json"], ["--out=/dev/null/plan.json", "/dev/null;", "can be written to"]),
+    (["--hlo=/dev/null/hlo"], ["--hlo=/dev/null/hlo", "Not a directory", "can be written to"]),
     (["--effort=low"], ["--effort=low", "number from -1"]),
     (["--only=updat"], ["--only=updat", "no program updat", "rollout"]),
     (["--config.mesh.data=3"], ["mesh.data = 3", "does not use 8 devices"]),

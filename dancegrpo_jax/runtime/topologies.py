@@ -54,6 +54,9 @@ def devices(topology: str) -> list:
   if found is None or found[1] not in KNOWN:
     raise ConfigError(f"--topology={topology}: unknown; CHIP:SHAPE with chips {', '.join(KNOWN)}, as {known}")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks Google Cloud's metadata server who it is, for minutes
+  # Without these two it complains, as of an error, that it doesn't know what machine it is on. Any will do.
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # no TPU is touched: others may use it, or plan at the same time
   from jax.experimental import topologies
 
