@@ -2,8 +2,8 @@
 
     python tests/golden_specs.py      writes tests/golden/specs_<config>.txt anew
 
-A line is how many parameters, their path with # for the numbers of layers, shape and partition spec. Shapes and rules alone
-count, so that a mesh of one device stands for any.
+A line is how many parameters, their path with # for the numbers of layers, shape and partition spec, on a mesh of as many
+devices as the config is planned for: a dimension that they can't share equally is an error.
 """
 
 import re
@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import jax
+import numpy as np
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
@@ -21,15 +22,16 @@ from dancegrpo_jax.runtime import config as configs  # noqa: E402
 from dancegrpo_jax.runtime import mesh as meshes  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
-RUNS = {"flux_hps": "", "flux_hps_lora": "v5e", "sd_hps": "v5e"}  # config: preset
-REWARDS = {"sd_clip": "v5e", "sd_pick": "v5e", "sd_aesthetic": "v5e"}  # the same, of which the rewards alone are new
+RUNS = {"flux_hps": ("", 64), "flux_hps_lora": ("v5e", 16), "sd_hps": ("v5e", 8)}  # config: preset, devices
+REWARDS = dict.fromkeys(("sd_clip", "sd_pick", "sd_aesthetic"), ("v5e", 8))  # the same, of which the rewards alone are new
 
 
 def specs(name: str) -> list[str]:
   """The lines of a config: frozen networks, what is trained, the rewards', and the optimizer's state."""
-  path, preset = ROOT / "configs" / f"{name}.py", {**RUNS, **REWARDS}[name]
+  path, (preset, devices) = ROOT / "configs" / f"{name}.py", {**RUNS, **REWARDS}[name]
   config = inventory.without_weights(configs.load(f"{path}:{preset}" if preset else str(path)))
-  mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
+  sizes = meshes.axis_sizes(config.mesh, devices)
+  mesh = jax.sharding.Mesh(np.resize(np.array(jax.devices()), sizes), meshes.AXES)  # nothing is put on them, so any may stand in
   model = inventory.outline(config, mesh)
   trees = {"rewards": model.reward_params}
   if name in RUNS:
