@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Trains on TPU VMs that a queued resource brings: one slice or several, on demand or spot.
 #
-#   launch/tpu_vm.sh [--dry-run] create | status | setup | run [flag of main ...] | logs | stop | delete
+#   launch/tpu_vm.sh [--dry-run] create | status | setup | run [flag of main ...] | logs | stop | fetch | delete
 #
-# A preempted spot resource is deleted and created anew; after setup, run goes on from the last checkpoint of WORKDIR.
+# WORKDIR lies on the VM's own disk, and goes with it, unless NFS is set. fetch copies it to runs/ here. A preempted spot resource
+# is deleted and created anew; after setup, run goes on from the last checkpoint of WORKDIR, which is on NFS.
 set -euo pipefail
 
 # ---- what to change, here or in the environment ----
@@ -13,8 +14,8 @@ NAME="${NAME:-dancegrpo}"                    # of the queued resource
 ACCELERATOR="${ACCELERATOR:-v6e-8}"          # type and size of one slice
 RUNTIME="${RUNTIME:-v2-alpha-tpuv6e}"        # goes with the type: v2-alpha-tpuv5 for v5p, v2-alpha-tpuv5-lite for v5e
 SLICES="${SLICES:-1}"
-SPOT="${SPOT:-true}"                         # false: on demand
-NFS="${NFS:-}"                               # host:/share, mounted as runs/ on each host; needed where a run has several hosts
+SPOT="${SPOT:-false}"                        # true: cheaper, and taken away at any time; needs NFS
+NFS="${NFS:-}"                               # host:/share, mounted as runs/ on each host; needed by several hosts and by SPOT
 CONFIG="${CONFIG:-configs/emoji_clip.py}"
 WORKDIR="${WORKDIR:-runs/$NAME}"             # inside the checkout on the hosts; all hosts must see the same folder
 # ----------------------------------------------------
@@ -54,7 +55,8 @@ setup() {
   queued scp "$archive" "$NAME:dancegrpo_jax.tar.gz" --node=all --worker=all
   local mount=""
   if [[ -n "$NFS" ]]; then
-    mount=" && sudo apt-get install -y -q nfs-common && mkdir -p runs && (mountpoint -q runs || sudo mount -t nfs $(quoted "$NFS") runs)"
+    mount=" && sudo apt-get install -y -q nfs-common && mkdir -p runs\
+ && (mountpoint -q runs || sudo mount -t nfs $(quoted "$NFS") runs) && (test -w runs || sudo chmod a+rwx runs)"
   fi
   everywhere "mkdir -p dancegrpo_jax && tar -xzf dancegrpo_jax.tar.gz -C dancegrpo_jax && cd dancegrpo_jax\
  && python3 -m pip install --user --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv\
@@ -75,10 +77,26 @@ stop() {
   everywhere "kill -TERM \$(cat dancegrpo_jax/run.pid)"
 }
 
+# Hosts that can't see each other's files, or lose them: found before anything is paid for. A host has at most 8 chips.
+require_share() {
+  local remedy="set NFS=host:/share, which setup mounts as runs/"
+  if [[ -z "$NFS" ]] && ((SLICES > 1 || ${ACCELERATOR##*-} > 8)); then
+    mistake "SLICES = $SLICES, ACCELERATOR = $ACCELERATOR: several hosts must see the same WORKDIR; $remedy"
+  fi
+  if [[ -z "$NFS" && "$SPOT" == true ]]; then
+    mistake "SPOT = true: a preempted VM takes its disk with it, and the run; $remedy, or SPOT=false"
+  fi
+}
+
+# The newest state of the run, from the first host: all of them see the same.
+fetch() {
+  call mkdir -p runs
+  queued scp --recurse "$NAME:dancegrpo_jax/$WORKDIR" runs/ --node=0 --worker=0
+}
+
 read_arguments "$@"
-if ((SLICES > 1)) && [[ -z "$NFS" && "$command" =~ ^(setup|run)$ ]]; then
-  mistake "SLICES = $SLICES: several hosts must see the same WORKDIR; set NFS=host:/share, which setup mounts as runs/"
-fi
+[[ "$ACCELERATOR" =~ ^[a-z0-9]+-[0-9]+$ ]] || mistake "ACCELERATOR = $ACCELERATOR: must be type and size, as v6e-8"
+[[ ! "$command" =~ ^(create|setup|run)$ ]] || require_share
 case "$command" in
   create) create ;;
   status) queued describe "$NAME" "--format=value(state.state)" ;;
@@ -86,6 +104,7 @@ case "$command" in
   run) run ;;
   logs) queued ssh "$NAME" --node=0 --worker=0 --command="tail -n 100 -F dancegrpo_jax/run.log" ;;
   stop) stop ;;
+  fetch) fetch ;;
   delete) queued delete "$NAME" --force ;;
-  *) mistake "command '$command': use create, status, setup, run, logs, stop or delete" ;;
+  *) mistake "command '$command': use create, status, setup, run, logs, stop, fetch or delete" ;;
 esac

@@ -84,22 +84,26 @@ def uploads(mount: str = "") -> list[list[str]]:
 CREATE = [*QUEUED, "create", "dancegrpo", "--accelerator-type=v6e-8", "--runtime-version=v2-alpha-tpuv6e"]
 MOUNT = (
   " && sudo apt-get install -y -q nfs-common && mkdir -p runs && (mountpoint -q runs || sudo mount -t nfs 10.0.0.2:/share runs)"
+  " && (test -w runs || sudo chmod a+rwx runs)"
 )
+SHARE = {"NFS": "10.0.0.2:/share"}
 NODE_POOL = ["--tpu-type=v6e-8", "--num-slices=1"]
 VOLUME = ["--type=gcpfilestore", "--tier=BASIC_HDD", "--size=1T", "--vol=runs", "--access-mode=ReadWriteMany"]
 CREDENTIALS = ["gcloud", "container", "clusters", "get-credentials", "dancegrpo", "--region=us-east5", "--project=my-project"]
 CASES = {
-  "tpu create": ("tpu_vm.sh", ["create"], {}, [[*CREATE, "--node-id=dancegrpo", "--spot", *PLACE]]),
-  "tpu on demand": ("tpu_vm.sh", ["create"], {"SPOT": "false"}, [[*CREATE, "--node-id=dancegrpo", *PLACE]]),
-  "tpu slices": ("tpu_vm.sh", ["create"], {"SLICES": "4"},
+  "tpu create": ("tpu_vm.sh", ["create"], {}, [[*CREATE, "--node-id=dancegrpo", *PLACE]]),
+  "tpu spot": ("tpu_vm.sh", ["create"], {"SPOT": "true", **SHARE}, [[*CREATE, "--node-id=dancegrpo", "--spot", *PLACE]]),
+  "tpu slices": ("tpu_vm.sh", ["create"], {"SLICES": "4", "SPOT": "true", **SHARE},
                  [[*CREATE, "--node-count=4", "--node-prefix=dancegrpo", "--spot", *PLACE]]),
   "tpu status": ("tpu_vm.sh", ["status"], {}, [[*QUEUED, "describe", "dancegrpo", "--format=value(state.state)", *PLACE]]),
   "tpu setup": ("tpu_vm.sh", ["setup"], {}, uploads()),
-  "tpu setup with a share": ("tpu_vm.sh", ["setup"], {"NFS": "10.0.0.2:/share", "SLICES": "2"}, uploads(MOUNT)),
+  "tpu setup with a share": ("tpu_vm.sh", ["setup"], {"SLICES": "2", **SHARE}, uploads(MOUNT)),
   "tpu logs": ("tpu_vm.sh", ["logs"], {}, [[*QUEUED, "ssh", "dancegrpo", "--node=0", "--worker=0",
                "--command=tail -n 100 -F dancegrpo_jax/run.log", *PLACE]]),
   "tpu stop": ("tpu_vm.sh", ["stop"], {}, [[*QUEUED, "ssh", "dancegrpo", *EVERYWHERE,
                "--command=kill -TERM $(cat dancegrpo_jax/run.pid)", *PLACE]]),
+  "tpu fetch": ("tpu_vm.sh", ["fetch"], {}, [["mkdir", "-p", "runs"], [*QUEUED, "scp", "--recurse",
+                "dancegrpo:dancegrpo_jax/runs/dancegrpo", "runs/", "--node=0", "--worker=0", *PLACE]]),
   "tpu delete": ("tpu_vm.sh", ["delete"], {}, [[*QUEUED, "delete", "dancegrpo", "--force", *PLACE]]),
   "gke create": ("gke_xpk.sh", ["create"], {}, [["xpk", "cluster", "create", *GKE, *NODE_POOL, "--spot"]]),
   "gke on demand": ("gke_xpk.sh", ["create"], {"SPOT": "false"}, [["xpk", "cluster", "create", *GKE, *NODE_POOL, "--on-demand"]]),
@@ -154,9 +158,22 @@ def test_mistakes(launch, script, words, said):
   assert line.startswith("error: ") and said in line
 
 
-def test_slices_need_a_share(launch):
-  done, calls = launch("tpu_vm.sh", "run", SLICES="2")
-  assert done.returncode == 2 and not calls and "set NFS=" in done.stderr
+@pytest.mark.parametrize("command", ["create", "setup", "run"])
+@pytest.mark.parametrize("variables, said", [
+  ({"SLICES": "2"}, "SLICES = 2, ACCELERATOR = v6e-8: several hosts"),
+  ({"ACCELERATOR": "v6e-64"}, "SLICES = 1, ACCELERATOR = v6e-64: several hosts"),
+  ({"SPOT": "true"}, "SPOT = true: a preempted VM takes its disk with it"),
+])  # fmt: skip
+def test_several_hosts_and_spot_need_a_share(launch, command, variables, said):
+  done, calls = launch("tpu_vm.sh", command, **variables)
+  (line,) = done.stderr.splitlines()
+  assert done.returncode == 2 and not calls and said in line and "set NFS=host:/share" in line
+  assert launch("tpu_vm.sh", command, **variables, **SHARE)[0].returncode == 0
+
+
+def test_an_accelerator_without_a_size(launch):
+  done, calls = launch("tpu_vm.sh", "create", ACCELERATOR="v6e")
+  assert done.returncode == 2 and not calls and "ACCELERATOR = v6e: must be type and size" in done.stderr
 
 
 def on_host(launch, home: Path, *words: str) -> subprocess.CompletedProcess:
