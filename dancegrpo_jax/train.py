@@ -95,6 +95,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
   validation.validate(config, num_devices=jax.device_count(), num_examples=len(examples))
   first = iterations_done(config, workdir)
   distributed.require_same(first, f"--workdir={workdir}: iterations done differ", "all hosts must see the same folder")
+  distributed.require_shared(workdir)
   if first >= config.iterations:
     print(f"{workdir}: already finished, {first} iterations; {metrics.last_line(workdir, workdir / report.FILE)}")
     return

@@ -71,6 +71,7 @@ def test_clusters(started, monkeypatch):
   ([EXPLICIT[0], "--num-processes=x", EXPLICIT[2]], ["--num-processes=x", "whole number"]),
   ([EXPLICIT[0], "--num-processes=0", EXPLICIT[2]], ["--num-processes=0", "at least 1"]),
   ([*EXPLICIT[:2], "--process-id=4"], ["--process-id=4", "0 to 3"]),
+  ([EXPLICIT[0], "--num-processes=-1", EXPLICIT[2]], ["--num-processes=-1", "at least 1"]),
   (["--num-proceses=2"], ["--num-proceses", "did you mean", "--num-processes"]),
 ])  # fmt: skip
 def test_wrong_flags_are_one_line(capsys, tmp_path, flags, words):
@@ -79,23 +80,54 @@ def test_wrong_flags_are_one_line(capsys, tmp_path, flags, words):
   assert line.startswith("error: ") and not [word for word in words if word not in line], line
 
 
-def test_a_coordinator_that_is_not_there_is_one_line(started, monkeypatch):
+def test_processes_that_cannot_join_are_one_line(started, monkeypatch):
   def refuse(**_):
     raise RuntimeError("DEADLINE_EXCEEDED:\n after 300 s")
 
   monkeypatch.setattr(jax.distributed, "initialize", refuse)
-  with pytest.raises(ConfigError, match="10.0.0.1:1234.*DEADLINE_EXCEEDED: after 300 s.*start all"):
-    started(EXPLICIT)
+  with pytest.raises(ConfigError, match="DEADLINE_EXCEEDED: after 300 s.*start all"):
+    started(**SLURM)
 
 
-def start(folders, workdir, *flags: str, devices: int = 1, environment=None, **changes) -> subprocess.Popen:
-  """The command as a process of its own."""
+def test_a_coordinator_that_is_not_there_is_one_line(tiny_models, tmp_path):
+  """A real process: JAX itself would abort it with a stack trace."""
+  flags = together(free_port(), 2)[1]
+  ((code, _, errors),) = finish([start(tiny_models, tmp_path / "run", *flags, patience=2)])
+  (line,) = errors.splitlines()
+  assert code == 2 and line.startswith(f"error: {flags[0]}: process 0 does not answer there after 2 s")
+  assert "same coordinator" in line and not (tmp_path / "run").exists()
+
+
+def test_hosts_that_do_not_share_the_workdir_stop(tiny_models, tmp_path):
+  """Before weights are loaded; otherwise the first save would wait for ever."""
+  flags = together(free_port(), 2)
+  processes = [start(tiny_models, tmp_path / f"run{i}", *flags[i], patience=3) for i in range(2)]
+  for code, _, errors in finish(processes):
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2 and "Traceback" not in errors
+    assert "--workdir=" in line and "isn't seen by process 1" in line and "all hosts share" in line
+  assert not list((tmp_path / "run0").iterdir())
+
+
+PATIENT = """
+import sys
+from dancegrpo_jax import main
+from dancegrpo_jax.runtime import distributed
+
+distributed.JOIN_SECONDS = distributed.SHARE_SECONDS = int(sys.argv[1])
+sys.exit(main.main(sys.argv[2:]))
+"""
+
+
+def start(folders, workdir, *flags: str, devices: int = 1, environment=None, patience=0, **changes) -> subprocess.Popen:
+  """The command as a process of its own; `patience` in the place of the seconds that it waits for others."""
   words = [CONFIG, *(f"--config.{word}" for word in overrides(folders, **changes)), f"--workdir={workdir}", *flags]
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
     "PYTHONUNBUFFERED": "1", **(environment or {}),
   }  # fmt: skip
-  command = [sys.executable, "-m", "dancegrpo_jax.main", *words]
+  program = ["-c", PATIENT, str(patience)] if patience else ["-m", "dancegrpo_jax.main"]
+  command = [sys.executable, *program, *words]
   return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

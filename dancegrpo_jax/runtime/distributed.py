@@ -7,6 +7,9 @@ JAX is imported where it is used: flags are read, and a misspelt one answered, w
 import argparse
 import importlib.util
 import os
+import secrets
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,8 @@ from typing import Any
 from dancegrpo_jax.runtime.config import ConfigError
 
 FLAGS = ("coordinator", "num_processes", "process_id")
+JOIN_SECONDS = 300  # how long a process waits for the coordinator, as JAX does
+SHARE_SECONDS = 60  # how long for a file that process 0 has written: NFS clients may remember a folder's contents for so long
 # What srun sets for each task, all of which JAX reads; a batch script outside srun lacks the step's.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
@@ -34,13 +39,16 @@ def start(flags: argparse.Namespace, environment: Mapping[str, str] = os.environ
     environment: variables, those of the process.
 
   Raises:
-    ConfigError: flags that are wrong or incomplete, or processes that did not come.
+    ConfigError: flags that are wrong or incomplete, or a coordinator of the flags that doesn't answer. Where process 0 waits in
+      vain for another one, JAX ends it.
   """
   arguments = _from_flags(flags)
   if arguments is None:
     arguments = _from_environment(environment)
   if arguments is None or arguments.get("num_processes") == 1:
     return
+  if arguments.get("process_id"):
+    _await_coordinator(arguments["coordinator_address"])
   import jax
 
   try:
@@ -73,6 +81,55 @@ def require_same(value: str | int, problem: str, remedy: str) -> None:
     raise ConfigError(f"{problem}: {found}; {remedy}")
 
 
+def require_shared(folder: Path) -> None:
+  """Stops all processes unless all see the same folder, which is made; all must call it at the same point.
+
+  Raises:
+    ConfigError: on every process: those that don't see what process 0 writes there. Checkpoints would wait for them for ever.
+  """
+  import jax
+  import numpy as np
+  from jax.experimental import multihost_utils
+
+  if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    return
+  number = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
+  file = folder / f".shared-{int(number)}"
+  if jax.process_index() == 0:
+    folder.mkdir(parents=True, exist_ok=True)
+    file.touch()
+  for _ in range(SHARE_SECONDS):  # together: a collective on CPUs gives up after 30 s
+    everyone = np.asarray(multihost_utils.process_allgather(np.bool_(file.exists()))).reshape(-1)
+    if everyone.all():
+      break
+    time.sleep(1)
+  if jax.process_index() == 0:
+    file.unlink()
+  if not everyone.all():
+    blind = ", ".join(map(str, np.flatnonzero(~everyone)[:8]))
+    raise ConfigError(
+      f"--workdir={folder}: what process 0 writes there isn't seen by process {blind}; give a folder on a file system that all"
+      " hosts share"
+    )
+
+
+def _await_coordinator(address: str) -> None:
+  """Waits until process 0 listens. JAX (0.10) would wait as well, but then abort the process with a stack trace."""
+  host, _, port = address.rpartition(":")
+  deadline = time.monotonic() + JOIN_SECONDS
+  while True:
+    try:
+      socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+      return
+    except OSError as error:
+      if time.monotonic() > deadline:
+        raise ConfigError(
+          f"--coordinator={address}: process 0 does not answer there after {JOIN_SECONDS} s ({error}); start it with the"
+          " same coordinator, and let the hosts reach each other"
+        ) from error
+    time.sleep(0.5)
+
+
 def _from_flags(flags: argparse.Namespace) -> dict[str, Any] | None:
   """Arguments of `jax.distributed.initialize`; None where no flag is given."""
   given = {name: getattr(flags, name) for name in FLAGS if getattr(flags, name) is not None}
@@ -99,7 +156,7 @@ def _from_flags(flags: argparse.Namespace) -> dict[str, Any] | None:
 
 def _number(name: str, text: str) -> int:
   if not text.isdecimal():
-    raise ConfigError(f"{_spelt(name)}={text}: must be a whole number")
+    raise ConfigError(f"{_spelt(name)}={text}: must be a whole number, {'at least 1' if name == 'num_processes' else '0 or more'}")
   return int(text)
 
 
