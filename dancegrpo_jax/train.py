@@ -85,7 +85,8 @@ class Pending(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-  """Trains, or goes on training what the workdir holds. SIGTERM ends it after the current iteration, saved.
+  """Trains, or goes on training what the workdir holds. SIGTERM ends it as of the last whole iteration, saved: after the
+  update or the chunk that it comes upon.
 
   Raises:
     ConfigError: a mistake in the config, the prompts or the workdir, before anything is written.
@@ -113,7 +114,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     if config.logging.profile_steps:
       stack.callback(end_trace)
     preemption = stack.enter_context(Preemption())
-    pending = clock = None
+    meta, pending, clock = {"config": config.to_dict()}, None, None
     for iteration in range(first, config.iterations):
       done = iteration + 1
       last = done == config.iterations
@@ -122,13 +123,19 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
       start_profile(config, workdir, iteration)
       # Prompts, rollout, decode and rewards, chunk by chunk.
-      seen = collect(session, state.trainable, iteration, clock, reward_threads, progress.warning, keep_pixels=shown)
-      # Scores -> advantages within each prompt's group.
+      seen = collect(session, state.trainable, iteration, clock, reward_threads, progress.warning, shown, preemption.reached)
+      # Read the last iteration's numbers, now that this one's work is queued.
+      saver.wait()  # so that a run that must stop knows its last checkpoint
+      pending = flush(config, workdir, pending, writer, progress)
+      if seen is None or preemption.reached():  # this iteration is given up, the last one saved
+        if iteration > first:
+          saver.save(iteration, state, meta | {"iteration": iteration})
+          saver.wait()
+        progress.message(f"stopped by SIGTERM: {iteration} iterations are saved in {workdir}; the same command goes on from there")
+        break
+      # Scores -> advantages within each prompt's group -> optimizer steps.
       advantage, weight, chosen, stats, reward_metrics = session.programs.advantages(seen.scores, seen.ids, state.prompt_stats)
       clock.phase("reward", advantage)
-      # Read the last iteration's numbers, now that this one's work is queued; then update.
-      saver.wait()  # so that a run that must stop knows its last checkpoint
-      flush(config, workdir, pending, writer, progress)
       state, update_metrics = session.programs.update(
         state._replace(prompt_stats=stats), session.model.frozen, session.reference, seen.conditioning, seen.ids,
         seen.rollouts, advantage, weight, chosen, np.int32(iteration),
@@ -139,19 +146,13 @@ def run(config: ConfigDict, workdir: Path) -> None:
 
       if shown:
         pending = pending._replace(values=pending.values | show(session, done, state, progress.warning))
-      stop = preemption.reached(done) and not last
-      save = save or stop
       # A state is saved only after its numbers were read and found sound.
       if save or shown:
         pending = flush(config, workdir, pending, writer, progress)
       if save:
-        saver.save(done, state, {"config": config.to_dict(), "iteration": done})
+        saver.save(done, state, meta | {"iteration": done})
       if shown:
         save_extremes(session, done, seen)
-      if stop:
-        saver.wait()
-        progress.message(f"stopped by SIGTERM: {done} iterations are saved in {workdir}; the same command goes on from there")
-        break
   if jax.process_index() == 0:
     print(metrics.last_line(workdir, report.write(workdir)))
 
@@ -246,10 +247,13 @@ def reference_of(config: ConfigDict, model: Model) -> PyTree | None:
 
 
 def collect(
-  session: Session, trainable: PyTree, iteration: int, clock: Clock, threads: ThreadPoolExecutor, say: Callable, keep_pixels: bool
-) -> Experience:
+  session: Session, trainable: PyTree, iteration: int, clock: Clock, threads: ThreadPoolExecutor, say: Callable,
+  keep_pixels: bool = False, stop: Callable[[], bool] = lambda: False,
+) -> Experience | None:  # fmt: skip
   """Prompts -> conditioning -> rollout -> pixels -> scores. Chunks reuse one program each and bound the memory: a chunk's
   pixels are freed when they are scored. Host rewards run in threads and overlap with the next chunk.
+
+  `stop` is asked before each chunk; where it says True the iteration is given up: None.
   """
   config, model, run = session.config, session.model, session.programs
   batch, group = session.batches[iteration], config.rollout.samples_per_prompt
@@ -263,6 +267,8 @@ def collect(
   for chunk in chunks:
     if len(rollouts) > 1:  # bounds what is queued on the devices, and the pixels that it holds
       jax.block_until_ready(rollouts[-2])
+    if stop():
+      return None
     rollout = run.rollout(trainable, model.frozen, conditioning, ids, chunk, np.int32(iteration))
     clock.phase("rollout", rollout)
     pixels = run.decode(model.frozen, rollout.sample)

@@ -459,6 +459,33 @@ def test_resuming_inside_the_profiler_s_window():
   train.stop_profile(tiny_config(logging__profile_steps=(1, 2)), 2, None)
 
 
+SIGNAL = f"""
+import os, signal, threading
+calls, lock = [], threading.Lock()
+
+def score(pixels, prompts, metadata):
+  with lock:
+    calls.append(prompts)
+    if len(calls) == {1 + 2 * SAMPLES // CHUNK + 1}:  # the first call is for the report's fixed prompts
+      os.kill(os.getpid(), signal.SIGTERM)
+  return pixels.mean((1, 2, 3))
+"""
+
+
+def test_sigterm_in_a_rollout_gives_the_iteration_up_and_saves_the_last(straight, flags, tmp_path, monkeypatch, capsys):
+  """It comes with the first scores of the third iteration, whose update, minutes long elsewhere, isn't waited for."""
+  (tmp_path / "scorer_that_ends.py").write_text(SIGNAL)
+  monkeypatch.syspath_prepend(tmp_path)
+  changes = {"reward__terms": (("scorer_that_ends:score", 1.0),), "checkpoint__every": 100, "evaluation__every": 0}
+  run = execute(flags(**changes), tmp_path / "run")
+  assert run.code == 0 and "stopped by SIGTERM: 2 iterations are saved" in capsys.readouterr().out
+  assert checkpoint.latest(run.workdir / "checkpoints") == 2 and [row["iteration"] for row in run.rows] == [0, 1]
+  assert [call.name for call in run.calls].count("update") == 2
+  again = execute(flags(**changes, iterations=3), tmp_path / "run")
+  assert again.code == 0 and [row["iteration"] for row in again.rows] == [0, 1, 2]
+  assert [call.name for call in again.calls].count("update") == 1
+
+
 def test_too_many_skipped_steps_stop_a_run(tmp_path):
   config = tiny_config(optimizer__max_skipped=3)
   values = {"reward/mean": 0.5, "reward/failed": 0.0, "optimizer/skipped_total": 3.0}

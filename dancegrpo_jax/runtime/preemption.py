@@ -8,19 +8,22 @@ from jax.experimental import multihost_utils
 
 
 class Preemption:
-  """Knows whether the run was asked to stop. A context manager around the loop: outside it SIGTERM ends the process at once.
+  """Knows whether the run was asked to stop. A context manager around the loop: outside it SIGTERM ends a single process at once.
 
-  Of several processes any may get the signal; JAX tells the others and picks an iteration at which all stop.
+  Of several processes any may get the signal, from `jax.distributed.initialize` on; JAX keeps it, tells the others and picks a
+  call of `reached` at which all stop.
   """
 
   def __init__(self):
     self._asked = False
     self._together = jax.distributed.is_initialized()  # JAX then has a handler of its own, which stays
     self._before = None
+    self._calls = 0
 
-  def reached(self, done: int) -> bool:
-    """Whether to stop now. All processes call it after every iteration, with the number of iterations done."""
-    return multihost_utils.reached_preemption_sync_point(done) if self._together else self._asked
+  def reached(self) -> bool:
+    """Whether to stop now. All processes call it equally often, at the same points."""
+    self._calls += 1  # JAX names the call at which all stop, so none may be left out
+    return multihost_utils.reached_preemption_sync_point(self._calls) if self._together else self._asked
 
   def __enter__(self) -> "Preemption":
     if not self._together and threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
