@@ -131,7 +131,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
         if iteration > first:
           saver.save(iteration, state, meta | {"iteration": iteration})
           saver.wait()
-        progress.message(f"stopped by SIGTERM: {iteration} iterations are saved in {workdir}; the same command goes on from there")
+        said = f"stopped by SIGTERM: {iteration} iterations are saved in {workdir}"
+        progress.message(f"{said}; the same command goes on from there")
         break
       # Scores -> advantages within each prompt's group -> optimizer steps.
       advantage, weight, chosen, stats, reward_metrics = session.programs.advantages(seen.scores, seen.ids, state.prompt_stats)

@@ -42,8 +42,8 @@ def test_axis_sizes(sizes, devices, expected):
   "sizes, text",
   [
     ((3, 1, 1), "config.mesh.data = 3: data=3 x fsdp=1 x tensor=1 does not use 8 devices; set mesh.data = 8 or -1"),
-    ((-1, 3, 1), "config.mesh.fsdp = 3: data=-1 x fsdp=3 x tensor=1 does not use 8 devices; make the product of fsdp and tensor"),
-    ((2, -1, 3), "config.mesh.tensor = 3: data=2 x fsdp=-1 x tensor=3 does not use 8 devices; make the product of data and tensor"),
+    ((-1, 3, 1), "config.mesh.fsdp = 3: data=-1 x fsdp=3 x tensor=1 does not use 8 devices; make the product of fsdp and"),
+    ((2, -1, 3), "config.mesh.tensor = 3: data=2 x fsdp=-1 x tensor=3 does not use 8 devices; make the product of data and"),
     ((1, 3, 1), "config.mesh.fsdp = 3: data=1 x fsdp=3 x tensor=1 does not use 8 devices; make the product of data and fsdp and"),
     ((-1, -1, 1), "config.mesh.fsdp = -1: only one axis can take what is left; data does"),
     ((0, 1, 1), "config.mesh.data = 0: must be a number of devices, or -1"),

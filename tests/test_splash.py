@@ -106,7 +106,7 @@ def test_auto_compiles_for_a_tpu(heads, dim, kernel):
   assert ("tpu_custom_call" in text) == kernel
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cudnn needs an NVIDIA GPU, and JAX_PLATFORMS=cuda; nothing else runs it")
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cudnn needs an NVIDIA GPU (and JAX_PLATFORMS=cuda)")
 @pytest.mark.parametrize("dim", [40, 64, 128])
 def test_cudnn_equals_xla_with_its_gradients(dim):
   for mine, theirs in zip(*both(*(x[..., :dim] for x in draw(150, 130, dtype=jnp.bfloat16)), kernel="cudnn")):

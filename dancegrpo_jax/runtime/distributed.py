@@ -156,7 +156,8 @@ def _from_flags(flags: argparse.Namespace) -> dict[str, Any] | None:
 
 def _number(name: str, text: str) -> int:
   if not text.isdecimal():
-    raise ConfigError(f"{_spelt(name)}={text}: must be a whole number, {'at least 1' if name == 'num_processes' else '0 or more'}")
+    least = "at least 1" if name == "num_processes" else "0 or more"
+    raise ConfigError(f"{_spelt(name)}={text}: must be a whole number, {least}")
   return int(text)
 
 

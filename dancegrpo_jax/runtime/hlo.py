@@ -120,7 +120,7 @@ def _collective(opcode: str, instruction: Instruction, inside: dict[str, str], t
 
 
 def _result_size(instruction: Instruction) -> int:
-  """Bytes that a collective results in. The shape of a -start holds what goes in beside it: (in, out, ..), ((in, ..), (out, ..))."""
+  """Bytes of a collective's result. A -start's shape holds what goes in as well: (in, out, ..) or ((in, ..), (out, ..))."""
   shape = re.sub(r"\{[^}]*\}", "", instruction.shape)  # layouts have parentheses too
   if not instruction.opcode.endswith("-start") or instruction.opcode == "all-reduce-start":
     return size(shape)
