@@ -13,7 +13,7 @@ from dancegrpo_jax import inventory, loading, plan, scoring
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime import flops as counter
 from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime import topologies
+from dancegrpo_jax.runtime import plans, topologies
 from dancegrpo_jax.runtime.config import ConfigError
 
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
@@ -103,16 +103,16 @@ def test_what_stays_in_memory():
   assert inventory.kept_bytes(taken, inventory.Call("x", print, ({"a": leaf},), 1)) == 12
 
 
-def row(name: str, peak: float, problem: str = "") -> plan.Row:
-  return plan.Row(name, 1, 1.0, 1.0, peak, 1.0, (), 0.0, 0.0, 1.0, 0.5, 0.1, problem)
+def row(name: str, peak: float, problem: str = "") -> plans.Row:
+  return plans.Row(name, 1, 1.0, 1.0, peak, 1.0, (), 0.0, 0.0, 1.0, 0.5, 0.1, problem)
 
 
 def test_what_does_not_fit_says_which_field(monkeypatch, capsys, tiny_models):
   rows = [row("update", 20.0 * 2**30), row("decode", 3.0 * 2**30), row("rollout", 8.0 * 2**30, "out of memory")]
-  lines = plan.problems(rows, 16.0 * 2**30)
+  lines = plans.problems(rows, 16.0 * 2**30)
   assert len(lines) == 2 and "update needs 20.00 of 16.00 GiB" in lines[0] and "optimizer.microbatch" in lines[0]
   assert "rollout needs" in lines[1] and "rollout.chunk" in lines[1] and "out of memory" in lines[1]
-  assert plan.problems(rows[:2], 0.0) == []  # nothing is known
+  assert plans.problems(rows[:2], 0.0) == []  # nothing is known
   full = topologies.Chip("tiny", 1000.0, 1e12, 1e9, 1e9)
   monkeypatch.setattr(topologies, "chip_of", lambda device: full)
   assert plan.main([*flags(tiny_models), "--only=advantages"]) == 1
@@ -125,11 +125,11 @@ def test_a_file_is_completed_by_later_calls():
   base["programs"] = ["encode", "update"]
   first = base | {"rows": [row("update", 1.0)._asdict()]}
   second = base | {"rows": [row("encode", 2.0)._asdict()]}
-  assert plan.concluded(first)["left_out"] == ["encode"] and plan.concluded(first)["hours"] is None
-  whole = plan.concluded(plan.merged(first, second))
+  assert plans.concluded(first)["left_out"] == ["encode"] and plans.concluded(first)["hours"] is None
+  whole = plans.concluded(plans.merged(first, second))
   assert [r["name"] for r in whole["rows"]] == ["encode", "update"] and whole["left_out"] == [] and whole["hours"] == 3.0 / 3600
   with pytest.raises(ConfigError, match=r"--out holds another plan \(digest differ\)"):
-    plan.merged(first, second | {"digest": "b"})
+    plans.merged(first, second | {"digest": "b"})
 
 
 def test_what_is_compiled_outlasts_an_interruption(monkeypatch, tiny_models, tmp_path):
@@ -208,9 +208,9 @@ def test_times_and_memory_of_a_compiled_program():
 
 def test_estimates():
   rows = [row("rollout", 1.0)._replace(times=20), row("sample", 1.0)._replace(times=2)]
-  assert plan.iteration_seconds(rows, 10) == 3.0  # the rollout twice, 1.5 s each; the grid not
-  assert plan.hours(rows) == pytest.approx(22 * 1.5 / 3600)
-  assert plan.hours([row("x", 1.0)._replace(compute_seconds=None)]) is None
+  assert plans.iteration_seconds(rows, 10) == 3.0  # the rollout twice, 1.5 s each; the grid not
+  assert plans.hours(rows) == pytest.approx(22 * 1.5 / 3600)
+  assert plans.hours([row("x", 1.0)._replace(compute_seconds=None)]) is None
 
 
 @pytest.mark.parametrize(
