@@ -17,7 +17,7 @@ SPOT="${SPOT:-true}"                         # false: on demand
 STORAGE_SIZE="${STORAGE_SIZE:-1T}"           # of the Filestore volume that all hosts mount
 MOUNT="${MOUNT:-/runs}"                      # where it appears in the containers
 IMAGE="${IMAGE:-python:3.12}"
-GRACE="${GRACE:-300}"                        # seconds between SIGTERM and SIGKILL: an iteration and a save must fit
+GRACE="${GRACE:-300}"                        # seconds between SIGTERM and SIGKILL: an update and a save must fit
 CONFIG="${CONFIG:-configs/emoji_clip.py}"
 WORKDIR="${WORKDIR:-$MOUNT/$NAME}"
 # ----------------------------------------------------

@@ -12,7 +12,7 @@ NODES="${NODES:-1}"
 GPUS="${GPUS:-8}"                            # of a node; each gets a process of its own
 CPUS="${CPUS:-8}"                            # of a process
 TIME="${TIME:-24:00:00}"
-GRACE="${GRACE:-300}"                        # seconds before the time limit at which SIGTERM comes: an iteration and a save must fit
+GRACE="${GRACE:-300}"                        # seconds before the time limit at which SIGTERM comes: an update and a save must fit
 PARTITION="${PARTITION:-}"                   # "": the cluster's default
 ACCOUNT="${ACCOUNT:-}"                       # "": yours
 CONFIG="${CONFIG:-configs/emoji_clip.py}"
@@ -49,7 +49,7 @@ case "$command" in
   run) run ;;
   status) call squeue --me "--name=$NAME" ;;
   logs) call tail -n 100 -F "$NAME.log" ;;
-  stop) call scancel "--name=$NAME" --signal=TERM ;; # saves after the current iteration, then ends
+  stop) call scancel "--name=$NAME" --signal=TERM ;; # ends with the last whole iteration saved
   delete) call scancel "--name=$NAME" ;;
   *) mistake "command '$command': use setup, run, status, logs, stop or delete" ;;
 esac

@@ -72,7 +72,7 @@ run() {
  nohup $main > run.log 2>&1 < /dev/null & echo \$! > run.pid"
 }
 
-# SIGTERM: the run saves after its current iteration and ends.
+# SIGTERM: the run ends with its last whole iteration saved.
 stop() {
   everywhere "kill -TERM \$(cat dancegrpo_jax/run.pid)"
 }

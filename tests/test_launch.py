@@ -16,6 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.runtime import validation
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 TOOLS = ("gcloud", "xpk", "kubectl", "git", "mkdir", "sbatch", "squeue", "scancel", "tail", "python3")
@@ -174,6 +177,29 @@ def test_several_hosts_and_spot_need_a_share(launch, command, variables, said):
 def test_an_accelerator_without_a_size(launch):
   done, calls = launch("tpu_vm.sh", "create", ACCELERATOR="v6e")
   assert done.returncode == 2 and not calls and "ACCELERATOR = v6e: must be type and size" in done.stderr
+
+
+def examples() -> list:
+  """(script, CONFIG, devices, flags of main) of each run that README starts."""
+  found = []
+  for block in re.findall(r"(?:^    .*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE):
+    for script, words in re.findall(r"launch/(\w+)\.sh run *([^#\n]*)", block):
+      variables = dict(re.findall(r"\b([A-Z]+)=(\S+)", block))
+      chips = int(variables["ACCELERATOR"].rpartition("-")[2]) if "ACCELERATOR" in variables else 0
+      devices = chips or int(variables["NODES"]) * int(variables["GPUS"])
+      found.append(pytest.param(variables["CONFIG"], devices, words.split(), id=script))
+  return found
+
+
+def test_there_is_an_example_of_each_script():
+  assert sorted(example.id for example in examples()) == ["gke_xpk", "slurm", "tpu_vm"]
+
+
+@pytest.mark.parametrize("config, devices, words", examples())
+def test_examples_are_sound_on_their_devices(config, devices, words):
+  """As main would find before it loads anything."""
+  overrides = [word.removeprefix("--config.") for word in words]
+  validation.validate(configs.load(str(ROOT / config), overrides), num_devices=devices, num_examples=400)
 
 
 def on_host(launch, home: Path, *words: str) -> subprocess.CompletedProcess:
