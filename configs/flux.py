@@ -33,7 +33,8 @@ from configs import common
 PRESETS = ("", "tiny")
 RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
 # Kernels `[.., in, out]` along `in`: a TPU lays the last axis out in lanes of 128, and collects narrower pieces (3072 over
-# 64 chips are 48) as a sum with zeros, twice the bytes. Norms' scales and what stands at the network's ends is small.
+# 64 chips are 48) as a sum with zeros, twice the bytes. v5p sums even so (libtpu 0.0.42.1, 64 chips), v5e and v6e gather.
+# Norms' scales and what stands at the network's ends is small.
 SPLIT = (
   ("denoiser/(single_)?transformer_blocks/.*/kernel", ("...", "fsdp", None)),
   ("denoiser/(single_)?transformer_blocks/.*/bias", ("...", "fsdp")),
