@@ -1,6 +1,7 @@
 """Plans of the published recipes on TPU topologies: runs `dancegrpo_jax.plan` and writes RESULTS.md from its numbers.
 
-    python benchmarks/plans.py            all of them, then the page (an hour or more of one core; needs libtpu, no TPU)
+    python benchmarks/plans.py            all of them, then the page: hours of one core, and 20 GB of memory for Stable
+                                          Diffusion's updates (36 and 69 minutes); needs libtpu, no TPU
     python benchmarks/plans.py NAME ...   these alone, then the page; NAME:update,rollout compiles these programs alone and keeps
                                           the others' rows of earlier calls
     python benchmarks/plans.py --write    the page alone, from the JSON files in benchmarks/plans
@@ -15,11 +16,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 PLANS = {  # name: config, topology; a config may be followed by overrides and flags
-  "flux_hps_v5p_64": ("configs/flux_hps.py --config.optimizer.microbatch=64", "v5p:4x4x4"),
+  "flux_hps_v5p_64": ("configs/flux_hps.py", "v5p:4x4x4"),
   "flux_hps_v6e_64": ("configs/flux_hps.py", "v6e:8x8"),
   "flux_hps_lora_v5e_16": ("configs/flux_hps_lora.py:v5e", "v5e:4x4"),
-  "sd_hps_v5e_8": ("configs/sd_hps.py:v5e --effort=-1", "v5e:2x4"),
-  "sd_hps_v6e_8": ("configs/sd_hps.py:v5e --effort=-1", "v6e:2x4"),
+  "sd_hps_v5e_8": ("configs/sd_hps.py:v5e", "v5e:2x4"),
+  "sd_hps_v6e_8": ("configs/sd_hps.py:v5e", "v6e:2x4"),
 }
 HEAD = """# Results
 
@@ -46,7 +47,7 @@ def run(name: str, only: str) -> int:
 def page() -> str:
   """RESULTS.md."""
   sys.path.insert(0, str(HERE.parent))
-  from dancegrpo_jax import plan
+  from dancegrpo_jax.runtime import plans
 
   parts, versions = [], {"libtpu": "?", "jax": "?"}
   for name, (config, topology) in PLANS.items():
@@ -54,7 +55,7 @@ def page() -> str:
     if file.exists():
       result = json.loads(file.read_text())
       versions = result["versions"]
-      parts.append(f"\n### `--config={config} --topology={topology}`\n\n{plan.report(result)}\n")
+      parts.append(f"\n### `--config={config} --topology={topology}`\n\n{plans.report(result)}\n")
   return HEAD.format(**versions) + "".join(parts)
 
 

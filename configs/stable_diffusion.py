@@ -5,7 +5,7 @@ Presets:
           stochastic steps, 2 optimizer steps. For 8 devices of 80 GB; any number that divides 8 works.
   1gpu    the same numbers on one GPU of 80 GB: smaller chunks and microbatches, so the same result more slowly.
   v5e     the same numbers on 8 TPU v5e chips (16 GB each), or 8 larger ones: parameters and optimizer split over them, smaller
-          chunks and microbatches. By a quick compilation sd_hps takes 7.0 GiB at most of a v5e chip; nothing was run on one.
+          chunks and microbatches. Compiled for them sd_hps takes 9.7 GiB at most of a chip; nothing was run on one.
   paper   what the paper asks where guidance is trained [P, section 3.3]: 1 optimizer step, a random 60 % of the steps.
   tiny    two iterations of a random network on a CPU, a minute: shows that everything fits together, learns nothing.
 
@@ -18,8 +18,7 @@ What is left of 80 GB is for activations. With rematerialised blocks and fused a
 guidance) and a decoder chunk of 16 images are an estimate that should fit; halve `optimizer.microbatch` and `rollout.chunk`
 if they do not. They change nothing but speed and round-off.
 
-Compute, from 0.68 TFLOP a forward pass of one row: about 135 PFLOP an iteration, 205 with the rematerialised forward and the
-recomputed old log-probs.
+Compute, as plan.py counts it: 0.80 TFLOP a forward pass of one row, 204 PFLOP an iteration, without the rematerialised forward.
 
 Weights: CompVis/stable-diffusion-v1-4 of the Hugging Face hub, fetched when they aren't cached (4.2 GB). v1.5 and v2.1 go in
 the same place: --config.model.checkpoint=DIR_OR_ID (v2.1: --config.model.size="(768, 768)").
@@ -79,7 +78,7 @@ def recipe(name: str, preset: str) -> ConfigDict:
     config.optimizer.microbatch = 16
   elif preset == "v5e":
     config.rollout.chunk = 16
-    config.optimizer.microbatch = 8
+    config.optimizer.microbatch = 16
     config.mesh.update(data=1, fsdp=-1, lanes=8, rules=SPLIT, reward_rules=SPLIT_REWARDS)
   elif preset == "paper":
     config.optimizer.updates_per_iteration = 1
