@@ -184,6 +184,7 @@ def main(argv: list[str]) -> int:
     line = configs.parse_argv(argv, "Score a checkpoint next to its base model.", add_flags)
     if Path(line.flags.out).suffix != ".json":
       raise ConfigError(f"--out={line.flags.out}: must end with .json; the images go into the folder of that name without it")
+    configs.require_writable(f"--out={line.flags.out}", Path(line.flags.out).parent)
     files = line.flags.prompts or [file for file in (line.config.data.prompts, line.config.data.held_out) if file]
     run(line.config, line.flags.checkpoint, files, Path(line.flags.out))
 

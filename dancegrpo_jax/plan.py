@@ -9,7 +9,6 @@ numbers are the compiler's, and the time is an estimate (see `row_of`). Exit cod
 import argparse
 import importlib.metadata
 import json
-import os
 import re
 import sys
 import time
@@ -77,6 +76,7 @@ def compile_call(call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: s
     )
   took, text, memory = time.time() - start, compiled.as_text(), compiled.memory_analysis()
   if hlo:
+    Path(hlo).mkdir(parents=True, exist_ok=True)
     (Path(hlo) / f"{call.name.replace(' ', '_')}.txt").write_text(text)
   kernels = counter.count(traced.jaxpr, "tpu").kernels
   row = row_of(call, kept, flops, kernels, chip, count, text, memory)._replace(compile_seconds=took)
@@ -175,16 +175,6 @@ def plan(
     yield result | {"rows": list(rows)}
 
 
-def make_folder(flag: str, value: str, folder: Path) -> None:
-  """Makes a folder that will be written to. ConfigError where that can't be, before anything is compiled."""
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise ConfigError(f"{flag}={value}: {error.strerror}: {error.filename}; use a folder that can be written to") from error
-  if not os.access(folder, os.W_OK):
-    raise ConfigError(f"{flag}={value}: no permission to write into {folder}; use another folder")
-
-
 def libtpu_version() -> str:
   """Of the TPU compiler, "" where it isn't installed."""
   try:
@@ -223,15 +213,14 @@ def run(config: Any, topology: str, out: str, hlo: str = "", only: str = "", eff
   if out and Path(out).suffix != ".json":
     raise ConfigError(f"--out={out}: must end with .json")
   file = Path(out)
-  if out:
-    make_folder("--out", out, file.parent)
-  if hlo:
-    make_folder("--hlo", hlo, Path(hlo))
+  configs.require_writable(f"--out={out}", file.parent)
+  configs.require_writable(f"--hlo={hlo}", Path(hlo))
   for result in plan(config, topology, hlo=hlo, only=only, effort=level):
     if out and file.exists():
       result = plans.merged(plans.read_out(file), result)
     result = plans.concluded(result)
     if out and result["rows"]:  # program by program: compiling takes minutes, and what is there outlasts an interruption
+      file.parent.mkdir(parents=True, exist_ok=True)
       written = file.with_suffix(".tmp")
       written.write_text(json.dumps(result, indent=1) + "\n")
       written.replace(file)

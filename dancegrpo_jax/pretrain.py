@@ -100,6 +100,8 @@ def main(argv: list[str]) -> int:
   def command() -> None:
     line = configs.parse_argv(argv, "Make the embedded models.", add_flags)
     flags = line.flags
+    configs.require_writable(f"--workdir={flags.workdir}", Path(flags.workdir))
+    configs.require_writable(f"--out={flags.out}", Path(flags.out))
     run(line.config, flags.stage, Path(flags.workdir), Path(flags.out), flags.font)
 
   return configs.exit_on_mistake(command)

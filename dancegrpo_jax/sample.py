@@ -56,6 +56,7 @@ def main(argv: list[str]) -> int:
   def command() -> None:
     line = configs.parse_argv(argv, "Sample images from a base model or a checkpoint.", add_flags)
     flags = line.flags
+    configs.require_writable(f"--out={flags.out}", Path(flags.out))
     run(line.config, flags.checkpoint, flags.prompt, Path(flags.out), flags.samples, flags.seed)
 
   return configs.exit_on_mistake(command)

@@ -94,6 +94,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
   """
   examples = read_examples(config)
   validation.validate(config, num_devices=jax.device_count(), num_examples=len(examples))
+  configs.require_writable(f"--workdir={workdir}", workdir)
   first = iterations_done(config, workdir)
   distributed.require_same(first, f"--workdir={workdir}: iterations done differ", "all hosts must see the same folder")
   distributed.require_shared(workdir)

@@ -8,7 +8,8 @@ import sys
 import pytest
 from tiny_checkpoint import ROOT, overrides
 
-from dancegrpo_jax import main
+from dancegrpo_jax import evaluate, main, pretrain, sample
+from dancegrpo_jax.convert import __main__ as convert
 
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
 
@@ -59,8 +60,23 @@ MISTAKES = {
     [], {"lora__rank": 4, "lora__alpha": 4.0, "lora__targets": ".*to_q/kernel", "lora__checkpoint": "no/such-lora"},
     ["lora.checkpoint = 'no/such-lora'", "no such folder", "pytorch_lora_weights.safetensors"],
   ),
+  "workdir": (["--workdir=/dev/null/run"], {}, ["--workdir=/dev/null/run", "/dev/null is not a folder", "use another"]),
   "size": ([], {"model__size": (32, 36)}, ["model.size = (32, 36)", "multiples of 8"]),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("command, flags", [
+  (sample.main, ["--checkpoint=base", "--prompt=x", "--out=/dev/null/x"]),
+  (evaluate.main, ["--checkpoint=base", "--out=/dev/null/x.json"]),
+  (pretrain.main, ["--out=/dev/null/x"]),
+  (lambda argv: convert.main(["import", *argv]), ["--out=/dev/null/x"]),
+  (lambda argv: convert.main(["export", *argv]), ["--checkpoint=base", "--out=/dev/null/x"]),
+])  # fmt: skip
+def test_where_nothing_can_be_written_is_found_first(command, flags, capsys):
+  """...and not when all has been computed."""
+  assert command([CONFIG, *flags]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(f"error: {flags[-1]}: /dev/null is not a folder")
 
 
 @pytest.mark.parametrize("name", MISTAKES)

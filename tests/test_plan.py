@@ -218,8 +218,8 @@ def test_estimates():
   [
     (["--topology=v5p:4x4x4"], ["needs the TPU compiler", "pip install 'jax[tpu]=="]),
     (["--out=plan.txt"], ["--out=plan.txt", "must end with .json"]),
-    (["--out=/dev/null/plan.json"], ["--out=/dev/null/plan.json", "/dev/null;", "can be written to"]),
-    (["--hlo=/dev/null/hlo"], ["--hlo=/dev/null/hlo", "Not a directory", "can be written to"]),
+    (["--out=/dev/null/plan.json"], ["--out=/dev/null/plan.json", "/dev/null is not a folder"]),
+    (["--hlo=/dev/null/hlo"], ["--hlo=/dev/null/hlo", "/dev/null is not a folder"]),
     (["--effort=low"], ["--effort=low", "number from -1"]),
     (["--only=updat"], ["--only=updat", "no program updat", "rollout"]),
     (["--config.mesh.data=3"], ["mesh.data = 3", "does not use 8 devices"]),

@@ -19,6 +19,7 @@ from dancegrpo_jax.convert.tables import TABLES
 from dancegrpo_jax.models import lora
 from dancegrpo_jax.pipelines.base import Component, Pipeline
 from dancegrpo_jax.runtime import checkpoint, hub, validation, weights
+from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.config import ConfigError
 from dancegrpo_jax.types import PyTree
@@ -119,6 +120,7 @@ def check_free(out: Path) -> None:
     raise ConfigError(f"--out={out}: exists and is not empty; name a new folder, or remove it first")
   if out.exists() and not out.is_dir():
     raise ConfigError(f"--out={out}: is a file; name a new folder")
+  configs.require_writable(f"--out={out}", out)
 
 
 @contextlib.contextmanager

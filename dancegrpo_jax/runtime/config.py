@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -113,6 +114,15 @@ def exit_on_mistake(command: Callable[[], int | None]) -> int:
     for line in str(error).splitlines():
       print(f"error: {line}", file=sys.stderr)
     return 2
+
+
+def require_writable(flag: str, folder: Path) -> None:
+  """ConfigError where a folder can't be made or written to; makes nothing. `flag` as it was given, --workdir=runs/x."""
+  place = next(path for path in (folder, *folder.parents) if path.exists())
+  if not place.is_dir():
+    raise ConfigError(f"{flag}: {place} is not a folder; use another one")
+  if not os.access(place, os.W_OK):
+    raise ConfigError(f"{flag}: no permission to write into {place}; use another folder")
 
 
 def _config_flag(argv: Sequence[str]) -> str:
