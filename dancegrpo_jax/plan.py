@@ -213,8 +213,10 @@ def run(config: Any, topology: str, out: str, hlo: str = "", only: str = "", eff
   if out and Path(out).suffix != ".json":
     raise ConfigError(f"--out={out}: must end with .json")
   file = Path(out)
-  configs.require_writable(f"--out={out}", file.parent)
-  configs.require_writable(f"--hlo={hlo}", Path(hlo))
+  if out:
+    configs.require_writable(f"--out={out}", file.parent)
+  if hlo:
+    configs.require_writable(f"--hlo={hlo}", Path(hlo))
   for result in plan(config, topology, hlo=hlo, only=only, effort=level):
     if out and file.exists():
       result = plans.merged(plans.read_out(file), result)

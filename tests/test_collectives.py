@@ -64,7 +64,7 @@ def parameter_shapes(tree) -> set[tuple[int, ...]]:
 
 
 def is_parameter(dims: str, known: set[tuple[int, ...]]) -> bool:
-  """Whether a shape's text, or what it is with the pieces of 8 devices put together, is one of these."""
+  """Whether a shape's text is one of these, or is with two neighbouring axes as one: devices, and the piece of each."""
   shape = tuple(map(int, dims.split(",")))
   joined = [(*shape[:i], shape[i] * shape[i + 1], *shape[i + 2 :]) for i in range(len(shape) - 1)]
   return any(unordered(form) in known for form in (shape, *joined))

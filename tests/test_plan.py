@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
@@ -170,6 +171,15 @@ def test_a_file_of_another_plan_is_kept(tiny_models, tmp_path, capsys):
   assert plan.main([*flags(tiny_models), "--only=advantages", "--config.seed=9", f"--out={out}"]) == 2
   said = capsys.readouterr()
   assert "digest differ" in said.err and "compiled in" not in said.out and out.read_bytes() == before
+
+
+def test_a_folder_that_is_not_ours_matters_where_it_is_written_to(tiny_models, tmp_path, capsys, monkeypatch):
+  """Permissions are a stand-in's: root may write anywhere."""
+  monkeypatch.setattr(configs, "os", SimpleNamespace(access=lambda *_: False, W_OK=2))
+  assert plan.main([*flags(tiny_models), "--only=join"]) == 0
+  assert plan.main([*flags(tiny_models), "--only=join", f"--out={tmp_path / 'new' / 'plan.json'}"]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert f"no permission to write into {tmp_path}; use another" in line and not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"rows": '])
