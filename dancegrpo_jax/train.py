@@ -104,6 +104,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
   mesh = meshes.make_mesh(config.mesh)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
+    preemption = stack.enter_context(Preemption(mesh))
     clock_thread = stack.enter_context(ThreadPoolExecutor(1))
     reward_threads = stack.enter_context(ThreadPoolExecutor(8))
     session, state = prepare(config, workdir, examples, mesh, first)
@@ -114,7 +115,6 @@ def run(config: ConfigDict, workdir: Path) -> None:
       show(session, 0, state, progress.warning)
     if config.logging.profile_steps:
       stack.callback(end_trace)
-    preemption = stack.enter_context(Preemption())
     meta, pending, clock = {"config": config.to_dict()}, None, None
     for iteration in range(first, config.iterations):
       done = iteration + 1
@@ -128,7 +128,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
       # Read the last iteration's numbers, now that this one's work is queued.
       saver.wait()  # so that a run that must stop knows its last checkpoint
       pending = flush(config, workdir, pending, writer, progress)
-      if seen is None or preemption.reached():  # this iteration is given up, the last one saved
+      if seen is None or preemption.reached(wait=True):  # this iteration is given up, the last one saved
         if iteration > first:
           saver.save(iteration, state, meta | {"iteration": iteration})
           saver.wait()

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 
 import jax
 import pytest
@@ -183,3 +184,48 @@ def test_sigterm_saves_and_a_resumed_run_goes_on(tiny_models, tmp_path):
   assert code == 0, errors
   assert f"iteration {done + 1}/{done + 1}" in output and f"iteration {done}/" not in output
   assert [row["iteration"] for row in metrics.read(workdir)] == list(range(done + 1))
+
+
+SAVING = """
+  import argparse, os, signal, sys, time
+  from pathlib import Path
+  import jax, numpy as np
+  from dancegrpo_jax.runtime import checkpoint, distributed
+  from dancegrpo_jax.runtime import mesh as meshes
+  from dancegrpo_jax.runtime.config import ConfigDict
+  from dancegrpo_jax.runtime.preemption import Preemption
+
+  folder, number = Path(sys.argv[1]), int(sys.argv[-1])
+  parser = argparse.ArgumentParser()
+  distributed.add_flags(parser)
+  distributed.start(parser.parse_args(sys.argv[2:-1]))
+  mesh = meshes.make_mesh(ConfigDict({"data": 2, "fsdp": 1, "tensor": 1}))
+  weights = jax.make_array_from_callback((8,), meshes.replicated(mesh), lambda _: np.zeros(8))
+  with jax.set_mesh(mesh), checkpoint.Saver(folder, 3) as saver, Preemption(mesh) as preemption:
+    for iteration in range(1, 7):
+      asked = [preemption.reached(), preemption.reached(), preemption.reached(wait=True)]
+      if any(asked):
+        print(iteration, *asked)
+        break
+      saver.save(iteration, {"trainable": {"w": weights}}, {})
+      saver.wait()
+      if iteration == 4 and jax.process_index() == number:
+        os.kill(os.getpid(), signal.SIGTERM)
+      time.sleep(2 * (iteration == 4))
+"""
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_signal_between_a_save_and_the_next_question(tmp_path, number):
+  """Orbax asks JAX's own service for this at each save, with a number of its own: signals that came then were lost."""
+  environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+  processes = [
+    subprocess.Popen(
+      [sys.executable, "-c", textwrap.dedent(SAVING), str(tmp_path / "saved"), *flags, str(number)],
+      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )
+    for flags in together(free_port(), 2)
+  ]  # fmt: skip
+  for code, output, errors in finish(processes):
+    assert code == 0, errors
+    assert output.splitlines()[-1] == "5 False True True", errors  # gloo says something before

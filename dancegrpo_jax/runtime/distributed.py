@@ -51,6 +51,7 @@ def start(flags: argparse.Namespace, environment: Mapping[str, str] = os.environ
     _await_coordinator(arguments["coordinator_address"])
   import jax
 
+  jax.config.update("jax_enable_preemption_service", False)  # runtime/preemption.py has its own
   try:
     jax.distributed.initialize(**arguments)
   except (RuntimeError, ValueError) as error:

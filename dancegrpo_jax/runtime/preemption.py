@@ -4,29 +4,42 @@ import signal
 import threading
 
 import jax
-from jax.experimental import multihost_utils
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 
 class Preemption:
-  """Knows whether the run was asked to stop. A context manager around the loop: outside it SIGTERM ends a single process at once.
+  """Knows whether the run was asked to stop. A context manager: outside it SIGTERM ends a process at once.
 
-  Of several processes any may get the signal, from `jax.distributed.initialize` on; JAX keeps it, tells the others and picks a
-  call of `reached` at which all stop.
+  Of several processes any may get the signal, and all stop at the same call of `reached`: each call sends this process's
+  answer around the devices. JAX's own service for this is off (`distributed.start`): it compares numbers of calls, and Orbax,
+  which asks it at each save, puts a checkpoint's number in their place, so that a signal during a save is lost.
   """
 
-  def __init__(self):
+  def __init__(self, mesh: Mesh):
     self._asked = False
-    self._together = jax.distributed.is_initialized()  # JAX then has a handler of its own, which stays
+    self._sharding = NamedSharding(mesh, P(mesh.axis_names)) if jax.process_count() > 1 else None
+    self._sent = None
     self._before = None
-    self._calls = 0
 
-  def reached(self) -> bool:
-    """Whether to stop now. All processes call it equally often, at the same points."""
-    self._calls += 1  # JAX names the call at which all stop, so none may be left out
-    return multihost_utils.reached_preemption_sync_point(self._calls) if self._together else self._asked
+  def reached(self, wait: bool = False) -> bool:
+    """Whether to stop now. All processes call it equally often, at the same points.
+
+    Args:
+      wait: for the devices to have done what they were given, and so to know of every signal that has come. Otherwise several
+        processes answer what was sent at the call before, and the devices have work while they do.
+    """
+    if self._sharding is None:
+      return self._asked
+    flags = jax.make_array_from_callback((jax.device_count(),), self._sharding, lambda _: np.array([self._asked]))
+    before, self._sent = self._sent, jnp.any(flags)
+    answer = self._sent if wait else before
+    return answer is not None and bool(answer)
 
   def __enter__(self) -> "Preemption":
-    if not self._together and threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
       self._before = signal.signal(signal.SIGTERM, self._ask)
     return self
 
