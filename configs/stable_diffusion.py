@@ -80,6 +80,7 @@ def recipe(name: str, preset: str) -> ConfigDict:
     config.rollout.chunk = 16
     config.optimizer.microbatch = 16
     config.mesh.update(data=1, fsdp=-1, lanes=8, rules=SPLIT, reward_rules=SPLIT_REWARDS)
+    config.checkpoint.every = 1  # by plan.py an iteration takes 8 minutes on v6e, 23 on v5e; a state is 10.3 GB
   elif preset == "paper":
     config.optimizer.updates_per_iteration = 1
     config.objective.update(timesteps="random", timestep_fraction=0.6)
