@@ -86,7 +86,7 @@ class Pending(NamedTuple):
 
 def run(config: ConfigDict, workdir: Path) -> None:
   """Trains, or goes on training what the workdir holds. SIGTERM ends it as of the last whole iteration, saved: after the
-  update or the chunk that it comes upon.
+  update or the few chunks that it comes upon.
 
   Raises:
     ConfigError: a mistake in the config, the prompts or the workdir, before anything is written.
@@ -128,6 +128,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
       # Read the last iteration's numbers, now that this one's work is queued.
       saver.wait()  # so that a run that must stop knows its last checkpoint
       pending = flush(config, workdir, pending, writer, progress)
+      jax.block_until_ready(seen)  # the host is chunks ahead; a signal that comes in these is to be heard before the update
       if seen is None or preemption.reached(wait=True):  # this iteration is given up, the last one saved
         if iteration > first:
           saver.save(iteration, state, meta | {"iteration": iteration})

@@ -6,7 +6,9 @@ Every run is `main` in this process, on 8 devices. The first one compiles; the o
 import functools
 import io
 import json
+import os
 import re
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -487,6 +489,33 @@ def test_sigterm_in_a_rollout_gives_the_iteration_up_and_saves_the_last(straight
   again = execute(flags(**changes, iterations=3), tmp_path / "run")
   assert again.code == 0 and [row["iteration"] for row in again.rows] == [0, 1, 2]
   assert [call.name for call in again.calls].count("update") == 1
+
+
+def test_sigterm_while_the_devices_finish_a_rollout_comes_before_the_update(straight, flags, tmp_path, monkeypatch, capsys):
+  """All of the third iteration's chunks are queued by then, and nothing on the host waits for them but the question itself."""
+  build, times = programs.build, []
+
+  def signalled(scores):
+    times.append(None)
+    if len(times) == 3:
+      time.sleep(1)  # as long chunks would take: the host has come to its question meanwhile
+      os.kill(os.getpid(), signal.SIGTERM)
+    return scores
+
+  def slow(*args, **kwargs):
+    compiled = build(*args, **kwargs)
+
+    def join(scores, order):
+      joined = compiled.join(scores, order)
+      queued = jax.jit(lambda x: jax.pure_callback(signalled, x, x), out_shardings=joined["clip"].sharding)
+      return joined | {"clip": queued(joined["clip"])}
+
+    return compiled._replace(join=join)
+
+  monkeypatch.setattr(programs, "build", slow)
+  run = execute(flags(reward__terms=(("clip", 1.0),), checkpoint__every=100, evaluation__every=0), tmp_path / "run")
+  assert run.code == 0 and "stopped by SIGTERM: 2 iterations are saved" in capsys.readouterr().out
+  assert len(times) == 3 and [call.name for call in run.calls].count("update") == 2
 
 
 def test_too_many_skipped_steps_stop_a_run(tmp_path):

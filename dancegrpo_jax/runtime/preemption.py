@@ -28,8 +28,8 @@ class Preemption:
     """Whether to stop now. All processes call it equally often, at the same points.
 
     Args:
-      wait: for the devices to have done what they were given, and so to know of every signal that has come. Otherwise several
-        processes answer what was sent at the call before, and the devices have work while they do.
+      wait: for what is sent now. Otherwise several processes answer what was sent at the call before, so that the devices
+        have work meanwhile. A process hears of a signal when it isn't waiting for the devices, whatever it asks.
     """
     if self._sharding is None:
       return self._asked
