@@ -22,7 +22,10 @@ def get_config() -> ConfigDict:
     "dtype": "float32",  # what the denoiser computes in; parameters and SDE arithmetic stay float32
     "frozen_dtype": "float32",  # text encoder and decoder, stored and computed; the denoiser under lora, stored
     "remat": False,  # recompute the denoiser's blocks in the backward pass: less memory, a third more time
-    "attention": "auto",  # auto (what the devices have) | xla | cudnn (GPU) | splash (TPU, heads that 128 divides)
+    "attention": "auto",  # auto (what suits the devices) | xla | cudnn (GPU) | splash (TPU); models/attention.py has the table
+    # default | highest: of products and convolutions of float32 numbers, in every network. "default" is what the device is fast
+    # at: tf32 (10 bits of mantissa) on NVIDIA GPUs, bfloat16 on TPUs, float32 on CPUs. Half precision isn't changed by it.
+    "matmul_precision": "default",
     "scan_blocks": False,  # flux: stack the blocks' weights and compile one of a kind; large ones compile many times faster
     "text_length": 512,  # flux: tokens of T5's text, padded and cut to (FLUX.1-schnell was made with 256)
   })

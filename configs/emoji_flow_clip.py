@@ -24,6 +24,7 @@ def get_config(preset: str = ""):
   config.name = "emoji_flow_clip" + (f"_{preset}" if preset else "")
   config.iterations = 40
   config.model.update(family="flux", checkpoint="assets/emoji-flux", text_length=12)
+  config.model.matmul_precision = "highest"  # float32 on every device, as what was found above
   config.sampler.update(kind="dance", noise_level=0.7, steps=8)  # 7 policy steps, of which each sample trains a random 4
   config.rollout.update(samples_per_prompt=16, chunk=256)
   config.optimizer.update(learning_rate=5e-5, warmup_steps=20, b2=0.98, updates_per_iteration=4, microbatch=128)

@@ -2,13 +2,62 @@
 
 import functools
 import logging
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from dancegrpo_jax.models.layers import Conv, Dense, Dtype, GroupNorm, LayerNorm
+
+HALF = ("bfloat16", "float16")
+
+
+class Place(NamedTuple):
+  """Where a program runs.
+
+  Attributes:
+    platform: cpu | gpu | tpu.
+    capability: compute capability of an NVIDIA GPU, as (9, 0) for Hopper; (0, 0) elsewhere.
+  """
+
+  platform: str
+  capability: tuple[int, int] = (0, 0)
+
+
+def kernel(impl: str, place: Place, dtype: str, head_dim: int, plain: bool) -> str:
+  """Which implementation computes an attention: xla | cudnn | splash.
+
+  | kernel | asked for by             | platform | capability | dtype             | head size            |
+  | ------ | ------------------------ | -------- | ---------- | ----------------- | -------------------- |
+  | cudnn  | cudnn, or auto on a GPU  | gpu      | 8.x        | bfloat16, float16 | multiple of 8 to 128 |
+  | cudnn  | cudnn, or auto on a GPU  | gpu      | 9.x        | bfloat16, float16 | multiple of 8 to 256 |
+  | cudnn  | cudnn, or auto on a GPU  | gpu      | 10 and up  | bfloat16, float16 | multiple of 8 to 128 |
+  | splash | splash, or auto on a TPU | any      | any        | any               | multiple of 128      |
+  | xla    | everything else          |          |            |                   |                      |
+
+  Lengths of queries and keys don't decide: both kernels get them padded (`_cudnn`, models/splash.py). Whether a gradient is
+  taken doesn't decide either, so that rollout and update always share a kernel; this is why the heads of 10.x end at 128.
+
+  The limits of cudnn are those of JAX's own check (jax/_src/cudnn/fused_attention_stablehlo.py, 0.10 to 0.11) and of NVIDIA's
+  support matrix (https://docs.nvidia.com/cudnn/operations/Attention, 9.18): heads above 128 have a backward pass on Hopper,
+  and not in every version on later chips.
+
+  Args:
+    impl: what the config asks for: auto | xla | cudnn | splash.
+    place: see `place`.
+    dtype: name of the dtype of queries, keys and values.
+    head_dim: their last dimension.
+    plain: whether there is neither a bias nor a mask other than `causal` and `key_lengths`.
+  """
+  wanted = {"gpu": "cudnn", "tpu": "splash"}.get(place.platform, "xla") if impl == "auto" else impl
+  if wanted == "cudnn" and plain and place.platform == "gpu" and place.capability >= (8, 0):
+    largest = 256 if place.capability[0] == 9 else 128
+    return "cudnn" if dtype in HALF and head_dim % 8 == 0 and head_dim <= largest else "xla"
+  if wanted == "splash" and plain and head_dim % 128 == 0:
+    return "splash"
+  return "xla"
 
 
 def attention(
@@ -16,6 +65,8 @@ def attention(
   k: Float[Array, "b m h d"],
   v: Float[Array, "b m h d"],
   *,
+  key_lengths: Int[Array, "b"] | None = None,
+  causal: bool = False,
   mask: Bool[Array, "#b #h #n m"] | None = None,
   bias: Float[Array, "#b #h n m"] | None = None,
   scale: float | None = None,
@@ -23,44 +74,98 @@ def attention(
 ) -> Float[Array, "b n h d"]:
   """Scaled dot-product attention; logits and softmax in float32.
 
+  Every implementation honours `key_lengths` and `causal`; a mask or a bias is for xla alone.
+
   Args:
     q: queries; k, v: keys and values; the head axis is third.
+    key_lengths: valid keys of each sample, at least 1. They come first: the caller orders them.
+    causal: query i looks at keys 0 to i only.
     mask: True where a query may look.
     bias: added to the logits.
     scale: of the products; None = d**-0.5.
-    impl: xla | cudnn (NVIDIA GPUs) | splash (TPUs) | auto, which takes what the devices have and xla elsewhere. cudnn is for
-      half precision and head dimensions that every generation takes, splash for head dimensions that 128 divides; neither
-      takes a mask or a bias here. What a kernel can't do, xla does, with a line in the log.
+    impl: xla | cudnn | splash | auto (what suits the devices); `kernel` has the table. Where a kernel that was asked for by name
+      can't compute this attention, xla does, and the log says so once.
   """
   d = q.shape[-1]
-  place = platform()
-  wanted = {"gpu": "cudnn", "tpu": "splash"}.get(place, "xla") if impl == "auto" else impl
+  scale = d**-0.5 if scale is None else scale
+  key_lengths = None if key_lengths is None else key_lengths.astype(jnp.int32)
+  where = place()
   plain = mask is None and bias is None
-  if wanted == "splash" and plain and d % 128 == 0:
+  chosen = kernel(impl=impl, place=where, dtype=q.dtype.name, head_dim=d, plain=plain)
+  if chosen == "cudnn":
+    return _cudnn(q, k, v, key_lengths=key_lengths, causal=causal, scale=scale)
+  if chosen == "splash":
     from dancegrpo_jax.models import splash  # here: Pallas takes a second to import
 
-    return splash.attention(q, k, v, d**-0.5 if scale is None else scale, interpret=place != "tpu")
-  half = q.dtype in (jnp.bfloat16, jnp.float16)
-  if wanted == "cudnn" and plain and half and d % 8 == 0 and d <= 128:
-    return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="cudnn")
-  if wanted != "xla":
-    _told(wanted, q.dtype.name, d, plain)
-  return jax.nn.dot_product_attention(q, k, v, bias, mask, scale=scale, implementation="xla")
+    interpret = where.platform != "tpu"
+    return splash.attention(q, k, v, scale, key_lengths=key_lengths, causal=causal, interpret=interpret)
+  if impl not in ("auto", "xla"):
+    _warn_once(impl, q.dtype.name, d, plain)
+  return jax.nn.dot_product_attention(
+    q, k, v, bias, mask, scale=scale, is_causal=causal, key_value_seq_lengths=key_lengths, implementation="xla"
+  )
 
 
-def platform() -> str:
-  """cpu, gpu or tpu: what the program is for. The mesh's devices say it, which aren't this machine's where plan.py compiles."""
+def _cudnn(
+  q: Float[Array, "b n h d"],
+  k: Float[Array, "b m h d"],
+  v: Float[Array, "b m h d"],
+  *,
+  key_lengths: Int[Array, "b"] | None,
+  causal: bool,
+  scale: float,
+) -> Float[Array, "b n h d"]:
+  """cuDNN's fused attention, for any length.
+
+  JAX (0.10 to 0.11) refuses odd lengths wherever a gradient is taken, with or without a bias. An odd length is therefore padded
+  by one, and the kernel is told the true lengths; the padded query's result is cut off.
+  """
+  batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
+  lengths = {}
+  if key_lengths is not None or queries % 2 or keys % 2:
+    lengths["query_seq_lengths"] = jnp.full((batch,), queries, jnp.int32)
+    full = jnp.full((batch,), keys, jnp.int32)
+    lengths["key_value_seq_lengths"] = full if key_lengths is None else key_lengths
+  q, k, v = (_padded_to_even(x) for x in (q, k, v))
+  y = _fused(q, k, v, scale=scale, is_causal=causal, **lengths)
+  return y[:, :queries]
+
+
+def _padded_to_even(x: Float[Array, "b n h d"]) -> Float[Array, "b m h d"]:
+  """`x` with zeros for one more token where the number of tokens is odd."""
+  return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
+
+
+# The kernel itself, by a name that a test can put a stand-in in the place of.
+_fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+
+
+def place() -> Place:
+  """Where the program that is being traced will run.
+
+  The mesh's devices say it, which aren't this machine's where plan.py compiles for a TPU. The compute capability is that of
+  this machine's first GPU: JAX compiles for no other.
+  """
   device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
   name = jax.default_backend() if device is None else device.platform
-  return {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+  name = {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
+  if name != "gpu" or jax.default_backend() != "gpu":
+    return Place(name)
+  return Place(name, capability_of(jax.local_devices()[0]))
+
+
+def capability_of(device: Any) -> tuple[int, int]:
+  """The compute capability of a device, (0, 0) where it is no NVIDIA GPU (AMD's say "gfx90a")."""
+  major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+  return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else (0, 0)
 
 
 @functools.cache
-def _told(kernel: str, dtype: str, head_dim: int, plain: bool) -> None:
-  """Says once a shape that a kernel is not used."""
+def _warn_once(asked: str, dtype: str, head_dim: int, plain: bool) -> None:
+  """Says once for each kind of attention that the kernel that was asked for can't compute it."""
   what = "" if plain else ", a mask or a bias"
   # A warning, which Python shows where nobody has set up logging.
-  logging.getLogger(__name__).warning("attention: xla in place of %s for %s, heads of %d%s", kernel, dtype, head_dim, what)
+  logging.getLogger(__name__).warning("attention: xla in place of %s for %s, heads of %d%s", asked, dtype, head_dim, what)
 
 
 class Attention(nn.Module):

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dancegrpo_jax.models.attention import attention
+
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
   """x * sigmoid(1.702 x): OpenAI's approximation of GELU."""
@@ -46,6 +48,7 @@ class Attention(nn.Module):
 
   num_attention_heads: int
   causal: bool
+  impl: str
   dtype: Any
   param_dtype: Any
 
@@ -60,7 +63,7 @@ class Attention(nn.Module):
 
     shape = (*x.shape[:-1], self.num_attention_heads, width // self.num_attention_heads)
     q, k, v = (project(f"{name}_proj")(x).reshape(shape) for name in "qkv")
-    y = jax.nn.dot_product_attention(q, k, v, is_causal=self.causal)  # scales by head width**-1/2, softmax in f32
+    y = attention(q, k, v, causal=self.causal, impl=self.impl)
     return project("out_proj")(y.reshape(x.shape))
 
 
@@ -94,6 +97,7 @@ class Layer(nn.Module):
   hidden_act: str
   layer_norm_eps: float
   causal: bool
+  impl: str
   keep: bool  # hand out every layer's result, for callers that want an earlier one
   dtype: Any
   param_dtype: Any
@@ -101,8 +105,8 @@ class Layer(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"], _: None) -> tuple:
     options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    attention = Attention(self.num_attention_heads, self.causal, name="self_attn", **options)
-    x = x + attention(layer_norm(self, "layer_norm1")(x))
+    attend = Attention(self.num_attention_heads, self.causal, self.impl, name="self_attn", **options)
+    x = x + attend(layer_norm(self, "layer_norm1")(x))
     x = x + Mlp(self.intermediate_size, self.hidden_act, name="mlp", **options)(layer_norm(self, "layer_norm2")(x))
     return x, (x if self.keep else None)
 
@@ -116,6 +120,7 @@ class Encoder(nn.Module):
   hidden_act: str
   layer_norm_eps: float
   causal: bool
+  impl: str
   scan_layers: bool
   remat: bool
   dtype: Any
@@ -128,7 +133,9 @@ class Encoder(nn.Module):
       raise ValueError(f"CLIP: layer {layer} is not one of -{self.num_hidden_layers} .. -1")
     keep = layer != -1
     cls = nn.remat(Layer, prevent_cse=not self.scan_layers) if self.remat else Layer
-    args = (self.num_attention_heads, self.intermediate_size, self.hidden_act, self.layer_norm_eps, self.causal, keep)
+    args = (
+      self.num_attention_heads, self.intermediate_size, self.hidden_act, self.layer_norm_eps, self.causal, self.impl, keep
+    )  # fmt: skip
     options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     if self.scan_layers:
       stack = nn.scan(cls, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_hidden_layers)
@@ -200,10 +207,11 @@ class ClipText(nn.Module):
   param_dtype: Any = jnp.float32
   scan_layers: bool = False
   remat: bool = False
+  impl: str = "auto"
 
   @classmethod
   def from_json(cls, config: dict, **options) -> "ClipText":
-    """The tower that a config.json describes; options: dtype, param_dtype, scan_layers, remat."""
+    """The tower that a config.json describes; options: dtype, param_dtype, scan_layers, remat, impl."""
     return cls(**(_fields(cls, config) | options))
 
   @nn.compact
@@ -242,10 +250,11 @@ class ClipVision(nn.Module):
   param_dtype: Any = jnp.float32
   scan_layers: bool = False
   remat: bool = False
+  impl: str = "auto"
 
   @classmethod
   def from_json(cls, config: dict, **options) -> "ClipVision":
-    """The tower that a config.json describes; options: dtype, param_dtype, scan_layers, remat."""
+    """The tower that a config.json describes; options: dtype, param_dtype, scan_layers, remat, impl."""
     return cls(**(_fields(cls, config) | options))
 
   @nn.compact
@@ -272,6 +281,7 @@ def _encoder(tower, causal: bool, name: str) -> Encoder:
     tower.hidden_act,
     tower.layer_norm_eps,
     causal,
+    tower.impl,
     tower.scan_layers,
     tower.remat,
     tower.dtype,
@@ -290,7 +300,7 @@ class Clip(nn.Module):
 
   @classmethod
   def from_json(cls, config: dict, **options) -> "Clip":
-    """The model that a CLIPModel config.json describes; options: dtype, param_dtype, scan_layers, remat."""
+    """The model that a CLIPModel config.json describes; options: dtype, param_dtype, scan_layers, remat, impl."""
     text = ClipText.from_json(config["text_config"], **options)
     vision = ClipVision.from_json(config["vision_config"], **options)
     return cls(text, vision, **_fields(cls, {key: value for key, value in config.items() if not isinstance(value, dict)}))

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dancegrpo_jax.types import SAMPLE_AXES
 
@@ -25,24 +25,30 @@ def padded(length: int) -> int:
   return -(-length // LANES) * LANES
 
 
-def _kernel(heads: int, queries: int, keys: int, interpret: bool) -> kernels.SplashAttentionKernel:
+def _kernel(heads: int, queries: int, keys: int, causal: bool, interpret: bool) -> kernels.SplashAttentionKernel:
   """The kernel of one sample, forward and backward, for padded lengths."""
   q, kv = (next(block for block in _BLOCKS if length % block == 0) for length in (queries, keys))
   blocks = kernels.BlockSizes(
     block_q=q, block_kv=kv, block_kv_compute=kv, block_q_dkv=q, block_kv_dkv=kv, block_kv_dkv_compute=kv, block_q_dq=q,
     block_kv_dq=kv,
   )  # fmt: skip
-  mask = masks.MultiHeadMask([masks.FullMask((queries, keys))] * heads)
+  shape = (queries, keys)
+  mask = masks.MultiHeadMask([masks.CausalMask(shape) if causal else masks.FullMask(shape)] * heads)
   return kernels.make_splash_mha_single_device(mask=mask, block_sizes=blocks, interpret=interpret)
 
 
-def _local(q: Array, k: Array, v: Array, interpret: bool) -> Array:
+def _local(q: Array, k: Array, v: Array, key_lengths: Array, *, causal: bool, interpret: bool) -> Array:
   """Attention of one device's samples and heads, `[b, h, n, d]`; the queries are scaled."""
-  queries, keys = q.shape[2], k.shape[2]
+  queries = q.shape[2]
   q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padded(x.shape[2]) - x.shape[2]), (0, 0))) for x in (q, k, v))
-  segments = kernels.SegmentIds(np.ones(q.shape[2], np.int32), (np.arange(k.shape[2]) < keys).astype(np.int32))
-  kernel = _kernel(q.shape[1], q.shape[2], k.shape[2], interpret)
-  return jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(q, k, v)[:, :, :queries]
+  kernel = _kernel(heads=q.shape[1], queries=q.shape[2], keys=k.shape[2], causal=causal, interpret=interpret)
+
+  def one(q: Array, k: Array, v: Array, length: Array) -> Array:
+    valid = (jnp.arange(k.shape[1]) < length).astype(jnp.int32)
+    segments = kernels.SegmentIds(jnp.ones(q.shape[1], jnp.int32), valid)
+    return kernel(q, k, v, segment_ids=segments)
+
+  return jax.vmap(one)(q, k, v, key_lengths)[:, :, :queries]
 
 
 def attention(
@@ -51,6 +57,8 @@ def attention(
   v: Float[Array, "b m h d"],
   scale: float,
   *,
+  key_lengths: Int[Array, "b"] | None = None,
+  causal: bool = False,
   interpret: bool = False,
 ) -> Float[Array, "b n h d"]:
   """softmax(scale q k^T) v, logits and softmax in float32.
@@ -58,16 +66,21 @@ def attention(
   Args:
     q, k, v: the head axis is third, d a multiple of 128.
     scale: of the products.
+    key_lengths: valid keys of each sample, at least 1; they come first. None = all.
+    causal: query i looks at keys 0 to i only.
     interpret: run the kernel in Pallas's interpreter, as on a CPU.
   """
-  dtype = q.dtype
+  dtype, lengths = q.dtype, key_lengths
+  if lengths is None:
+    lengths = jnp.full((k.shape[0],), k.shape[1], jnp.int32)
   q = (q.astype(jnp.float32) * scale).astype(dtype)
   q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  local, mesh = partial(_local, interpret=interpret), jax.sharding.get_abstract_mesh()
+  local, mesh = partial(_local, causal=causal, interpret=interpret), jax.sharding.get_abstract_mesh()
   if not mesh.empty:
     spec = _spec(mesh, q.shape[0], q.shape[1])
-    local = jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
-  return local(q, k, v).swapaxes(1, 2).astype(dtype)
+    specs = (spec, spec, spec, jax.P(spec[0]))
+    local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
+  return local(q, k, v, lengths).swapaxes(1, 2).astype(dtype)
 
 
 def _spec(mesh: jax.sharding.AbstractMesh, batch: int, heads: int) -> jax.P:

@@ -75,7 +75,7 @@ def build(
     jsons["transformer"], dtype=jnp.dtype(dtype), param_dtype=stored, scan_blocks=scan_blocks, remat=remat, impl=attention
   )
   vae = autoencoder.from_json(jsons["vae"], **frozen)
-  pooler = clip.ClipText.from_json(jsons["text_encoder"], **frozen)
+  pooler = clip.ClipText.from_json(jsons["text_encoder"], **frozen, impl=attention)
   encoder = t5.from_json(jsons["text_encoder_2"], **frozen, scan_blocks=scan_blocks)
   _check_widths(denoiser, vae, pooler, encoder)
   factor = 2 ** (len(vae.block_out_channels) - 1)

@@ -54,7 +54,7 @@ def build(
   stored = frozen if lora else jnp.dtype("float32")
   denoiser = unet.from_json(jsons["unet"], dtype=jnp.dtype(dtype), param_dtype=stored, remat=remat, impl=attention)
   vae = autoencoder.from_json(jsons["vae"], dtype=frozen, param_dtype=frozen)
-  text = clip.ClipText.from_json(jsons["text_encoder"], dtype=frozen, param_dtype=frozen)
+  text = clip.ClipText.from_json(jsons["text_encoder"], dtype=frozen, param_dtype=frozen, impl=attention)
   scheduler = jsons["scheduler"]
   factor = 2 ** (len(vae.block_out_channels) - 1)
   multiple = factor * 2 ** (len(denoiser.block_out_channels) - 1)

@@ -15,15 +15,16 @@ from dancegrpo_jax.rewards.preprocess import preprocess
 from dancegrpo_jax.types import Media, PyTree
 
 
-def build(checkpoint: Checkpoint, head: str, dtype: str) -> Reward:
+def build(checkpoint: Checkpoint, head: str, dtype: str, attention: str = "auto") -> Reward:
   """The term "aesthetic".
 
   Args:
     checkpoint: the CLIP whose image embeddings the head was trained on: openai's ViT-L/14.
     head: location of the head's weights.
     dtype: of the towers; the head, of which a mean squared error in points is asked, is float32.
+    attention: see `models.attention.attention`.
   """
-  network, clip = network_of(checkpoint, dtype)
+  network, clip = network_of(checkpoint, dtype, attention)
   width = network.projection_dim
   abstract = jax.eval_shape(Head().init, jax.random.key(0), jax.ShapeDtypeStruct((1, width), jnp.float32))["params"]
 

@@ -95,10 +95,10 @@ def normalise(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def network_of(checkpoint: Checkpoint, dtype: str) -> tuple[Clip, Component]:
-  """The towers, computed and stored in `dtype`, and what to load for them."""
+def network_of(checkpoint: Checkpoint, dtype: str, attention: str = "auto") -> tuple[Clip, Component]:
+  """The towers, computed and stored in `dtype`, and what to load for them. `attention`: see `models.attention.attention`."""
   kind = jnp.dtype(dtype)
-  network = Clip.from_json(checkpoint.config, dtype=kind, param_dtype=kind)
+  network = Clip.from_json(checkpoint.config, dtype=kind, param_dtype=kind, impl=attention)
   size = checkpoint.preprocessing.size
   tokens = jax.ShapeDtypeStruct((1, network.text_model.max_position_embeddings), jnp.int32)
   pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -106,7 +106,13 @@ def network_of(checkpoint: Checkpoint, dtype: str) -> tuple[Clip, Component]:
   return network, Component(checkpoint.location, checkpoint.table, abstract)
 
 
-def build(name: str, checkpoint: Checkpoint, tokenize: Callable[[list[str]], np.ndarray], dtype: str) -> Reward:
+def build(
+  name: str,
+  checkpoint: Checkpoint,
+  tokenize: Callable[[list[str]], np.ndarray],
+  dtype: str,
+  attention: str = "auto",
+) -> Reward:
   """The cosine of a two-tower checkpoint as the term `name`.
 
   Args:
@@ -114,8 +120,9 @@ def build(name: str, checkpoint: Checkpoint, tokenize: Callable[[list[str]], np.
     checkpoint: from `transformers_checkpoint`, `open_clip_checkpoint`, hps.py or pickscore.py.
     tokenize: texts -> ids.
     dtype: stored and computed; images are prepared in float32.
+    attention: see `models.attention.attention`.
   """
-  network, component = network_of(checkpoint, dtype)
+  network, component = network_of(checkpoint, dtype, attention)
 
   def prepare(examples: list[Example]) -> np.ndarray:
     return tokenize([example.prompt for example in examples])

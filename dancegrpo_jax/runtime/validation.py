@@ -25,6 +25,7 @@ CHOICES = {
   "model.dtype": _DTYPES,
   "model.frozen_dtype": _DTYPES,
   "model.attention": ("auto", "xla", "cudnn", "splash"),
+  "model.matmul_precision": ("default", "highest"),
   "sampler.kind": ("ddim", "dance", "flow", "cps"),
   "sampler.last_step": ("ode", "x0hat", "sde"),
   "sampler.window.mode": ("fixed", "sliding", "random"),
