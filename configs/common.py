@@ -168,6 +168,8 @@ def get_config() -> ConfigDict:
     "tensorboard": True,
     "wandb": False,  # needs `pip install wandb`
     "profile_steps": (),  # (first, last) iteration traced into <workdir>/profile
-    "compilation_cache": "",  # folder; "" = off
+    # Where compiled programs are kept, so that a second start compiles nothing: a folder; "default" = the user's cache folder,
+    # at most 8 GiB; "" = nowhere.
+    "compilation_cache": "default",
   })
   return config

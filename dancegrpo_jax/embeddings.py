@@ -84,6 +84,8 @@ def identity(config: ConfigDict, pipeline: Pipeline, texts: list[str]) -> disk.I
   location, variant = loading.model_location(config), config.model.variant
   encoders = {name: components.identity(location, pipeline.components[name], variant) for name in pipeline.encoders}
   encoder = {"family": config.model.family, "dtype": config.model.frozen_dtype, **encoders}
+  if config.model.matmul_precision != "default":  # left out else, so that caches without the field stay valid
+    encoder["matmul_precision"] = config.model.matmul_precision
   tokens = b"".join(np.asarray(ids).tobytes() for ids in jax.tree.leaves(pipeline.tokenize(texts)))
   return disk.Identity(
     digest(json.dumps(texts).encode()), digest(json.dumps(encoder, sort_keys=True).encode()), digest(tokens), len(texts),
@@ -102,7 +104,7 @@ def fill(
 ) -> None:  # fmt: skip
   """Loads the encoders and writes the missing parts. Every process encodes, the first one writes."""
   params = loading.read(config, pipeline, pipeline.encoders, mesh)
-  program, size, parts = programs.encoder(pipeline, mesh), config.data.prompts_per_iteration, disk.parts(texts)
+  program, size, parts = programs.encoder(config, pipeline, mesh), config.data.prompts_per_iteration, disk.parts(texts)
 
   def encode(texts: list[str]) -> dict[str, np.ndarray]:
     """As many at once as training would, which is one program."""

@@ -78,7 +78,7 @@ def measure(opened, weights, examples: list, pool: list) -> tuple[dict, np.ndarr
   result = {term: values.reshape(len(examples), samples) for term, values in scores.items()}
   for name, reward in rewards.items():
     if reward.embed is not None:
-      embed = programs.embed(reward)
+      embed = programs.embed(config, reward)
       parts = [np.asarray(embed(params[name], flat[row])) for row in rows]
       embeddings = np.concatenate(parts)[: len(flat)].reshape(len(examples), samples, -1)
       result[f"{name}/retrieval"] = top1(embeddings, np.asarray(features[name])).astype(np.float32)

@@ -1,43 +1,25 @@
-"""The programs of an iteration with the shapes that they are called with, for a model without weights: what plan compiles.
+"""A run's calls for a model without weights: what plan compiles.
 
-Everything is as in train: the same pipeline, the same `programs.build`, the same shardings; only that every array is a
-`jax.ShapeDtypeStruct` and the tokenizers are stand-ins of the right length. What a program returns, shapes and shardings, goes
-into the next one.
+Everything is as in train: the same pipeline, the same `programs.build`, the same list of calls, the same shardings; only that
+every array is a `jax.ShapeDtypeStruct` and the tokenizers are stand-ins of the right length.
 """
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from dancegrpo_jax import components, loading, programs, scoring
+from dancegrpo_jax.calls import Call, of_run, state_of
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.rewards import clip, pickscore
-from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.runtime import hub
-from dancegrpo_jax.train import deal
-from dancegrpo_jax.types import Conditioning, Example, PyTree
+from dancegrpo_jax.types import PyTree
 
 PUBLISHED = Path(__file__).parent.parent / "assets" / "published"  # JSON files of hub ids that the configs name
-
-
-class Call(NamedTuple):
-  """A program as an iteration calls it.
-
-  Attributes:
-    name: of the program.
-    program: jitted.
-    arguments: abstract.
-    times: calls in the run.
-  """
-
-  name: str
-  program: Callable
-  arguments: tuple
-  times: float | int
 
 
 class Inventory(NamedTuple):
@@ -101,11 +83,6 @@ def _text_length(network: dict) -> int:
   return network.get("text_config", {}).get("max_position_embeddings", 77)
 
 
-def abstract(tree: PyTree, sharding: jax.sharding.Sharding | None = None) -> PyTree:
-  """Shapes and dtypes; host arrays have no sharding, as when train passes them."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x), sharding=sharding), tree)
-
-
 def take(config: ConfigDict, mesh: jax.sharding.Mesh, examples: int, held_out: int) -> Inventory:
   """All programs of a run.
 
@@ -119,83 +96,8 @@ def take(config: ConfigDict, mesh: jax.sharding.Mesh, examples: int, held_out: i
   model = outline(config, mesh)
   state = state_of(config, model, mesh, examples)
   with jax.set_mesh(mesh):
-    return _take(config, model, state, mesh, examples, held_out)
-
-
-def state_of(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, examples: int) -> TrainState:
-  """The state before the first iteration, abstract."""
-  shapes = jax.eval_shape(programs.init_state(config, examples, None), model.trainable)
-  return components.placed(shapes, loading.state_shardings(config, model, examples, mesh))
-
-
-def _take(
-  config: ConfigDict, model: Model, state: TrainState, mesh: jax.sharding.Mesh, examples: int, held_out: int
-) -> Inventory:
-  run = programs.build(config, model.pipeline, model.rewards, mesh, jax.tree.map(lambda x: x.sharding, state))
-  prompts, group, lanes = config.data.prompts_per_iteration, config.rollout.samples_per_prompt, config.mesh.lanes
-  chunks = deal(prompts * group, config.rollout.chunk, lanes)
-  shown = min(config.evaluation.prompts, examples) + min(config.evaluation.prompts, held_out)
-  shown = abstract(np.zeros(-(-shown // lanes) * lanes, np.int32))
-  shows = config.iterations // config.evaluation.every + 1 if config.evaluation.every else 2
-  ids, number, chunk = (abstract(x) for x in (np.zeros(prompts, np.int32), np.int32(0), chunks[0]))
-
-  cached, pipeline = config.data.cache_embeddings, model.pipeline
-  encoders = {name: model.frozen[name] for name in pipeline.encoders}
-  frozen = {name: tree for name, tree in model.frozen.items() if not (cached and name in encoders)}
-  calls, texts = [], 1 + (config.sampler.guidance_scale != 1.0)
-  reading = (encoders if cached else model.frozen, abstract(pipeline.tokenize([""] * prompts)))
-  calls.append(Call("encode", run.encode, reading, texts * (examples / prompts if cached else config.iterations)))
-
-  def conditioning(rows: int) -> Conditioning:
-    branches = [jax.eval_shape(run.encode, reading[0], abstract(pipeline.tokenize([""] * rows))) for _ in range(texts)]
-    return Conditioning(*branches, *(None,) * (2 - texts))
-
-  rows = conditioning(prompts)
-  trainable, every_chunk = state.trainable, len(chunks) * config.iterations
-  arguments = (trainable, frozen, rows, ids, chunk, number)
-  calls.append(Call("rollout", run.rollout, arguments, every_chunk))
-  rollouts = tuple(_copy(jax.eval_shape(run.rollout, *arguments)) for _ in chunks)
-  calls.append(Call("decode", run.decode, (frozen, rollouts[-1].sample), every_chunk))
-  pixels = jax.eval_shape(run.decode, *calls[-1].arguments)
-  calls += _scoring(config, model, run, pixels, examples, chunk, every_chunk)
-  parts = [jax.eval_shape(call.program, *call.arguments) for call in calls if call.name.startswith("score ")]
-  on_device = {term: [score] * len(chunks) for scores in parts for term, score in scores.items()}
-  on_host = abstract([np.zeros(prompts * group, np.float32)])  # of all chunks, see scoring.from_host
-  scores = {term: on_device.get(term, on_host) for term, _ in config.reward.terms}
-  calls.append(Call("join", run.join, (scores, abstract(np.zeros(prompts * group, np.int32))), config.iterations))
-  scores = jax.eval_shape(run.join, *calls[-1].arguments)
-  calls.append(Call("advantages", run.advantages, (scores, ids, state.prompt_stats), config.iterations))
-  advantage, weight, chosen, _, _ = jax.eval_shape(run.advantages, *calls[-1].arguments)
-  reference = None
-  if config.objective.kl.weight:
-    reference = {} if config.lora.rank else _copy(trainable)
-  arguments = (state, frozen, reference, rows, ids, rollouts, advantage, weight, chosen, number)
-  calls.append(Call("update", run.update, arguments, config.iterations))
-  arguments = (trainable, frozen, conditioning(shown.shape[0]), shown, shown, number)
-  calls.append(Call("sample", run.sample, arguments, shows))
-  kept = {
-    "trained weights": state.trainable, "optimizer": state.opt_state, "average": state.ema, "frozen weights": frozen,
-    "reference": reference, "rewards": model.reward_params, "conditioning": rows, "trajectories": rollouts, "pixels": pixels,
-  }  # fmt: skip
-  return Inventory(calls, kept, model)
-
-
-def _scoring(
-  config: ConfigDict, model: Model, run: programs.Programs, pixels: Any, examples: int, chunk: Any, times: int
-) -> list[Call]:
-  """The programs of the rewards that are networks."""
-  calls, prompts = [], config.data.prompts_per_iteration
-  for name, program in run.features.items():
-    prepared = abstract(model.rewards[name].prepare([Example(0, "")] * prompts))
-    calls.append(Call(f"features {name}", program, (model.reward_params[name], prepared), -(-examples // prompts)))
-    features = abstract(jax.eval_shape(program, *calls[-1].arguments))
-    calls.append(Call(f"score {name}", run.score[name], (model.reward_params[name], pixels, features, chunk), times))
-  return calls
-
-
-def _copy(tree: PyTree) -> PyTree:
-  """The same shapes as arrays of their own."""
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    run = programs.build(config, model.pipeline, model.rewards, mesh, jax.tree.map(lambda x: x.sharding, state))
+    return Inventory(*of_run(config, model, state, run, examples, held_out), model)
 
 
 def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:

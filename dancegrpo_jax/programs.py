@@ -3,6 +3,7 @@
 Each is compiled once: shapes are static, and what changes from call to call (iteration, sample numbers) is an argument.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from dancegrpo_jax.diffusion.guidance import classifier_free
 from dancegrpo_jax.models import lora
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.rewards.base import Reward
-from dancegrpo_jax.rl import advantages, state, update
+from dancegrpo_jax.rl import advantages, lanes, state, update
 from dancegrpo_jax.rl.rollout import Policy, Rollout, rollout
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime import rng
@@ -95,6 +96,27 @@ def guided(pipeline: Pipeline, scale: float) -> Callable:
   return denoise
 
 
+def program(config: ConfigDict, name: str, function: Callable, **options: Any) -> Callable:
+  """`function` jitted, with the precision of products that the config asks for.
+
+  Args:
+    config: of the run; model.matmul_precision holds for everything that is traced, gradients too.
+    name: what profiles and XLA's messages call the program.
+    function: what to compile.
+    options: of `jax.jit`.
+  """
+
+  @functools.wraps(function)
+  def traced(*arguments):
+    if config.model.matmul_precision == "default":  # leaves it to JAX, and to what its user set there
+      return function(*arguments)
+    with jax.default_matmul_precision(config.model.matmul_precision):
+      return function(*arguments)
+
+  traced.__name__ = traced.__qualname__ = name.replace(" ", "_")
+  return jax.jit(traced, **options)
+
+
 def build(
   config: ConfigDict, pipeline: Pipeline, rewards: dict[str, Reward], mesh: jax.sharding.Mesh, state_shardings: PyTree
 ) -> Programs:
@@ -111,22 +133,35 @@ def build(
   steps_first = jax.NamedSharding(mesh, jax.P(None, *split.spec))
   rolled = Rollout(whole, steps_first, steps_first, split)
   device = {name: reward for name, reward in rewards.items() if reward.kind == "device"}
+
+  def each(kind: str, function_of: Callable, rewards: dict[str, Reward]) -> dict[str, Callable]:
+    return {
+      name: program(config, f"{kind} {name}", function_of(reward), out_shardings=whole)
+      for name, reward in rewards.items()
+    }
+
   return Programs(
-    encode=encoder(pipeline, mesh),
-    rollout=jax.jit(_rollout(config, pipeline), out_shardings=rolled),
-    sample=jax.jit(_sample(config, pipeline), out_shardings=split),
-    decode=jax.jit(pipeline.decode, out_shardings=split),
-    features={name: jax.jit(reward.features, out_shardings=whole) for name, reward in device.items()},
-    score={name: jax.jit(_score(config, reward), out_shardings=whole) for name, reward in device.items()},
-    join=jax.jit(_join(config), out_shardings=whole),
-    advantages=jax.jit(_advantages(config), out_shardings=whole),
-    update=jax.jit(_update(config, pipeline, mesh), out_shardings=(state_shardings, whole), donate_argnums=0),
+    encode=encoder(config, pipeline, mesh),
+    rollout=program(config, "rollout", _rollout(config, pipeline), out_shardings=rolled),
+    sample=program(config, "sample", _sample(config, pipeline), out_shardings=split),
+    decode=program(config, "decode", pipeline.decode, out_shardings=split),
+    features=each("features", lambda reward: reward.features, device),
+    score=each("score", _score, device),
+    join=program(config, "join", _join(config), out_shardings=whole),
+    advantages=program(config, "advantages", _advantages(config), out_shardings=whole),
+    update=program(
+      config,
+      "update",
+      _update(config, pipeline, mesh),
+      out_shardings=(state_shardings, whole),
+      donate_argnums=0,
+    ),
   )
 
 
-def encoder(pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable:
+def encoder(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable:
   """`(params of the encoders, tokens [n, t]) -> rows`, on every device."""
-  return jax.jit(pipeline.encode, out_shardings=meshes.replicated(mesh))
+  return program(config, "encode", pipeline.encode, out_shardings=meshes.replicated(mesh))
 
 
 def _rollout(config: ConfigDict, pipeline: Pipeline) -> Callable:
@@ -168,7 +203,7 @@ def _sample(config: ConfigDict, pipeline: Pipeline) -> Callable:
   return run
 
 
-def _score(config: ConfigDict, reward: Reward) -> Callable:
+def _score(reward: Reward) -> Callable:
   def run(params, pixels: Float[Array, "chunk h w 3"], features: PyTree, prompt: Int[Array, "chunk"]):
     return reward.score(params, Media(pixels), jax.tree.map(lambda rows: rows[prompt], features))
 
@@ -240,30 +275,25 @@ def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -
 
 def _update(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable:
   policy, settings, optimizer = policy_of(config, pipeline.prediction), objective_of(config), optimizer_of(config)
-  denoise, lanes, group = guided(pipeline, config.sampler.guidance_scale), config.mesh.lanes, config.rollout.samples_per_prompt
-
-  def in_lanes(chunks: list[Array], axis: int) -> Array:
-    """Chunks of `[.., C, ..]` as `[.., lanes, n C / lanes, ..]`: a device keeps the rows that it made."""
-    rows = [x.reshape(*x.shape[:axis], lanes, -1, *x.shape[axis + 1 :]) for x in chunks]
-    return jnp.concatenate(rows, axis + 1)
+  denoise, count, group = guided(pipeline, config.sampler.guidance_scale), config.mesh.lanes, config.rollout.samples_per_prompt
 
   def run(train_state, frozen, reference, conditioning, prompt_ids, rollouts, advantage, weight, chosen, iteration):
-    latents, log_probs = (in_lanes([getattr(r, name) for r in rollouts], 1) for name in ("latents", "log_probs"))
+    latents, log_probs = (lanes.in_lanes([getattr(r, name) for r in rollouts], count, 1) for name in ("latents", "log_probs"))
     if config.advantage.best_of:  # a selection crosses lanes; without one nothing moves
 
       def select(x: Array) -> Array:
-        return in_lanes([x.reshape(len(x), -1, *x.shape[3:])[:, chosen]], 1)
+        return lanes.in_lanes([x.reshape(len(x), -1, *x.shape[3:])[:, chosen]], count, 1)
 
       latents, log_probs = select(latents), select(log_probs)
-    numbers = chosen.reshape(lanes, -1)
+    numbers = chosen.reshape(count, -1)
     prompt, sample = numbers // group, numbers % group
     batch = update.Batch(
       step_index=rollouts[0].step_index,
       latents=latents,
       log_probs=log_probs,
       prompt=prompt,
-      advantage=advantage.reshape(lanes, -1),
-      weight=weight.reshape(lanes, -1),
+      advantage=advantage.reshape(count, -1),
+      weight=weight.reshape(count, -1),
     )
     flat = (prompt_ids[prompt].reshape(-1), sample.reshape(-1))
     streams = {name: rng.stream(config.seed, name) for name in ("timesteps", "shuffle")}
@@ -301,9 +331,9 @@ def init_adapters(config: ConfigDict, adapters: PyTree, shardings: PyTree) -> Py
   return jax.jit(lambda: lora.init(key, adapters), out_shardings=shardings)()
 
 
-def embed(reward: Reward) -> Callable:
+def embed(config: ConfigDict, reward: Reward) -> Callable:
   """`(reward params, pixels) -> embeddings`, for evaluate.py."""
-  return jax.jit(reward.embed)
+  return program(config, f"embed {reward.name}", reward.embed)
 
 
 def fit_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callable:

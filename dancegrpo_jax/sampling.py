@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import components, loading, programs, scoring
 from dancegrpo_jax.loading import Model
-from dancegrpo_jax.runtime import checkpoint
+from dancegrpo_jax.runtime import cache, checkpoint
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.config import ConfigError
 from dancegrpo_jax.types import Example, PyTree
@@ -46,6 +46,7 @@ def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
   """
   if name != "base":
     check_lora(config, name)
+  cache.use(config.logging.compilation_cache)
   mesh = meshes.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     pipeline, rewards = loading.build_pipeline(config), scoring.build_rewards(config)

@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import embeddings, loading, programs, scoring
+from dancegrpo_jax import ahead, calls, embeddings, loading, programs, scoring
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.loading import Model
+from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.rl.rollout import Rollout
 from dancegrpo_jax.rl.state import TrainState
-from dancegrpo_jax.runtime import checkpoint, distributed, metrics, report, validation
+from dancegrpo_jax.runtime import cache, checkpoint, distributed, metrics, report, validation
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.clock import Clock
@@ -38,8 +39,10 @@ class Session(NamedTuple):
     shown: prompts that evaluation.every samples with fixed noise: of the data set, and held out.
     batches: `batches[iteration]` is that iteration's examples.
     model: without its trainable weights, which the state owns.
-    programs: compiled functions.
-    encode: `texts -> rows`: by the text encoders, or from the cache.
+    programs: compiled functions of an iteration.
+    shown_programs: the same at the shapes of an evaluation inside training.
+    encode: `texts -> rows` of an iteration's prompts: by the text encoders, or from the cache.
+    encode_shown: the same for the shown prompts.
     reference: in the place of the trained weights what a KL penalty holds to, or None. {} under LoRA: the base has no adapters.
     features: device rewards' features of every prompt, by reward.
     shown_features: of the shown ones.
@@ -52,7 +55,9 @@ class Session(NamedTuple):
   batches: Any
   model: Model
   programs: programs.Programs
+  shown_programs: programs.Programs
   encode: Callable[[list[str]], PyTree]
+  encode_shown: Callable[[list[str]], PyTree]
   reference: PyTree | None
   features: dict[str, PyTree]
   shown_features: dict[str, PyTree]
@@ -107,10 +112,10 @@ def run(config: ConfigDict, workdir: Path) -> None:
     preemption = stack.enter_context(Preemption(mesh))
     clock_thread = stack.enter_context(ThreadPoolExecutor(1))
     reward_threads = stack.enter_context(ThreadPoolExecutor(8))
-    session, state = prepare(config, workdir, examples, mesh, first)
+    progress = stack.enter_context(metrics.Progress(config.iterations, first))
+    session, state = prepare(config, workdir, examples, mesh, first, progress)
     saver = stack.enter_context(checkpoint.Saver(workdir / "checkpoints", config.checkpoint.keep))
     writer = stack.enter_context(metrics.Writer(workdir, config, first))
-    progress = stack.enter_context(metrics.Progress(config.iterations, first))
     if first == 0:
       show(session, 0, state, progress.warning)
     if config.logging.profile_steps:
@@ -198,25 +203,36 @@ def iterations_done(config: ConfigDict, workdir: Path) -> int:
 
 
 def prepare(
-  config: ConfigDict, workdir: Path, examples: list[Example], mesh: jax.sharding.Mesh, first: int
+  config: ConfigDict,
+  workdir: Path,
+  examples: list[Example],
+  mesh: jax.sharding.Mesh,
+  first: int,
+  progress: metrics.Progress,
 ) -> tuple[Session, TrainState]:
-  """Model, rewards, programs and the state to start from; writes config.json and environment.json when all is loaded."""
-  use_compilation_cache(config.logging.compilation_cache)
+  """Model, rewards, programs and the state to start from; writes config.json and environment.json when all is loaded.
+
+  The programs are compiled in threads while the weights are read: both need no more than the config.json files to begin.
+  """
+  cache.use(config.logging.compilation_cache)
   pipeline, rewards = loading.build_pipeline(config), scoring.build_rewards(config)
   held_out, cached = read_held_out(config), None
   if config.data.cache_embeddings:
     cached = embeddings.cached_encoder(config, workdir, pipeline, examples + held_out, mesh)
-  model = loading.load(config, pipeline, rewards, mesh, without=pipeline.encoders if cached else ())
-  shardings = loading.state_shardings(config, model, len(examples), mesh)
-  compiled = programs.build(config, pipeline, rewards, mesh, shardings)
+  outline = loading.outline(config, pipeline, rewards, mesh)
+  abstract = calls.state_of(config, outline, mesh, len(examples))
+  shardings = jax.tree.map(lambda x: x.sharding, abstract)
+  jitted = programs.build(config, pipeline, rewards, mesh, shardings)
+  listed = calls.of_run(config, outline, abstract, jitted, len(examples), len(held_out)).listed
+  if cached:
+    listed = [call for call in listed if call.name != "encode"]
+  with ThreadPoolExecutor(ahead.threads()) as compilers:
+    compiling = ahead.start(listed, mesh, compilers)
+    model = loading.load(config, pipeline, rewards, mesh, without=pipeline.encoders if cached else ())
+    compiled, shown_programs = ahead.ready(compiling, jitted, progress)
   reference = reference_of(config, model)
   make_state = programs.init_state(config, len(examples), shardings)
-  if first:
-    shapes = jax.eval_shape(make_state, model.trainable)
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
-    state = checkpoint.restore(workdir / "checkpoints", abstract).state
-  else:
-    state = make_state(model.trainable)
+  state = checkpoint.restore(workdir / "checkpoints", abstract).state if first else make_state(model.trainable)
   batches = prompts.prompt_batches(examples, config.data.prompts_per_iteration, config.seed, config.data.shuffle)
   shown = examples[: config.evaluation.prompts], held_out[: config.evaluation.prompts]
   params, rows = model.reward_params, config.data.prompts_per_iteration
@@ -228,18 +244,22 @@ def prepare(
     report.save_environment(workdir)
   model = model._replace(trainable=None)
   encode = cached or loading.encoder(model, compiled.encode)
-  return Session(config, workdir, examples, shown, batches, model, compiled, encode, reference, features, shown_features), state
-
-
-def use_compilation_cache(folder: str) -> None:
-  """Keeps compiled programs in a folder, "" = doesn't.
-
-  Of several processes on CPUs JAX finds process 0's programs alone: the others would compile each while it waits in the
-  first collective, for which gloo gives them 30 s.
-  """
-  if folder and not (jax.process_count() > 1 and jax.default_backend() == "cpu"):
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+  session = Session(
+    config=config,
+    workdir=workdir,
+    examples=examples,
+    shown=shown,
+    batches=batches,
+    model=model,
+    programs=compiled,
+    shown_programs=shown_programs,
+    encode=encode,
+    encode_shown=cached or loading.encoder(model, shown_programs.encode),
+    reference=reference,
+    features=features,
+    shown_features=shown_features,
+  )
+  return session, state
 
 
 def reference_of(config: ConfigDict, model: Model) -> PyTree | None:
@@ -266,7 +286,7 @@ def collect(
   rows = {name: jax.tree.map(lambda x: x[ids], features) for name, features in session.features.items()}
 
   rollouts, scores, waiting, kept = [], {}, [], {}
-  chunks = deal(len(batch) * group, config.rollout.chunk, config.mesh.lanes)
+  chunks = lanes.deal(len(batch) * group, config.rollout.chunk, config.mesh.lanes)
   for chunk in chunks:
     if len(rollouts) > 1:  # bounds what is queued on the devices, and the pixels that it holds
       jax.block_until_ready(rollouts[-2])
@@ -293,13 +313,6 @@ def collect(
   order = np.argsort(chunks.reshape(-1)).astype(np.int32)
   scores |= scoring.from_host(config, waiting, chunks)
   return Experience(ids, conditioning, tuple(rollouts), run.join(scores, order), first_group)
-
-
-def deal(samples: int, chunk: int, lanes: int) -> np.ndarray:
-  """Sample numbers by chunk, `[chunks, chunk]`. A chunk takes equally from each lane, and lane l holds the l-th part of all
-  samples in order, however many chunks there are: the update's batches don't depend on them.
-  """
-  return np.arange(samples, dtype=np.int32).reshape(lanes, -1, chunk // lanes).swapaxes(0, 1).reshape(-1, chunk)
 
 
 def flush(
@@ -358,11 +371,11 @@ def show(session: Session, iteration: int, state: TrainState, say: Callable[[str
   Returns:
     Mean scores as metrics, and the gap: what training prompts are ahead of held-out ones.
   """
-  config, model, run = session.config, session.model, session.programs
+  config, model, run = session.config, session.model, session.shown_programs
   examples = sum(session.shown, [])
   (row,) = scoring.chunks(len(examples), len(examples) + config.mesh.lanes, config.mesh.lanes)
   weights = state.trainable if state.ema is None else state.ema
-  conditioning = loading.conditioning(config, session.encode, [examples[i] for i in row])
+  conditioning = loading.conditioning(config, session.encode_shown, [examples[i] for i in row])
   numbers = np.arange(len(row), dtype=np.int32)
   latents = run.sample(weights, model.frozen, conditioning, numbers, numbers, np.int32(config.evaluation.seed))
   pixels = meshes.to_host(run.decode(model.frozen, latents))[: len(examples)]

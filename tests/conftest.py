@@ -8,9 +8,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ and "full_size" not in sys.argv:  # w
   # Small programs that run a few times: what they cost is their compilation, a third of it without LLVM's optimisations.
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tests that are about kept programs turn it on (the `program_cache` fixture); commands that tests start have this too.
+os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jaxtyping import install_import_hook
 
 jax.config.update("jax_num_cpu_devices", 8)
@@ -25,3 +28,19 @@ def tiny_models(tmp_path_factory):
   from tiny_checkpoint import write_models
 
   return write_models(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def program_cache(tmp_path_factory):
+  """A folder for compiled programs, and JAX's cache turned on for the tests of a module."""
+  fields = (
+    "jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_compilation_cache_max_size",
+    "jax_persistent_cache_min_compile_time_secs",
+  )  # fmt: skip
+  before = {field: getattr(jax.config, field) for field in fields}
+  jax.config.update("jax_enable_compilation_cache", True)
+  compilation_cache.reset_cache()  # JAX looks for a folder at the first compilation of a process alone
+  yield tmp_path_factory.mktemp("programs")
+  for field, value in before.items():
+    jax.config.update(field, value)
+  compilation_cache.reset_cache()

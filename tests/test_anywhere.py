@@ -25,6 +25,7 @@ from test_distributed import finish, free_port, start, together
 from tiny_checkpoint import FLUX_VAE, ROOT, UNET, VAE, tiny_config, toy_programs, write_flux, write_models
 
 from dancegrpo_jax import train
+from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.runtime import checkpoint, metrics
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.clock import Clock
@@ -234,7 +235,7 @@ def toy_iterations(devices: int, first: int, last: int, folder: Path) -> list:
       abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
       state = checkpoint.restore(folder, abstract, first).state
     for iteration in map(np.int32, range(first, last)):
-      chunks = train.deal(16, 8, 8)
+      chunks = lanes.deal(16, 8, 8)
       rolled = tuple(run.rollout(state.trainable, {}, toy.conditioning, ids, chunk, iteration) for chunk in chunks)
       samples = np.concatenate([rollout.sample for rollout in rolled])[np.argsort(chunks.reshape(-1))]
       scores = samples.mean((1, 2, 3)).reshape(4, 4)

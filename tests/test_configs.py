@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from dancegrpo_jax import scoring, train
 from dancegrpo_jax.data.prompts import read_prompts
@@ -131,24 +130,13 @@ def test_flux_s_adapters_are_those_of_the_header():
   assert double["to_q"]["a"].shape == (19, 3072, 128)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-  """A folder of compiled programs: the runs below differ in their rewards' alone."""
-  fields = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-  before = {field: getattr(jax.config, field) for field in fields}
-  yield str(tmp_path_factory.mktemp("compiled"))
-  for field, value in before.items():
-    jax.config.update(field, value)
-  compilation_cache.reset_cache()
-
-
 @pytest.mark.parametrize("name", ["emoji_flow_clip", "sd_compressibility", "flux_hps_8gpu", "flux_hps_lora"])
-def test_tiny_runs(name, tmp_path, monkeypatch, compiled):
+def test_tiny_runs(name, tmp_path, monkeypatch, program_cache):
   monkeypatch.chdir(ROOT)
   config = load(name, "tiny")
   with config.unlocked():
     config.iterations = 2
-    config.logging.update(compilation_cache=compiled, tensorboard=False)
+    config.logging.update(compilation_cache=str(program_cache), tensorboard=False)
   train.run(config, tmp_path)
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
   assert len(rows) == 2 and all(np.isfinite(row["reward/mean"]) and row["reward/failed"] == 0 for row in rows)

@@ -62,7 +62,7 @@ def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_
   monkeypatch.undo()
   examples = train.read_examples(config)[3:7]
   with jax.set_mesh(mesh):
-    params, program = loading.read(config, pipeline, pipeline.encoders, mesh), programs.encoder(pipeline, mesh)
+    params, program = loading.read(config, pipeline, pipeline.encoders, mesh), programs.encoder(config, pipeline, mesh)
     expected = loading.conditioning(config, lambda texts: program(params, pipeline.tokenize(texts)), examples)
   actual = loading.conditioning(config, encode, examples)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), actual, expected)
@@ -80,7 +80,7 @@ def test_flux_rows_in_bfloat16(tmp_path, tiny_models):
   texts = [example.prompt for example in train.read_examples(config)][:4]
   with jax.set_mesh(mesh):
     params = loading.read(config, pipeline, pipeline.encoders, mesh)
-    expected = programs.encoder(pipeline, mesh)(params, pipeline.tokenize(texts))
+    expected = programs.encoder(config, pipeline, mesh)(params, pipeline.tokenize(texts))
   rows = encode(texts)
   assert "tensorflow" not in sys.modules
   assert rows["text"].dtype == jax.numpy.bfloat16 and rows["text"].shape == (4, 8, 24)

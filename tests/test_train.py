@@ -3,7 +3,6 @@
 Every run is `main` in this process, on 8 devices. The first one compiles; the others find most programs in its compilation cache.
 """
 
-import functools
 import io
 import json
 import os
@@ -19,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_checkpoint import ROOT, overrides, tiny_config
 
-from dancegrpo_jax import main, programs, train
+from dancegrpo_jax import ahead, main, programs, train
+from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.runtime import checkpoint, metrics
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.clock import Clock
@@ -53,7 +52,7 @@ class Run(NamedTuple):
   seconds: float
   rows: list
   calls: list[Call]
-  programs: programs.Programs | None
+  programs: programs.Programs | None  # jitted, as they were before they were compiled
 
 
 COMPILATIONS = []
@@ -73,25 +72,13 @@ def compilations():
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory, compilations):
-  """The folder of the compilation cache that the first run's config turns on; off again afterwards."""
-  names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-  before = {name: getattr(jax.config, name) for name in names}
-  compilation_cache.reset_cache()  # JAX looks for a folder at the first compilation of a process alone
-  yield tmp_path_factory.mktemp("cache")
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module")
-def flags(tiny_models, cache):
+def flags(tiny_models, program_cache, compilations):
   """`(**changes) -> argv`: everything that a state can hold is on (average, warm-up, per-prompt statistics)."""
   settings = {
     "iterations": ITERATIONS, "data__prompts_per_iteration": PROMPTS, "rollout__samples_per_prompt": GROUP,
     "rollout__chunk": CHUNK, "optimizer__updates_per_iteration": 2, "optimizer__warmup_steps": 3, "optimizer__weight_decay": 0.0,
     "ema__decay": 0.9, "advantage__history__size": 32, "advantage__history__min_count": 16, "checkpoint__every": 2,
-    "checkpoint__keep": 3, "evaluation__every": 2, "logging__compilation_cache": cache,
+    "checkpoint__keep": 3, "evaluation__every": 2, "logging__compilation_cache": program_cache,
     "reward__terms": (("clip", 1.0), ("compressibility", 0.5)), "reward__combine": "rewards",
     "optimizer__learning_rate": RATE, "objective__clip_range": CLIP_RANGE,
   }  # fmt: skip
@@ -105,17 +92,19 @@ def flags(tiny_models, cache):
 
 def execute(argv: list[str], workdir: Path) -> Run:
   """Runs the command in this process and watches the calls of its programs."""
-  calls, built, build = [], [], programs.build
+  calls, built, build, put_together = [], [], programs.build, ahead.put_together
+
+  def kept(*args, **kwargs):
+    built.append(build(*args, **kwargs))
+    return built[-1]
 
   def watched(*args, **kwargs):
-    compiled = build(*args, **kwargs)
-    built.append(compiled)
+    compiled = put_together(*args, **kwargs)
 
     def shape(x) -> jax.ShapeDtypeStruct:
       return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
 
     def watch(name, function):
-      @functools.wraps(function, updated=())
       def call(*arguments):
         calls.append(Call(name, len(COMPILATIONS), jax.tree.map(shape, arguments) if name == "update" else None))
         return function(*arguments)
@@ -126,7 +115,8 @@ def execute(argv: list[str], workdir: Path) -> Run:
 
   start = time.monotonic()
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(programs, "build", watched)
+    patch.setattr(programs, "build", kept)
+    patch.setattr(ahead, "put_together", watched)
     try:
       code = main.main([*argv, f"--workdir={workdir}"])
     except Exception as error:  # a defect: the test that is about it shows it, the others go on
@@ -218,23 +208,21 @@ def test_files_of_a_workdir(straight, halves):
     assert not [path for path in run.workdir.rglob("*") if temporary.search(path.name)]
 
 
-def test_compilation_cache_fills(straight, cache):
-  assert straight.code == 0 and list(cache.iterdir())
+def test_compilation_cache_fills(straight, program_cache):
+  assert straight.code == 0 and list(program_cache.iterdir())
 
 
 # Compilations.
 
 
-def test_every_program_compiles_once(straight):
-  for name in ("rollout", "sample", "advantages", "update"):
-    assert getattr(straight.programs, name)._cache_size() == 1, name
-  for function in (straight.programs.encode, straight.programs.decode, straight.programs.score["clip"]):
-    assert function._cache_size() <= 2  # a batch of training, and one of the report's fixed prompts
-  starts = [call.compilations for call in straight.calls if call.name == "advantages"]
+def test_every_program_is_compiled_before_the_first_iteration(straight):
+  """The loop calls compiled programs: the jitted ones are never called, and nothing at all is compiled after two iterations."""
+  jitted = jax.tree.leaves(straight.programs._asdict())
+  assert len(jitted) == 9 and all(function._cache_size() == 0 for function in jitted)
   ends = [call.compilations for call in straight.calls if call.name == "update"]
-  assert len(starts) == len(ends) == ITERATIONS and starts[0] < ends[0]
+  assert len(ends) == ITERATIONS
   later = {call.compilations for call in straight.calls if call.name != "sample" and call.compilations > ends[1]}
-  assert not later  # nothing at all is compiled from the second iteration's update on
+  assert not later
 
 
 def test_no_device_fetches_trajectories(straight):
@@ -325,25 +313,27 @@ def test_iterations_may_grow(straight, flags, capsys):
 
 
 def test_deal_is_the_same_samples_to_each_lane():
-  chunks = train.deal(24, 8, 4)
+  chunks = lanes.deal(24, 8, 4)
   assert chunks.tolist() == [[0, 1, 6, 7, 12, 13, 18, 19], [2, 3, 8, 9, 14, 15, 20, 21], [4, 5, 10, 11, 16, 17, 22, 23]]
-  np.testing.assert_array_equal(train.deal(24, 24, 4)[0], np.arange(24))
+  np.testing.assert_array_equal(lanes.deal(24, 24, 4)[0], np.arange(24))
 
 
 @pytest.fixture(scope="module")
-def collected(tiny_models, cache, tmp_path_factory):
+def collected(tiny_models, program_cache, tmp_path_factory):
   """The first iteration's samples and scores, in chunks of 32 (all) and of 8, half a group of 16."""
   results = {}
   for chunk in (32, 8):
     changes = {"data__prompts_per_iteration": 2, "rollout__samples_per_prompt": 16, "rollout__chunk": chunk}
-    config = tiny_config(tiny_models, **changes, logging__compilation_cache=cache)
+    config = tiny_config(tiny_models, **changes, logging__compilation_cache=program_cache)
     mesh = meshes.make_mesh(config.mesh)
     with jax.set_mesh(mesh), ThreadPoolExecutor(1) as pool:
       examples = train.read_examples(config)
-      session, state = train.prepare(config, tmp_path_factory.mktemp("chunks"), examples, mesh, 0)
+      session, state = train.prepare(
+        config, tmp_path_factory.mktemp("chunks"), examples, mesh, 0, metrics.Progress(1, stream=io.StringIO())
+      )
       seen = train.collect(session, state.trainable, 0, Clock(pool), pool, print, keep_pixels=True)
-      assert len(seen.rollouts) == 32 // chunk and session.programs.rollout._cache_size() == 1
-      order = np.argsort(train.deal(32, chunk, config.mesh.lanes).reshape(-1))
+      assert len(seen.rollouts) == 32 // chunk
+      order = np.argsort(lanes.deal(32, chunk, config.mesh.lanes).reshape(-1))
       latents = np.concatenate([rollout.latents for rollout in seen.rollouts], 1)[:, order]
       results[chunk] = latents, np.asarray(seen.scores["clip"]), seen.pixels
       answers = [False] * (32 // chunk - 1) + [True]  # before the last chunk: the iteration is given up there
@@ -493,7 +483,7 @@ def test_sigterm_in_a_rollout_gives_the_iteration_up_and_saves_the_last(straight
 
 def test_sigterm_while_the_devices_finish_a_rollout_comes_before_the_update(straight, flags, tmp_path, monkeypatch, capsys):
   """All of the third iteration's chunks are queued by then, and nothing on the host waits for them but the question itself."""
-  build, times = programs.build, []
+  put_together, times = ahead.put_together, []
 
   def signalled(scores):
     times.append(None)
@@ -503,7 +493,7 @@ def test_sigterm_while_the_devices_finish_a_rollout_comes_before_the_update(stra
     return scores
 
   def slow(*args, **kwargs):
-    compiled = build(*args, **kwargs)
+    compiled = put_together(*args, **kwargs)
 
     def join(scores, order):
       joined = compiled.join(scores, order)
@@ -512,7 +502,7 @@ def test_sigterm_while_the_devices_finish_a_rollout_comes_before_the_update(stra
 
     return compiled._replace(join=join)
 
-  monkeypatch.setattr(programs, "build", slow)
+  monkeypatch.setattr(ahead, "put_together", slow)
   run = execute(flags(reward__terms=(("clip", 1.0),), checkpoint__every=100, evaluation__every=0), tmp_path / "run")
   assert run.code == 0 and "stopped by SIGTERM: 2 iterations are saved" in capsys.readouterr().out
   assert len(times) == 3 and [call.name for call in run.calls].count("update") == 2

@@ -11,10 +11,9 @@ import optax
 import pytest
 from tiny_checkpoint import TOY_SHAPE, Toy, assert_trees_equal, relative_error, toy_programs
 
-from dancegrpo_jax import train
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.diffusion.guidance import classifier_free
-from dancegrpo_jax.rl import advantages
+from dancegrpo_jax.rl import advantages, lanes
 from dancegrpo_jax.rl.rollout import Policy, rollout
 from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.rl.update import Batch, Objective, partition, update
@@ -380,7 +379,7 @@ def toy(devices: int, scale: float, size: int = 8, best_of: int = 0) -> tuple[To
   ids, numbers = np.arange(4, dtype=np.int32), np.arange(16, dtype=np.int32)
   with jax.set_mesh(run.mesh):
     rolled = tuple(
-      run.compiled.rollout(run.trainable, {}, run.conditioning, ids, chunk, np.int32(0)) for chunk in train.deal(16, size, 8)
+      run.compiled.rollout(run.trainable, {}, run.conditioning, ids, chunk, np.int32(0)) for chunk in lanes.deal(16, size, 8)
     )
 
   def arguments(advantage):

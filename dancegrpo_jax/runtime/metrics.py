@@ -157,6 +157,18 @@ class Progress:
     reward, speed = values.get("reward/mean", math.nan), values.get("images_per_second", math.nan)
     return f"reward {reward:.4f}  {speed:.1f} images/s  {left} left"
 
+  @property
+  def is_live(self) -> bool:
+    """Whether a bar is there whose text can be changed as often as one likes."""
+    return self._bar is not None
+
+  def status(self, text: str) -> None:
+    """What is going on before the first iteration: beside the bar, or a line."""
+    if self._bar is not None:
+      self._bar.update(self._task, status=text)
+    elif not self._quiet:
+      print(text, file=self._stream, flush=True)
+
   def message(self, text: str) -> None:
     """A line above the bar."""
     if self._bar is not None:

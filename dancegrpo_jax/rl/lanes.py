@@ -1,0 +1,33 @@
+"""How an iteration's samples are dealt to rollout chunks and to the devices.
+
+Samples lie in a fixed number of lanes (config.mesh.lanes). Lane l holds the l-th part of all samples in order, and a device owns
+whole lanes, so that the update's batches depend neither on the number of devices nor on the size of the rollout's chunks.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+
+def deal(samples: int, chunk: int, lanes: int) -> np.ndarray:
+  """Sample numbers by chunk, int32 `[samples / chunk, chunk]`; every chunk takes equally from each lane.
+
+  Args:
+    samples: of an iteration; a multiple of `chunk`.
+    chunk: samples of one call of the rollout; a multiple of `lanes`.
+    lanes: number of lanes.
+  """
+  numbers = np.arange(samples, dtype=np.int32).reshape(lanes, -1, chunk // lanes)
+  return numbers.swapaxes(0, 1).reshape(-1, chunk)
+
+
+def in_lanes(chunks: list[Array], lanes: int, axis: int) -> Array:
+  """Chunks of `[.., chunk, ..]` as `[.., lanes, samples / lanes, ..]`: a device keeps the rows that it made.
+
+  Args:
+    chunks: the parts of one array, in the order of `deal`.
+    lanes: number of lanes.
+    axis: of the samples.
+  """
+  rows = [x.reshape(*x.shape[:axis], lanes, -1, *x.shape[axis + 1 :]) for x in chunks]
+  return jnp.concatenate(rows, axis + 1)
