@@ -5,6 +5,7 @@ Presets:
           guidance 3.5, 16 prompts x 12 samples, a random 60 % of the 15 stochastic steps (9), 3 optimizer steps. Any number of
           devices that divides 64 computes the same; how much memory each then needs stands below. 64 TPU chips take three rows
           of a microbatch each: `python -m dancegrpo_jax.plan` and benchmarks/RESULTS.md say how that fits.
+  8gpu    the same numbers on eight GPUs of 80 GB: 8 samples a device in a chunk and 4 rows in a microbatch.
   tiny    two iterations of a random network on a CPU, a minute or two: shows that everything fits together, learns nothing.
 
 Memory, computed from the parameter counts and not measured (GB of 10^9 bytes), all devices together, split over mesh.fsdp:
@@ -13,8 +14,8 @@ Memory, computed from the parameter counts and not measured (GB of 10^9 bytes), 
   latents of an iteration, 192 x 16 of 16x90x90 in float32                                                              1.6
 and on every device, whole: the autoencoder, 83.8 M in bfloat16 0.2 (CLIP-L and the reward's network, see each file, are split
 too), and activations: with rematerialised blocks 0.9 for the stored inputs of the 57 blocks and as an estimate 2 for the block at
-work, for each of a device's rows of a microbatch. 16 devices, 12 rows: 16 + 35 a device. 8 devices with
---config.optimizer.microbatch=64, 8 rows: 31 + 23. On fewer than 8 of 80 GB it does not fit: use LoRA.
+work, for each of a device's rows of a microbatch. 16 devices, 12 rows: 16 + 35 a device. 8gpu, 4 rows: 31 + 12. On fewer
+than 8 devices of 80 GB it does not fit, and a run says so before it reads any weights: use LoRA.
 
 Compute: about 37 TFLOP a forward pass of one row (2025 image and 512 text tokens), so 0.4 EFLOP an iteration, with the
 rematerialised forward and the recomputed old log-probs.
@@ -30,7 +31,7 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-PRESETS = ("", "tiny")
+PRESETS = ("", "8gpu", "tiny")
 RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
 # Kernels `[.., in, out]` along `in`: a TPU lays the last axis out in lanes of 128, and collects narrower pieces (3072 over
 # 64 chips are 48) as a sum with zeros, twice the bytes. v5p sums even so (libtpu 0.0.42.1, 64 chips), v5e and v6e gather.
@@ -85,7 +86,10 @@ def recipe(name: str, preset: str) -> ConfigDict:
   config.mesh.update(data=1, fsdp=-1, lanes=64, rules=SPLIT, reward_rules=SPLIT_REWARDS)
   config.evaluation.update(every=20, prompts=8, steps=28, samples=4)  # 28: what diffusers' FluxPipeline takes
   config.checkpoint.update(every=20, keep=2)
-  if preset == "tiny":
+  if preset == "8gpu":
+    config.mesh.lanes = 8  # of 8 devices each takes its row
+    config.optimizer.microbatch = 32
+  elif preset == "tiny":
     _tiny(config)
   return config
 

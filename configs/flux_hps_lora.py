@@ -1,6 +1,7 @@
 """FLUX.1-dev, reward = HPS-v2.1, LoRA by the published code's recipe: rank 128, alpha 256, rate 3e-4, 12 steps. 1 to 8 GPUs.
 
-The devices are of 80 GB each; 2 and 4 do as well.
+The devices are of 80 GB each; 2 and 4 do as well. The preset 1gpu is the same with fewer pictures in an evaluation, which is what
+one device of 80 GB may have no room for.
 
 Memory, computed from the parameter counts and not measured (GB of 10^9 bytes, on every device: the rules replicate):
   transformer 11.90 B parameters and T5-XXL 4.76 B in bfloat16, frozen: 23.8 + 9.5                                      33.3
@@ -8,7 +9,8 @@ Memory, computed from the parameter counts and not measured (GB of 10^9 bytes, o
   CLIP-L's text tower, autoencoder and HPS-v2.1's ViT-H/14 in bfloat16                                                   2.4
   latents of an iteration, 192 x 12 of 16x90x90 in float32, split over the devices                                       1.2
   activations of a microbatch of 8 rows with rematerialised blocks on one device: 7 stored, 5 an estimate for the block 12
-What is left is for the decoder: a chunk of 8 images is an estimate that should fit. The base's gradient doesn't exist.
+What is left is for the decoder: a chunk of 8 images is an estimate that should fit. The base's gradient doesn't exist. On one
+H100 the update with unfused attention was seen to take 60.5 of these GB at its peak (random weights, without the reward).
 The preset v5e splits what is frozen and the adapters over 16 TPU v5e chips of 16 GB (`plan`, benchmarks/RESULTS.md).
 
 Weights and prompts: configs/flux.py and configs/flux_hps.py. The result is a file for diffusers' `load_lora_weights`:
@@ -19,12 +21,12 @@ Weights and prompts: configs/flux.py and configs/flux_hps.py. The result is a fi
 
 from configs import flux, flux_hps
 
-PRESETS = (*flux.PRESETS, "v5e")
+PRESETS = ("", "1gpu", "v5e", "tiny")
 
 
 def get_config(preset: str = ""):
-  """Presets: see configs/flux.py."""
-  config = flux_hps.get_config("" if preset == "v5e" else preset)
+  """Presets: "1gpu" and "v5e" as above, "tiny" as in configs/flux.py."""
+  config = flux_hps.get_config("tiny" if preset == "tiny" else "")
   config.name = "flux_hps_lora" + (f"_{preset}" if preset else "")
   config.lora.update(
     rank=128,  # [C]
@@ -42,7 +44,9 @@ def get_config(preset: str = ""):
     config.rollout.chunk = 8
     config.optimizer.microbatch = 8
     config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),), reward_rules=((".*", ()),))
-  if preset == "v5e":
+  if preset == "1gpu":
+    config.evaluation.prompts = 4
+  elif preset == "v5e":
     config.rollout.chunk = 16
     config.optimizer.microbatch = 16
     rules = (("lora/.*", ("...", "fsdp", None)), *flux.SPLIT)

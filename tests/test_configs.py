@@ -37,9 +37,11 @@ CASES = [(name, preset) for name in RUNS for preset in presets(name)]
 
 def test_all_are_there():
   wanted = {"sd_clip", "sd_hps", "sd_pick", "sd_hps_clip", "sd_aesthetic", "sd_compressibility"}
-  assert wanted <= set(RUNS) and len(CASES) >= 4 * 6 + 3 + 2 + 2 * 5
+  assert wanted <= set(RUNS) and len(CASES) >= 4 * 6 + 3 + 2 + 3 * 4 + 4
   assert {"emoji_clip", "emoji_flow_clip"} <= set(RUNS)
   assert {"flux_hps", "flux_hps_8gpu", "flux_hps_lora", "flux_hps_clip", "flux_pick"} <= set(RUNS)
+  for name in RUNS:  # one H100 or eight: the small ones run anywhere
+    assert name.startswith("emoji") or {"1gpu", "8gpu"} & set(presets(name)), name
 
 
 @pytest.mark.parametrize("name, preset", CASES)
@@ -84,6 +86,10 @@ def test_flux_recipes_are_the_published_ones():
     assert timesteps.count(config.objective.timesteps, config.objective.timestep_fraction, policy_steps) == trained
     assert (o.updates_per_iteration, o.b1, o.b2, o.eps, o.weight_decay) == (updates, 0.9, 0.999, 1e-8, 1e-4)
     assert (config.objective.clip_range, config.advantage.clamp, config.iterations) == (1e-4, 5.0, 300)
+  for name in ("flux_hps", "flux_hps_clip", "flux_pick", "flux_hps_8gpu", "flux_hps_lora"):  # the same result by another way
+    preset = configs.flatten(load(name, "1gpu" if name == "flux_hps_lora" else "8gpu"))
+    changed = {key for key, value in configs.flatten(load(name)).items() if preset[key] != value} - {"name"}
+    assert all(any(key.startswith(field) for field in configs.RESUMABLE) for key in changed), changed
   numbers = [
     (c.sampler.steps, c.optimizer.max_grad_norm, c.optimizer.learning_rate, c.ema.decay) for c in (wide, eight, adapters)
   ]
