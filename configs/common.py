@@ -26,7 +26,9 @@ def get_config() -> ConfigDict:
     # default | highest: of products and convolutions of float32 numbers, in every network. "default" is what the device is fast
     # at: tf32 (10 bits of mantissa) on NVIDIA GPUs, bfloat16 on TPUs, float32 on CPUs. Half precision isn't changed by it.
     "matmul_precision": "default",
-    "scan_blocks": False,  # flux: stack the blocks' weights and compile one of a kind; large ones compile many times faster
+    # Stack the weights of equal blocks and compile one of a kind: of FLUX's transformer, T5 and every CLIP, the rewards' too.
+    # Deep networks compile many times faster; the UNet's and the autoencoder's blocks differ and stay as they are.
+    "scan_blocks": False,
     "text_length": 512,  # flux: tokens of T5's text, padded and cut to (FLUX.1-schnell was made with 256)
   })
 

@@ -42,10 +42,10 @@ SPLIT = (
   ("denoiser/(context_embedder|norm_out|time_text_embed)/.*kernel", ("fsdp", None)),
   ("text_encoder_2/encoder/block/.*/kernel", ("...", "fsdp", None)),
   ("text_encoder_2/shared/embedding", (None, "fsdp")),
-  ("text_encoder/encoder/.*/kernel", ("fsdp", None)),
+  ("text_encoder/encoder/.*/kernel", ("...", "fsdp", None)),
   (".*", ()),
 )
-SPLIT_REWARDS = ((".*/encoder/.*/kernel", ("fsdp", None)), (".*", ()))
+SPLIT_REWARDS = ((".*/encoder/.*/kernel", ("...", "fsdp", None)), (".*", ()))
 
 
 def recipe(name: str, preset: str) -> ConfigDict:

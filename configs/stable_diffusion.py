@@ -35,10 +35,10 @@ RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score wi
 # Kernels `[.., in, out]` along `in`, see configs/flux.py; what is left (the ends, norms, biases, the autoencoder) is small.
 SPLIT = (
   ("denoiser/(down_blocks|mid_block|up_blocks|time_embedding).*/kernel", ("...", "fsdp", None)),
-  ("text_encoder/encoder/.*/kernel", ("fsdp", None)),
+  ("text_encoder/encoder/.*/kernel", ("...", "fsdp", None)),
   (".*", ()),
 )
-SPLIT_REWARDS = ((".*/encoder/.*/kernel", ("fsdp", None)), (".*", ()))
+SPLIT_REWARDS = ((".*/encoder/.*/kernel", ("...", "fsdp", None)), (".*", ()))
 
 
 def recipe(name: str, preset: str) -> ConfigDict:
@@ -52,6 +52,7 @@ def recipe(name: str, preset: str) -> ConfigDict:
     dtype="bfloat16",
     frozen_dtype="bfloat16",
     remat=True,
+    scan_blocks=True,  # the text encoder and the reward
   )
   config.data.update(
     prompts="assets/prompts/general.txt",

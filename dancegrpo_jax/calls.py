@@ -99,15 +99,8 @@ def of_run(
   rollouts = tuple(_copy(jax.eval_shape(run.rollout, *arguments)) for _ in chunks)
   calls.append(Call("decode", run.decode, (frozen, rollouts[-1].sample), every_chunk))
   pixels = jax.eval_shape(run.decode, *calls[-1].arguments)
-  calls += _scoring(config, model, run, pixels, examples, chunk, every_chunk)
-  parts = [jax.eval_shape(call.program, *call.arguments) for call in calls if call.name.startswith("score ")]
-  on_device = {term: [score] * len(chunks) for scores in parts for term, score in scores.items()}
-  on_host = abstract([np.zeros(prompts * group, np.float32)])  # of all chunks, see scoring.from_host
-  scores = {term: on_host for term, _ in config.reward.terms} | on_device
-  calls.append(Call("join", run.join, (scores, abstract(np.zeros(prompts * group, np.int32))), config.iterations))
-  scores = jax.eval_shape(run.join, *calls[-1].arguments)
-  calls.append(Call("advantages", run.advantages, (scores, ids, state.prompt_stats), config.iterations))
-  advantage, weight, chosen, _, _ = jax.eval_shape(run.advantages, *calls[-1].arguments)
+  calls += of_scores(config, model, run, pixels, state.prompt_stats, examples)
+  advantage, weight, chosen, _, _ = jax.eval_shape(calls[-1].program, *calls[-1].arguments)
   reference = None
   if config.objective.kl.weight:
     reference = {} if config.lora.rank else _copy(trainable)
@@ -121,16 +114,38 @@ def of_run(
   return Calls(calls, kept)
 
 
-def _scoring(
-  config: ConfigDict, model: Model, run: programs.Programs, pixels: Any, examples: int, chunk: Any, times: int
+def of_scores(
+  config: ConfigDict,
+  model: Model,
+  run: programs.Programs,
+  pixels: Any,
+  stats: PyTree,
+  examples: int,
 ) -> list[Call]:
-  """The programs of the rewards that are networks."""
-  calls, prompts = [], config.data.prompts_per_iteration
+  """The programs between pixels and advantages: the rewards that are networks, then `join` and `advantages`.
+
+  Args:
+    config, model, run, examples: as `of_run`.
+    pixels: of a chunk, abstract.
+    stats: per-prompt statistics of the state, abstract.
+  """
+  calls, prompts, count = [], config.data.prompts_per_iteration, config.rollout.samples_per_prompt
+  samples, chunk = prompts * count, config.rollout.chunk
+  ids, numbers, order = (abstract(np.zeros(size, np.int32)) for size in (prompts, chunk, samples))
+  chunks = samples // chunk
+  scores = {term: abstract([np.zeros(samples, np.float32)]) for term, _ in config.reward.terms}  # see scoring.from_host
   for name, program in run.features.items():
+    params = model.reward_params[name]
     prepared = abstract(model.rewards[name].prepare([Example(0, "")] * prompts))
-    calls.append(Call(f"features {name}", program, (model.reward_params[name], prepared), -(-examples // prompts)))
-    features = abstract(jax.eval_shape(program, *calls[-1].arguments))
-    calls.append(Call(f"score {name}", run.score[name], (model.reward_params[name], pixels, features, chunk), times))
+    calls.append(Call(f"features {name}", program, (params, prepared), -(-examples // prompts)))
+    features = abstract(jax.eval_shape(program, params, prepared))
+    arguments = (params, pixels, features, numbers)
+    calls.append(Call(f"score {name}", run.score[name], arguments, chunks * config.iterations))
+    parts = jax.eval_shape(run.score[name], *arguments)
+    scores |= {term: [part] * chunks for term, part in parts.items()}
+  calls.append(Call("join", run.join, (scores, order), config.iterations))
+  joined = jax.eval_shape(run.join, scores, order)
+  calls.append(Call("advantages", run.advantages, (joined, ids, stats), config.iterations))
   return calls
 
 

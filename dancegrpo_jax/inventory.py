@@ -75,11 +75,12 @@ def outline(config: ConfigDict, mesh: jax.sharding.Mesh) -> Model:
   layout = hub.layout_of(family)
   tokenizer = blank(jsons["text_encoder"].get("max_position_embeddings", 77))  # transformers' default
   pipeline = loading.pipeline_of(config, jsons, dict.fromkeys([*layout.tokenizers, *layout.t5_tokenizers], tokenizer))
-  rewards = scoring.build_rewards(config, lambda field, name, network: blank(_text_length(network)))
+  rewards = scoring.build_rewards(config, lambda field, name, network: blank(text_length(network)))
   return loading.outline(config, pipeline, rewards, mesh)
 
 
-def _text_length(network: dict) -> int:
+def text_length(network: dict) -> int:
+  """Tokens that a CLIP's text tower takes."""
   return network.get("text_config", {}).get("max_position_embeddings", 77)
 
 

@@ -53,7 +53,7 @@ def _family_options(config: ConfigDict) -> dict:
   """What the family's `build` takes besides the common values."""
   if config.model.family == "flux":
     m, guidance = config.model, config.sampler.embedded_guidance
-    return {"scan_blocks": m.scan_blocks, "text_length": m.text_length, "guidance": guidance}
+    return {"text_length": m.text_length, "guidance": guidance}
   return {}
 
 
@@ -86,7 +86,7 @@ def pipeline_of(config: ConfigDict, jsons: dict[str, dict], tokenizers: dict[str
   try:
     return family.build(
       jsons, tokenizers, size=m.size, dtype=m.dtype, frozen_dtype=m.frozen_dtype, remat=m.remat, attention=m.attention,
-      lora=lora_of(config), **_family_options(config),
+      scan_blocks=m.scan_blocks, lora=lora_of(config), **_family_options(config),
     )  # fmt: skip
   except ValueError as error:
     raise ConfigError(str(error)) from error

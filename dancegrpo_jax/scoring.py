@@ -55,11 +55,17 @@ def _weight_file(field: str, source: str) -> Path:
   return path
 
 
+def _network_options(config: ConfigDict) -> dict[str, Any]:
+  """How the rewards' networks are built, which config.model says for all networks."""
+  m = config.model
+  return {"dtype": m.frozen_dtype, "attention": m.attention, "scan_layers": m.scan_blocks}
+
+
 def _clip(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
   c = config.reward.clip
   checkpoint = _clip_checkpoint("reward.clip.checkpoint", c.checkpoint)
   tokenize = tokenizer("reward.clip.tokenizer", c.tokenizer or c.checkpoint, checkpoint.config)
-  return clip.build("clip", checkpoint, tokenize, config.model.frozen_dtype, config.model.attention)
+  return clip.build("clip", checkpoint, tokenize, **_network_options(config))
 
 
 def _hps(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
@@ -69,7 +75,7 @@ def _hps(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
   said = weights.read_config(folder, clip.OPEN_CLIP_FILE) if (folder / clip.OPEN_CLIP_FILE).is_file() else None
   checkpoint = hps.checkpoint(components.location_of(c.checkpoint, place), said)
   tokenize = tokenizer("reward.hps.tokenizer", c.tokenizer or str(folder), checkpoint.config)
-  return clip.build("hps", checkpoint, tokenize, config.model.frozen_dtype, config.model.attention)
+  return clip.build("hps", checkpoint, tokenize, **_network_options(config))
 
 
 def _pickscore(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
@@ -78,7 +84,7 @@ def _pickscore(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
   values = components.read_jsons(folder, pickscore)["clip"]
   checkpoint = pickscore.checkpoint(components.location_of(c.checkpoint, folder), values)
   tokenize = tokenizer("reward.pickscore.tokenizer", c.tokenizer or c.checkpoint, checkpoint.config)
-  return clip.build("pickscore", checkpoint, tokenize, config.model.frozen_dtype, config.model.attention)
+  return clip.build("pickscore", checkpoint, tokenize, **_network_options(config))
 
 
 def _aesthetic(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
@@ -86,7 +92,7 @@ def _aesthetic(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
   c = config.reward.aesthetic
   checkpoint = _clip_checkpoint("reward.aesthetic.checkpoint", c.checkpoint)
   head = c.head if hub.is_random(c.head) else str(_weight_file("reward.aesthetic.head", c.head))
-  return aesthetic.build(checkpoint, head, config.model.frozen_dtype, config.model.attention)
+  return aesthetic.build(checkpoint, head, **_network_options(config))
 
 
 REWARDS = {

@@ -7,7 +7,7 @@ import pytest
 
 from dancegrpo_jax.models import attention as module
 from dancegrpo_jax.models import splash
-from dancegrpo_jax.models.attention import Place, attention, capability_of, kernel
+from dancegrpo_jax.models.attention import Place, Shape, attention, capability_of, kernel
 
 AMPERE, HOPPER, BLACKWELL = (Place("gpu", capability) for capability in ((8, 0), (9, 0), (10, 0)))
 TURING, AMD, CPU, TPU = Place("gpu", (7, 5)), Place("gpu"), Place("cpu"), Place("tpu")
@@ -41,8 +41,10 @@ TURING, AMD, CPU, TPU = Place("gpu", (7, 5)), Place("gpu"), Place("cpu"), Place(
   ],
 )
 def test_the_table_of_kernels(impl, place, dtype, head_dim, expected):
-  assert kernel(impl=impl, place=place, dtype=dtype, head_dim=head_dim, plain=True) == expected
-  assert kernel(impl=impl, place=place, dtype=dtype, head_dim=head_dim, plain=False) == "xla"
+  for queries, keys in ((4096, 77), (2537, 2537), (2, 1)):  # no length decides
+    shape = Shape(queries=queries, keys=keys, heads=8, head_dim=head_dim, dtype=dtype)
+    assert kernel(impl=impl, place=place, shape=shape, plain=True) == expected
+    assert kernel(impl=impl, place=place, shape=shape, plain=False) == "xla"
 
 
 def test_compute_capabilities_are_read_from_devices():

@@ -26,7 +26,24 @@ class Place(NamedTuple):
   capability: tuple[int, int] = (0, 0)
 
 
-def kernel(impl: str, place: Place, dtype: str, head_dim: int, plain: bool) -> str:
+class Shape(NamedTuple):
+  """Of an attention, on all devices together but for the batch.
+
+  Attributes:
+    queries, keys: numbers of tokens.
+    heads: their number.
+    head_dim: numbers of a head.
+    dtype: name of the dtype of queries, keys and values.
+  """
+
+  queries: int
+  keys: int
+  heads: int
+  head_dim: int
+  dtype: str
+
+
+def kernel(impl: str, place: Place, shape: Shape, plain: bool) -> str:
   """Which implementation computes an attention: xla | cudnn | splash.
 
   | kernel | asked for by             | platform | capability | dtype             | head size            |
@@ -46,16 +63,16 @@ def kernel(impl: str, place: Place, dtype: str, head_dim: int, plain: bool) -> s
 
   Args:
     impl: what the config asks for: auto | xla | cudnn | splash.
-    place: see `place`.
-    dtype: name of the dtype of queries, keys and values.
-    head_dim: their last dimension.
+    place: where it runs.
+    shape: of the attention.
     plain: whether there is neither a bias nor a mask other than `causal` and `key_lengths`.
   """
   wanted = {"gpu": "cudnn", "tpu": "splash"}.get(place.platform, "xla") if impl == "auto" else impl
   if wanted == "cudnn" and plain and place.platform == "gpu" and place.capability >= (8, 0):
     largest = 256 if place.capability[0] == 9 else 128
-    return "cudnn" if dtype in HALF and head_dim % 8 == 0 and head_dim <= largest else "xla"
-  if wanted == "splash" and plain and head_dim % 128 == 0:
+    fits = shape.head_dim % 8 == 0 and shape.head_dim <= largest
+    return "cudnn" if shape.dtype in HALF and fits else "xla"
+  if wanted == "splash" and plain and shape.head_dim % 128 == 0:
     return "splash"
   return "xla"
 
@@ -86,12 +103,12 @@ def attention(
     impl: xla | cudnn | splash | auto (what suits the devices); `kernel` has the table. Where a kernel that was asked for by name
       can't compute this attention, xla does, and the log says so once.
   """
-  d = q.shape[-1]
-  scale = d**-0.5 if scale is None else scale
+  shape = Shape(queries=q.shape[1], keys=k.shape[1], heads=q.shape[2], head_dim=q.shape[3], dtype=q.dtype.name)
+  scale = shape.head_dim**-0.5 if scale is None else scale
   key_lengths = None if key_lengths is None else key_lengths.astype(jnp.int32)
   where = place()
   plain = mask is None and bias is None
-  chosen = kernel(impl=impl, place=where, dtype=q.dtype.name, head_dim=d, plain=plain)
+  chosen = kernel(impl=impl, place=where, shape=shape, plain=plain)
   if chosen == "cudnn":
     return _cudnn(q, k, v, key_lengths=key_lengths, causal=causal, scale=scale)
   if chosen == "splash":
@@ -100,7 +117,7 @@ def attention(
     interpret = where.platform != "tpu"
     return splash.attention(q, k, v, scale, key_lengths=key_lengths, causal=causal, interpret=interpret)
   if impl not in ("auto", "xla"):
-    _warn_once(impl, q.dtype.name, d, plain)
+    _warn_once(impl, shape.dtype, shape.head_dim, plain)
   return jax.nn.dot_product_attention(
     q, k, v, bias, mask, scale=scale, is_causal=causal, key_value_seq_lengths=key_lengths, implementation="xla"
   )

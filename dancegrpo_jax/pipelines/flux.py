@@ -58,7 +58,7 @@ def build(
     frozen_dtype: of the text encoders and the autoencoder, stored and computed; under adapters the transformer's parameters too.
     remat: recompute the transformer's blocks in the backward pass.
     attention: see `models.attention.attention`.
-    scan_blocks: stack the blocks of the transformer and of T5.
+    scan_blocks: stack the blocks of the transformer, of T5 and of CLIP's text encoder.
     text_length: of T5's tokens.
     guidance: what a guidance-distilled transformer is told.
     lora: adapters to train in place of the transformer's parameters.
@@ -75,7 +75,7 @@ def build(
     jsons["transformer"], dtype=jnp.dtype(dtype), param_dtype=stored, scan_blocks=scan_blocks, remat=remat, impl=attention
   )
   vae = autoencoder.from_json(jsons["vae"], **frozen)
-  pooler = clip.ClipText.from_json(jsons["text_encoder"], **frozen, impl=attention)
+  pooler = clip.ClipText.from_json(jsons["text_encoder"], **frozen, scan_layers=scan_blocks, impl=attention)
   encoder = t5.from_json(jsons["text_encoder_2"], **frozen, scan_blocks=scan_blocks)
   _check_widths(denoiser, vae, pooler, encoder)
   factor = 2 ** (len(vae.block_out_channels) - 1)

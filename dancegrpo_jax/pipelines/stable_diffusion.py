@@ -32,6 +32,7 @@ def build(
   frozen_dtype: str,
   remat: bool,
   attention: str,
+  scan_blocks: bool = False,
   lora: Lora | None = None,
 ) -> Pipeline:
   """The pipeline of a checkpoint's JSON files (those of `FILES`).
@@ -44,6 +45,7 @@ def build(
     frozen_dtype: of the text encoder and the autoencoder, stored and computed; under adapters the UNet's parameters too.
     remat: recompute the UNet's blocks in the backward pass.
     attention: see `models.attention.attention`.
+    scan_blocks: stack the layers of the text encoder.
     lora: adapters to train in place of the UNet's parameters.
 
   Raises:
@@ -54,7 +56,9 @@ def build(
   stored = frozen if lora else jnp.dtype("float32")
   denoiser = unet.from_json(jsons["unet"], dtype=jnp.dtype(dtype), param_dtype=stored, remat=remat, impl=attention)
   vae = autoencoder.from_json(jsons["vae"], dtype=frozen, param_dtype=frozen)
-  text = clip.ClipText.from_json(jsons["text_encoder"], dtype=frozen, param_dtype=frozen, impl=attention)
+  text = clip.ClipText.from_json(
+    jsons["text_encoder"], dtype=frozen, param_dtype=frozen, scan_layers=scan_blocks, impl=attention
+  )
   scheduler = jsons["scheduler"]
   factor = 2 ** (len(vae.block_out_channels) - 1)
   multiple = factor * 2 ** (len(denoiser.block_out_channels) - 1)

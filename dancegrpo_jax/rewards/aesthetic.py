@@ -15,7 +15,7 @@ from dancegrpo_jax.rewards.preprocess import preprocess
 from dancegrpo_jax.types import Media, PyTree
 
 
-def build(checkpoint: Checkpoint, head: str, dtype: str, attention: str = "auto") -> Reward:
+def build(checkpoint: Checkpoint, head: str, dtype: str, attention: str = "auto", scan_layers: bool = False) -> Reward:
   """The term "aesthetic".
 
   Args:
@@ -23,8 +23,9 @@ def build(checkpoint: Checkpoint, head: str, dtype: str, attention: str = "auto"
     head: location of the head's weights.
     dtype: of the towers; the head, of which a mean squared error in points is asked, is float32.
     attention: see `models.attention.attention`.
+    scan_layers: stack the towers' layers.
   """
-  network, clip = network_of(checkpoint, dtype, attention)
+  network, clip = network_of(checkpoint, dtype, attention, scan_layers)
   width = network.projection_dim
   abstract = jax.eval_shape(Head().init, jax.random.key(0), jax.ShapeDtypeStruct((1, width), jnp.float32))["params"]
 

@@ -95,10 +95,10 @@ def normalise(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def network_of(checkpoint: Checkpoint, dtype: str, attention: str = "auto") -> tuple[Clip, Component]:
-  """The towers, computed and stored in `dtype`, and what to load for them. `attention`: see `models.attention.attention`."""
+def network_of(checkpoint: Checkpoint, dtype: str, attention: str = "auto", scan_layers: bool = False) -> tuple[Clip, Component]:
+  """The towers, computed and stored in `dtype`, and what to load for them. See `build` for the rest."""
   kind = jnp.dtype(dtype)
-  network = Clip.from_json(checkpoint.config, dtype=kind, param_dtype=kind, impl=attention)
+  network = Clip.from_json(checkpoint.config, dtype=kind, param_dtype=kind, scan_layers=scan_layers, impl=attention)
   size = checkpoint.preprocessing.size
   tokens = jax.ShapeDtypeStruct((1, network.text_model.max_position_embeddings), jnp.int32)
   pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
@@ -112,6 +112,7 @@ def build(
   tokenize: Callable[[list[str]], np.ndarray],
   dtype: str,
   attention: str = "auto",
+  scan_layers: bool = False,
 ) -> Reward:
   """The cosine of a two-tower checkpoint as the term `name`.
 
@@ -121,8 +122,9 @@ def build(
     tokenize: texts -> ids.
     dtype: stored and computed; images are prepared in float32.
     attention: see `models.attention.attention`.
+    scan_layers: stack the towers' layers.
   """
-  network, component = network_of(checkpoint, dtype, attention)
+  network, component = network_of(checkpoint, dtype, attention, scan_layers)
 
   def prepare(examples: list[Example]) -> np.ndarray:
     return tokenize([example.prompt for example in examples])

@@ -1,0 +1,185 @@
+"""Lowers the programs of configs for NVIDIA GPUs on a machine without one, and notes which kernel each attention gets.
+
+Lowering is where JAX refuses what cuDNN can't do. What it asks of the driver has stand-ins here: an H100 with cuDNN 9.19.
+
+    python tests/cuda_programs.py      prints the tables of docs/gpus.md
+"""
+
+import contextlib
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jaxtyping
+import pytest
+from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from ml_collections import ConfigDict
+from test_configs import CASES, load
+
+from dancegrpo_jax import calls, components, inventory, loading, programs, scoring
+from dancegrpo_jax.models import attention
+from dancegrpo_jax.models.attention import Place, Shape
+from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.runtime import mesh as meshes
+
+H100, A100 = Place("gpu", (9, 0)), Place("gpu", (8, 0))
+PAGE = Path(__file__).parent.parent / "docs" / "gpus.md"
+# What a program's graph does not depend on: names, files, and numbers that are constants in it.
+CONSTANTS = (
+  "name", "seed", "iterations", "reward", "checkpoint", "logging", "data.prompts", "data.held_out", "data.shuffle",
+  "evaluation.every", "evaluation.samples", "evaluation.seed", "evaluation.candidates",
+  "evaluation.distractors", "optimizer.learning_rate", "optimizer.b1", "optimizer.b2", "optimizer.eps",
+  "optimizer.weight_decay", "optimizer.max_grad_norm", "optimizer.max_skipped", "objective.clip_range", "sampler.noise_level",
+)  # fmt: skip
+
+
+class Note(NamedTuple):
+  """An attention that a program makes, and its kernels on two GPUs."""
+
+  program: str
+  shape: Shape
+  h100: str
+  a100: str
+
+
+Notes = set[Note]
+
+
+@contextlib.contextmanager
+def h100() -> Iterator[Notes]:
+  """Traces and lowers as on an H100; yields the notes of all attentions of the programs that are traced meanwhile."""
+  notes: Notes = set()
+  names: list[str] = []
+  kernel, program = attention.kernel, programs.program
+
+  def noted(impl: str, place: Place, shape: Shape, plain: bool) -> str:
+    chosen = kernel(impl=impl, place=place, shape=shape, plain=plain)
+    if names:
+      notes.add(Note(names[-1], shape, chosen, kernel(impl=impl, place=A100, shape=shape, plain=plain)))
+    return chosen
+
+  def named(config, name, function, **options):
+    def traced(*arguments):
+      names.append(name)
+      try:
+        return function(*arguments)
+      finally:
+        names.pop()
+
+    return program(config, name, traced, **options)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
+    patch.setattr(cudnn, "check_compute_capability", lambda least: tuple(map(int, least.split("."))) <= H100.capability)
+    patch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: capability == "9.0")
+    patch.setattr(attention, "place", lambda: H100)
+    patch.setattr(attention, "kernel", noted)
+    patch.setattr(programs, "program", named)
+    checked = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)  # other tests check shapes; here it is half of the time
+    try:
+      yield notes
+    finally:
+      jaxtyping.config.update("jaxtyping_disable", checked)
+
+
+def lower(call: calls.Call) -> jax.stages.Lowered:
+  """The call's program, lowered for CUDA; raises what JAX raises on a machine that has a GPU."""
+  return call.program.trace(*call.arguments).lower(lowering_platforms=("cuda",))
+
+
+def groups(family: str, devices: int, tiny: bool) -> list[list[ConfigDict]]:
+  """The configs of a family that are equal but for rewards and constants, group by group.
+
+  Args:
+    family: of config.model.
+    devices: of the mesh; sharding rules count on several only.
+    tiny: those with networks of this repository's assets, or else those of the published sizes.
+  """
+  found = defaultdict(list)
+  for name, preset in CASES:
+    config = load(name, preset)
+    is_tiny = "assets/" in config.model.checkpoint
+    if config.model.family == family and is_tiny == tiny:
+      fields = configs.flatten(config)
+      left_out = CONSTANTS + (("mesh",) if devices == 1 else ())
+      counts = {key: value for key, value in fields.items() if not is_in(key, left_out)}
+      found[tuple(counts.items())].append(config)
+  return list(found.values())
+
+
+def is_in(field: str, sections: tuple[str, ...]) -> bool:
+  """Whether a field is one of these, or in one of these sections."""
+  return any(field == section or field.startswith(f"{section}.") for section in sections)
+
+
+def lower_group(group: list[ConfigDict], devices: int) -> Notes:
+  """Lowers every program of a group of `groups`, on a mesh of so many devices, and looks for cuDNN's calls in them."""
+  mesh = meshes.make_mesh(group[0].mesh, jax.devices()[:devices])
+  with h100() as notes:
+    with (plain := group[0].copy_and_resolve_references()).unlocked():
+      plain.reward.terms = (("compressibility", 1.0),)  # the networks of rewards are lowered below, each once
+    taken = inventory.take(inventory.without_weights(plain.lock()), mesh, examples=400, held_out=100)
+    with jax.set_mesh(mesh):
+      lowered = {call.name: lower(call) for call in taken.calls}
+      for config in group:
+        for call in reward_calls(config, taken, mesh):
+          lower(call)
+    fused = {note.program for note in notes if note.h100 == "cudnn"}
+    for name in ("rollout", "update"):
+      text = lowered[name].as_text()
+      assert ("__cudnn$fmhaSoftmax" in text) == (name in fused), name
+      assert ("__cudnn$fmhaSoftmaxBackward" in text) == (name in fused and name == "update"), name
+  return notes
+
+
+LOWERED = set()  # rewards, with all that their programs depend on
+
+
+def reward_calls(config: ConfigDict, taken: inventory.Inventory, mesh: jax.sharding.Mesh) -> list[calls.Call]:
+  """The calls from pixels to advantages with a config's own rewards; [] where a config before had the same."""
+  config = inventory.without_weights(config)
+  decode = next(call for call in taken.calls if call.name == "decode")
+  pixels = jax.eval_shape(decode.program, *decode.arguments)
+  rules = config.mesh.reward_rules if mesh.size > 1 else ()
+  key = (config.reward.to_json(), str(config.model), pixels.shape, str(rules), mesh.size)
+  if key in LOWERED:
+    return []
+  LOWERED.add(key)
+  rewards = scoring.build_rewards(config, lambda field, name, network: inventory.blank(inventory.text_length(network)))
+  shardings = loading.reward_shardings(config, rewards, mesh)
+  params = {
+    name: {part: components.placed(c.abstract, shardings[name][part]) for part, c in reward.components.items()}
+    for name, reward in rewards.items()
+  }
+  model = taken.model._replace(rewards=rewards, reward_params=params)
+  stats = next(call for call in taken.calls if call.name == "update").arguments[0].prompt_stats
+  run = programs.build(config, model.pipeline, rewards, mesh, None)
+  return calls.of_scores(config, model, run, pixels, stats, examples=400)
+
+
+def rows(notes: Notes) -> list[str]:
+  """The notes as rows of the table in docs/gpus.md: programs that make the same attention share one."""
+  found = defaultdict(set)
+  for note in notes:
+    found[note[1:]].add(note.program)
+  return sorted(
+    f"| {', '.join(sorted(names))} | {shape.queries} | {shape.keys} | {shape.heads} x {shape.head_dim} |"
+    f" {shape.dtype} | {h100} | {a100} |"
+    for (shape, h100, a100), names in found.items()
+  )
+
+
+def documented(title: str) -> list[str]:
+  """The rows of the table under a title of docs/gpus.md."""
+  section = PAGE.read_text().split(f"### {title}\n")[1].split("\n#")[0]
+  return sorted(line for line in section.splitlines() if re.match(r"\| .*\| (xla|cudnn) \|$", line))
+
+
+if __name__ == "__main__":
+  for family, title in (("stable_diffusion", "Stable Diffusion v1.4"), ("flux", "FLUX.1-dev")):
+    found = set().union(*(lower_group(group, devices=1) for group in groups(family, devices=1, tiny=False)))
+    print(f"### {title}", "", *rows(found), "", sep="\n")

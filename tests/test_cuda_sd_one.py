@@ -1,0 +1,19 @@
+"""Stable Diffusion v1.4: every program of every config lowers for NVIDIA GPUs, at full size on a mesh of one."""
+
+import pytest
+from cuda_programs import documented, groups, lower_group, rows
+
+GROUPS = groups("stable_diffusion", devices=1, tiny=False)
+NOTES = set()
+
+
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0].name)
+def test_lowers(group):
+  notes = lower_group(group, devices=1)
+  assert {"rollout", "update", "sample"} <= {note.program for note in notes}
+  NOTES.update(notes)
+
+
+def test_the_table_of_attentions_is_the_documented_one():
+  """Needs all tests above; `python tests/cuda_programs.py` prints it."""
+  assert rows(NOTES) == documented("Stable Diffusion v1.4")
