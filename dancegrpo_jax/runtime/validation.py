@@ -109,18 +109,31 @@ _SIZES = {
 }  # fmt: skip
 
 
-def validate(config: ConfigDict, *, num_devices: int, num_examples: int | None = None) -> None:
+CUDNN_CAPABILITY = 8.0  # Ampere: what cuDNN's fused attention asks for at least
+
+
+def validate(
+  config: ConfigDict,
+  *,
+  num_devices: int,
+  num_examples: int | None = None,
+  platform: str | None = None,
+  capability: float | None = None,
+) -> None:
   """Checks every value and every pair of values that must agree, once, before any weight is loaded.
 
   Args:
     config: the whole config.
     num_devices: devices of the run, all processes together.
     num_examples: prompts in `data.prompts`, where they have been read.
+    platform: of the devices, cpu, gpu or tpu; None where it isn't known and nothing is asked of it.
+    capability: the compute capability of NVIDIA GPUs, as 9.0; None of others, or if it isn't known.
 
   Raises:
     ConfigError: all problems in one message, a line each.
   """
-  if lines := problems(config, num_devices=num_devices, num_examples=num_examples):
+  lines = problems(config, num_devices=num_devices, num_examples=num_examples)
+  if lines := [*lines, *_attention(config, platform, capability)]:
     raise config_lib.ConfigError("\n".join(lines))
 
 
@@ -155,6 +168,18 @@ def _single_values(fields: dict[str, Any]) -> Iterator[str]:
   for field, (holds, remedy) in LIMITS.items():
     if not holds(fields[field]):
       yield _line(field, fields[field], remedy)
+
+
+def _attention(config: ConfigDict, platform: str | None, capability: float | None) -> Iterator[str]:
+  """Whether the devices have the kernels that the config insists on."""
+  if config.model.get("attention") != "cudnn" or platform is None:
+    return
+  if platform != "gpu":
+    remedy = f"is for NVIDIA GPUs, and this run is on a {platform.upper()}; use 'auto' or 'xla'"
+    yield _line("model.attention", "cudnn", remedy)
+  elif capability is not None and capability < CUDNN_CAPABILITY:
+    remedy = f"needs a compute capability of {CUDNN_CAPABILITY}; this GPU has {capability}"
+    yield _line("model.attention", "cudnn", f"{remedy}; use 'xla'")
 
 
 def policy_steps(config: ConfigDict) -> int:
