@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dancegrpo_jax.runtime import accelerator
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime.config import ConfigError
 
@@ -154,7 +155,10 @@ def run(config, checkpoint: str, files: list[str], out: Path) -> dict:
   from dancegrpo_jax.data import prompts
   from dancegrpo_jax.runtime import images, validation
 
-  validation.validate(config, num_devices=jax.device_count())
+  device = jax.devices()[0]
+  facts = accelerator.facts(device)
+  validation.validate(config, num_devices=jax.device_count(), **facts)
+  accelerator.say_share(device.platform)
   try:
     lists = {file: prompts.read_prompts(file, config.data.negative_prompt) for file in files}
     pool = prompts.read_prompts(config.evaluation.distractors) if config.evaluation.distractors else sum(lists.values(), [])
@@ -182,6 +186,7 @@ def main(argv: list[str]) -> int:
 
   def command() -> None:
     line = configs.parse_argv(argv, "Score a checkpoint next to its base model.", add_flags)
+    accelerator.start()
     if Path(line.flags.out).suffix != ".json":
       raise ConfigError(f"--out={line.flags.out}: must end with .json; the images go into the folder of that name without it")
     configs.require_writable(f"--out={line.flags.out}", Path(line.flags.out).parent)

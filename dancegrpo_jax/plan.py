@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dancegrpo_jax.runtime import accelerator, plans
 from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import plans
 from dancegrpo_jax.runtime.config import ConfigError
 
 KERNEL_SHARE = 0.5  # of the peak that a Pallas kernel is taken to reach: the compiler expects nothing of it
@@ -149,7 +149,9 @@ def plan(
 
   devices = devices_of(topology)
   examples, held_out = len(train.read_examples(config)), len(train.read_held_out(config))
-  validation.validate(config, num_devices=len(devices), num_examples=examples)
+  facts = accelerator.facts(devices[0])
+  validation.validate(config, num_devices=len(devices), num_examples=examples, **facts)
+  accelerator.say_share(devices[0].platform)
   mesh, chip = meshes.make_mesh(config.mesh, devices), topologies.chip_of(devices[0])
   plain = inventory.without_weights(config)
   taken, rows = inventory.take(plain, mesh, examples, held_out), []
@@ -235,6 +237,7 @@ def main(argv: list[str]) -> int:
 
   def command() -> int:
     line = configs.parse_argv(argv, "Compile a run's programs ahead of time.", add_flags)
+    accelerator.start()  # so that it counts with the memory that a run has
     flags = line.flags
     return run(line.config, flags.topology, flags.out, flags.hlo, flags.only, flags.effort)
 

@@ -20,7 +20,7 @@ import optax
 
 from dancegrpo_jax import programs
 from dancegrpo_jax.data import emoji, emoji_dataset, tokenizer
-from dancegrpo_jax.runtime import checkpoint
+from dancegrpo_jax.runtime import accelerator, checkpoint
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.stages import STAGES, Data, Stage, write_tokenizer_files
 from dancegrpo_jax.types import PyTree
@@ -87,6 +87,7 @@ def run(config, stage: str, workdir: Path, out: Path, font: str) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     write_tokenizer_files(out / "emoji-sd" / "tokenizer")
     data = load_data(config, font, workdir, out)
+    accelerator.say_share(jax.default_backend())
     for name in STAGES if stage == "all" else (stage,):
       chosen = STAGES[name](config, data, out)
       chosen.export(fit(chosen, config, workdir))
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> int:
 
   def command() -> None:
     line = configs.parse_argv(argv, "Make the embedded models.", add_flags)
+    accelerator.start()
     flags = line.flags
     configs.require_writable(f"--workdir={flags.workdir}", Path(flags.workdir))
     configs.require_writable(f"--out={flags.out}", Path(flags.out))

@@ -16,7 +16,7 @@ from dancegrpo_jax.data import prompts
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.rl.rollout import Rollout
 from dancegrpo_jax.rl.state import TrainState
-from dancegrpo_jax.runtime import checkpoint, distributed, metrics, report, validation
+from dancegrpo_jax.runtime import accelerator, checkpoint, distributed, metrics, report, validation
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.clock import Clock
@@ -93,7 +93,9 @@ def run(config: ConfigDict, workdir: Path) -> None:
     RunError: too many non-finite steps or failed rewards.
   """
   examples = read_examples(config)
-  validation.validate(config, num_devices=jax.device_count(), num_examples=len(examples))
+  device = jax.devices()[0]
+  facts = accelerator.facts(device)
+  validation.validate(config, num_devices=jax.device_count(), num_examples=len(examples), **facts)
   configs.require_writable(f"--workdir={workdir}", workdir)
   first = iterations_done(config, workdir)
   distributed.require_same(first, f"--workdir={workdir}: iterations done differ", "all hosts must see the same folder")
@@ -101,6 +103,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
   if first >= config.iterations:
     print(f"{workdir}: already finished, {first} iterations; {metrics.last_line(workdir, workdir / report.FILE)}")
     return
+  if jax.process_index() == 0:
+    accelerator.say_share(device.platform)
   mesh = meshes.make_mesh(config.mesh)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
