@@ -65,6 +65,7 @@ def measure(opened, weights, examples: list, pool: list) -> tuple[dict, np.ndarr
     ({term: `[prompts, samples]`}, pixels); "<reward>/retrieval" and "<reward>/diversity" too where it has an image embedding.
   """
   from dancegrpo_jax import programs, sampling, scoring
+  from dancegrpo_jax.runtime import out_of_memory
 
   config, model, run = opened.config, opened.model, opened.programs
   samples = config.evaluation.samples
@@ -79,7 +80,7 @@ def measure(opened, weights, examples: list, pool: list) -> tuple[dict, np.ndarr
   result = {term: values.reshape(len(examples), samples) for term, values in scores.items()}
   for name, reward in rewards.items():
     if reward.embed is not None:
-      embed = programs.embed(reward)
+      embed = out_of_memory.Guarded(f"embed {name}", programs.embed(reward))
       parts = [np.asarray(embed(params[name], flat[row])) for row in rows]
       embeddings = np.concatenate(parts)[: len(flat)].reshape(len(examples), samples, -1)
       result[f"{name}/retrieval"] = top1(embeddings, np.asarray(features[name])).astype(np.float32)

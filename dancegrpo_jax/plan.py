@@ -9,14 +9,13 @@ numbers are the compiler's, and the time is an estimate (see `row_of`). Exit cod
 import argparse
 import importlib.metadata
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dancegrpo_jax.runtime import accelerator, plans
+from dancegrpo_jax.runtime import accelerator, out_of_memory, plans
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime.config import ConfigError
 
@@ -65,14 +64,13 @@ def compile_call(call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: s
   try:
     compiled = traced.lower().compile({"exec_time_optimization_effort": effort} if effort else None)
   except jax.errors.JaxRuntimeError as error:
-    needs = re.search(r"Used ([\d.]+)([MGT])|requires? ?[^(]*\(?([\d.]+)([MGT])", str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    found = out_of_memory.shortage(error)
+    if found is None:
       raise
-    found = [part for part in needs.groups() if part] if needs else ["inf", "G"]
-    size = float(found[0]) * {"M": 2**20, "G": 2**30, "T": 2**40}[found[1]]
-    said = " ".join(str(error).split())[:300]
+    peak, took = (found.wanted or float("inf")) + kept, time.time() - start
+    said = found.said
     return plans.Row(
-      call.name, call.times, None, None, size + kept, flops.total, (), None, time.time() - start, None, None, None, said
+      call.name, call.times, None, None, peak, flops.total, (), None, took, None, None, None, said
     )
   took, text, memory = time.time() - start, compiled.as_text(), compiled.memory_analysis()
   if hlo:

@@ -20,7 +20,7 @@ import optax
 
 from dancegrpo_jax import programs
 from dancegrpo_jax.data import emoji, emoji_dataset, tokenizer
-from dancegrpo_jax.runtime import accelerator, checkpoint
+from dancegrpo_jax.runtime import accelerator, checkpoint, out_of_memory
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.stages import STAGES, Data, Stage, write_tokenizer_files
 from dancegrpo_jax.types import PyTree
@@ -33,7 +33,7 @@ def fit(stage: Stage, config, workdir: Path, save_every: int = 400) -> PyTree:
   settings = config[stage.name]
   schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.warmup, settings.steps, 1e-5)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
-  step_fn = programs.fit_step(stage.loss, optimizer)
+  step_fn = out_of_memory.Guarded("pretraining", programs.fit_step(stage.loss, optimizer))
   state = (stage.params, optimizer.init(stage.params), jax.tree.map(jnp.copy, stage.params))
   folder, start = workdir / stage.name, 0
   if checkpoint.latest(folder) is not None:

@@ -16,7 +16,15 @@ from dancegrpo_jax.data import prompts
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.rl.rollout import Rollout
 from dancegrpo_jax.rl.state import TrainState
-from dancegrpo_jax.runtime import accelerator, checkpoint, distributed, metrics, report, validation
+from dancegrpo_jax.runtime import (
+  accelerator,
+  checkpoint,
+  distributed,
+  metrics,
+  out_of_memory,
+  report,
+  validation,
+)
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.clock import Clock
@@ -91,6 +99,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
   Raises:
     ConfigError: a mistake in the config, the prompts or the workdir, before anything is written.
     RunError: too many non-finite steps or failed rewards.
+    OutOfMemory: a program, or the model itself, is too large for the devices.
   """
   examples = read_examples(config)
   device = jax.devices()[0]
@@ -107,6 +116,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     accelerator.say_share(device.platform)
   mesh = meshes.make_mesh(config.mesh)
   with contextlib.ExitStack() as stack:
+    stack.enter_context(out_of_memory.explained(config, lambda: what_is_left(workdir)))
     stack.enter_context(jax.set_mesh(mesh))
     preemption = stack.enter_context(Preemption(mesh))
     clock_thread = stack.enter_context(ThreadPoolExecutor(1))
@@ -201,6 +211,7 @@ def iterations_done(config: ConfigDict, workdir: Path) -> int:
   return done
 
 
+@out_of_memory.named("loading")
 def prepare(
   config: ConfigDict, workdir: Path, examples: list[Example], mesh: jax.sharding.Mesh, first: int
 ) -> tuple[Session, TrainState]:
@@ -212,7 +223,7 @@ def prepare(
     cached = embeddings.cached_encoder(config, workdir, pipeline, examples + held_out, mesh)
   model = loading.load(config, pipeline, rewards, mesh, without=pipeline.encoders if cached else ())
   shardings = loading.state_shardings(config, model, len(examples), mesh)
-  compiled = programs.build(config, pipeline, rewards, mesh, shardings)
+  compiled = out_of_memory.guarded(programs.build(config, pipeline, rewards, mesh, shardings))
   reference = reference_of(config, model)
   make_state = programs.init_state(config, len(examples), shardings)
   if first:
@@ -317,8 +328,7 @@ def flush(
   values = {**jax.device_get(pending.values), **times, "images_per_second": images / times["time/total"]}
   row = writer.write(pending.iteration, values)
   progress.update(pending.iteration, row)
-  last = checkpoint.latest(workdir / "checkpoints")
-  left = f"the last good checkpoint is that of iteration {last}" if last is not None else "no checkpoint was saved yet"
+  left = what_is_left(workdir)
   if row["optimizer/skipped_total"] > config.optimizer.max_skipped:
     raise RunError(
       f"stopped at iteration {pending.iteration + 1}: {row['optimizer/skipped_total']:.0f} optimizer steps had a non-finite loss"
@@ -330,6 +340,14 @@ def flush(
       f"stopped at iteration {pending.iteration + 1}: {row['reward/failed']:.0%} of the rewards failed, more than"
       f" reward.max_failed = {config.reward.max_failed}; {left}"
     )
+
+
+def what_is_left(workdir: Path) -> str:
+  """What a run that has to stop leaves to go on from, in words."""
+  last = checkpoint.latest(workdir / "checkpoints")
+  if last is None:
+    return "no checkpoint was saved yet"
+  return f"the last good checkpoint is that of iteration {last}"
 
 
 def is_due(done: int, every: int) -> bool:
