@@ -117,15 +117,9 @@ def take(config: ConfigDict, mesh: jax.sharding.Mesh, examples: int, held_out: i
   """
   # Before the mesh is entered: keys and zeros are computed on the way, which devices that aren't there can't.
   model = outline(config, mesh)
-  state = state_of(config, model, mesh, examples)
+  state = loading.abstract_state(config, model, mesh, examples)
   with jax.set_mesh(mesh):
     return _take(config, model, state, mesh, examples, held_out)
-
-
-def state_of(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, examples: int) -> TrainState:
-  """The state before the first iteration, abstract."""
-  shapes = jax.eval_shape(programs.init_state(config, examples, None), model.trainable)
-  return components.placed(shapes, loading.state_shardings(config, model, examples, mesh))
 
 
 def _take(
@@ -198,13 +192,8 @@ def _copy(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-  """What an array takes on a device, without padding."""
-  shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-  return int(np.prod(shape, dtype=np.int64)) * leaf.dtype.itemsize
-
-
 def kept_bytes(inventory: Inventory, call: Call | None = None) -> int:
   """What stays in a device's memory beside a program's own arguments; all that is kept without one."""
   own = {id(leaf) for leaf in jax.tree.leaves(call.arguments)} if call else set()
-  return sum(device_bytes(leaf) for leaf in jax.tree.leaves(inventory.kept) if id(leaf) not in own)
+  kept = [leaf for leaf in jax.tree.leaves(inventory.kept) if id(leaf) not in own]
+  return sum(map(loading.device_bytes, kept))

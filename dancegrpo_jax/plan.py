@@ -141,7 +141,7 @@ def plan(
   """
   import jax
 
-  from dancegrpo_jax import inventory, train
+  from dancegrpo_jax import inventory, loading, train
   from dancegrpo_jax.runtime import mesh as meshes
   from dancegrpo_jax.runtime import topologies, validation
 
@@ -158,7 +158,8 @@ def plan(
   if unknown := sorted(set(wanted) - set(names)):
     raise ConfigError(f"--only={only}: no program {', '.join(unknown)}; there are {', '.join(names)}")
   flops = counts(plain, mesh, examples, held_out, wanted)
-  kept = {name: sum(map(inventory.device_bytes, jax.tree.leaves(tree))) for name, tree in taken.kept.items()}
+  sizes = loading.device_bytes
+  kept = {name: sum(map(sizes, jax.tree.leaves(tree))) for name, tree in taken.kept.items()}
   result = {
     "config": config.name, "digest": configs.digest(config), "topology": topology,
     "versions": {"jax": jax.__version__, "libtpu": libtpu_version()}, "effort": effort,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import embeddings, loading, programs, scoring
+from dancegrpo_jax import embeddings, loading, programs, resident, scoring
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.rl.rollout import Rollout
@@ -219,9 +219,11 @@ def prepare(
   use_compilation_cache(config.logging.compilation_cache)
   pipeline, rewards = loading.build_pipeline(config), scoring.build_rewards(config)
   held_out, cached = read_held_out(config), None
+  without = pipeline.encoders if config.data.cache_embeddings else ()
+  resident.require_room(config, pipeline, rewards, mesh, without)
   if config.data.cache_embeddings:
     cached = embeddings.cached_encoder(config, workdir, pipeline, examples + held_out, mesh)
-  model = loading.load(config, pipeline, rewards, mesh, without=pipeline.encoders if cached else ())
+  model = loading.load(config, pipeline, rewards, mesh, without)
   shardings = loading.state_shardings(config, model, len(examples), mesh)
   compiled = out_of_memory.guarded(programs.build(config, pipeline, rewards, mesh, shardings))
   reference = reference_of(config, model)
