@@ -4,6 +4,10 @@
 
 Says what each program takes of a device's memory, what it computes and sends, and how long the run may last. Nothing runs: the
 numbers are the compiler's, and the time is an estimate (see `row_of`). Exit code 1 where it doesn't fit, 2 for a mistake.
+
+On GPUs, without --topology, there are no times: XLA states no cycles for them. It was never run on
+one; what it does there has been read and tested with stand-ins alone. Its memory is the share that
+a run takes as well, and the compiler tries kernels out on the device, which must be free.
 """
 
 import argparse

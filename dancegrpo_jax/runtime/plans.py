@@ -101,7 +101,7 @@ def _number(value: float | int | None, form: str, scale: float | int = 1.0) -> s
 
 
 def table(result: dict) -> str:
-  """The rows as a Markdown table for people."""
+  """The rows as a Markdown table for people, without columns in which nothing is known."""
   head = (
     "program", "calls", "arguments GiB", "temporaries GiB", "peak GiB", "of HBM", "TFLOP", "collectives GiB", "compile s",
     "compute s", "network s", "MFU",
@@ -115,7 +115,9 @@ def table(result: dict) -> str:
       _number(row["collective"], ".3f", 2**30), _number(row["compile_seconds"], ".1f"), _number(row["compute_seconds"], ".3g"),
       _number(row["network_seconds"], ".3g"), _number(row["mfu"], ".0%"),
     ))  # fmt: skip
-  widths = [max(map(len, column)) for column in zip(head, *lines)]
+  columns = [column for column in zip(head, *lines) if not lines or set(column[1:]) != {"-"}]
+  head, *lines = zip(*columns)
+  widths = [max(map(len, column)) for column in columns]
   rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
 
   def line(cells) -> str:
