@@ -112,6 +112,16 @@ def test_a_remedy_says_what_the_config_has_and_leaves_out_what_it_did():
   assert "(now" not in out_of_memory.remedy("update")
 
 
+def test_a_tpu_s_own_words_come_before_what_the_device_has():
+  found = out_of_memory.shortage(jax.errors.JaxRuntimeError(TEXTS["TPU, compiling"][0]))
+  line = str(out_of_memory.OutOfMemory("decode", found, None, "no checkpoint was saved yet"))
+  assert line == (
+    "decode ran out of memory: it asked for 21.95 GiB, there is 15.48 GiB; use a smaller"
+    " rollout.chunk, or more devices along mesh.fsdp with mesh.rules that split; no checkpoint was"
+    " saved yet"
+  )
+
+
 def test_what_lies_beside_jax_has_another_remedy():
   """CUDA's libraries get what JAX has left: a smaller chunk alone may not help them."""
   found = out_of_memory.shortage(jax.errors.JaxRuntimeError(TEXTS["GPU, no number"][0]))

@@ -124,7 +124,7 @@ def _line(program: str, found: Shortage, config: Any, left: str) -> str:
   """All that a user is told."""
   facts = found.said
   if found.wanted:
-    there = _there() if found.there is None else f", a device has {_size(found.there)}"
+    there = _there() if found.there is None else f", there is {_size(found.there)}"
     facts = f"it asked for {_size(found.wanted)}{there}"
   change = remedy(program, config)
   if _OUTSIDE in found.said:
@@ -150,9 +150,9 @@ def _there() -> str:
   device = jax.local_devices()[0]
   if device.platform == "cpu":
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return f", this machine has {_size(memory)}"
+    return f", this machine has {_size(memory)} in all"
   memory = topologies.chip_of(device).memory
-  return f", a device has {_size(memory)}" if memory else ""
+  return f", a device has {_size(memory)} in all" if memory else ""
 
 
 # Names
