@@ -11,6 +11,7 @@ import jax
 
 from dancegrpo_jax.calls import SHOW, Call
 from dancegrpo_jax.programs import Programs
+from dancegrpo_jax.runtime import out_of_memory
 from dancegrpo_jax.runtime.metrics import Progress, duration
 
 MEMORY = 4 * 2**30  # bytes of free memory that a compilation may take: more of them at once would need more
@@ -42,9 +43,10 @@ def start(listed: list[Call], mesh: jax.sharding.Mesh, pool: futures.Executor) -
 
 
 def _compile(call: Call, mesh: jax.sharding.Mesh) -> Callable:
-  with jax.set_mesh(mesh), _TRACING:
-    lowered = call.program.trace(*call.arguments).lower()
-  return lowered.compile()
+  with out_of_memory.named(call.name):
+    with jax.set_mesh(mesh), _TRACING:
+      lowered = call.program.trace(*call.arguments).lower()
+    return lowered.compile()
 
 
 def threads() -> int:

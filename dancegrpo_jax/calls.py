@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import components, loading, programs
+from dancegrpo_jax import programs
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.rl.lanes import deal
 from dancegrpo_jax.rl.state import TrainState
@@ -53,12 +53,6 @@ def abstract(tree: PyTree, sharding: jax.sharding.Sharding | None = None) -> PyT
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x), sharding=sharding), tree)
 
 
-def state_of(config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, examples: int) -> TrainState:
-  """The state before the first iteration, abstract."""
-  shapes = jax.eval_shape(programs.init_state(config, examples, None), model.trainable)
-  return components.placed(shapes, loading.state_shardings(config, model, examples, mesh))
-
-
 def of_run(
   config: ConfigDict,
   model: Model,
@@ -72,7 +66,7 @@ def of_run(
   Args:
     config: validated.
     model: with abstract parameters, of `loading.outline`.
-    state: abstract, of `state_of`.
+    state: abstract, of `loading.abstract_state`.
     run: jitted programs.
     examples: prompts in the data set.
     held_out: prompts in data.held_out.

@@ -15,6 +15,7 @@ from dancegrpo_jax import components, loading, programs
 from dancegrpo_jax.data import prompt_embeddings as disk
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.runtime import out_of_memory
 from dancegrpo_jax.runtime.config import ConfigError
 from dancegrpo_jax.types import Example, PyTree
 
@@ -104,7 +105,8 @@ def fill(
 ) -> None:  # fmt: skip
   """Loads the encoders and writes the missing parts. Every process encodes, the first one writes."""
   params = loading.read(config, pipeline, pipeline.encoders, mesh)
-  program, size, parts = programs.encoder(config, pipeline, mesh), config.data.prompts_per_iteration, disk.parts(texts)
+  program = out_of_memory.Guarded("encode", programs.encoder(config, pipeline, mesh))
+  size, parts = config.data.prompts_per_iteration, disk.parts(texts)
 
   def encode(texts: list[str]) -> dict[str, np.ndarray]:
     """As many at once as training would, which is one program."""

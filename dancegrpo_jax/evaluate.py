@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dancegrpo_jax.runtime import accelerator
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime.config import ConfigError
 
@@ -64,6 +65,7 @@ def measure(opened, weights, examples: list, pool: list) -> tuple[dict, np.ndarr
     ({term: `[prompts, samples]`}, pixels); "<reward>/retrieval" and "<reward>/diversity" too where it has an image embedding.
   """
   from dancegrpo_jax import programs, sampling, scoring
+  from dancegrpo_jax.runtime import out_of_memory
 
   config, model, run = opened.config, opened.model, opened.programs
   samples = config.evaluation.samples
@@ -78,7 +80,7 @@ def measure(opened, weights, examples: list, pool: list) -> tuple[dict, np.ndarr
   result = {term: values.reshape(len(examples), samples) for term, values in scores.items()}
   for name, reward in rewards.items():
     if reward.embed is not None:
-      embed = programs.embed(config, reward)
+      embed = out_of_memory.Guarded(f"embed {name}", programs.embed(config, reward))
       parts = [np.asarray(embed(params[name], flat[row])) for row in rows]
       embeddings = np.concatenate(parts)[: len(flat)].reshape(len(examples), samples, -1)
       result[f"{name}/retrieval"] = top1(embeddings, np.asarray(features[name])).astype(np.float32)
@@ -154,7 +156,10 @@ def run(config, checkpoint: str, files: list[str], out: Path) -> dict:
   from dancegrpo_jax.data import prompts
   from dancegrpo_jax.runtime import images, validation
 
-  validation.validate(config, num_devices=jax.device_count())
+  device = jax.devices()[0]
+  facts = accelerator.facts(device)
+  validation.validate(config, num_devices=jax.device_count(), **facts)
+  accelerator.say_share(device.platform)
   try:
     lists = {file: prompts.read_prompts(file, config.data.negative_prompt) for file in files}
     pool = prompts.read_prompts(config.evaluation.distractors) if config.evaluation.distractors else sum(lists.values(), [])
@@ -182,6 +187,7 @@ def main(argv: list[str]) -> int:
 
   def command() -> None:
     line = configs.parse_argv(argv, "Score a checkpoint next to its base model.", add_flags)
+    accelerator.start()
     if Path(line.flags.out).suffix != ".json":
       raise ConfigError(f"--out={line.flags.out}: must end with .json; the images go into the folder of that name without it")
     configs.require_writable(f"--out={line.flags.out}", Path(line.flags.out).parent)

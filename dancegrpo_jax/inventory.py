@@ -13,7 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dancegrpo_jax import components, loading, programs, scoring
-from dancegrpo_jax.calls import Call, of_run, state_of
+from dancegrpo_jax.calls import Call, of_run
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.rewards import clip, pickscore
 from dancegrpo_jax.runtime import hub
@@ -95,19 +95,14 @@ def take(config: ConfigDict, mesh: jax.sharding.Mesh, examples: int, held_out: i
   """
   # Before the mesh is entered: keys and zeros are computed on the way, which devices that aren't there can't.
   model = outline(config, mesh)
-  state = state_of(config, model, mesh, examples)
+  state = loading.abstract_state(config, model, mesh, examples)
   with jax.set_mesh(mesh):
     run = programs.build(config, model.pipeline, model.rewards, mesh, jax.tree.map(lambda x: x.sharding, state))
     return Inventory(*of_run(config, model, state, run, examples, held_out), model)
 
 
-def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-  """What an array takes on a device, without padding."""
-  shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-  return int(np.prod(shape, dtype=np.int64)) * leaf.dtype.itemsize
-
-
 def kept_bytes(inventory: Inventory, call: Call | None = None) -> int:
   """What stays in a device's memory beside a program's own arguments; all that is kept without one."""
   own = {id(leaf) for leaf in jax.tree.leaves(call.arguments)} if call else set()
-  return sum(device_bytes(leaf) for leaf in jax.tree.leaves(inventory.kept) if id(leaf) not in own)
+  kept = [leaf for leaf in jax.tree.leaves(inventory.kept) if id(leaf) not in own]
+  return sum(map(loading.device_bytes, kept))

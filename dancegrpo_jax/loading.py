@@ -1,6 +1,7 @@
 """From a config to a model in memory: what train, sample and evaluate have in common."""
 
 from collections.abc import Callable, Iterable
+from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
@@ -180,6 +181,20 @@ def state_shardings(config: ConfigDict, model: Model, num_prompts: int, mesh: ja
   )  # fmt: skip
   ema = None if abstract.ema is None else model.shardings
   return everywhere._replace(trainable=model.shardings, opt_state=optimizer, ema=ema)
+
+
+def abstract_state(
+  config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, num_prompts: int
+) -> TrainState:
+  """The state before the first iteration, of `jax.ShapeDtypeStruct`s; `model` as of `outline`."""
+  shapes = jax.eval_shape(programs.init_state(config, num_prompts, None), model.trainable)
+  return components.placed(shapes, state_shardings(config, model, num_prompts, mesh))
+
+
+def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+  """What an array takes on a device, without padding."""
+  shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+  return prod(shape) * leaf.dtype.itemsize
 
 
 def encoder(model: Model, encode: Callable) -> Callable[[list[str]], PyTree]:

@@ -8,8 +8,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from dancegrpo_jax.runtime import accelerator, distributed
 from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import distributed
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -23,6 +23,7 @@ def main(argv: list[str]) -> int:
 
   def command() -> None:
     line = configs.parse_argv(argv, "GRPO post-training of an image generator.", add_flags)
+    accelerator.start()
     from dancegrpo_jax import train  # after the flags: a misspelt one is answered at once
 
     distributed.start(line.flags)  # before anything touches a device

@@ -4,20 +4,23 @@
 
 Says what each program takes of a device's memory, what it computes and sends, and how long the run may last. Nothing runs: the
 numbers are the compiler's, and the time is an estimate (see `row_of`). Exit code 1 where it doesn't fit, 2 for a mistake.
+
+On GPUs, without --topology, there are no times: XLA states no cycles for them. It was never run on
+one; what it does there has been read and tested with stand-ins alone. Its memory is the share that
+a run takes as well, and the compiler tries kernels out on the device, which must be free.
 """
 
 import argparse
 import importlib.metadata
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dancegrpo_jax.runtime import accelerator, out_of_memory, plans
 from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import plans
 from dancegrpo_jax.runtime.config import ConfigError
 
 KERNEL_SHARE = 0.5  # of the peak that a Pallas kernel is taken to reach: the compiler expects nothing of it
@@ -65,14 +68,13 @@ def compile_call(call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: s
   try:
     compiled = traced.lower().compile({"exec_time_optimization_effort": effort} if effort else None)
   except jax.errors.JaxRuntimeError as error:
-    needs = re.search(r"Used ([\d.]+)([MGT])|requires? ?[^(]*\(?([\d.]+)([MGT])", str(error))
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    found = out_of_memory.shortage(error)
+    if found is None:
       raise
-    found = [part for part in needs.groups() if part] if needs else ["inf", "G"]
-    size = float(found[0]) * {"M": 2**20, "G": 2**30, "T": 2**40}[found[1]]
-    said = " ".join(str(error).split())[:300]
+    peak, took = (found.wanted or float("inf")) + kept, time.time() - start
+    said = found.said
     return plans.Row(
-      call.name, call.times, None, None, size + kept, flops.total, (), None, time.time() - start, None, None, None, said
+      call.name, call.times, None, None, peak, flops.total, (), None, took, None, None, None, said
     )
   took, text, memory = time.time() - start, compiled.as_text(), compiled.memory_analysis()
   if hlo:
@@ -143,13 +145,15 @@ def plan(
   """
   import jax
 
-  from dancegrpo_jax import inventory, train
+  from dancegrpo_jax import inventory, loading, train
   from dancegrpo_jax.runtime import mesh as meshes
   from dancegrpo_jax.runtime import topologies, validation
 
   devices = devices_of(topology)
   examples, held_out = len(train.read_examples(config)), len(train.read_held_out(config))
-  validation.validate(config, num_devices=len(devices), num_examples=examples)
+  facts = accelerator.facts(devices[0])
+  validation.validate(config, num_devices=len(devices), num_examples=examples, **facts)
+  accelerator.say_share(devices[0].platform)
   mesh, chip = meshes.make_mesh(config.mesh, devices), topologies.chip_of(devices[0])
   plain = inventory.without_weights(config)
   taken, rows = inventory.take(plain, mesh, examples, held_out), []
@@ -158,7 +162,8 @@ def plan(
   if unknown := sorted(set(wanted) - set(names)):
     raise ConfigError(f"--only={only}: no program {', '.join(unknown)}; there are {', '.join(names)}")
   flops = counts(plain, mesh, examples, held_out, wanted)
-  kept = {name: sum(map(inventory.device_bytes, jax.tree.leaves(tree))) for name, tree in taken.kept.items()}
+  sizes = loading.device_bytes
+  kept = {name: sum(map(sizes, jax.tree.leaves(tree))) for name, tree in taken.kept.items()}
   result = {
     "config": config.name, "digest": configs.digest(config), "topology": topology,
     "versions": {"jax": jax.__version__, "libtpu": libtpu_version()}, "effort": effort,
@@ -235,6 +240,7 @@ def main(argv: list[str]) -> int:
 
   def command() -> int:
     line = configs.parse_argv(argv, "Compile a run's programs ahead of time.", add_flags)
+    accelerator.start()  # so that it counts with the memory that a run has
     flags = line.flags
     return run(line.config, flags.topology, flags.out, flags.hlo, flags.only, flags.effort)
 

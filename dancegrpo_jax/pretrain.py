@@ -20,7 +20,7 @@ import optax
 
 from dancegrpo_jax import programs
 from dancegrpo_jax.data import emoji, emoji_dataset, tokenizer
-from dancegrpo_jax.runtime import checkpoint
+from dancegrpo_jax.runtime import accelerator, checkpoint, out_of_memory
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.stages import STAGES, Data, Stage, write_tokenizer_files
 from dancegrpo_jax.types import PyTree
@@ -33,7 +33,7 @@ def fit(stage: Stage, config, workdir: Path, save_every: int = 400) -> PyTree:
   settings = config[stage.name]
   schedule = optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, settings.warmup, settings.steps, 1e-5)
   optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4))
-  step_fn = programs.fit_step(stage.loss, optimizer)
+  step_fn = out_of_memory.Guarded("pretraining", programs.fit_step(stage.loss, optimizer))
   state = (stage.params, optimizer.init(stage.params), jax.tree.map(jnp.copy, stage.params))
   folder, start = workdir / stage.name, 0
   if checkpoint.latest(folder) is not None:
@@ -87,6 +87,7 @@ def run(config, stage: str, workdir: Path, out: Path, font: str) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     write_tokenizer_files(out / "emoji-sd" / "tokenizer")
     data = load_data(config, font, workdir, out)
+    accelerator.say_share(jax.default_backend())
     for name in STAGES if stage == "all" else (stage,):
       chosen = STAGES[name](config, data, out)
       chosen.export(fit(chosen, config, workdir))
@@ -99,6 +100,7 @@ def main(argv: list[str]) -> int:
 
   def command() -> None:
     line = configs.parse_argv(argv, "Make the embedded models.", add_flags)
+    accelerator.start()
     flags = line.flags
     configs.require_writable(f"--workdir={flags.workdir}", Path(flags.workdir))
     configs.require_writable(f"--out={flags.out}", Path(flags.out))

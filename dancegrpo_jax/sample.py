@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dancegrpo_jax.runtime import accelerator
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime.config import ConfigError
 
@@ -37,7 +38,10 @@ def run(config, checkpoint: str, prompts: list[str], out: Path, samples: int, se
 
   if samples < 1:
     raise ConfigError(f"--samples={samples}: must be at least 1")
-  validation.validate(config, num_devices=jax.device_count())
+  device = jax.devices()[0]
+  facts = accelerator.facts(device)
+  validation.validate(config, num_devices=jax.device_count(), **facts)
+  accelerator.say_share(device.platform)
   with sampling.opened(config, checkpoint) as opened:
     examples = [Example(i, text, config.data.negative_prompt) for i, text in enumerate(prompts)]
     pixels = sampling.images(opened, opened.weights, examples, samples, seed)
@@ -55,6 +59,7 @@ def main(argv: list[str]) -> int:
 
   def command() -> None:
     line = configs.parse_argv(argv, "Sample images from a base model or a checkpoint.", add_flags)
+    accelerator.start()
     flags = line.flags
     configs.require_writable(f"--out={flags.out}", Path(flags.out))
     run(line.config, flags.checkpoint, flags.prompt, Path(flags.out), flags.samples, flags.seed)

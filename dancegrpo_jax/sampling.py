@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import components, loading, programs, scoring
 from dancegrpo_jax.loading import Model
-from dancegrpo_jax.runtime import cache, checkpoint
+from dancegrpo_jax.runtime import cache, checkpoint, out_of_memory
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.config import ConfigError
 from dancegrpo_jax.types import Example, PyTree
@@ -43,17 +43,19 @@ def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
 
   Raises:
     ConfigError: a missing or damaged checkpoint, or one of other adapters.
+    OutOfMemory: the model, or what is done with it inside, is too large for the devices.
   """
   if name != "base":
     check_lora(config, name)
   cache.use(config.logging.compilation_cache)
   mesh = meshes.make_mesh(config.mesh)
-  with jax.set_mesh(mesh):
+  with out_of_memory.explained(config), jax.set_mesh(mesh):
     pipeline, rewards = loading.build_pipeline(config), scoring.build_rewards(config)
-    model = loading.load(config, pipeline, rewards, mesh)
+    with out_of_memory.named("loading"):
+      model = loading.load(config, pipeline, rewards, mesh)
+      weights = model.trainable if name == "base" else restore(config, model, name)
     shardings = loading.state_shardings(config, model, 1, mesh)
-    compiled = programs.build(config, pipeline, rewards, mesh, shardings)
-    weights = model.trainable if name == "base" else restore(config, model, name)
+    compiled = out_of_memory.guarded(programs.build(config, pipeline, rewards, mesh, shardings))
     yield Opened(config, model, compiled, weights)
 
 

@@ -11,13 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import ahead, calls, embeddings, loading, programs, scoring
+from dancegrpo_jax import ahead, calls, embeddings, loading, programs, resident, scoring
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.loading import Model
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.rl.rollout import Rollout
 from dancegrpo_jax.rl.state import TrainState
-from dancegrpo_jax.runtime import cache, checkpoint, distributed, metrics, report, validation
+from dancegrpo_jax.runtime import (
+  accelerator,
+  cache,
+  checkpoint,
+  distributed,
+  metrics,
+  out_of_memory,
+  report,
+  validation,
+)
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime import mesh as meshes
 from dancegrpo_jax.runtime.clock import Clock
@@ -96,9 +105,12 @@ def run(config: ConfigDict, workdir: Path) -> None:
   Raises:
     ConfigError: a mistake in the config, the prompts or the workdir, before anything is written.
     RunError: too many non-finite steps or failed rewards.
+    OutOfMemory: a program, or the model itself, is too large for the devices.
   """
   examples = read_examples(config)
-  validation.validate(config, num_devices=jax.device_count(), num_examples=len(examples))
+  device = jax.devices()[0]
+  facts = accelerator.facts(device)
+  validation.validate(config, num_devices=jax.device_count(), num_examples=len(examples), **facts)
   configs.require_writable(f"--workdir={workdir}", workdir)
   first = iterations_done(config, workdir)
   distributed.require_same(first, f"--workdir={workdir}: iterations done differ", "all hosts must see the same folder")
@@ -106,8 +118,11 @@ def run(config: ConfigDict, workdir: Path) -> None:
   if first >= config.iterations:
     print(f"{workdir}: already finished, {first} iterations; {metrics.last_line(workdir, workdir / report.FILE)}")
     return
+  if jax.process_index() == 0:
+    accelerator.say_share(device.platform)
   mesh = meshes.make_mesh(config.mesh)
   with contextlib.ExitStack() as stack:
+    stack.enter_context(out_of_memory.explained(config, lambda: what_is_left(workdir)))
     stack.enter_context(jax.set_mesh(mesh))
     preemption = stack.enter_context(Preemption(mesh))
     clock_thread = stack.enter_context(ThreadPoolExecutor(1))
@@ -202,6 +217,7 @@ def iterations_done(config: ConfigDict, workdir: Path) -> int:
   return done
 
 
+@out_of_memory.named("loading")
 def prepare(
   config: ConfigDict,
   workdir: Path,
@@ -217,10 +233,12 @@ def prepare(
   cache.use(config.logging.compilation_cache)
   pipeline, rewards = loading.build_pipeline(config), scoring.build_rewards(config)
   held_out, cached = read_held_out(config), None
+  without = pipeline.encoders if config.data.cache_embeddings else ()
+  outline = loading.outline(config, pipeline, rewards, mesh)
+  abstract = loading.abstract_state(config, outline, mesh, len(examples))
+  resident.require_room(config, mesh, outline, abstract, without)
   if config.data.cache_embeddings:
     cached = embeddings.cached_encoder(config, workdir, pipeline, examples + held_out, mesh)
-  outline = loading.outline(config, pipeline, rewards, mesh)
-  abstract = calls.state_of(config, outline, mesh, len(examples))
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   jitted = programs.build(config, pipeline, rewards, mesh, shardings)
   listed = calls.of_run(config, outline, abstract, jitted, len(examples), len(held_out)).listed
@@ -228,8 +246,8 @@ def prepare(
     listed = [call for call in listed if call.name != "encode"]
   with ThreadPoolExecutor(ahead.threads()) as compilers:
     compiling = ahead.start(listed, mesh, compilers)
-    model = loading.load(config, pipeline, rewards, mesh, without=pipeline.encoders if cached else ())
-    compiled, shown_programs = ahead.ready(compiling, jitted, progress)
+    model = loading.load(config, pipeline, rewards, mesh, without)
+    compiled, shown_programs = map(out_of_memory.guarded, ahead.ready(compiling, jitted, progress))
   reference = reference_of(config, model)
   make_state = programs.init_state(config, len(examples), shardings)
   state = checkpoint.restore(workdir / "checkpoints", abstract).state if first else make_state(model.trainable)
@@ -326,8 +344,7 @@ def flush(
   values = {**jax.device_get(pending.values), **times, "images_per_second": images / times["time/total"]}
   row = writer.write(pending.iteration, values)
   progress.update(pending.iteration, row)
-  last = checkpoint.latest(workdir / "checkpoints")
-  left = f"the last good checkpoint is that of iteration {last}" if last is not None else "no checkpoint was saved yet"
+  left = what_is_left(workdir)
   if row["optimizer/skipped_total"] > config.optimizer.max_skipped:
     raise RunError(
       f"stopped at iteration {pending.iteration + 1}: {row['optimizer/skipped_total']:.0f} optimizer steps had a non-finite loss"
@@ -339,6 +356,14 @@ def flush(
       f"stopped at iteration {pending.iteration + 1}: {row['reward/failed']:.0%} of the rewards failed, more than"
       f" reward.max_failed = {config.reward.max_failed}; {left}"
     )
+
+
+def what_is_left(workdir: Path) -> str:
+  """What a run that has to stop leaves to go on from, in words."""
+  last = checkpoint.latest(workdir / "checkpoints")
+  if last is None:
+    return "no checkpoint was saved yet"
+  return f"the last good checkpoint is that of iteration {last}"
 
 
 def is_due(done: int, every: int) -> bool:

@@ -17,7 +17,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from dancegrpo_jax import calls, inventory  # noqa: E402
+from dancegrpo_jax import inventory, loading  # noqa: E402
 from dancegrpo_jax.runtime import config as configs  # noqa: E402
 from dancegrpo_jax.runtime import mesh as meshes  # noqa: E402
 
@@ -35,7 +35,7 @@ def specs(name: str) -> list[str]:
   model = inventory.outline(config, mesh)
   trees = {"rewards": model.reward_params}
   if name in RUNS:
-    state = calls.state_of(config, model, mesh, 1)
+    state = loading.abstract_state(config, model, mesh, 1)
     trees |= {**model.frozen, **model.trainable, "optimizer": state.opt_state, "average": state.ema}
   lines = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(trees):

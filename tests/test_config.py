@@ -302,6 +302,29 @@ def test_a_missing_field_is_named():
     validation.validate(config, num_devices=1)
 
 
+@pytest.mark.parametrize(
+  "facts, said",
+  [
+    ({}, ""),  # nothing is known, as where a checkpoint is exported
+    ({"platform": "gpu", "capability": (9, 0)}, ""),
+    ({"platform": "gpu", "capability": (8, 0)}, ""),
+    ({"platform": "gpu"}, ""),
+    ({"platform": "gpu", "capability": (7, 5)}, "needs a compute capability of 8.0; this GPU has 7.5"),
+    ({"platform": "cpu"}, "is for NVIDIA GPUs, and this run is on a CPU; use 'auto' or 'xla'"),
+    ({"platform": "tpu"}, "is for NVIDIA GPUs, and this run is on a TPU; use 'auto' or 'xla'"),
+  ],
+)
+def test_cudnn_needs_a_gpu_that_has_it(facts, said):
+  try:
+    validation.validate(common(model__attention="cudnn"), num_devices=1, **facts)
+    assert not said
+  except ConfigError as error:
+    (line,) = str(error).splitlines()
+    assert line.startswith(f"config.model.attention = 'cudnn': {said}") and said
+  for kernel in ("auto", "xla", "splash"):
+    validation.validate(common(model__attention=kernel), num_devices=1, **facts)
+
+
 # Storage
 
 

@@ -169,3 +169,46 @@ def test_bytes_of_a_collective(line, moved):
   inputs = "  %p = f32[4,8] parameter(0)\n  %r = f32[32,8] parameter(1)\n"
   (found,) = hlo.summary(f"{head}{inputs}  %c = {line}\n}}").collectives
   assert found.moved == moved
+
+
+GPU_TEXT = """
+HloModule jit_f, is_scheduled=true, entry_computation_layout={(bf16[4,8]{1,0})->bf16[4,32]{1,0}}
+
+%command_buffer (p.9: bf16[4,8]) -> bf16[4,8] {
+  %p.9 = bf16[4,8]{1,0} parameter(0)
+  ROOT %gemm = (bf16[4,8], s8[33554432]) custom-call(%p.9), custom_call_target="__cublas$gemm"
+}
+
+%body (param: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
+  %x = bf16[4,8]{1,0} get-tuple-element(%param), index=1
+  %all-gather-start.1 = (bf16[4,8]{1,0}, bf16[4,32]{1,0}) all-gather-start(%x), channel_id=3
+  %all-gather-done.1 = bf16[4,32]{1,0} all-gather-done(%all-gather-start.1)
+  %call.1 = bf16[4,8]{1,0} call(%x), to_apply=%command_buffer
+}
+
+ENTRY %main.5 (p0: bf16[4,8]) -> bf16[4,32] {
+  %while.1 = (s32[], bf16[4,8]{1,0}) while(%tuple), condition=%cond, body=%body, \
+backend_config={"known_trip_count":{"n":"16"},"known_init_step":{"init":"0","step":"1"}}
+}
+""".replace("\\\n", "")
+
+
+def test_a_gpu_s_text_is_read_without_cycles():
+  """As XLA writes for GPUs: a gather of 4 x 32 bf16 and a product, 16 times; no cycles."""
+  read = hlo.summary(GPU_TEXT)
+  (gather,) = read.collectives
+  assert (gather.opcode, gather.bytes, gather.times) == ("all-gather", 4 * 32 * 2, 16)
+  assert read.cycles == 0 and read.unknown == 0 and read.kernels == {"__cublas$gemm": 16}
+
+
+def test_a_gpu_takes_the_branch_for_cuda():
+  """2 * 4 * 8 * 16 FLOPs of a product on CUDA, twice that elsewhere."""
+  a, b = jnp.ones((4, 8)), jnp.ones((8, 16))
+  once, twice = (lambda a, b: a @ b), (lambda a, b: a @ b + a @ (2 * b))
+
+  def both(a, b):
+    return jax.lax.platform_dependent(a, b, cuda=once, default=twice)
+
+  traced = jax.jit(both).trace(a, b).jaxpr
+  assert flops.count(traced, "gpu").total == 2 * 4 * 8 * 16
+  assert flops.count(traced, "cpu").total == flops.count(traced, "tpu").total == 4 * 4 * 8 * 16

@@ -8,7 +8,7 @@ import sys
 import pytest
 from tiny_checkpoint import ROOT, overrides
 
-from dancegrpo_jax import evaluate, main, pretrain, sample
+from dancegrpo_jax import evaluate, main, plan, pretrain, sample
 from dancegrpo_jax.convert import __main__ as convert
 
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
@@ -46,6 +46,10 @@ MISTAKES = {
   "no such module": ([], {"reward__terms": (("no_such_module:f", 1.0),)}, ["no_such_module:f", "importable"]),
   "no such function": ([], {"reward__terms": (("json:f", 1.0),)}, ["json:f", "module:function"]),
   "unknown sampler": ([], {"sampler__kind": "dimm"}, ["sampler.kind = 'dimm'", "ddim, dance, flow, cps", "mean 'ddim'"]),
+  "no GPU": (
+    [], {"model__attention": "cudnn"},
+    ["config.model.attention = 'cudnn': is for NVIDIA GPUs", "on a CPU", "use 'auto' or 'xla'"],
+  ),
   "no noise": ([], {"sampler__noise_level": 0.0}, ["sampler.noise_level = 0.0", "above 0", "deterministic"]),
   "no model": ([], {"model__checkpoint": "no/such-sd"}, ["config.model.checkpoint = 'no/such-sd'", "no such folder", "accepted"]),
   "no clip": ([], {"reward__clip__checkpoint": "no/such-clip"}, ["reward.clip.checkpoint = 'no/such-clip'", "no such folder"]),
@@ -151,6 +155,20 @@ def test_as_a_process(tiny_models, tmp_path, changes, extra, word):
   (line,) = [line for line in done.stderr.splitlines() if line]
   assert line.startswith("error: ") and word in line
   assert not (tmp_path / "workdir").exists() and not done.stdout
+
+
+@pytest.mark.parametrize("command, flags", [
+  (sample.main, ["--checkpoint=no/such-run", "--prompt=x", "--out={0}/out"]),
+  (evaluate.main, ["--checkpoint=no/such-run", "--out={0}/out.json"]),
+  (plan.main, ["--out={0}/out.json"]),
+])  # fmt: skip
+def test_a_kernel_that_the_devices_lack_is_found_first(command, flags, tmp_path, capsys):
+  """...and not when a checkpoint has been looked for."""
+  chosen = [word.format(tmp_path) for word in flags]
+  assert command([CONFIG, "--config.model.attention=cudnn", *chosen]) == 2
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: config.model.attention = 'cudnn': is for NVIDIA GPUs")
+  assert not list(tmp_path.iterdir())
 
 
 def test_help(capsys):

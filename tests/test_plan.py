@@ -124,6 +124,39 @@ def test_what_does_not_fit_says_which_field(monkeypatch, capsys, tiny_models):
   assert "advantages needs" in text and "fits." not in text and "Not compiled: encode, rollout" in text
 
 
+@pytest.mark.parametrize(
+  "kind, peak",
+  [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA H100 PCIe", 0.0), ("NVIDIA GeForce RTX 4090", 0.0),
+  ],
+)  # fmt: skip
+def test_a_gpu_offers_what_jax_has_taken_of_it(kind, peak):
+  """What `memory_stats()` of a GPU has; peaks of NVIDIA's data sheets, 0 for what isn't known."""
+  stats = {"bytes_limit": 78_000_000_000, "bytes_in_use": 5, "pool_bytes": 78_000_000_000}
+  device = SimpleNamespace(device_kind=kind, platform="gpu", memory_stats=lambda: stats)
+  assert topologies.chip_of(device) == topologies.Chip(kind, 78e9, peak, 0.0, 0.0)
+  device.memory_stats = lambda: None  # as with XLA_PYTHON_CLIENT_ALLOCATOR=platform
+  assert topologies.chip_of(device).memory == 0.0
+
+
+def test_a_plan_for_a_gpu_has_no_times(monkeypatch, capsys, tiny_models, tmp_path):
+  """The path of a GPU, which a CPU compiles for; columns that hold nothing are left out."""
+  gpu = topologies.Chip("NVIDIA H100 80GB HBM3", 78e9, 989e12, 0.0, 0.0)
+  monkeypatch.setattr(topologies, "chip_of", lambda device: gpu)
+  out = tmp_path / "plan.json"
+  assert plan.main([*flags(tiny_models), "--only=decode,advantages", f"--out={out}"]) == 0
+  text, result = capsys.readouterr().out, json.loads(out.read_text())
+  head = next(line for line in text.splitlines() if line.startswith("| program"))
+  names = [name.strip() for name in head.strip("| ").split("|")]
+  assert names[:7] == [
+    "program", "calls", "arguments GiB", "temporaries GiB", "peak GiB", "of HBM", "TFLOP",
+  ]  # fmt: skip
+  assert not {"compute s", "network s", "MFU"} & set(names)
+  assert "What was compiled fits." in text and "Estimate" not in text
+  assert result["memory"] == 78e9 and result["hours"] is None
+
+
 def test_a_file_is_completed_by_later_calls():
   base = {"digest": "a", "topology": "", "versions": {}, "effort": 0.0, "memory": 0.0, "iterations": 1}
   base["programs"] = ["encode", "update"]

@@ -107,9 +107,15 @@ def parse_argv(
 
 
 def exit_on_mistake(command: Callable[[], int | None]) -> int:
-  """Runs a command; a ConfigError becomes its lines on stderr and exit status 2, without a traceback."""
+  """Runs a command; a ConfigError, or too little memory, becomes lines on stderr and exit status 2.
+
+  There is no traceback then; any other exception comes out.
+  """
+  from dancegrpo_jax.runtime import out_of_memory  # here, because it imports this module
+
   try:
-    return command() or 0
+    with out_of_memory.named(""):
+      return command() or 0
   except ConfigError as error:
     for line in str(error).splitlines():
       print(f"error: {line}", file=sys.stderr)

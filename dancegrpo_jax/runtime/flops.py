@@ -34,15 +34,17 @@ def count(jaxpr: Any, platform: str) -> Flops:
 
   Args:
     jaxpr: closed or open.
-    platform: whose branches of `jax.lax.platform_dependent` count.
+    platform: whose branches of `jax.lax.platform_dependent` count: cpu, gpu or tpu.
   """
+  names_of = {"gpu": {"gpu", "cuda", "rocm"}}.get(platform, {platform})
   jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
   total, places = Flops(0.0), {}
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
     if name == "platform_index":
       kinds = eqn.params["platforms"]
-      places[eqn.outvars[0]] = next(i for i, names in enumerate(kinds) if names is None or platform in names)
+      mine = [i for i, names in enumerate(kinds) if names is None or names_of & set(names)]
+      places[eqn.outvars[0]] = mine[0] if mine else None  # None: the largest counts
     elif name == "cond":
       index = places.get(eqn.invars[0]) if not hasattr(eqn.invars[0], "val") else None
       branches = [count(branch, platform) for branch in eqn.params["branches"]]

@@ -4,15 +4,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from dancegrpo_jax.runtime import out_of_memory
 from dancegrpo_jax.runtime.config import ConfigError
-
-# What to change where a program does not fit.
-REMEDIES = {
-  "update": "a smaller optimizer.microbatch, model.remat = True, or more devices along mesh.fsdp with mesh.rules that split",
-  "sample": "a smaller evaluation.prompts or mesh.lanes, or more devices along mesh.fsdp with mesh.rules that split",
-  "encode": "data.cache_embeddings = True, a smaller data.prompts_per_iteration, or mesh.rules that split the encoders over fsdp",
-}
-CHUNKED = "a smaller rollout.chunk, or more devices along mesh.fsdp with mesh.rules that split"
 
 
 class Row(NamedTuple):
@@ -86,7 +79,7 @@ def problems(rows: list[Row], memory: float) -> list[str]:
   for row in rows:
     if row.problem or (memory and row.peak > memory):
       said = f" ({row.problem})" if row.problem else ""
-      remedy = REMEDIES.get(row.name.split()[0], CHUNKED)
+      remedy = out_of_memory.remedy(row.name)
       lines.append(f"{row.name} needs {row.peak / 2**30:.2f} of {memory / 2**30:.2f} GiB{said}; use {remedy}")
   return lines
 
@@ -108,7 +101,7 @@ def _number(value: float | int | None, form: str, scale: float | int = 1.0) -> s
 
 
 def table(result: dict) -> str:
-  """The rows as a Markdown table for people."""
+  """The rows as a Markdown table for people, without columns in which nothing is known."""
   head = (
     "program", "calls", "arguments GiB", "temporaries GiB", "peak GiB", "of HBM", "TFLOP", "collectives GiB", "compile s",
     "compute s", "network s", "MFU",
@@ -122,7 +115,9 @@ def table(result: dict) -> str:
       _number(row["collective"], ".3f", 2**30), _number(row["compile_seconds"], ".1f"), _number(row["compute_seconds"], ".3g"),
       _number(row["network_seconds"], ".3g"), _number(row["mfu"], ".0%"),
     ))  # fmt: skip
-  widths = [max(map(len, column)) for column in zip(head, *lines)]
+  columns = [column for column in zip(head, *lines) if not lines or set(column[1:]) != {"-"}]
+  head, *lines = zip(*columns)
+  widths = [max(map(len, column)) for column in columns]
   rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
 
   def line(cells) -> str:

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,7 +17,7 @@ class Chip(NamedTuple):
     name: as in a topology's name.
     memory: bytes of HBM that a program may use.
     flops: peak of bfloat16 products, FLOP/s; 0 where it isn't known.
-    clock: of the matrix units, 1/s: what turns the compiler's cycles into seconds.
+    clock: of the matrix units, 1/s: what turns the compiler's cycles into seconds; 0 without any.
     network: bytes/s that a chip receives over all its links to other chips.
   """
 
@@ -37,6 +37,9 @@ CHIPS = {
   "TPU v5": Chip("v5p", 95.74 * 2**30, 459e12, 1.75e9, 600e9),
   "TPU v6 lite": Chip("v6e", 31.25 * 2**30, 918e12, 1.75e9, 448e9),
 }
+# Peaks of GPUs by how their device_kind begins, dense, in bfloat16: half of what NVIDIA's data
+# sheets state with sparsity (H100 SXM and H200 1979 TFLOP/s, A100 624).
+PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
 # Examples of shapes: chips along the axes of the network, two of them (v5e, v6e) or three; multiples of a host's 2 x 2.
 KNOWN = {"v4": "v4:4x4x4", "v5e": "v5e:2x4", "v5p": "v5p:4x4x4", "v6e": "v6e:8x8"}
 
@@ -68,9 +71,17 @@ def devices(topology: str) -> list:
     raise ConfigError(f"--topology={topology}: libtpu refuses it ({reason}); shapes it knows are such as {known}") from error
 
 
-def chip_of(device: jax.Device) -> Chip:
-  """What a device offers; zeros where that isn't known, as of a CPU."""
-  if device.device_kind in CHIPS:
-    return CHIPS[device.device_kind]
-  stats = device.memory_stats() if device.platform == "gpu" else None
-  return Chip(device.device_kind, float((stats or {}).get("bytes_limit", 0)), 0.0, 0.0, 0.0)
+def chip_of(device: Any) -> Chip:
+  """What a device offers; zeros where that isn't known, as of a CPU.
+
+  Of a GPU: the memory is what JAX has taken of it or will take, see runtime/accelerator.py; there
+  are no times to be had, so clock and network are 0.
+  """
+  kind = device.device_kind
+  if kind in CHIPS:
+    return CHIPS[kind]
+  if device.platform != "gpu":
+    return Chip(kind, 0.0, 0.0, 0.0, 0.0)
+  stats = device.memory_stats() or {}  # XLA_PYTHON_CLIENT_ALLOCATOR=platform has none
+  peak = next((flops for name, flops in PEAKS.items() if kind.startswith(name)), 0.0)
+  return Chip(kind, float(stats.get("bytes_limit", 0)), peak, 0.0, 0.0)

@@ -110,18 +110,28 @@ _SIZES = {
 }  # fmt: skip
 
 
-def validate(config: ConfigDict, *, num_devices: int, num_examples: int | None = None) -> None:
+def validate(
+  config: ConfigDict,
+  *,
+  num_devices: int,
+  num_examples: int | None = None,
+  platform: str | None = None,
+  capability: tuple[int, int] = (0, 0),
+) -> None:
   """Checks every value and every pair of values that must agree, once, before any weight is loaded.
 
   Args:
     config: the whole config.
     num_devices: devices of the run, all processes together.
     num_examples: prompts in `data.prompts`, where they have been read.
+    platform: of the devices, cpu, gpu or tpu; None where it isn't known and nothing is asked of it.
+    capability: the compute capability of NVIDIA GPUs, as (9, 0); (0, 0) of other devices.
 
   Raises:
     ConfigError: all problems in one message, a line each.
   """
-  if lines := problems(config, num_devices=num_devices, num_examples=num_examples):
+  lines = problems(config, num_devices=num_devices, num_examples=num_examples)
+  if lines := [*lines, *_attention(config, platform, capability)]:
     raise config_lib.ConfigError("\n".join(lines))
 
 
@@ -156,6 +166,21 @@ def _single_values(fields: dict[str, Any]) -> Iterator[str]:
   for field, (holds, remedy) in LIMITS.items():
     if not holds(fields[field]):
       yield _line(field, fields[field], remedy)
+
+
+def _attention(
+  config: ConfigDict, platform: str | None, capability: tuple[int, int]
+) -> Iterator[str]:
+  """Whether the devices have the kernels that the config insists on; see models/attention.py."""
+  if config.model.get("attention") != "cudnn" or platform is None:
+    return
+  if platform != "gpu":
+    remedy = f"is for NVIDIA GPUs, and this run is on a {platform.upper()}; use 'auto' or 'xla'"
+    yield _line("model.attention", "cudnn", remedy)
+  elif capability < (8, 0):
+    has = "{}.{}".format(*capability) if capability[0] else "none, as it is not NVIDIA's"
+    remedy = f"needs a compute capability of 8.0; this GPU has {has}"
+    yield _line("model.attention", "cudnn", f"{remedy}; use 'xla'")
 
 
 def policy_steps(config: ConfigDict) -> int:
