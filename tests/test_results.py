@@ -1,4 +1,5 @@
-"""RESULTS.md: each script of benchmarks/ replaces its own section, and leaves everything else byte for byte."""
+"""RESULTS.md: each script of benchmarks/ replaces its own section, and leaves everything else byte
+for byte."""
 
 import sys
 
@@ -7,6 +8,7 @@ from tiny_checkpoint import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu as gpu_script  # noqa: E402
 import plans as plans_script  # noqa: E402
 import results  # noqa: E402
 
@@ -22,7 +24,9 @@ def around(name: str, body: str) -> str:
 
 
 def test_a_section_is_replaced_and_nothing_else():
-  assert results.replace_section(around("plans", "old\n\nlines"), "plans", "new\n") == around("plans", "new")
+  assert results.replace_section(around("plans", "old\n\nlines"), "plans", "new\n") == around(
+    "plans", "new"
+  )
   assert results.replace_section(around("plans", ""), "plans", "new") == around("plans", "new")
 
 
@@ -47,7 +51,10 @@ def test_names_are_whole_words():
 BEGIN, END = "<!-- begin: plans (benchmarks/plans.py) -->\n", "<!-- end: plans -->\n"
 
 
-@pytest.mark.parametrize("text", [BEGIN, END, END + BEGIN, BEGIN + BEGIN + END, BEGIN + END + END, BEGIN + OTHER + "\n" + END])
+@pytest.mark.parametrize(
+  "text",
+  [BEGIN, END, END + BEGIN, BEGIN + BEGIN + END, BEGIN + END + END, BEGIN + OTHER + "\n" + END],
+)
 def test_markers_that_make_no_sense_are_one_line(text, tmp_path):
   file = tmp_path / "RESULTS.md"
   file.write_text(text)
@@ -83,7 +90,13 @@ def write_plans(file):
     assert plans_script.main(["--write"]) == 0
 
 
-WRITERS = {"plans": write_plans}
+def write_gpu(file):
+  """What benchmarks/gpu.py --write does, of a JSON file that isn't there."""
+  out = file.with_name("none.json")
+  assert gpu_script.main(["--write", f"--results={file}", f"--out={out}"]) == 0
+
+
+WRITERS = {"plans": write_plans, "gpu": write_gpu}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -93,7 +106,9 @@ def test_every_scripts_writer_keeps_foreign_text(name, tmp_path):
   WRITERS[name](file)
   text = file.read_bytes().decode()
   before, after = around(name, "old").split("\nold\n")
-  assert text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after) + 100
+  assert (
+    text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after) + 100
+  )
   WRITERS[name](file)
   assert file.read_bytes().decode() == text
 
