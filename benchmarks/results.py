@@ -1,4 +1,5 @@
-"""RESULTS.md in sections, one a script: each script writes its own and leaves every other byte as it is.
+"""RESULTS.md in sections, one a script: each script writes its own and leaves every other byte as
+it is.
 
 A section lies between two lines of its own, and what is between them is the script's:
 
@@ -19,7 +20,9 @@ class ResultsError(Exception):
 
 
 def _begins(text: str, name: str) -> list[re.Match]:
-  return list(re.finditer(rf"^<!-- begin: {re.escape(name)}(?: \([^\n]*\))? -->\r?$", text, re.MULTILINE))
+  return list(
+    re.finditer(rf"^<!-- begin: {re.escape(name)}(?: \([^\n]*\))? -->\r?$", text, re.MULTILINE)
+  )
 
 
 def _ends(text: str, name: str) -> list[re.Match]:
@@ -35,7 +38,8 @@ def replace_section(text: str, name: str, body: str) -> str:
     body: Markdown, without the two markers.
 
   Raises:
-    ResultsError: a marker without its other one, twice the same one, or another section's between them.
+    ResultsError: a marker without its other one, twice the same one, or another section's between
+      them.
   """
   begins, ends = _begins(text, name), _ends(text, name)
   inside = f"\n{body.strip()}\n"
@@ -44,7 +48,10 @@ def replace_section(text: str, name: str, body: str) -> str:
     return f"{text}{gap}<!-- begin: {name} (benchmarks/{name}.py) -->{inside}<!-- end: {name} -->\n"
   if len(begins) != 1 or len(ends) != 1 or begins[0].end() > ends[0].start():
     found = f"{len(begins)} begin and {len(ends)} end"
-    raise ResultsError(f"section {name}: needs one begin and one end behind it, found {found}; mend the markers by hand")
+    raise ResultsError(
+      f"section {name}: needs one begin and one end behind it, found {found}; mend the markers by"
+      " hand"
+    )
   start, stop = begins[0].end(), ends[0].start()
   if other := re.search(r"^<!-- (?:begin|end): [^\n]*-->", text[start:stop], re.MULTILINE):
     raise ResultsError(f"section {name}: {other[0]} stands inside it; mend the markers by hand")
@@ -52,14 +59,17 @@ def replace_section(text: str, name: str, body: str) -> str:
 
 
 def write_section(name: str, body: str, file: Path = FILE) -> None:
-  """Writes a section into the file, which is replaced as a whole or not at all. ResultsError as `replace_section`."""
+  """Writes a section into the file, which is replaced as a whole or not at all. ResultsError as
+  `replace_section`."""
   text = file.read_bytes().decode() if file.exists() else ""  # bytes: line ends stay as they are
   new = replace_section(text, name, body).encode()
   handle, partial = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
   try:
     with os.fdopen(handle, "wb") as opened:
       opened.write(new)
-    os.chmod(partial, file.stat().st_mode & 0o777 if file.exists() else 0o644)  # mkstemp's is for its owner alone
+    os.chmod(
+      partial, file.stat().st_mode & 0o777 if file.exists() else 0o644
+    )  # mkstemp's is for its owner alone
     os.replace(partial, file)
   except BaseException:
     Path(partial).unlink(missing_ok=True)
