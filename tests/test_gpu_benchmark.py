@@ -23,7 +23,9 @@ from gpu_parts import (
   kernel_kinds,
   kernel_times,
   measure,
+  ours,
   page,
+  peer_times,
   registry,
   run_errors,
   runner,
@@ -333,6 +335,64 @@ def test_weights_drawn_on_the_device_are_spread_as_those_of_the_host(tmp_path, m
       assert float(a.std()) == pytest.approx(float(b.std()), rel=0.2, abs=1e-6)
   again = drawing.draw(abstract, meshes.replicated(mesh))
   assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(again)))
+
+
+def fail():
+  raise MemoryError("no room")
+
+
+def taking_turns(ours, theirs: dict, same=lambda row, seconds: seconds) -> tuple[list[str], dict]:
+  """(who was called, in order; the rows told) of turns of functions."""
+  called, rows = [], {}
+
+  def tell(name, cells, note=""):
+    if not isinstance(rows.get(name), dict):
+      rows[name] = {}
+    rows[name] |= cells
+
+  def noted(name, function):
+    def call():
+      called.append(name)
+      return function()
+
+    return call
+
+  side = object.__new__(peer_times.Side)  # without networks
+  side.peak_flops = 0.0
+  side.say = SimpleNamespace(cells=tell, failed=lambda name, why: rows.update({name: why}))
+  side.peer = SimpleNamespace(free=lambda: None, wait=lambda _: None, peak=lambda: None)
+  makers = {row: lambda row=row, make=make: noted(row, make) for row, make in theirs.items()}
+  flops = dict.fromkeys(["ours", *theirs], 1.0)
+  side.turns(noted("ours", ours), makers, "ours", flops, 2, same)
+  order = [name for i, name in enumerate(called) if i == 0 or name != called[i - 1]]
+  return order, rows
+
+
+def test_turns_alternate_and_what_is_compiled_comes_last():
+  order, rows = taking_turns(lambda: 0, {"compiled": lambda: 1, "eager": lambda: 2})
+  assert order == ["ours", "eager", "ours", "eager", "ours", "compiled", "ours", "compiled"]
+  assert rows["ours"]["time"]["runs"] == 8 and rows["eager"]["time"]["runs"] == 8
+  ratio = rows["eager"]["time"]["value"] / rows["ours"]["time"]["value"]
+  assert rows["eager"]["ours is faster by"]["value"] == pytest.approx(ratio)
+
+
+def test_a_side_that_fails_leaves_the_others_their_turns():
+  _, rows = taking_turns(lambda: 0, {"eager": fail, "other": lambda: 1})
+  assert rows["eager"] == "MemoryError: no room" and rows["other"]["ours is faster by"]["value"] > 0
+  _, rows = taking_turns(fail, {"eager": lambda: 1})
+  assert rows["ours"] == "MemoryError: no room" and set(rows["eager"]) == {"time"}
+  _, rows = taking_turns(lambda: 0, {"eager": lambda: 1}, lambda row, seconds: None)
+  assert set(rows["eager"]) == {"time"}
+
+
+def test_the_work_of_an_iteration(tmp_path):
+  """By hand: of 64 transitions in 4 microbatches half are scored once more; guidance has two rows."""
+  work = ours.Work(cuts.load("sd", False, tmp_path))
+  assert (work.steps, work.chunk_rows, work.microbatch_rows) == (50, 32, 32)
+  assert (work.microbatches, work.old_passes) == (4, 2)
+  work = ours.Work(cuts.load("flux", False, tmp_path))
+  assert (work.steps, work.chunk_rows, work.microbatch_rows) == (12, 8, 8)
+  assert (work.microbatches, work.old_passes) == (4, 2)
 
 
 def test_rows_of_two_runs():

@@ -54,9 +54,16 @@ class Side:
     self.forward_times: dict[str, float] = {}
 
   def turns(
-    self, ours: Callable, theirs: dict[str, Callable], mine: str, flops: dict, scale: int
+    self,
+    ours: Callable,
+    theirs: dict[str, Callable],
+    mine: str,
+    flops: dict,
+    scale: int,
+    same: Callable,
   ) -> dict[str, list[float]]:
-    """Ours and each of theirs, ROUNDS times; rows as they come.
+    """Ours and each of theirs, ROUNDS times; rows as they come. What is compiled has turns of its
+    own after the others, which don't wait for the compiler.
 
     Args:
       ours: `() -> result`.
@@ -64,30 +71,42 @@ class Side:
       mine: our row.
       flops: by row, of what is told as its time.
       scale: by how much our call is longer than what is told as its time.
+      same: `(row, seconds) -> seconds` that they take for as much as ours does in its time, None
+        where that isn't known.
     """
     times, ready, failed = {}, {}, set()
 
     def own() -> None:
-      if not times:
+      if mine not in times:
         jax.block_until_ready(ours())
       found = measure.timed(ours, jax.block_until_ready, count=2, seconds=3.0, least=1)
       times.setdefault(mine, []).extend(seconds / scale for seconds in found)
       self.row(mine, times[mine], flops[mine])
 
-    takers = {mine: own} | {
-      row: functools.partial(self.turn, row, make, ready, times, flops[row])
-      for row, make in theirs.items()
-    }
-    for _ in range(ROUNDS):
-      for row, take in takers.items():
+    def other(row: str) -> None:
+      self.turn(row, theirs[row], ready, times, flops[row])
+      compare(row)
+
+    def compare(row: str) -> None:
+      seconds = same(row, measure.median(times[row])) if mine in times else None
+      if seconds is not None:
+        faster = measure.number(seconds / measure.median(times[mine]), "x")
+        self.say.cells(row, {"ours is faster by": faster})
+
+    slow = [row for row in theirs if "compiled" in row]
+    for group in ([row for row in theirs if row not in slow], *([row] for row in slow)):
+      for row in (mine, *group) * ROUNDS:
         try:
           if row not in failed:
-            take()
+            own() if row == mine else other(row)
         except Exception as error:  # out of memory, a compiler that is missing: the others go on
           failed.add(row)
           ready.pop(row, None)
           if row not in times:
             self.say.failed(row, measure.reason(error))
+    for row in times:
+      if row != mine:
+        compare(row)  # with all of our times
     return times
 
   def turn(self, row: str, make: Callable, ready: dict, times: dict, flops: float) -> None:
@@ -135,17 +154,13 @@ class Side:
     steps, flops = self.work.steps, dict.fromkeys([mine, *named], self.forward_flops)
     note = f"a rollout / {steps} steps of {rows} rows, with the sampler's arithmetic"
     self.say.row(mine, note=note)
-    times = self.turns(self.ours.rollout, named, mine, flops, steps)
+    times = self.turns(self.ours.rollout, named, mine, flops, steps, lambda _, seconds: seconds)
     if self.model == "sd":
-      times |= self.last(network)
+      self.last(network)
     self.forward_times = {name: measure.median(values) for name, values in times.items()}
-    for name in times:
-      if name != mine and mine in times:
-        faster = self.forward_times[name] / self.forward_times[mine]
-        self.say.cells(name, {"ours is faster by": measure.number(faster, "x")})
 
-  def last(self, network: Callable) -> dict[str, list[float]]:
-    """Channels last changes the network in place, so its turns come last."""
+  def last(self, network: Callable) -> None:
+    """Channels last changes the network in place, so it comes last."""
     import torch
 
     row = "forward: diffusers, eager, channels last"
@@ -157,9 +172,8 @@ class Side:
       times = measure.timed(call, self.peer.wait, count=8, seconds=4.0)
     except Exception as error:  # the training is still to come
       self.say.failed(row, measure.reason(error))
-      return {}
-    self.row(row, times, self.forward_flops, self.peer.peak())
-    return {row: times}
+    else:
+      self.row(row, times, self.forward_flops, self.peer.peak())
 
   def training(self) -> None:
     """A microbatch of the update beside a forward and a backward pass of as many rows."""
@@ -190,21 +204,18 @@ class Side:
     flops = dict.fromkeys(named, self.step_flops) | {mine: self.update_flops / work.microbatches}
     note = f"an update / {work.microbatches} microbatches of {work.microbatch_rows} rows, in it"
     self.say.row(mine, note=f"{note} {work.old_passes} more forward passes and the optimizer")
-    self.compare(self.turns(self.ours.update, named, mine, flops, work.microbatches), mine)
+    words = f"{work.microbatches} of them and {work.old_passes} forward passes over our update"
+    for name in named:
+      self.say.row(name, note=f"forward and backward; faster: {words}")
+    self.turns(self.ours.update, named, mine, flops, work.microbatches, self.whole)
 
-  def compare(self, times: dict[str, list[float]], mine: str) -> None:
-    """What PyTorch would take for the same passes, over our update."""
-    if mine not in times:
-      return
-    work, update = self.work, measure.median(times[mine]) * self.work.microbatches
-    for name in times:
-      kind = "compiled" if "compiled" in name else "eager"
-      passes = [
-        seconds for row, seconds in self.forward_times.items()
-        if row.startswith(f"forward: diffusers, {kind}")
-      ]  # fmt: skip
-      if name != mine and passes:
-        same = work.microbatches * measure.median(times[name]) + work.old_passes * passes[0]
-        words = f"{work.microbatches} of them and {work.old_passes} forward passes over our update"
-        faster = {"ours is faster by": measure.number(same / update, "x")}
-        self.say.cells(name, faster, note=f"forward and backward; faster: {words}")
+  def whole(self, row: str, seconds: float) -> float | None:
+    """What theirs takes for all passes of an update, over as many as it has microbatches; None
+    where the forward pass, a part of it, was not measured."""
+    kind = "compiled" if "compiled" in row else "eager"
+    wanted = f"forward: diffusers, {kind}"
+    passes = [time for name, time in self.forward_times.items() if name.startswith(wanted)]
+    if self.work.old_passes and not passes:
+      return None
+    extra = self.work.old_passes * passes[0] if passes else 0.0
+    return seconds + extra / self.work.microbatches
