@@ -73,6 +73,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.exit(2, f"error: --minutes={flags.minutes}: must be above 0\n")
   if not flags.tiny:  # what is tiny goes nowhere but where it is sent
     flags.out, flags.results = flags.out or OUT, flags.results or results.FILE
+  for name, file in (("out", flags.out), ("results", flags.results)):
+    if file and not file.absolute().parent.is_dir():
+      parser.exit(2, f"error: --{name}={file}: no folder {file.absolute().parent}; make it\n")
   return flags
 
 
@@ -141,6 +144,7 @@ def measure(flags: argparse.Namespace) -> dict[str, dict]:
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     "command": shlex.join(["python", "benchmarks/gpu.py", *words]),
   }  # fmt: skip
+  write(parts, None, flags.results)  # a file that can't be written is found before anything is run
   total = flags.minutes * 60 if flags.minutes else registry.total_of(flags.parts, flags.chosen)
   say(
     f"{', '.join(part.name for part in flags.chosen)}: {total / 60:.1f} minutes at most, on"
@@ -175,4 +179,7 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  try:
+    sys.exit(main(sys.argv[1:]))
+  except results.ResultsError as error:
+    sys.exit(f"error: {error}")

@@ -71,4 +71,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  try:
+    sys.exit(main(sys.argv[1:]))
+  except results.ResultsError as error:
+    sys.exit(f"error: {error}")

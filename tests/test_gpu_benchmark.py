@@ -16,7 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import gpu  # noqa: E402
 import results  # noqa: E402
-from gpu_parts import (
+from gpu_parts import (  # noqa: E402
   attention_errors,
   cuts,
   drawing,
@@ -29,7 +29,7 @@ from gpu_parts import (
   registry,
   run_errors,
   runner,
-)  # noqa: E402
+)
 
 from dancegrpo_jax import inventory, loading, plan, scoring, train  # noqa: E402
 from dancegrpo_jax.runtime import mesh as meshes  # noqa: E402
@@ -96,6 +96,22 @@ def test_the_table_is_printed_as_numbers_come(measured):
     < out.index("programs-flux: Programs of FLUX.1-dev")
     < out.index("The chip\n\n|")
   )
+
+
+HEAVY = [
+  "start-emoji_clip", "main-sd", "main-flux", "correctness", "programs-sd", "kernels-sd", "peer-sd",
+  "peer-flux",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", HEAVY)
+def test_a_heavy_part(parts, tmp_path):
+  """Each takes one to eight minutes on two cores; of PyTorch's side the compiler most of it."""
+  ran = run("--tiny", f"--parts={parts}", "--minutes=15", f"--out={tmp_path / 'gpu.json'}")
+  assert ran.returncode == 0, ran.stdout + ran.stderr
+  for part in json.loads((tmp_path / "gpu.json").read_text())["parts"].values():
+    assert all(row["cells"] and not row["problem"] for row in part["rows"].values())
 
 
 FAKES = """
@@ -208,7 +224,11 @@ def test_parts_by_name_and_what_they_may_take():
 
 @pytest.mark.parametrize(
   "flags, words",
-  [(["--parts=chips"], ["no part chips", "kernels"]), (["--minutes=0"], ["above 0"])],
+  [
+    (["--parts=chips"], ["no part chips", "kernels"]),
+    (["--minutes=0"], ["above 0"]),
+    (["--out=no/such/x.json"], ["--out=no/such/x.json", "make it"]),
+  ],
 )
 def test_mistakes_are_one_line(flags, words, capsys):
   with pytest.raises(SystemExit) as caught:

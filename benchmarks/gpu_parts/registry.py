@@ -125,10 +125,9 @@ RUNS = Part(
 )
 # In the order in which they run. With little time left the last ones are lost.
 ALL = (
-  CHIP, _programs("flux", 110), _programs("sd", 220), _start("emoji_clip", 110),
-  _peer("sd", 150), _peer("flux", 170),
-  _kernels("flux", 60), _kernels("sd", 70), ATTENTION, _main("flux", 90), _main("sd", 100), RUNS,
-  _start("emoji_flow_clip", 90),
+  CHIP, ATTENTION, _programs("flux", 190), _programs("sd", 280), _start("emoji_clip", 110),
+  _peer("sd", 150), _peer("flux", 170), _kernels("flux", 70), _kernels("sd", 80),
+  _main("flux", 100), _main("sd", 110), RUNS, _start("emoji_flow_clip", 90),
 )  # fmt: skip
 DEFAULT = ("chip", "programs-flux", "programs-sd", "start-emoji_clip", "peer-sd")
 DEFAULT_SECONDS, ALL_SECONDS = 6 * 60, 9 * 60  # of all parts together
