@@ -7,6 +7,7 @@ turns. Both sides' weights stay.
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 
 import jax
@@ -21,6 +22,8 @@ def run(context) -> None:
   missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
   if missing:
     raise RuntimeError(f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}")
+  # Beside the programs of JAX: what PyTorch has compiled serves the next command as well.
+  os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(context.cache / "torch"))
   import torch  # before JAX has the device: an installation that disagrees with JAX's shows here
 
   if not torch.cuda.is_available() and not context.tiny:

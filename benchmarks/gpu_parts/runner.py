@@ -63,7 +63,8 @@ def run_part(
     rows, log = Path(folder) / "rows.jsonl", Path(folder) / "log.txt"
     rows.touch()
     command = [sys.executable, str(WORKER), part.module, part.argument, str(rows), str(cache)]
-    environment = os.environ | {"PYTHONUNBUFFERED": "1"} | dict(part.environment)
+    own = {"PYTHONUNBUFFERED": "1"} | dict(part.environment)
+    environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | own  # one card, unless told which
     with log.open("w") as output:
       process = subprocess.Popen(
         command + ["--tiny"] * tiny,
