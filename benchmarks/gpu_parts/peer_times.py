@@ -130,7 +130,7 @@ class Side:
     if self.peak_flops:
       cells["MFU"] = measure.percent(flops / self.peak_flops / measure.median(times))
     if peak:
-      cells["peak"] = measure.gib(peak)
+      cells["PyTorch's peak"] = measure.gib(peak)
     self.say.cells(name, cells)
 
   def forward(self) -> None:

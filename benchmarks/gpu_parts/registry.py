@@ -95,7 +95,10 @@ def _start(name: str, seconds: float) -> Part:
 def _peer(model: str, seconds: float) -> Part:
   rows = ("forward: ours", *(f"forward: diffusers, {kind}" for kind in _PEER[model]))
   rows += ("training: ours", *(f"training: diffusers, {kind}" for kind in _TRAINING[model]))
-  title, columns = f"{NAMES[model]} beside PyTorch", ("time", "MFU", "peak", "ours is faster by")
+  title, columns = (
+    f"{NAMES[model]} beside PyTorch",
+    ("time", "MFU", "PyTorch's peak", "ours is faster by"),
+  )
   # JAX gives memory back between its calls, so that both frameworks find room on one card.
   environment = (
     ("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
