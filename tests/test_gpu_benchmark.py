@@ -406,7 +406,7 @@ def test_a_side_that_fails_leaves_the_others_their_turns():
 
 
 def test_the_work_of_an_iteration(tmp_path):
-  """By hand: of 64 transitions in 4 microbatches half are scored once more; guidance has two rows."""
+  """By hand: half of 4 microbatches are scored once more; guidance has two rows."""
   work = ours.Work(cuts.load("sd", False, tmp_path))
   assert (work.steps, work.chunk_rows, work.microbatch_rows) == (50, 32, 32)
   assert (work.microbatches, work.old_passes) == (4, 2)
