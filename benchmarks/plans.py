@@ -1,10 +1,10 @@
-"""Plans of the published recipes on TPU topologies: runs `dancegrpo_jax.plan` and writes RESULTS.md from its numbers.
+"""Plans of the published recipes on TPU topologies: runs `dancegrpo_jax.plan`, and writes its section of RESULTS.md.
 
-    python benchmarks/plans.py            all of them, then the page: hours of one core, and 20 GB of memory for Stable
+    python benchmarks/plans.py            all of them, then the section: hours of one core, and 20 GB of memory for Stable
                                           Diffusion's updates (36 and 69 minutes); needs libtpu, no TPU
-    python benchmarks/plans.py NAME ...   these alone, then the page; NAME:update,rollout compiles these programs alone and keeps
-                                          the others' rows of earlier calls
-    python benchmarks/plans.py --write    the page alone, from the JSON files in benchmarks/plans
+    python benchmarks/plans.py NAME ...   these alone, then the section; NAME:update,rollout compiles these programs alone and
+                                          keeps the others' rows of earlier calls
+    python benchmarks/plans.py --write    the section alone, from the JSON files in benchmarks/plans
 
 The numbers are the compiler's and what is computed from them; nothing was run on a TPU.
 """
@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import results
+
 HERE = Path(__file__).parent
 PLANS = {  # name: config, topology; a config may be followed by overrides and flags
   "flux_hps_v5p_64": ("configs/flux_hps.py", "v5p:4x4x4"),
@@ -22,11 +24,7 @@ PLANS = {  # name: config, topology; a config may be followed by overrides and f
   "sd_hps_v5e_8": ("configs/sd_hps.py:v5e", "v5e:2x4"),
   "sd_hps_v6e_8": ("configs/sd_hps.py:v5e", "v6e:2x4"),
 }
-HEAD = """# Results
-
-Written by scripts in this folder; each section says by which.
-
-## Plans
+HEAD = """## Plans
 
 `python benchmarks/plans.py`: every program of an iteration compiled ahead of time at full size with the TPU compiler (libtpu
 {libtpu}, JAX {jax}), on a machine without a TPU and without weights. **Nothing here was run on a TPU.** Memory is what the
@@ -45,7 +43,7 @@ def run(name: str, only: str) -> int:
 
 
 def page() -> str:
-  """RESULTS.md."""
+  """The section."""
   sys.path.insert(0, str(HERE.parent))
   from dancegrpo_jax.runtime import plans
 
@@ -60,7 +58,7 @@ def page() -> str:
 
 
 def main(arguments: list[str]) -> int:
-  """Runs what is asked and writes the page; 1 where a plan did not fit or failed."""
+  """Runs what is asked and writes the section; 1 where a plan did not fit or failed."""
   asked = [] if arguments == ["--write"] else arguments or list(PLANS)
   names = {name: only for name, _, only in (word.partition(":") for word in asked)}
   unknown = set(names) - set(PLANS)
@@ -68,9 +66,12 @@ def main(arguments: list[str]) -> int:
     print(f"error: no plan {', '.join(sorted(unknown))}; there are {', '.join(PLANS)}", file=sys.stderr)
     return 2
   codes = [run(name, only) for name, only in names.items()]
-  (HERE / "RESULTS.md").write_text(page())
+  results.write_section("plans", page())
   return int(any(codes))
 
 
 if __name__ == "__main__":
-  sys.exit(main(sys.argv[1:]))
+  try:
+    sys.exit(main(sys.argv[1:]))
+  except results.ResultsError as error:
+    sys.exit(f"error: {error}")

@@ -1,0 +1,110 @@
+"""The runs that are measured: the recipes for one card at full image size and steps, with few
+samples and trained steps.
+
+Every part takes the same programs, so that each is compiled once. Tokenizers are this project's, at
+the published lengths:
+their words don't matter, what they make of a text has the right shape.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from dancegrpo_jax.runtime import config as configs
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = {"sd": "sd_hps.py:1gpu", "flux": "flux_hps_lora.py"}
+TINY = {"sd": "sd_hps.py:tiny", "flux": "flux_hps_lora.py:tiny"}
+PUBLISHED = {"sd": "CompVis/stable-diffusion-v1-4", "flux": "black-forest-labs/FLUX.1-dev"}
+RANDOM = {
+  "sd": "random-sd",
+  "flux": "random-flux",
+}  # folders of assets/ with tokenizers, and of the tiny networks
+# One prompt; 4 of 49 and of 11 steps; 2 optimizer steps of 2 microbatches, of 16 and of 8. No
+# prompt is held out, the start
+# and the end show one with 2 steps, and lanes are as many as a chunk has rows: what decodes and
+# scores it is there already.
+SHARED = {
+  "iterations": 2, "data.prompts_per_iteration": 1, "data.held_out": "",
+  "evaluation.every": 0, "evaluation.prompts": 1,
+  "evaluation.steps": 2, "objective.timesteps": "random", "optimizer.updates_per_iteration": 2,
+  "logging.tensorboard": False, "reward.hps.tokenizer": "assets/random-clip",
+}  # fmt: skip
+CUTS = {
+  "sd": SHARED | {
+    "rollout.samples_per_prompt": 16, "rollout.chunk": 16,
+    "optimizer.microbatch": 16, "mesh.lanes": 16,
+    "objective.timestep_fraction": 0.082,
+  },
+  "flux": SHARED | {
+    "rollout.samples_per_prompt": 8, "rollout.chunk": 8, "optimizer.microbatch": 8, "mesh.lanes": 8,
+    "objective.timestep_fraction": 0.37,
+  },
+}  # fmt: skip
+TINY_CUT = {"iterations": 2, "logging.tensorboard": False}
+
+
+def config_file(model: str, tiny: bool) -> str:
+  """FILE:preset of a model; the preset for one card, where FLUX has one."""
+  name = TINY[model] if tiny else CONFIGS[model]
+  if name == "flux_hps_lora.py":
+    from configs import flux_hps_lora
+
+    name += ":1gpu" if "1gpu" in flux_hps_lora.PRESETS else ""
+  return str(ROOT / "configs" / name)
+
+
+def overrides(model: str, tiny: bool, folder: Path) -> dict:
+  """What differs from the config's file.
+
+  Args:
+    model: sd | flux.
+    tiny: the tiny preset as it is.
+    folder: that `describe` has filled.
+  """
+  if tiny:
+    return TINY_CUT
+  own = {
+    "model.checkpoint": f"random:{folder / model}",
+    "reward.hps.checkpoint": f"random:{folder / 'hps'}",
+  }
+  return CUTS[model] | own | {"reward.hps.tokenizer": str(folder / "hps")}
+
+
+def flags(model: str, tiny: bool, folder: Path) -> list[str]:
+  """The same as flags of `main`."""
+  changes = overrides(model, tiny, folder)
+  return [
+    f"--config={config_file(model, tiny)}",
+    *(f"--config.{key}={value}" for key, value in changes.items()),
+  ]
+
+
+def load(model: str, tiny: bool, folder: Path, **changes):
+  """The config; its folder is filled first. `changes` with "__" for "."."""
+  describe(model, folder)
+  words = overrides(model, tiny, folder) | {
+    key.replace("__", "."): value for key, value in changes.items()
+  }
+  return configs.load(config_file(model, tiny), [f"{key}={value}" for key, value in words.items()])
+
+
+def describe(model: str, folder: Path) -> None:
+  """Fills FOLDER/<model> and FOLDER/hps with the JSON files of the published networks and
+  tokenizers of their lengths."""
+  place, assets = folder / model, ROOT / "assets"
+  shutil.copytree(assets / "published" / PUBLISHED[model], place, dirs_exist_ok=True)
+  for name in ("tokenizer", "tokenizer_2"):
+    if (assets / RANDOM[model] / name).is_dir():
+      _tokenizer(assets / RANDOM[model] / name, place / name)
+  _tokenizer(assets / "random-clip", folder / "hps")
+
+
+def _tokenizer(source: Path, place: Path) -> None:
+  """A tokenizer whose texts are as long as CLIP's; T5's are cut and padded by their caller."""
+  place.mkdir(parents=True, exist_ok=True)
+  for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.json"):
+    if (source / name).is_file():
+      shutil.copy(source / name, place / name)
+  said = json.loads((source / "tokenizer_config.json").read_text()) | {"model_max_length": 77}
+  (place / "tokenizer_config.json").write_text(json.dumps(said))

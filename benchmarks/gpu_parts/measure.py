@@ -1,0 +1,83 @@
+"""How a number is taken, and how it is told: medians with their spread, as cells of a table."""
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+# Dense bf16 products, FLOP/s, by a part of the device's name: NVIDIA's data sheets. The first match
+# holds.
+PEAKS = {
+  "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
+  "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
+}  # fmt: skip
+
+
+def peak_of(name: str) -> float:
+  """The peak of a device by its name, 0 where it isn't known."""
+  return next((peak for part, peak in PEAKS.items() if part in name), 0.0)
+
+
+def timed(
+  call: Callable[[], Any], wait: Callable[[Any], Any], count: int = 5, seconds: float = 12.0,
+  least: int = 2,
+) -> list[float]:  # fmt: skip
+  """Seconds of each of some calls that have been made once before.
+
+  Args:
+    call: what is measured.
+    wait: blocks until a call's result is there.
+    count: calls at most.
+    seconds: no further call is made after these.
+    least: calls at least.
+  """
+  times, start = [], time.perf_counter()
+  while len(times) < least or (len(times) < count and time.perf_counter() - start < seconds):
+    before = time.perf_counter()
+    wait(call())
+    times.append(time.perf_counter() - before)
+  return times
+
+
+def spread(values: list[float], unit: str) -> dict:
+  """A cell: the median with the least and the largest of several measurements."""
+  cell = {"value": median(values), "unit": unit, "low": min(values), "high": max(values)}
+  return cell | {"runs": len(values)}
+
+
+def number(value: float, unit: str = "") -> dict:
+  """A cell with one number."""
+  return {"value": float(value), "unit": unit}
+
+
+def text(words: str) -> dict:
+  """A cell with words."""
+  return {"text": words}
+
+
+def gib(size: float) -> dict:
+  """A cell with bytes."""
+  return number(size / 2**30, "GiB")
+
+
+def percent(value: float) -> dict:
+  """A cell with a share."""
+  return number(100 * value, "%")
+
+
+def shown(value: dict) -> str:
+  """A cell as text."""
+  if "text" in value:
+    return value["text"]
+  unit = f" {value['unit']}" if value["unit"] else ""
+  words = f"{value['value']:.4g}{unit}"
+  if "low" in value:
+    runs = f"{value['runs']} run{'s' * (value['runs'] > 1)}"
+    words += f" ({value['low']:.4g} to {value['high']:.4g}, {runs})"
+  return words
+
+
+def reason(error: BaseException) -> str:
+  """An exception as part of one line, not too long."""
+  said = " ".join(str(error).split())
+  return f"{type(error).__name__}: {said}"[:200].rstrip(" :")

@@ -1,0 +1,163 @@
+"""The parts of the benchmark: what each measures, how long it may take, and the rows that it fills.
+Imports no JAX."""
+
+from typing import NamedTuple
+
+PROGRAMS = ("rollout", "decode", "score", "update")
+KINDS = ("attention", "convolution", "product", "element-wise", "reduction", "copy", "other")
+NAMES = {"sd": "Stable Diffusion v1.4", "flux": "FLUX.1-dev, LoRA"}
+# Queries, keys, heads, width of a head, batch: every attention that the configs make through
+# models.attention.
+ATTENTIONS = {
+  "SD self, 4096 tokens, 8 x 40": (4096, 4096, 8, 40, 2),
+  "SD self, 1024 tokens, 8 x 80": (1024, 1024, 8, 80, 4),
+  "SD self, 256 tokens, 8 x 160": (256, 256, 8, 160, 8),
+  "SD self, 64 tokens, 8 x 160": (64, 64, 8, 160, 8),
+  "SD cross, 4096 to 77, 8 x 40": (4096, 77, 8, 40, 4),
+  "SD cross, 1024 to 77, 8 x 80": (1024, 77, 8, 80, 8),
+  "SD cross, 256 to 77, 8 x 160": (256, 77, 8, 160, 8),
+  "SD cross, 64 to 77, 8 x 160": (64, 77, 8, 160, 8),
+  "FLUX, 2537 tokens, 24 x 128": (2537, 2537, 24, 128, 1),
+  "ViT-H, 257 tokens, 16 x 80": (257, 257, 16, 80, 8),
+}
+_RUNS = (
+  "emoji_clip:tiny, ratio/drift_max",
+  "emoji_clip:tiny, the same command twice",
+  "emoji_clip:tiny, against the CPU",
+)  # fmt: skip
+_STARTS = {
+  name: (f"{name}: cold", f"{name}: programs cached") for name in ("emoji_clip", "emoji_flow_clip")
+}
+_PEER = {
+  "sd": ("eager", "eager, channels last", "compiled"),
+  "flux": ("eager", "compiled blocks"),
+}
+_TRAINING = {
+  "sd": ("eager", "eager, checkpointing", "compiled, checkpointing"),
+  "flux": ("eager", "eager, checkpointing"),
+}
+
+
+class Part(NamedTuple):
+  """A part, which is a process of its own.
+
+  Attributes:
+    name: on the command line; what stands before a "-" names it together with others.
+    module: whose `run(context)` measures.
+    argument: what the module is told.
+    seconds: after which it is killed.
+    title: of its table.
+    columns: of its table, beside the row's name and the note.
+    rows: that it fills.
+    environment: variables that the process is started with.
+  """
+
+  name: str
+  module: str
+  argument: str
+  seconds: float
+  title: str
+  columns: tuple[str, ...]
+  rows: tuple[str, ...]
+  environment: tuple[tuple[str, str], ...] = ()
+
+
+def _programs(model: str, seconds: float) -> Part:
+  columns = ("first call", "time", "MFU", "memory by plan", "peak so far")
+  title = f"Programs of {NAMES[model]}"
+  return Part(
+    f"programs-{model}", "gpu_parts.program_times", model, seconds, title, columns, PROGRAMS
+  )
+
+
+def _main(model: str, seconds: float) -> Part:
+  columns = ("time", "rollout", "decode", "reward", "update", "images/s")
+  title, rows = f"`main` on {NAMES[model]}", ("first iteration", "second iteration")
+  return Part(f"main-{model}", "gpu_parts.main_times", model, seconds, title, columns, rows)
+
+
+def _kernels(model: str, seconds: float) -> Part:
+  columns, title = ("kernels", "launches", *KINDS), f"Kernel times of {NAMES[model]}"
+  rows = ("rollout", "update")
+  return Part(f"kernels-{model}", "gpu_parts.kernel_times", model, seconds, title, columns, rows)
+
+
+def _start(name: str, seconds: float) -> Part:
+  title, columns = (
+    f"From the command to an iteration, `{name}.py`",
+    ("first iteration", "afterwards"),
+  )
+  return Part(
+    f"start-{name}", "gpu_parts.start_times", name, seconds, title, columns, _STARTS[name]
+  )
+
+
+def _peer(model: str, seconds: float) -> Part:
+  rows = ("forward: ours", *(f"forward: diffusers, {kind}" for kind in _PEER[model]))
+  rows += ("training: ours", *(f"training: diffusers, {kind}" for kind in _TRAINING[model]))
+  title, columns = (
+    f"{NAMES[model]} beside PyTorch",
+    ("time", "MFU", "PyTorch's peak", "ours is faster by"),
+  )
+  # JAX gives memory back between its calls, so that both frameworks find room on one card.
+  environment = (
+    ("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
+    ("XLA_PYTHON_CLIENT_ALLOCATOR", "platform"),
+  )
+  return Part(
+    f"peer-{model}", "gpu_parts.peer_times", model, seconds, title, columns, rows, environment
+  )
+
+
+CHIP = Part(
+  "chip",
+  "gpu_parts.chip",
+  "",
+  30,
+  "The chip",
+  ("rate",),
+  ("bf16 product", "copy, bytes read and written"),
+)
+ATTENTION = Part(
+  "correctness-attention", "gpu_parts.attention_errors", "", 75,
+  "Attention in bfloat16 against float32: the largest error over the largest number",
+  ("kernel", "value", "gradient", "value by xla", "gradient by xla"), tuple(ATTENTIONS),
+)  # fmt: skip
+RUNS = Part(
+  "correctness-runs", "gpu_parts.run_errors", "", 150, "Runs that must agree", ("result",), _RUNS
+)
+# In the order in which they run. With little time left the last ones are lost.
+ALL = (
+  CHIP, ATTENTION, _programs("flux", 190), _programs("sd", 280), _start("emoji_clip", 110),
+  _peer("sd", 150), _peer("flux", 170), _kernels("flux", 70), _kernels("sd", 80),
+  _main("flux", 100), _main("sd", 110), RUNS, _start("emoji_flow_clip", 90),
+)  # fmt: skip
+DEFAULT = ("chip", "programs-flux", "programs-sd", "start-emoji_clip", "peer-sd")
+DEFAULT_SECONDS, ALL_SECONDS = 6 * 60, 9 * 60  # of all parts together
+LEAST = 12  # seconds: a part isn't begun with less
+
+
+def choose(words: str) -> tuple[Part, ...]:
+  """The parts that --parts names, in their order: names, what stands before a "-" in them, "all" or
+  "" for the default.
+
+  Raises:
+    ValueError: one line, an unknown name.
+  """
+  wanted = DEFAULT if not words else words.split(",")
+  known = {part.name for part in ALL} | {part.name.partition("-")[0] for part in ALL} | {"all"}
+  if unknown := [word for word in wanted if word not in known]:
+    raise ValueError(
+      f"--parts={words}: no part {', '.join(unknown)}; there are {', '.join(sorted(known))}"
+    )
+  return tuple(
+    part
+    for part in ALL
+    if "all" in wanted or {part.name, part.name.partition("-")[0]} & set(wanted)
+  )
+
+
+def total_of(words: str, parts: tuple[Part, ...]) -> float:
+  """Seconds that the chosen parts may take together."""
+  own = sum(part.seconds for part in parts)
+  return min(own, {"": DEFAULT_SECONDS, "all": ALL_SECONDS}.get(words, own))

@@ -1,0 +1,119 @@
+"""RESULTS.md: each script of benchmarks/ replaces its own section, and leaves everything else byte
+for byte."""
+
+import sys
+
+import pytest
+from tiny_checkpoint import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import gpu as gpu_script  # noqa: E402
+import plans as plans_script  # noqa: E402
+import results  # noqa: E402
+
+ABOVE = "# Results\r\n\nBy hand, with  two spaces \n\n"
+BETWEEN = "\n\nA note in the middle: <!-- begin: nothing\n"
+OTHER = "<!-- begin: other (elsewhere.py) -->\nits *own*\n<!-- end: other -->"
+BELOW = "\nThe end, without a line feed: é"
+
+
+def around(name: str, body: str) -> str:
+  mark = f"<!-- begin: {name} (a/path of old.py) -->"
+  return f"{ABOVE}{mark}\n{body}\n<!-- end: {name} -->{BETWEEN}{OTHER}{BELOW}"
+
+
+def test_a_section_is_replaced_and_nothing_else():
+  assert results.replace_section(around("plans", "old\n\nlines"), "plans", "new\n") == around(
+    "plans", "new"
+  )
+  assert results.replace_section(around("plans", ""), "plans", "new") == around("plans", "new")
+
+
+def test_writing_twice_changes_nothing():
+  once = results.replace_section(around("plans", "old"), "plans", "\n## New\n\ntext\n\n")
+  assert results.replace_section(once, "plans", "\n## New\n\ntext\n\n") == once
+
+
+@pytest.mark.parametrize("text, gap", [("", ""), ("text\n", "\n"), ("text", "\n\n")])
+def test_a_missing_section_is_appended(text, gap):
+  added = "<!-- begin: gpu (benchmarks/gpu.py) -->\nnew\n<!-- end: gpu -->\n"
+  assert results.replace_section(text, "gpu", "new") == text + gap + added
+
+
+def test_names_are_whole_words():
+  """...and none is a regular expression."""
+  text = "<!-- begin: gpu_2 (x) -->\nkept\n<!-- end: gpu_2 -->\n"
+  assert results.replace_section(text, "gpu", "new").startswith(text)
+  assert results.replace_section(text, "gp.*", "new").startswith(text)
+
+
+BEGIN, END = "<!-- begin: plans (benchmarks/plans.py) -->\n", "<!-- end: plans -->\n"
+
+
+@pytest.mark.parametrize(
+  "text",
+  [BEGIN, END, END + BEGIN, BEGIN + BEGIN + END, BEGIN + END + END, BEGIN + OTHER + "\n" + END],
+)
+def test_markers_that_make_no_sense_are_one_line(text, tmp_path):
+  file = tmp_path / "RESULTS.md"
+  file.write_text(text)
+  with pytest.raises(results.ResultsError) as caught:
+    results.write_section("plans", "new", file)
+  assert "section plans: " in str(caught.value) and "\n" not in str(caught.value)
+  assert file.read_text() == text and list(tmp_path.iterdir()) == [file]
+
+
+def test_nothing_is_half_written(tmp_path, monkeypatch):
+  file = tmp_path / "RESULTS.md"
+  file.write_text(around("plans", "old"))
+
+  def fail(*_):
+    raise OSError("disk full")
+
+  monkeypatch.setattr(results.os, "replace", fail)
+  with pytest.raises(OSError, match="disk full"):
+    results.write_section("plans", "new", file)
+  assert file.read_bytes().decode() == around("plans", "old") and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_file_is_made(tmp_path):
+  results.write_section("plans", "new", tmp_path / "new.md")
+  assert (tmp_path / "new.md").read_text() == f"{BEGIN}new\n{END}"
+
+
+def write_plans(file):
+  """What benchmarks/plans.py --write does, into another file."""
+  write_section = results.write_section
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(results, "write_section", lambda name, body: write_section(name, body, file))
+    assert plans_script.main(["--write"]) == 0
+
+
+def write_gpu(file):
+  """What benchmarks/gpu.py --write does, of a JSON file that isn't there."""
+  out = file.with_name("none.json")
+  assert gpu_script.main(["--write", f"--results={file}", f"--out={out}"]) == 0
+
+
+WRITERS = {"plans": write_plans, "gpu": write_gpu}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_every_scripts_writer_keeps_foreign_text(name, tmp_path):
+  file = tmp_path / "RESULTS.md"
+  file.write_bytes(around(name, "old").encode())
+  WRITERS[name](file)
+  text = file.read_bytes().decode()
+  before, after = around(name, "old").split("\nold\n")
+  assert (
+    text.startswith(before) and text.endswith(after) and len(text) > len(before) + len(after) + 100
+  )
+  WRITERS[name](file)
+  assert file.read_bytes().decode() == text
+
+
+def test_the_page_holds_what_the_scripts_would_write(tmp_path):
+  """The plans' section is what the JSON files say, in the shared file as in a new one."""
+  write_plans(tmp_path / "new.md")
+  assert (tmp_path / "new.md").read_text() in results.FILE.read_text()
