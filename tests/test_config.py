@@ -308,7 +308,7 @@ def test_a_missing_field_is_named():
     ({}, ""),  # nothing is known, as where a checkpoint is exported
     ({"platform": "gpu", "capability": (9, 0)}, ""),
     ({"platform": "gpu", "capability": (8, 0)}, ""),
-    ({"platform": "gpu"}, ""),
+    ({"platform": "gpu"}, "needs a compute capability of 8.0; this GPU has none, as it is not NVIDIA's; use 'xla'"),
     ({"platform": "gpu", "capability": (7, 5)}, "needs a compute capability of 8.0; this GPU has 7.5"),
     ({"platform": "cpu"}, "is for NVIDIA GPUs, and this run is on a CPU; use 'auto' or 'xla'"),
     ({"platform": "tpu"}, "is for NVIDIA GPUs, and this run is on a TPU; use 'auto' or 'xla'"),
