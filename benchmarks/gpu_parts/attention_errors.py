@@ -19,26 +19,26 @@ def run(context) -> None:
 
 def smaller(sizes: tuple) -> tuple:
   """Odd lengths stay odd."""
-  queries, keys, heads, width, _ = sizes
-  return min(queries, 64 + queries % 2), min(keys, 64 + keys % 2), min(heads, 2), width, 1
+  queries, keys, heads, width, _, causal = sizes
+  return min(queries, 64 + queries % 2), min(keys, 64 + keys % 2), min(heads, 2), width, 1, causal
 
 
 def compare(say, name: str, sizes: tuple) -> None:
   """A row: the largest error of the value and of the three gradients, as shares of the largest
   number."""
-  queries, keys, heads, width, batch = sizes
+  queries, keys, heads, width, batch, causal = sizes
   shapes = [(batch, n, heads, width) for n in (queries, keys, keys, queries)]
   normal = [
     jax.random.normal(jax.random.key(i), shape, jnp.float32) for i, shape in enumerate(shapes)
   ]
   *qkv, weight = (x.astype(jnp.bfloat16) for x in normal)
   with jax.default_matmul_precision("highest"):
-    exact = both("xla")(*(x.astype(jnp.float32) for x in (*qkv, weight)))
-  chosen = both("auto").lower(*qkv, weight).compile()
+    exact = both("xla", causal)(*(x.astype(jnp.float32) for x in (*qkv, weight)))
+  chosen = both("auto", causal).lower(*qkv, weight).compile()
   text = chosen.as_text()
   kernel = "cudnn" if "fmha" in text else "xla"
   value, gradient = errors(chosen(*qkv, weight), exact)
-  value_xla, gradient_xla = errors(both("xla")(*qkv, weight), exact)
+  value_xla, gradient_xla = errors(both("xla", causal)(*qkv, weight), exact)
   cells = {
     "kernel": measure.text(kernel),
     "value": measure.number(value), "gradient": measure.number(gradient),
@@ -47,11 +47,11 @@ def compare(say, name: str, sizes: tuple) -> None:
   say.cells(name, cells, note=f"batch of {batch}")
 
 
-def both(impl: str):
+def both(impl: str, causal: bool):
   """`(q, k, v, weight) -> (value, gradients)` of the value's sum with weights."""
 
   def weighted(q, k, v, weight):
-    value = attention(q, k, v, impl=impl)
+    value = attention(q, k, v, causal=causal, impl=impl)
     return jnp.sum(value.astype(jnp.float32) * weight.astype(jnp.float32)), value
 
   def run(q, k, v, weight):

@@ -13,7 +13,7 @@ from pathlib import Path
 from dancegrpo_jax.runtime import config as configs
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = {"sd": "sd_hps.py:1gpu", "flux": "flux_hps_lora.py"}
+CONFIGS = {"sd": "sd_hps.py:1gpu", "flux": "flux_hps_lora.py:1gpu"}
 TINY = {"sd": "sd_hps.py:tiny", "flux": "flux_hps_lora.py:tiny"}
 PUBLISHED = {"sd": "CompVis/stable-diffusion-v1-4", "flux": "black-forest-labs/FLUX.1-dev"}
 RANDOM = {
@@ -45,13 +45,8 @@ TINY_CUT = {"iterations": 2, "logging.tensorboard": False}
 
 
 def config_file(model: str, tiny: bool) -> str:
-  """FILE:preset of a model; the preset for one card, where FLUX has one."""
-  name = TINY[model] if tiny else CONFIGS[model]
-  if name == "flux_hps_lora.py":
-    from configs import flux_hps_lora
-
-    name += ":1gpu" if "1gpu" in flux_hps_lora.PRESETS else ""
-  return str(ROOT / "configs" / name)
+  """FILE:preset of a model, for one card."""
+  return str(ROOT / "configs" / (TINY if tiny else CONFIGS)[model])
 
 
 def overrides(model: str, tiny: bool, folder: Path) -> dict:

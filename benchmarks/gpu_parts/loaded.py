@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from dancegrpo_jax import inventory, plan, programs, train
+from dancegrpo_jax.rl import lanes
+from dancegrpo_jax.runtime import cache, validation
 from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime import validation
 from gpu_parts import cuts, drawing
 
 
@@ -41,7 +42,7 @@ class Loaded(NamedTuple):
 
 def use_cache(context) -> None:
   """Compiled programs are kept in the folder that all parts share, as `main` would keep them."""
-  train.use_compilation_cache(str(context.cache))
+  cache.use(str(context.cache))
 
 
 def load(context, **changes) -> Loaded:
@@ -97,7 +98,7 @@ def feed(loaded: Loaded) -> Feed:
   _, frozen, conditioning, ids, chunk, _ = loaded.calls["rollout"].arguments
   config = loaded.config
   samples = config.data.prompts_per_iteration * config.rollout.samples_per_prompt
-  numbers = train.deal(samples, config.rollout.chunk, config.mesh.lanes)[0]
+  numbers = lanes.deal(samples, config.rollout.chunk, config.mesh.lanes)[0]
   drawn = {name: placed(tree) for name, tree in frozen.items()}
   return Feed(
     drawn, rows(conditioning), np.arange(ids.shape[0], dtype=np.int32), numbers, np.int32(0)

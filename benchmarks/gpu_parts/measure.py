@@ -5,18 +5,6 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-# Dense bf16 products, FLOP/s, by a part of the device's name: NVIDIA's data sheets. The first match
-# holds.
-PEAKS = {
-  "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12,
-  "A100": 312e12, "L40S": 362e12, "L4": 121e12, "A10G": 70e12,
-}  # fmt: skip
-
-
-def peak_of(name: str) -> float:
-  """The peak of a device by its name, 0 where it isn't known."""
-  return next((peak for part, peak in PEAKS.items() if part in name), 0.0)
-
 
 def timed(
   call: Callable[[], Any], wait: Callable[[Any], Any], count: int = 5, seconds: float = 12.0,

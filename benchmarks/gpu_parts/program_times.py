@@ -78,7 +78,7 @@ def peak_so_far() -> dict:
 def told(run: loaded.Loaded, say, name: str, times: list[float], flops: dict[str, float]) -> None:
   """A program's times, and its share of the peak where that is known."""
   say.row(name, time=measure.spread(times, "s"), **peak_so_far())
-  peak = measure.peak_of(run.mesh.devices.flat[0].device_kind)
+  peak = topologies.gpu_peak(run.mesh.devices.flat[0].device_kind)
   if peak:
     say.row(name, MFU=measure.percent(flops[name] / peak / measure.median(times)))
 

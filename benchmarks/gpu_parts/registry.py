@@ -6,19 +6,22 @@ from typing import NamedTuple
 PROGRAMS = ("rollout", "decode", "score", "update")
 KINDS = ("attention", "convolution", "product", "element-wise", "reduction", "copy", "other")
 NAMES = {"sd": "Stable Diffusion v1.4", "flux": "FLUX.1-dev, LoRA"}
-# Queries, keys, heads, width of a head, batch: every attention that the configs make through
-# models.attention.
+# Queries, keys, heads, width of a head, batch, whether causal: every attention for which docs/gpus.md
+# names cudnn.
 ATTENTIONS = {
-  "SD self, 4096 tokens, 8 x 40": (4096, 4096, 8, 40, 2),
-  "SD self, 1024 tokens, 8 x 80": (1024, 1024, 8, 80, 4),
-  "SD self, 256 tokens, 8 x 160": (256, 256, 8, 160, 8),
-  "SD self, 64 tokens, 8 x 160": (64, 64, 8, 160, 8),
-  "SD cross, 4096 to 77, 8 x 40": (4096, 77, 8, 40, 4),
-  "SD cross, 1024 to 77, 8 x 80": (1024, 77, 8, 80, 8),
-  "SD cross, 256 to 77, 8 x 160": (256, 77, 8, 160, 8),
-  "SD cross, 64 to 77, 8 x 160": (64, 77, 8, 160, 8),
-  "FLUX, 2537 tokens, 24 x 128": (2537, 2537, 24, 128, 1),
-  "ViT-H, 257 tokens, 16 x 80": (257, 257, 16, 80, 8),
+  "SD self, 4096 tokens, 8 x 40": (4096, 4096, 8, 40, 2, False),
+  "SD self, 1024 tokens, 8 x 80": (1024, 1024, 8, 80, 4, False),
+  "SD self, 256 tokens, 8 x 160": (256, 256, 8, 160, 8, False),
+  "SD self, 64 tokens, 8 x 160": (64, 64, 8, 160, 8, False),
+  "SD cross, 4096 to 77, 8 x 40": (4096, 77, 8, 40, 4, False),
+  "SD cross, 1024 to 77, 8 x 80": (1024, 77, 8, 80, 8, False),
+  "SD cross, 256 to 77, 8 x 160": (256, 77, 8, 160, 8, False),
+  "SD cross, 64 to 77, 8 x 160": (64, 77, 8, 160, 8, False),
+  "FLUX, 2537 tokens, 24 x 128": (2537, 2537, 24, 128, 1, False),
+  "ViT-L, 257 tokens, 16 x 64": (257, 257, 16, 64, 8, False),
+  "ViT-H, 257 tokens, 16 x 80": (257, 257, 16, 80, 8, False),
+  "CLIP-L text, 77 tokens, 12 x 64": (77, 77, 12, 64, 8, True),
+  "CLIP-H text, 77 tokens, 16 x 64": (77, 77, 16, 64, 8, True),
 }
 _RUNS = (
   "emoji_clip:tiny, ratio/drift_max",

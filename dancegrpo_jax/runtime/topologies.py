@@ -37,9 +37,11 @@ CHIPS = {
   "TPU v5": Chip("v5p", 95.74 * 2**30, 459e12, 1.75e9, 600e9),
   "TPU v6 lite": Chip("v6e", 31.25 * 2**30, 918e12, 1.75e9, 448e9),
 }
-# Peaks of GPUs by how their device_kind begins, dense, in bfloat16: half of what NVIDIA's data
-# sheets state with sparsity (H100 SXM and H200 1979 TFLOP/s, A100 624).
-PEAKS = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12, "NVIDIA A100": 312e12}
+# Peaks of GPUs by a part of their device_kind, of dense products in bfloat16, from NVIDIA's data sheets,
+# which state twice as much with sparsity. The first match holds: an H100 of no other kind is the SXM's.
+PEAKS = {
+  "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+}  # fmt: skip
 # Examples of shapes: chips along the axes of the network, two of them (v5e, v6e) or three; multiples of a host's 2 x 2.
 KNOWN = {"v4": "v4:4x4x4", "v5e": "v5e:2x4", "v5p": "v5p:4x4x4", "v6e": "v6e:8x8"}
 
@@ -83,5 +85,9 @@ def chip_of(device: Any) -> Chip:
   if device.platform != "gpu":
     return Chip(kind, 0.0, 0.0, 0.0, 0.0)
   stats = device.memory_stats() or {}  # XLA_PYTHON_CLIENT_ALLOCATOR=platform has none
-  peak = next((flops for name, flops in PEAKS.items() if kind.startswith(name)), 0.0)
-  return Chip(kind, float(stats.get("bytes_limit", 0)), peak, 0.0, 0.0)
+  return Chip(kind, float(stats.get("bytes_limit", 0)), gpu_peak(kind), 0.0, 0.0)
+
+
+def gpu_peak(kind: str) -> float:
+  """FLOP/s that a GPU of this device_kind can do in bfloat16, 0 where it isn't known."""
+  return next((flops for name, flops in PEAKS.items() if name in kind), 0.0)
