@@ -321,8 +321,17 @@ def test_cudnn_needs_a_gpu_that_has_it(facts, said):
   except ConfigError as error:
     (line,) = str(error).splitlines()
     assert line.startswith(f"config.model.attention = 'cudnn': {said}") and said
-  for kernel in ("auto", "xla", "splash"):
+  for kernel in ("auto", "xla"):
     validation.validate(common(model__attention=kernel), num_devices=1, **facts)
+
+
+def test_splash_is_refused_on_a_gpu():
+  """On a CPU Pallas's interpreter runs it, which is for tests."""
+  config = common(model__attention="splash")
+  for platform in ("cpu", "tpu"):
+    validation.validate(config, num_devices=1, platform=platform)
+  with pytest.raises(ConfigError, match="config.model.attention = 'splash': is for TPUs.*a GPU; use 'auto'"):
+    validation.validate(config, num_devices=1, platform="gpu", capability=(9, 0))
 
 
 # Storage

@@ -100,7 +100,7 @@ def test_the_table_is_printed_as_numbers_come(measured):
 
 
 HEAVY = [
-  "start-emoji_clip", "main-sd", "main-flux", "correctness", "programs-sd", "kernels-sd", "peer-sd",
+  "start-emoji_clip", "main-sd", "main-flux", "precision", "correctness", "programs-sd", "kernels-sd", "peer-sd",
   "peer-flux",
 ]  # fmt: skip
 

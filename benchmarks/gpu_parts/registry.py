@@ -129,11 +129,16 @@ ATTENTION = Part(
 RUNS = Part(
   "correctness-runs", "gpu_parts.run_errors", "", 150, "Runs that must agree", ("result",), _RUNS
 )
+PRECISION = Part(
+  "precision-emoji_clip", "gpu_parts.precision_times", "emoji_clip", 120,
+  "Precision of float32 products, `emoji_clip.py`", ("afterwards", "rollout drift"),
+  ("emoji_clip: highest", "emoji_clip: default"),
+)  # fmt: skip
 # In the order in which they run. With little time left the last ones are lost.
 ALL = (
   CHIP, ATTENTION, _programs("flux", 190), _programs("sd", 280), _start("emoji_clip", 110),
   _peer("sd", 150), _peer("flux", 170), _kernels("flux", 70), _kernels("sd", 80),
-  _main("flux", 100), _main("sd", 110), RUNS, _start("emoji_flow_clip", 90),
+  _main("flux", 100), _main("sd", 110), PRECISION, RUNS, _start("emoji_flow_clip", 90),
 )  # fmt: skip
 DEFAULT = ("chip", "programs-flux", "programs-sd", "start-emoji_clip", "peer-sd")
 DEFAULT_SECONDS, ALL_SECONDS = 6 * 60, 9 * 60  # of all parts together

@@ -30,7 +30,7 @@ def run(context) -> None:
 
 
 def phases(values: dict) -> str:
-  """What the first iteration spent its time on; compilation is in it."""
+  """What the first iteration spent its time on; the programs were compiled before it."""
   parts = {
     key.removeprefix("time/"): value for key, value in values.items() if key.startswith("time/")
   }

@@ -172,7 +172,10 @@ def _attention(
   config: ConfigDict, platform: str | None, capability: tuple[int, int]
 ) -> Iterator[str]:
   """Whether the devices have the kernels that the config insists on; see models/attention.py."""
-  if config.model.get("attention") != "cudnn" or platform is None:
+  kernel = config.model.get("attention")
+  if kernel == "splash" and platform == "gpu":
+    yield _line("model.attention", "splash", "is for TPUs, and this run is on a GPU; use 'auto', 'cudnn' or 'xla'")
+  if kernel != "cudnn" or platform is None:
     return
   if platform != "gpu":
     remedy = f"is for NVIDIA GPUs, and this run is on a {platform.upper()}; use 'auto' or 'xla'"
