@@ -1,12 +1,13 @@
-"""Plans of the published recipes on TPU topologies: runs `dancegrpo_jax.plan`, and writes its section of RESULTS.md.
+"""Plans of the published recipes on TPUs and GPUs: runs `dancegrpo_jax.plan`, and writes its section of RESULTS.md.
 
     python benchmarks/plans.py            all of them, then the section: hours of one core, and 20 GB of memory for Stable
-                                          Diffusion's updates (36 and 69 minutes); needs libtpu, no TPU
+                                          Diffusion's updates on TPUs; needs libtpu and JAX's CUDA plugin, but no
+                                          TPU and no GPU
     python benchmarks/plans.py NAME ...   these alone, then the section; NAME:update,rollout compiles these programs alone and
                                           keeps the others' rows of earlier calls
     python benchmarks/plans.py --write    the section alone, from the JSON files in benchmarks/plans
 
-The numbers are the compiler's and what is computed from them; nothing was run on a TPU.
+The numbers are the compiler's and what is computed from them; nothing was run on a TPU or a GPU.
 """
 
 import json
@@ -24,6 +25,12 @@ PLANS = {  # name: config, topology; a config may be followed by overrides and f
   "sd_hps_v5e_8": ("configs/sd_hps.py:v5e", "v5e:2x4"),
   "sd_hps_v6e_8": ("configs/sd_hps.py:v5e", "v6e:2x4"),
 }
+GPU_PLANS = {
+  "sd_hps_h100_1": ("configs/sd_hps.py:1gpu", "h100:1"),
+  "flux_hps_lora_h100_1": ("configs/flux_hps_lora.py:1gpu", "h100:1"),
+  "flux_hps_h100_8": ("configs/flux_hps.py:8gpu", "h100:8"),
+}
+ALL = PLANS | GPU_PLANS
 HEAD = """## Plans
 
 `python benchmarks/plans.py`: every program of an iteration compiled ahead of time at full size with the TPU compiler (libtpu
@@ -33,40 +40,47 @@ all devices together, without rematerialisation. The times are estimates: the cy
 attention kernels (of which it expects nothing) at half of the chip's peak, and the collectives' bytes over all links of a chip as
 if nothing were computed meanwhile. MFU is what they imply. Compile times are of one core that other work shared.
 """
+GPU_HEAD = """## Plans for GPUs
+
+`python benchmarks/plans.py`, with JAX's CUDA plugin (JAX {jax}) on a machine without a GPU and without weights. **Nothing here
+was run on a GPU.** Memory is what the compiler allots, with all that stays resident, beside 92 % of a card's. On a card the
+compiler tries kernels out and may take others, and a convolution may be given memory to work in that is missing here. There are
+no times: the compiler states none for GPUs.
+"""
 
 
 def run(name: str, only: str) -> int:
   """One plan, or some of its programs; the exit code."""
-  config, topology = PLANS[name]
+  config, topology = ALL[name]
   flags = [*f"--config={config}".split(), f"--topology={topology}", f"--out={HERE / 'plans' / name}.json", f"--only={only}"]
   return subprocess.run([sys.executable, "-m", "dancegrpo_jax.plan", *flags], cwd=HERE.parent).returncode
 
 
-def page() -> str:
-  """The section."""
+def page(named: dict[str, tuple[str, str]], head: str) -> str:
+  """A head and the plans of `named` for which there are JSON files."""
   sys.path.insert(0, str(HERE.parent))
   from dancegrpo_jax.runtime import plans
 
   parts, versions = [], {"libtpu": "?", "jax": "?"}
-  for name, (config, topology) in PLANS.items():
+  for name, (config, topology) in named.items():
     file = HERE / "plans" / f"{name}.json"
     if file.exists():
       result = json.loads(file.read_text())
       versions = result["versions"]
       parts.append(f"\n### `--config={config} --topology={topology}`\n\n{plans.report(result)}\n")
-  return HEAD.format(**versions) + "".join(parts)
+  return head.format(**versions) + "".join(parts)
 
 
 def main(arguments: list[str]) -> int:
   """Runs what is asked and writes the section; 1 where a plan did not fit or failed."""
-  asked = [] if arguments == ["--write"] else arguments or list(PLANS)
+  asked = [] if arguments == ["--write"] else arguments or list(ALL)
   names = {name: only for name, _, only in (word.partition(":") for word in asked)}
-  unknown = set(names) - set(PLANS)
+  unknown = set(names) - set(ALL)
   if unknown:
-    print(f"error: no plan {', '.join(sorted(unknown))}; there are {', '.join(PLANS)}", file=sys.stderr)
+    print(f"error: no plan {', '.join(sorted(unknown))}; there are {', '.join(ALL)}", file=sys.stderr)
     return 2
   codes = [run(name, only) for name, only in names.items()]
-  results.write_section("plans", page())
+  results.write_section("plans", f"{page(PLANS, HEAD)}\n{page(GPU_PLANS, GPU_HEAD)}")
   return int(any(codes))
 
 

@@ -1,13 +1,14 @@
-"""Command: compile every program of a run ahead of time, without weights, for a named TPU topology or the local devices.
+"""Command: compile every program of a run ahead of time, without weights, for a named topology or the local devices.
 
     python -m dancegrpo_jax.plan --config=configs/flux_hps.py --topology=v5p:4x4x4 [--out=FILE.json]
 
 Says what each program takes of a device's memory, what it computes and sends, and how long the run may last. Nothing runs: the
 numbers are the compiler's, and the time is an estimate (see `row_of`). Exit code 1 where it doesn't fit, 2 for a mistake.
 
-On GPUs, without --topology, there are no times: XLA states no cycles for them. It was never run on
-one; what it does there has been read and tested with stand-ins alone. Its memory is the share that
-a run takes as well, and the compiler tries kernels out on the device, which must be free.
+For NVIDIA GPUs (--topology=h100:8 where JAX's CUDA plugin is installed, or without --topology on a
+machine that has them) there are no times: XLA states no cycles for them. The memory is the share
+of a card that a run takes as well. On a machine with a GPU it was never run; the compiler tries
+kernels out on the device there, which must be free.
 """
 
 import argparse
@@ -28,7 +29,7 @@ KERNEL_SHARE = 0.5  # of the peak that a Pallas kernel is taken to reach: the co
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
-  parser.add_argument("--topology", default="", help="as v5p:4x4x4 or v5e:2x4; default: the local devices")
+  parser.add_argument("--topology", default="", help="as v5p:4x4x4, v5e:2x4 or h100:8; default: the local devices")
   parser.add_argument("--out", default="", help="JSON file for the numbers; one of the same config and topology is completed")
   parser.add_argument("--hlo", default="", help="folder for the compiled programs' text")
   parser.add_argument("--only", default="", help="programs, as update,rollout; default: all")
@@ -43,7 +44,7 @@ def devices_of(topology: str) -> list:
 
   if not topology:
     return jax.devices()
-  jax.config.update("jax_platforms", "cpu")  # libtpu is here to compile: no TPU is looked for
+  jax.config.update("jax_platforms", "cpu")  # the compiler is here to compile: no TPU or GPU is looked for
   return topologies.devices(topology)
 
 

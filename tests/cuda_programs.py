@@ -23,6 +23,7 @@ from dancegrpo_jax import calls, components, inventory, loading, programs, scori
 from dancegrpo_jax.models import attention
 from dancegrpo_jax.models.attention import Place, Shape
 from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.runtime import gpu_topologies
 from dancegrpo_jax.runtime import mesh as meshes
 
 H100, A100 = Place("gpu", (9, 0)), Place("gpu", (8, 0))
@@ -72,9 +73,8 @@ def h100() -> Iterator[Notes]:
     return program(config, name, traced, **options)
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(cudnn, "check_cudnn_version", lambda: 91900)
-    patch.setattr(cudnn, "check_compute_capability", lambda least: tuple(map(int, least.split("."))) <= H100.capability)
-    patch.setattr(cudnn, "is_cuda_compute_capability_equal", lambda capability: capability == "9.0")
+    for question, answer in gpu_topologies.driver_answers(H100.capability).items():
+      patch.setattr(cudnn, question, answer)
     patch.setattr(attention, "place", lambda: H100)
     patch.setattr(attention, "kernel", noted)
     patch.setattr(programs, "program", named)

@@ -11,6 +11,7 @@ from test_flops import TPU_TEXT
 from tiny_checkpoint import ROOT, overrides, tiny_config
 
 from dancegrpo_jax import inventory, loading, plan, scoring
+from dancegrpo_jax.models import attention
 from dancegrpo_jax.runtime import config as configs
 from dancegrpo_jax.runtime import flops as counter
 from dancegrpo_jax.runtime import mesh as meshes
@@ -21,6 +22,10 @@ CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
 PROGRAMS = ["encode", "decode", "features clip", "score clip", "join", "advantages"]
 SLOW = ["rollout", "update", "sample"]  # to compile, and nothing else is asked of them
 SHOWN = ["show decode", "show encode", "show score clip"]
+
+
+def has_cuda_compiler() -> bool:
+  return any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13))
 
 
 def flags(folders, **changes) -> list[str]:
@@ -263,6 +268,7 @@ def test_estimates():
   "extra, words",
   [
     (["--topology=v5p:4x4x4"], ["needs the TPU compiler", "pip install 'jax[tpu]=="]),
+    (["--topology=h100:8"], ["needs the compiler for NVIDIA GPUs", "pip install 'jax[cuda13]=="]),
     (["--out=plan.txt"], ["--out=plan.txt", "must end with .json"]),
     (["--out=/dev/null/plan.json"], ["--out=/dev/null/plan.json", "/dev/null is not a folder"]),
     (["--hlo=/dev/null/hlo"], ["--hlo=/dev/null/hlo", "/dev/null is not a folder"]),
@@ -281,12 +287,13 @@ def test_mistakes_are_one_line_and_exit_code_2(extra, words, tiny_models, capsys
     assert word in lines[0]
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "foo", "v5p:3x3x3x3"])
+@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "foo", "v5p:3x3x3x3", "h100", "h100:0", "h100:2x4", "h101:8"])
 def test_a_topology_that_nobody_knows(name, monkeypatch):
   monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: "installed")
   with pytest.raises(ConfigError) as caught:
     topologies.devices(name)
   assert f"--topology={name}: unknown" in str(caught.value) and "v5p:4x4x4" in str(caught.value)
+  assert "h100:8" in str(caught.value)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (requirements-tpu.txt)")
@@ -294,6 +301,21 @@ def test_a_shape_that_libtpu_refuses():
   with pytest.raises(ConfigError, match="libtpu refuses it"):
     topologies.devices("v5p:3x3x3")
   assert len(topologies.devices("v5p:2x2x1")) == 4
+
+
+@pytest.mark.skipif(not has_cuda_compiler(), reason="JAX's CUDA plugin is not installed (requirements-gpu.txt)")
+def test_a_gpu_s_attention_compiles_without_one():
+  """FLUX's joint attention at 720x720, 2537 tokens, forward and backward, over two cards: cuDNN's kernels are in the program."""
+  cards = topologies.devices("h100:2")
+  chip = topologies.chip_of(cards[0])
+  assert (len(cards), chip.flops, round(chip.memory / 2**30)) == (2, 989e12, 73)
+  mesh = meshes.make_mesh(configs.ConfigDict({"data": 2, "fsdp": 1, "tensor": 1}), cards)
+  x = jax.ShapeDtypeStruct((2, 2537, 24, 128), "bfloat16", sharding=meshes.batch_sharding(mesh))
+  with jax.set_mesh(mesh):
+    assert attention.place() == attention.Place("gpu", (9, 0))
+    gradient = jax.grad(lambda q, k, v: attention.attention(q, k, v).astype("float32").sum(), (0, 1, 2))
+    text = jax.jit(gradient).lower(x, x, x).compile().as_text()
+  assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text and "all-gather" not in text
 
 
 @pytest.mark.parametrize("name", ["sd_hps_clip", "sd_pick", "sd_aesthetic", "flux_hps", "flux_hps_lora", "flux_hps_clip"])

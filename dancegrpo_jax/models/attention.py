@@ -160,20 +160,25 @@ _fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 def place() -> Place:
   """Where the program that is being traced will run.
 
-  The mesh's devices say it, which aren't this machine's where plan.py compiles for a TPU. The compute capability is that of
-  this machine's first GPU: JAX compiles for no other.
+  The mesh's devices say it, which aren't this machine's where plan.py compiles for others. A machine's GPUs are taken to be of
+  one kind.
   """
   device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
   name = jax.default_backend() if device is None else device.platform
   name = {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
-  if name != "gpu" or jax.default_backend() != "gpu":
+  if name != "gpu":
     return Place(name)
-  return Place(name, capability_of(jax.local_devices()[0]))
+  return Place(name, capability_of(jax.local_devices()[0] if jax.default_backend() == "gpu" else device))
+
+
+# Of cards that plan.py compiles for without having them, by their device_kind.
+CAPABILITIES = {"NVIDIA H100 80GB HBM3": "9.0"}
 
 
 def capability_of(device: Any) -> tuple[int, int]:
   """The compute capability of a device, (0, 0) where it is no NVIDIA GPU (AMD's say "gfx90a")."""
-  major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+  known = CAPABILITIES.get(getattr(device, "device_kind", ""), "")
+  major, _, minor = str(getattr(device, "compute_capability", known)).partition(".")
   return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else (0, 0)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dancegrpo_jax.runtime import accelerator, gpu_topologies
 from dancegrpo_jax.runtime.config import ConfigError
 
 
@@ -47,17 +48,21 @@ KNOWN = {"v4": "v4:4x4x4", "v5e": "v5e:2x4", "v5p": "v5p:4x4x4", "v6e": "v6e:8x8
 
 
 def devices(topology: str) -> list:
-  """The devices of a topology, as "v5p:4x4x4". They can be compiled for and hold no data.
+  """The devices of a topology, as "v5p:4x4x4" or "h100:8". They can be compiled for and hold no data.
 
   Raises:
-    ConfigError: libtpu is not installed, or does not know the topology.
+    ConfigError: the compiler is not installed, or does not know the topology.
   """
+  card, _, count = topology.partition(":")
+  if card in gpu_topologies.CARDS and re.fullmatch("[1-9][0-9]*", count):
+    return gpu_topologies.devices(card, int(count))
   if importlib.util.find_spec("libtpu") is None:
     raise ConfigError(f"--topology={topology}: needs the TPU compiler; pip install 'jax[tpu]=={jax.__version__}'")
   found = re.fullmatch(r"(\w+):\d+x\d+(x\d+)?", topology)
   known = ", ".join(KNOWN.values())
   if found is None or found[1] not in KNOWN:
-    raise ConfigError(f"--topology={topology}: unknown; CHIP:SHAPE with chips {', '.join(KNOWN)}, as {known}")
+    cards = " or ".join(f"{name}:8" for name in gpu_topologies.CARDS)
+    raise ConfigError(f"--topology={topology}: unknown; CHIP:SHAPE with chips {', '.join(KNOWN)}, as {known}, or {cards}")
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else libtpu asks Google Cloud's metadata server who it is, for minutes
   # Without these two it complains, as of an error, that it doesn't know what machine it is on. Any will do.
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -84,8 +89,11 @@ def chip_of(device: Any) -> Chip:
     return CHIPS[kind]
   if device.platform != "gpu":
     return Chip(kind, 0.0, 0.0, 0.0, 0.0)
-  stats = device.memory_stats() or {}  # XLA_PYTHON_CLIENT_ALLOCATOR=platform has none
-  return Chip(kind, float(stats.get("bytes_limit", 0)), gpu_peak(kind), 0.0, 0.0)
+  if device in jax.devices():
+    stats = device.memory_stats() or {}  # XLA_PYTHON_CLIENT_ALLOCATOR=platform has none
+    return Chip(kind, float(stats.get("bytes_limit", 0)), gpu_peak(kind), 0.0, 0.0)
+  memory = next((card.memory for card in gpu_topologies.CARDS.values() if card.kind == kind), 0)
+  return Chip(kind, accelerator.SHARE * memory, gpu_peak(kind), 0.0, 0.0)
 
 
 def gpu_peak(kind: str) -> float:
