@@ -154,7 +154,8 @@ def plan(
   examples, held_out = len(train.read_examples(config)), len(train.read_held_out(config))
   facts = accelerator.facts(devices[0])
   validation.validate(config, num_devices=len(devices), num_examples=examples, **facts)
-  accelerator.say_share(devices[0].platform)
+  if not topology:
+    accelerator.say_share(devices[0].platform)
   mesh, chip = meshes.make_mesh(config.mesh, devices), topologies.chip_of(devices[0])
   plain = inventory.without_weights(config)
   taken, rows = inventory.take(plain, mesh, examples, held_out), []
