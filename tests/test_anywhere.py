@@ -5,6 +5,7 @@ Iterations are those of `train.collect` and the programs, without the loop's eva
 """
 
 import functools
+import io
 import json
 import os
 import re
@@ -122,7 +123,9 @@ def machine(models, tmp_path_factory):
     config = tiny_config(None if network == "emoji" else models, **changes, **axes)
     mesh = meshes.make_mesh(config.mesh, jax.devices()[: prod(sizes)])
     with jax.set_mesh(mesh):
-      session, state = train.prepare(config, tmp_path_factory.mktemp("machine"), train.read_examples(config), mesh, 0)
+      session, state = train.prepare(
+        config, tmp_path_factory.mktemp("machine"), train.read_examples(config), mesh, 0, metrics.Progress(1, stream=io.StringIO())
+      )
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     return Machine(mesh, session, state, abstract)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_checkpoint import ROOT, overrides, tiny_config
 
-from dancegrpo_jax import inventory, main, plan, programs
+from dancegrpo_jax import ahead, inventory, main, plan
 from dancegrpo_jax.runtime import checkpoint, out_of_memory, topologies
 from dancegrpo_jax.runtime.flops import Flops
 
@@ -203,7 +203,7 @@ def test_an_update_that_is_too_large_leaves_the_last_checkpoint(
   tiny_models, tmp_path, monkeypatch, capsys
 ):
   """In the second iteration, with XLA's own error, which the loop meets where it waits."""
-  build, calls = programs.build, []
+  put_together, calls = ahead.put_together, []
 
   @jax.jit
   def too_much(metrics):
@@ -211,7 +211,7 @@ def test_an_update_that_is_too_large_leaves_the_last_checkpoint(
     return jax.tree.map(lambda value: value + total, metrics)
 
   def grown(*arguments):
-    built = build(*arguments)
+    built = put_together(*arguments)
 
     def update(*given):
       state, metrics = built.update(*given)
@@ -225,7 +225,7 @@ def test_an_update_that_is_too_large_leaves_the_last_checkpoint(
   workdir = tmp_path / "run"
   flags = overrides(tiny_models, iterations=3, checkpoint__every=1, evaluation__every=0)
   argv = [CONFIG, *(f"--config.{word}" for word in flags), f"--workdir={workdir}"]
-  monkeypatch.setattr(programs, "build", grown)
+  monkeypatch.setattr(ahead, "put_together", grown)
   assert main.main(argv) == 2
   (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
   assert line.startswith("error: update ran out of memory: it asked for 4.00 TiB, this machine has")

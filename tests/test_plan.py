@@ -133,7 +133,7 @@ def test_what_does_not_fit_says_which_field(monkeypatch, capsys, tiny_models):
   "kind, peak",
   [
     ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("NVIDIA H100 PCIe", 0.0), ("NVIDIA GeForce RTX 4090", 0.0),
+    ("NVIDIA H100 PCIe", 756e12), ("NVIDIA GeForce RTX 4090", 0.0),
   ],
 )  # fmt: skip
 def test_a_gpu_offers_what_jax_has_taken_of_it(kind, peak):

@@ -89,11 +89,13 @@ def chip_of(device: Any) -> Chip:
     return CHIPS[kind]
   if device.platform != "gpu":
     return Chip(kind, 0.0, 0.0, 0.0, 0.0)
-  if device in jax.devices():
+  try:
     stats = device.memory_stats() or {}  # XLA_PYTHON_CLIENT_ALLOCATOR=platform has none
-    return Chip(kind, float(stats.get("bytes_limit", 0)), gpu_peak(kind), 0.0, 0.0)
-  memory = next((card.memory for card in gpu_topologies.CARDS.values() if card.kind == kind), 0)
-  return Chip(kind, accelerator.SHARE * memory, gpu_peak(kind), 0.0, 0.0)
+    memory = float(stats.get("bytes_limit", 0))
+  except jax.errors.JaxRuntimeError:  # it isn't here: programs are only compiled for it
+    cards = gpu_topologies.CARDS.values()
+    memory = accelerator.SHARE * next((card.memory for card in cards if card.kind == kind), 0)
+  return Chip(kind, memory, gpu_peak(kind), 0.0, 0.0)
 
 
 def gpu_peak(kind: str) -> float:
