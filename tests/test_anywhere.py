@@ -123,9 +123,8 @@ def machine(models, tmp_path_factory):
     config = tiny_config(None if network == "emoji" else models, **changes, **axes)
     mesh = meshes.make_mesh(config.mesh, jax.devices()[: prod(sizes)])
     with jax.set_mesh(mesh):
-      session, state = train.prepare(
-        config, tmp_path_factory.mktemp("machine"), train.read_examples(config), mesh, 0, metrics.Progress(1, stream=io.StringIO())
-      )
+      examples, progress = train.read_examples(config), metrics.Progress(1, stream=io.StringIO())
+      session, state = train.prepare(config, tmp_path_factory.mktemp("machine"), examples, mesh, 0, progress)
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
     return Machine(mesh, session, state, abstract)
 
