@@ -64,24 +64,35 @@ def _native(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 def _product(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
   """The convolution as one matrix product: each pixel's neighbourhood in a row. Stride 1."""
   size = kernel.shape[0]
-  height, width = (n + sum(pads) - size + 1 for n, pads in zip(x.shape[1:3], padding))
+  height, width = (n + sum(pads) - size + 1 for n, pads in zip(x.shape[1:3], padding, strict=True))
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
   rows = [x[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
   return jnp.concatenate(rows, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
+def _upright(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+  """The convolution with what lies beside a pixel among its channels, by a kernel one pixel wide. Stride 1."""
+  size, vertical, horizontal = kernel.shape[0], *padding
+  width = x.shape[2] + sum(horizontal) - size + 1
+  x = jnp.pad(x, ((0, 0), (0, 0), horizontal, (0, 0)))
+  x = jnp.concatenate([x[:, :, j : j + width] for j in range(size)], -1)
+  return _native(x, kernel.reshape(size, 1, -1, kernel.shape[-1]), 1, (vertical, (0, 0)))
+
+
 def _for_tpu(x: Array, kernel: Array, stride: int) -> Callable:
-  """The form for TPUs: the product, but for few channels, which fill no lanes, and large maps, whose rows take much memory."""
-  few, large = min(kernel.shape[2:]) < 128, x.shape[1] * x.shape[2] > 128**2
-  return _native if stride > 1 or few or large else _product
+  """The form for TPUs by what its copies of `x` take; few channels fill no lanes, and nothing is won there."""
+  size = prod(x.shape[1:])
+  if stride > 1 or min(kernel.shape[2:]) < 128 or size > 2**22:
+    return _native
+  return _product if size <= 2**21 else _upright
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
   """Convolution `[b, h, w, i] x [k, k, i, o] -> [b, h', w', o]`, written so that XLA's compilers do well by it.
 
-  On a TPU it is one matrix product where that pays, forward and backward: for a few samples a device the compiler turns a
-  convolution's space into batch, writes several times as much code for it, and expects it to run for longer.
+  On a TPU it is a matrix product or nearly so where that pays, forward and backward: for a few samples a device the compiler
+  turns a convolution's space into batch, writes several times as much code for it, and expects it to run for longer.
 
   XLA's CPU backend takes the gradient's convolutions out of its fast library when they stand in a `lax.scan` body: the
   filter gradient of one 128-channel layer then takes seconds in place of milliseconds. On a CPU the backward pass is therefore
