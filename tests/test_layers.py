@@ -1,11 +1,11 @@
-"""The convolution's own backward pass against JAX's derivative of the plain one, alone and in a scan."""
+"""The convolution's own forms and backward pass against JAX's plain one and its derivative, alone and in a scan."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dancegrpo_jax.models.layers import convolve
+from dancegrpo_jax.models.layers import _product, _upright, convolve
 
 CASES = [  # stride, padding, kernel, input height and width
   (1, ((1, 1), (1, 1)), 3, (8, 8)),
@@ -34,6 +34,39 @@ def test_gradients_of_a_convolution(stride, padding, size, space):
   np.testing.assert_array_equal(ours, y)
   for actual, expected in zip(our_pull(dy), pull(dy), strict=True):
     np.testing.assert_allclose(actual, expected, atol=2e-6 * float(np.abs(expected).max()))
+
+
+@pytest.mark.parametrize("form", [_product, _upright])
+@pytest.mark.parametrize("padding, size, space", [case[1:] for case in CASES if case[0] == 1])
+def test_convolution_as_a_product(padding, size, space, form):
+  """The forms for TPUs and their derivatives, which no test reaches on a CPU otherwise."""
+  rng = np.random.default_rng(2)
+  x = jnp.asarray(rng.standard_normal((3, *space, 5)), jnp.float32)
+  kernel = jnp.asarray(rng.standard_normal((size, size, 5, 4)), jnp.float32)
+  y, pull = jax.vjp(lambda x, k: plain(x, k, 1, padding), x, kernel)
+  dy = jnp.asarray(rng.standard_normal(y.shape), jnp.float32)
+  ours, our_pull = jax.vjp(lambda x, k: form(x, k, 1, padding), x, kernel)
+  for actual, expected in zip((ours, *our_pull(dy)), (y, *pull(dy)), strict=True):
+    np.testing.assert_allclose(actual, expected, atol=2e-6 * float(np.abs(expected).max()))
+
+
+FORMS = [(128, 8, 1, ""), (4, 8, 1, "3x3"), (128, 8, 2, "3x3"), (640, 64, 1, "3x1"), (128, 256, 1, "3x3")]
+
+
+@pytest.mark.parametrize("channels, side, stride, kernel", FORMS)
+def test_the_form_for_tpus(channels, side, stride, kernel):
+  """A program for a TPU holds a whole convolution only where a product is no better, or its copies too large."""
+
+  def gradient(x, kernel):
+    return jax.grad(lambda x, kernel: convolve(x, kernel, stride, ((1, 1), (1, 1))).sum(), (0, 1))(x, kernel)
+
+  shapes = (jax.ShapeDtypeStruct((1, side, side, channels), "float32"), jax.ShapeDtypeStruct((3, 3, channels, 128), "float32"))
+  lowered = [
+    jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
+    for function in (lambda x, k: convolve(x, k, stride, ((1, 1), (1, 1))), gradient)
+  ]
+  assert all(("stablehlo.convolution" in text) == bool(kernel) for text in lowered)
+  assert ("tensor<3x1x" in lowered[0]) == (kernel == "3x1")
 
 
 def test_gradients_in_a_scan():

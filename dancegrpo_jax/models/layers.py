@@ -3,7 +3,7 @@
 Flax and torch differ in norm epsilons, variance formula and padding; every such default is set here, once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from typing import Any
@@ -57,31 +57,65 @@ class Dense(nn.Module):
     return y
 
 
-def _convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+def _native(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
   return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+def _product(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+  """The convolution as one matrix product: each pixel's neighbourhood in a row. Stride 1."""
+  size = kernel.shape[0]
+  height, width = (n + sum(pads) - size + 1 for n, pads in zip(x.shape[1:3], padding, strict=True))
+  x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+  rows = [x[:, i : i + height, j : j + width] for i in range(size) for j in range(size)]
+  return jnp.concatenate(rows, -1) @ kernel.reshape(-1, kernel.shape[-1])
+
+
+def _upright(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
+  """The convolution with what lies beside a pixel among its channels, by a kernel one pixel wide. Stride 1."""
+  size, vertical, horizontal = kernel.shape[0], *padding
+  width = x.shape[2] + sum(horizontal) - size + 1
+  x = jnp.pad(x, ((0, 0), (0, 0), horizontal, (0, 0)))
+  x = jnp.concatenate([x[:, :, j : j + width] for j in range(size)], -1)
+  return _native(x, kernel.reshape(size, 1, -1, kernel.shape[-1]), 1, (vertical, (0, 0)))
+
+
+def _for_tpu(x: Array, kernel: Array, stride: int) -> Callable:
+  """The form for TPUs by what its copies of `x` take; few channels fill no lanes, and nothing is won there."""
+  size = prod(x.shape[1:])
+  if stride > 1 or min(kernel.shape[2:]) < 128 or size > 2**22:
+    return _native
+  return _product if size <= 2**21 else _upright
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-  """Convolution `[b, h, w, i] x [k, k, i, o] -> [b, h', w', o]` with a backward pass that a CPU can run in a loop.
+  """Convolution `[b, h, w, i] x [k, k, i, o] -> [b, h', w', o]`, written so that XLA's compilers do well by it.
+
+  On a TPU it is a matrix product or nearly so where that pays, forward and backward: for a few samples a device the compiler
+  turns a convolution's space into batch, writes several times as much code for it, and expects it to run for longer.
 
   XLA's CPU backend takes the gradient's convolutions out of its fast library when they stand in a `lax.scan` body: the
-  filter gradient of one 128-channel layer then takes seconds in place of milliseconds. On a CPU it is therefore written as
-  matrix products, one a tap; other platforms keep XLA's own.
+  filter gradient of one 128-channel layer then takes seconds in place of milliseconds. On a CPU the backward pass is therefore
+  written as matrix products, one a tap. GPUs keep XLA's own forms.
   """
-  return _convolve(x, kernel, stride, padding)
+  own = partial(_native, stride=stride, padding=padding)
+  tpu = partial(_for_tpu(x, kernel, stride), stride=stride, padding=padding)
+  return jax.lax.platform_dependent(x, kernel, tpu=tpu, default=own)
 
 
 def _convolve_forward(x: Array, kernel: Array, stride: int, padding: Padding) -> tuple:
-  return _convolve(x, kernel, stride, padding), (x, kernel)
+  return convolve(x, kernel, stride, padding), (x, kernel)
 
 
 def _convolve_backward(stride: int, padding: Padding, residual: tuple, dy: Array) -> tuple[Array, Array]:
   x, kernel = residual
   size = kernel.shape[0]
 
-  def native(x, kernel, dy):
-    return jax.vjp(lambda x, kernel: _convolve(x, kernel, stride, padding), x, kernel)[1](dy)
+  def derivative(form: Callable) -> Callable:
+    def pull(x, kernel, dy):
+      return jax.vjp(lambda x, kernel: form(x, kernel, stride, padding), x, kernel)[1](dy)
+
+    return pull
 
   def products(x, kernel, dy):
     padded = jnp.pad(x, ((0, 0), *padding, (0, 0)))
@@ -94,11 +128,12 @@ def _convolve_backward(stride: int, padding: Padding, residual: tuple, dy: Array
 
     dkernel = jnp.stack([jnp.stack([tap(i, j) for j in range(size)]) for i in range(size)])
     if stride > 1:
-      return native(x, kernel, dy)[0], dkernel
+      return derivative(_native)(x, kernel, dy)[0], dkernel
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    return _convolve(dy, turned, 1, tuple((size - 1 - a, size - 1 - b) for a, b in padding)), dkernel
+    return _native(dy, turned, 1, tuple((size - 1 - a, size - 1 - b) for a, b in padding)), dkernel
 
-  return jax.lax.platform_dependent(x, kernel, dy, cpu=products, default=native)
+  tpu = derivative(_for_tpu(x, kernel, stride))
+  return jax.lax.platform_dependent(x, kernel, dy, cpu=products, tpu=tpu, default=derivative(_native))
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
