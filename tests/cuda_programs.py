@@ -144,11 +144,8 @@ def lower_group(group: list[ConfigDict], devices: int) -> Notes:
     fused = {note.program for note in notes if note.h100 == "cudnn"}
     for name in ("rollout", "update"):
       text = lowered[name].as_text()
-      if devices == 1:
-        assert ("__cudnn$fmhaSoftmax" in text) == (name in fused), name
-        assert ("__cudnn$fmhaSoftmaxBackward" in text) == (name in fused and name == "update"), name
-      else:  # the partitioner puts the kernels in for each device, when it compiles
-        assert ("@CustomSPMDPartitioning" in text) == (name in fused), name
+      assert ("__cudnn$fmhaSoftmax" in text) == (name in fused), name
+      assert ("__cudnn$fmhaSoftmaxBackward" in text) == (name in fused and name == "update"), name
   if "assets/" not in group[0].model.checkpoint:
     jax.clear_caches()  # traces of the published networks take gigabytes
   return notes

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from dancegrpo_jax.models import attention as module
 from dancegrpo_jax.models import splash
 from dancegrpo_jax.models.attention import Place, Shape, attention, capability_of, kernel
+from dancegrpo_jax.runtime import mesh as meshes
 
 AMPERE, HOPPER, BLACKWELL = (Place("gpu", capability) for capability in ((8, 0), (9, 0), (10, 0)))
 TURING, AMD, CPU, TPU = Place("gpu", (7, 5)), Place("gpu"), Place("cpu"), Place("tpu")
@@ -128,6 +130,30 @@ def test_even_lengths_without_key_lengths_are_passed_as_they_are(monkeypatch, qu
   monkeypatch.setattr(module, "kernel", lambda impl, **_: impl)
   attention(*draw(queries, keys), impl="cudnn")
   assert seen == [(queries, keys, ["is_causal", "scale"])]
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+@pytest.mark.parametrize("batch", [8, 3])
+def test_a_kernel_is_called_on_each_device(monkeypatch, sizes, batch):
+  """With its own samples, and its own heads where tensor splits them; 3 samples don't divide, and all devices compute them."""
+  seen = []
+
+  def record(q, k, v, **options):
+    seen.append(q.shape)
+    return stand_in(q, k, v, **options)
+
+  monkeypatch.setattr(module, "_fused", record)
+  monkeypatch.setattr(module, "kernel", lambda impl, **_: impl)
+  inputs = draw(9, 7, batch=batch)
+  lengths = jnp.arange(batch) % 7 + 1
+  alone = value_and_gradients(*inputs, "cudnn", key_lengths=lengths)
+  with jax.set_mesh(meshes.make_mesh(ConfigDict(dict(zip(meshes.AXES, sizes))))):
+    seen.clear()
+    together = value_and_gradients(*inputs, "cudnn", key_lengths=lengths)
+  rows = batch // (sizes[0] * sizes[1]) if batch == 8 else 3
+  assert set(seen) == {(rows, 10, 2 // sizes[2], 16)}
+  for mine, theirs in zip(together, alone, strict=True):
+    np.testing.assert_allclose(mine, theirs, atol=2e-6 * np.abs(theirs).max())
 
 
 def test_key_lengths_and_causal_of_xla():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from dancegrpo_jax.models import per_device
 from dancegrpo_jax.models.layers import Conv, Dense, Dtype, GroupNorm, LayerNorm
 
 HALF = ("bfloat16", "float16")
@@ -110,7 +111,7 @@ def attention(
   plain = mask is None and bias is None
   chosen = kernel(impl=impl, place=where, shape=shape, plain=plain)
   if chosen == "cudnn":
-    return _cudnn(q, k, v, key_lengths=key_lengths, causal=causal, scale=scale)
+    return per_device.attend(functools.partial(_cudnn, causal=causal, scale=scale), q, k, v, key_lengths)
   if chosen == "splash":
     from dancegrpo_jax.models import splash  # here: Pallas takes a second to import
 
@@ -127,12 +128,12 @@ def _cudnn(
   q: Float[Array, "b n h d"],
   k: Float[Array, "b m h d"],
   v: Float[Array, "b m h d"],
-  *,
   key_lengths: Int[Array, "b"] | None,
+  *,
   causal: bool,
   scale: float,
 ) -> Float[Array, "b n h d"]:
-  """cuDNN's fused attention, for any length.
+  """cuDNN's fused attention on one device, for any length.
 
   JAX (0.10 to 0.11) refuses odd lengths wherever a gradient is taken, with or without a bias. An odd length is therefore padded
   by one, and the kernel is told the true lengths; the padded query's result is cut off.

@@ -1,6 +1,6 @@
 """Splash attention, Pallas's TPU kernel: attention without its matrix of logits in memory.
 
-The kernel is one device's, so it stands in `jax.shard_map`: samples over fsdp and data, heads over tensor, where they divide.
+The kernel is one device's, see per_device.py.
 Lengths are padded to a multiple of 128, and padded keys are in a segment that no query looks at: FLUX at 720x720 has
 2025 + 512 = 2537 tokens, 2560 with padding.
 """
@@ -9,12 +9,11 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jaxtyping import Array, Float, Int
 
-from dancegrpo_jax.types import SAMPLE_AXES
+from dancegrpo_jax.models import per_device
 
 LANES = 128  # a TPU's registers: head dimensions and blocks are multiples of it
 _BLOCKS = (512, 256, 128)  # tokens of queries and of keys that are in fast memory together; the largest that divides
@@ -38,9 +37,10 @@ def _kernel(heads: int, queries: int, keys: int, causal: bool, interpret: bool) 
 
 
 def _local(q: Array, k: Array, v: Array, key_lengths: Array, *, causal: bool, interpret: bool) -> Array:
-  """Attention of one device's samples and heads, `[b, h, n, d]`; the queries are scaled."""
-  queries = q.shape[2]
-  q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, padded(x.shape[2]) - x.shape[2]), (0, 0))) for x in (q, k, v))
+  """Attention of one device's samples and heads, `[b, n, h, d]`; the queries are scaled."""
+  queries = q.shape[1]
+  q, k, v = (jnp.pad(x, ((0, 0), (0, padded(x.shape[1]) - x.shape[1]), (0, 0), (0, 0))) for x in (q, k, v))
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
   kernel = _kernel(heads=q.shape[1], queries=q.shape[2], keys=k.shape[2], causal=causal, interpret=interpret)
 
   def one(q: Array, k: Array, v: Array, length: Array) -> Array:
@@ -48,7 +48,7 @@ def _local(q: Array, k: Array, v: Array, key_lengths: Array, *, causal: bool, in
     segments = kernels.SegmentIds(jnp.ones(q.shape[1], jnp.int32), valid)
     return kernel(q, k, v, segment_ids=segments)
 
-  return jax.vmap(one)(q, k, v, key_lengths)[:, :, :queries]
+  return jax.vmap(one)(q, k, v, key_lengths).swapaxes(1, 2)[:, :queries]
 
 
 def attention(
@@ -74,18 +74,5 @@ def attention(
   if lengths is None:
     lengths = jnp.full((k.shape[0],), k.shape[1], jnp.int32)
   q = (q.astype(jnp.float32) * scale).astype(dtype)
-  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-  local, mesh = partial(_local, causal=causal, interpret=interpret), jax.sharding.get_abstract_mesh()
-  if not mesh.empty:
-    spec = _spec(mesh, q.shape[0], q.shape[1])
-    specs = (spec, spec, spec, jax.P(spec[0]))
-    local = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=spec, check_vma=False)
-  return local(q, k, v, lengths).swapaxes(1, 2).astype(dtype)
-
-
-def _spec(mesh: jax.sharding.AbstractMesh, batch: int, heads: int) -> jax.P:
-  """How `[b, h, n, d]` lies on the mesh: as `runtime.mesh.batch_sharding` has it, whole where that does not divide."""
-  rows = tuple(axis for axis in SAMPLE_AXES if axis in mesh.shape)
-  shards = int(np.prod([mesh.shape[axis] for axis in rows]))
-  split = "tensor" if heads % mesh.shape.get("tensor", 1) == 0 and "tensor" in mesh.shape else None
-  return jax.P(rows if batch % shards == 0 else None, split, None, None)
+  local = partial(_local, causal=causal, interpret=interpret)
+  return per_device.attend(local, q, k, v, lengths).astype(dtype)

@@ -1,0 +1,37 @@
+"""Attention kernels of one device, under a mesh.
+
+A kernel is opaque to XLA's partitioner. JAX's own rule for cuDNN's follows whatever partition it is given, and fails where that
+splits heads that don't divide (JAX 0.11.2: CLIP's 12 heads over 8 devices). So the partition is said here.
+"""
+
+from collections.abc import Callable
+from math import prod
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from dancegrpo_jax.types import SAMPLE_AXES
+
+
+def attend(
+  kernel: Callable,
+  q: Float[Array, "b n h d"],
+  k: Float[Array, "b m h d"],
+  v: Float[Array, "b m h d"],
+  key_lengths: Int[Array, "b"] | None,
+) -> Float[Array, "b n h d"]:
+  """`kernel(q, k, v, key_lengths)` with each device's samples and heads.
+
+  Samples are split over fsdp and data, heads over tensor; where one of them doesn't divide, every device computes all of it.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return kernel(q, k, v, key_lengths)
+  rows = tuple(axis for axis in SAMPLE_AXES if axis in mesh.shape)
+  samples = rows if q.shape[0] % prod(mesh.shape[axis] for axis in rows) == 0 else None
+  heads = "tensor" if "tensor" in mesh.shape and q.shape[2] % mesh.shape["tensor"] == 0 else None
+  spec = jax.P(samples, None, heads, None)
+  local = jax.shard_map(
+    kernel, mesh=mesh, in_specs=(spec, spec, spec, jax.P(samples)), out_specs=spec, check_vma=False
+  )
+  return local(q, k, v, key_lengths)
