@@ -69,6 +69,9 @@ def compile_call(call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: s
   try:
     compiled = traced.lower().compile({"exec_time_optimization_effort": effort} if effort else None)
   except jax.errors.JaxRuntimeError as error:
+    if effort and "No such compile option" in str(error):  # seen with JAX 0.11.2, for CPUs
+      remedy = f"the compiler of JAX {jax.__version__} has no such option; use --effort=0"
+      raise ConfigError(f"--effort={effort:g}: {remedy}") from error
     found = out_of_memory.shortage(error)
     if found is None:
       raise
