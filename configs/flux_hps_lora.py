@@ -9,8 +9,8 @@ Memory, computed from the parameter counts and not measured (GB of 10^9 bytes, o
   CLIP-L's text tower, autoencoder and HPS-v2.1's ViT-H/14 in bfloat16                                                   2.4
   latents of an iteration, 192 x 12 of 16x90x90 in float32, split over the devices                                       1.2
   activations of a microbatch of 8 rows with rematerialised blocks on one device: 7 stored, 5 an estimate for the block 12
-What is left is for the decoder: a chunk of 8 images is an estimate that should fit. The base's gradient doesn't exist. On one
-H100 the update with unfused attention was seen to take 60.5 of these GB at its peak (random weights, without the reward).
+The base's gradient doesn't exist. Compiled for one H100, 1gpu takes 38.4 GiB at most (the update; benchmarks/RESULTS.md). With
+unfused attention an earlier version's update was seen to take 56.4 GiB on such a card.
 The preset v5e splits what is frozen and the adapters over 16 TPU v5e chips of 16 GB (`plan`, benchmarks/RESULTS.md).
 
 Weights and prompts: configs/flux.py and configs/flux_hps.py. The result is a file for diffusers' `load_lora_weights`:
