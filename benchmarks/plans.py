@@ -40,8 +40,8 @@ all devices together, without rematerialisation. The times are estimates: the cy
 attention kernels (of which it expects nothing) at half of the chip's peak, and the collectives' bytes over all links of a chip as
 if nothing were computed meanwhile. MFU is what they imply. Compile times are of one core that other work shared.
 
-These rows are of an earlier form of the networks: since then convolutions are written as matrix products for TPUs, and CLIP's layers
-are stacked. What that does to one program stands under "Compilation" below; the others have not been compiled again.
+These rows are of an earlier form of the networks: since then convolutions are written as matrix products for TPUs, and CLIP's
+layers are stacked. What that does to one program stands under "Compilation" below; the others have not been compiled again.
 """
 GPU_HEAD = """## Plans for GPUs
 

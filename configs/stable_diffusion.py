@@ -15,8 +15,8 @@ Memory, computed from the parameter counts and not measured (GB of 10^9 bytes, o
   latents of an iteration, 512 x 50 of 4x64x64 in float32, split over the devices                                      1.7
   the reward's network: see each file
 What is left of 80 GB is for activations. Compiled for one H100, sd_hps.py:1gpu takes 25.4 GiB at most (the update, with
-rematerialised blocks and fused attention, 32 rows with guidance; benchmarks/RESULTS.md); nothing was run. `optimizer.microbatch` and
-`rollout.chunk` change nothing but speed, memory and round-off.
+rematerialised blocks and fused attention, 32 rows with guidance; benchmarks/RESULTS.md); nothing was run.
+`optimizer.microbatch` and `rollout.chunk` change nothing but speed, memory and round-off.
 
 Compute, as plan.py counts it: 0.80 TFLOP a forward pass of one row, 204 PFLOP an iteration, without the rematerialised forward.
 
