@@ -15,8 +15,8 @@ Memory, computed from the parameter counts and not measured (GB of 10^9 bytes), 
 and on every device, whole: the autoencoder, 83.8 M in bfloat16 0.2 (CLIP-L and the reward's network, see each file, are split
 too), and activations: with rematerialised blocks 0.9 for the stored inputs of the 57 blocks and as an estimate 2 for the block at
 work, for each of a device's rows of a microbatch. 16 devices, 12 rows: 16 + 35 a device. 8gpu, 4 rows: 31 + 12; compiled for
-eight H100 it takes 34.0 GiB at most (the update; benchmarks/RESULTS.md). On one device of 80 GB it does not fit, and a run says so
-before it reads any weights: use LoRA.
+eight H100 it takes 34.0 GiB at most (the update; benchmarks/RESULTS.md). On one device of 80 GB it does not fit, and a run says
+so before it reads any weights: use LoRA.
 
 Compute: about 37 TFLOP a forward pass of one row (2025 image and 512 text tokens), so 0.4 EFLOP an iteration, with the
 rematerialised forward and the recomputed old log-probs.
