@@ -170,8 +170,8 @@ def get_config() -> ConfigDict:
     "tensorboard": True,
     "wandb": False,  # needs `pip install wandb`
     "profile_steps": (),  # (first, last) iteration traced into <workdir>/profile
-    # Where compiled programs are kept, so that a second start compiles nothing: a folder; "default" = the user's cache folder,
-    # at most 8 GiB; "" = nowhere.
+    # Where compiled programs are kept, so that a second start compiles nothing: a folder, which all processes of a run must see;
+    # "default" = the user's cache folder, at most 8 GiB, for runs of a single process; "" = nowhere.
     "compilation_cache": "default",
   })
   return config

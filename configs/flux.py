@@ -5,7 +5,7 @@ Presets:
           guidance 3.5, 16 prompts x 12 samples, a random 60 % of the 15 stochastic steps (9), 3 optimizer steps. Any number of
           devices that divides 64 computes the same; how much memory each then needs stands below. 64 TPU chips take three rows
           of a microbatch each: `python -m dancegrpo_jax.plan` and benchmarks/RESULTS.md say how that fits.
-  8gpu    the same numbers on eight GPUs of 80 GB: 8 samples a device in a chunk and 4 rows in a microbatch.
+  8gpu    the same recipe on eight GPUs of 80 GB: 8 samples a device in a chunk and 4 rows in a microbatch.
   tiny    two iterations of a random network on a CPU, a minute or two: shows that everything fits together, learns nothing.
 
 Memory, computed from the parameter counts and not measured (GB of 10^9 bytes), all devices together, split over mesh.fsdp:
@@ -88,7 +88,7 @@ def recipe(name: str, preset: str) -> ConfigDict:
   config.evaluation.update(every=20, prompts=8, steps=28, samples=4)  # 28: what diffusers' FluxPipeline takes
   config.checkpoint.update(every=20, keep=2)
   if preset == "8gpu":
-    config.mesh.lanes = 8  # of 8 devices each takes its row
+    config.mesh.lanes = 8  # one lane a device
     config.optimizer.microbatch = 32
   elif preset == "tiny":
     _tiny(config)

@@ -15,7 +15,8 @@ PRESETS = flux.PRESETS
 def get_config(preset: str = ""):
   """Presets: see configs/flux.py."""
   config = flux_hps.get_config(preset or "8gpu")
-  config.name = "flux_hps_8gpu" + (f"_{preset}" if preset else "")
+  # Not the file's name, which is that of flux_hps.py:8gpu; "" and "8gpu" are one run.
+  config.name = "flux_hps_8gpu_ema" + ("_tiny" if preset == "tiny" else "")
   config.optimizer.max_grad_norm = 0.01  # [C]
   config.ema.decay = 0.995  # [C]; used for evaluation, samples and export
   if preset != "tiny":

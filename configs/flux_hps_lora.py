@@ -1,7 +1,6 @@
 """FLUX.1-dev, reward = HPS-v2.1, LoRA by the published code's recipe: rank 128, alpha 256, rate 3e-4, 12 steps. 1 to 8 GPUs.
 
-The devices are of 80 GB each; 2 and 4 do as well. The preset 1gpu is the same with fewer pictures in an evaluation, which is what
-one device of 80 GB may have no room for.
+The devices are of 80 GB each; 2 and 4 do as well. The preset 1gpu is the same with fewer pictures in an evaluation.
 
 Memory, computed from the parameter counts and not measured (GB of 10^9 bytes, on every device: the rules replicate):
   transformer 11.90 B parameters and T5-XXL 4.76 B in bfloat16, frozen: 23.8 + 9.5                                      33.3

@@ -1,10 +1,12 @@
 """Compiles a run's programs at the same time, in threads, before the first iteration and while the weights are read."""
 
+import contextlib
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from dancegrpo_jax.programs import Programs
 from dancegrpo_jax.runtime import out_of_memory
 from dancegrpo_jax.runtime.metrics import Progress, duration
 
-MEMORY = 4 * 2**30  # bytes of free memory that a compilation may take: more of them at once would need more
+MEMORY = 8 * 2**30  # bytes that a compilation may take; the largest ones for TPUs were seen to take 14
 LARGEST_FIRST = ("update", "rollout", "sample")  # in the order of how long they take
 _TRACING = threading.Lock()  # tracing is Python, so threads would only slow each other down
 
@@ -22,12 +24,15 @@ Compiling = dict[str, futures.Future]  # by the name of the call; equal calls sh
 
 
 def start(listed: list[Call], mesh: jax.sharding.Mesh, pool: futures.Executor) -> Compiling:
-  """Begins to compile every call. All processes of a run queue them in the same order, as XLA needs where they agree on kernels.
+  """Begins to compile every call.
+
+  Every process queues the programs in the same order: XLA's autotuner exchanges results between processes, program by program,
+  and would otherwise wait for one that another process has not begun.
 
   Args:
     listed: of `calls.of_run`.
     mesh: the devices.
-    pool: whose threads do the work, see `threads`.
+    pool: of `compilers`.
   """
   rank = {name: number for number, name in enumerate(LARGEST_FIRST)}
   ordered = sorted(listed, key=lambda call: rank.get(call.name, len(rank)))
@@ -49,6 +54,16 @@ def _compile(call: Call, mesh: jax.sharding.Mesh) -> Callable:
     return lowered.compile()
 
 
+@contextlib.contextmanager
+def compilers() -> Iterator[futures.Executor]:
+  """Threads to compile in. An error inside gives up what isn't begun, so that it is told at once."""
+  pool = futures.ThreadPoolExecutor(threads())
+  try:
+    yield pool
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
+
+
 def threads() -> int:
   """How many programs are compiled at once: one a core, as far as memory goes, and 8 at most."""
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -56,34 +71,36 @@ def threads() -> int:
 
 
 def free_memory() -> int:
-  """Bytes of this machine's memory that programs can have; without Linux's /proc/meminfo a guess that allows four threads."""
+  """Bytes that this process can have of the machine, or of its container; without Linux's files a guess for two threads."""
   try:
-    with open("/proc/meminfo") as file:
-      rows = dict(line.split(":", 1) for line in file)
-    return int(rows["MemAvailable"].split()[0]) * 1024
+    rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    free = int(rows["MemAvailable"].split()[0]) * 1024
   except (OSError, KeyError, ValueError, IndexError):
-    return 4 * MEMORY
+    return 2 * MEMORY
+  with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+    group = Path("/sys/fs/cgroup")
+    limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    free = min(free, max(limit, 0))
+  return free
 
 
 def wait(compiling: Compiling, progress: Progress) -> dict[str, Callable]:
   """The compiled programs by name, when all are there; meanwhile the progress line says which are left, and for how long.
 
   Raises:
-    Exception: what the compilation of a program raised; those not yet begun are given up.
+    Exception: what the compilation of a program raised.
   """
   begin, pause = time.monotonic(), 5.0
   while True:
     done, pending = futures.wait(set(compiling.values()), timeout=pause, return_when=futures.FIRST_EXCEPTION)
-    if any(future.exception() for future in done):
-      for future in pending:
-        future.cancel()
-      break
+    for future in done:
+      future.result()
     if not pending:
       break
     left = [name for name, future in compiling.items() if not future.done()]
     progress.status(f"compiling {', '.join(left)}: {duration(time.monotonic() - begin)}")
     pause = min(2 * pause, 60.0) if not progress.is_live else 1.0
-  return {name: future.result() for name, future in compiling.items() if not future.cancelled()}
+  return {name: future.result() for name, future in compiling.items()}
 
 
 def put_together(run: Programs, compiled: dict[str, Callable], prefix: str = "") -> Programs:

@@ -41,7 +41,7 @@ class Calls(NamedTuple):
 
   Attributes:
     listed: in the order of an iteration, then those of an evaluation.
-    kept: by name, the arrays that stay in memory while programs run: those of the last chunk's end.
+    kept: by name, the arrays that stay in memory while programs run, as they stand when the last chunk has been scored.
   """
 
   listed: list[Call]

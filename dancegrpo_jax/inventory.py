@@ -27,7 +27,7 @@ class Inventory(NamedTuple):
 
   Attributes:
     calls: in the order of an iteration.
-    kept: by name, the arrays that stay in memory while programs run: those of the last chunk's end.
+    kept: by name, the arrays that stay in memory while programs run, as they stand when the last chunk has been scored.
     model: its functions and abstract parameters.
   """
 

@@ -6,9 +6,9 @@ Says what each program takes of a device's memory, what it computes and sends, a
 numbers are the compiler's, and the time is an estimate (see `row_of`). Exit code 1 where it doesn't fit, 2 for a mistake.
 
 For NVIDIA GPUs (--topology=h100:8 where JAX's CUDA plugin is installed, or without --topology on a
-machine that has them) there are no times: XLA states no cycles for them. The memory is the share
-of a card that a run takes as well. On a machine with a GPU it was never run; the compiler tries
-kernels out on the device there, which must be free.
+machine that has them) there are no times: XLA states no cycles for them. The memory limit is the
+92 % of a card that a run would take. This command has not been tried on a machine with a GPU; there
+XLA times kernels on the card while it compiles, so no other program should be using it.
 """
 
 import argparse

@@ -11,9 +11,8 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import loading
 from dancegrpo_jax.loading import Model
-from dancegrpo_jax.rl import timesteps
 from dancegrpo_jax.rl.state import TrainState
-from dancegrpo_jax.runtime import topologies, validation
+from dancegrpo_jax.runtime import topologies
 from dancegrpo_jax.runtime.config import ConfigError
 
 
@@ -63,22 +62,12 @@ def device_bytes(
   return {
     "trained weights": trained,
     "optimizer": _bytes(state.opt_state),
-    "gradients": trained * (1 if microbatches(config) == 1 else 2),  # a microbatch's, and their sum
+    "gradients": trained,  # their sum; a microbatch's may be added to it piece by piece
     "average": _bytes(state.ema),
     "KL reference": trained if held else 0,
     "frozen weights": _bytes(frozen),
     "rewards": _bytes(model.reward_params),
   }
-
-
-def microbatches(config: ConfigDict) -> int:
-  """Of an optimizer step."""
-  objective, optimizer = config.objective, config.optimizer
-  steps = config.sampler.window.size or validation.policy_steps(config)
-  group = config.advantage.best_of or config.rollout.samples_per_prompt
-  count = timesteps.count(objective.timesteps, objective.timestep_fraction, steps)
-  transitions = config.data.prompts_per_iteration * group * count
-  return transitions // optimizer.updates_per_iteration // optimizer.microbatch
 
 
 def _bytes(tree: Any) -> int:

@@ -244,10 +244,12 @@ def prepare(
   listed = calls.of_run(config, outline, abstract, jitted, len(examples), len(held_out)).listed
   if cached:
     listed = [call for call in listed if call.name != "encode"]
-  with ThreadPoolExecutor(ahead.threads()) as compilers:
-    compiling = ahead.start(listed, mesh, compilers)
+  with ahead.compilers() as pool:
+    compiling = ahead.start(listed, mesh, pool)
     model = loading.load(config, pipeline, rewards, mesh, without)
-    compiled, shown_programs = map(out_of_memory.guarded, ahead.ready(compiling, jitted, progress))
+    compiled, shown_programs = ahead.ready(compiling, jitted, progress)
+  compiled = out_of_memory.guarded(compiled)
+  shown_programs = out_of_memory.guarded(shown_programs, calls.SHOW)
   reference = reference_of(config, model)
   make_state = programs.init_state(config, len(examples), shardings)
   state = checkpoint.restore(workdir / "checkpoints", abstract).state if first else make_state(model.trainable)

@@ -121,16 +121,23 @@ def test_programs_compile_together_and_those_left_are_named():
   assert time.monotonic() - begin >= 5 and lines and lines[0].startswith("compiling rollout: 5.")
 
 
-def test_a_program_that_does_not_compile_ends_the_wait():
-  """What isn't begun by then is given up."""
-  gate, x = threading.Event(), jax.ShapeDtypeStruct((2,), "float32")
-  gate.set()
-  failing, later = Slow(gate, ValueError("no such kernel")), [Slow(gate) for _ in range(4)]
-  listed = [Call("update", failing, (x,), 1), *(Call(f"score {i}", program, (x,), 1) for i, program in enumerate(later))]
-  with ThreadPoolExecutor(1) as pool:
+@pytest.mark.parametrize("reading_fails", [False, True])
+def test_an_error_is_told_before_everything_is_compiled(monkeypatch, reading_fails):
+  """Of a program, or of what is done meanwhile, as reading weights: what isn't begun by then is given up."""
+  monkeypatch.setattr(ahead, "threads", lambda: 1)
+  open_gate, closed, x = threading.Event(), threading.Event(), jax.ShapeDtypeStruct((2,), "float32")
+  open_gate.set()
+  first = Slow(open_gate, None if reading_fails else ValueError("no such kernel"))
+  later = [Slow(closed) for _ in range(3)]
+  listed = [Call("update", first, (x,), 1), *(Call(f"score {i}", program, (x,), 1) for i, program in enumerate(later))]
+  with pytest.raises(ValueError, match="no such"), ahead.compilers() as pool:
     compiling = ahead.start(listed, mesh_of_one(), pool)
-    with pytest.raises(ValueError, match="no such kernel"):
-      ahead.wait(compiling, metrics.Progress(1, stream=io.StringIO()))
+    if reading_fails:
+      raise ValueError("no such file")
+    ahead.wait(compiling, metrics.Progress(1, stream=io.StringIO()))
+  closed.set()
+  pool.shutdown(wait=True)
+  assert later[-1].compiled == 0 and list(compiling.values())[-1].cancelled()
 
 
 def test_evaluations_get_programs_of_their_own_shapes():

@@ -1,5 +1,7 @@
 """Which kernel computes an attention, and cuDNN's way of calling it, with a stand-in for the kernel on a CPU."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from ml_collections import ConfigDict
 from dancegrpo_jax.models import attention as module
 from dancegrpo_jax.models import splash
 from dancegrpo_jax.models.attention import Place, Shape, attention, capability_of, kernel
+from dancegrpo_jax.runtime import gpu_topologies
 from dancegrpo_jax.runtime import mesh as meshes
 
 AMPERE, HOPPER, BLACKWELL = (Place("gpu", capability) for capability in ((8, 0), (9, 0), (10, 0)))
@@ -57,6 +60,8 @@ def test_compute_capabilities_are_read_from_devices():
 
   assert [capability_of(Device(text)) for text in ("9.0", "12.1", "gfx90a", "")] == [(9, 0), (12, 1), (0, 0), (0, 0)]
   assert module.place() == Place("cpu")
+  for card in gpu_topologies.CARDS.values():  # which plan.py compiles for
+    assert capability_of(SimpleNamespace(device_kind=card.kind)) == card.capability
 
 
 def draw(queries: int, keys: int, dim: int = 16, batch: int = 3, dtype=jnp.float32):

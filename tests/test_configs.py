@@ -47,7 +47,10 @@ def test_all_are_there():
 @pytest.mark.parametrize("name, preset", CASES)
 def test_loads_locks_and_validates(name, preset):
   config = load(name, preset)
-  assert config.is_locked and config.name == name + (f"_{preset}" if preset else "")
+  wanted = {"flux_hps_8gpu": "flux_hps_8gpu_ema"}.get(name, name)
+  if preset and (name, preset) != ("flux_hps_8gpu", "8gpu"):
+    wanted += f"_{preset}"
+  assert config.is_locked and config.name == wanted
   assert configs.from_json(configs.to_json(config)) == config
   examples = len(read_prompts(str(ROOT / config.data.prompts)))
   validation.validate(config, num_devices=1, num_examples=examples)
@@ -55,6 +58,14 @@ def test_loads_locks_and_validates(name, preset):
     validation.validate(config, num_devices=8, num_examples=examples)
   if name in ("flux_hps", "flux_hps_clip", "flux_pick"):
     validation.validate(config, num_devices=16 if not preset else 8, num_examples=examples)
+
+
+def test_two_runs_have_one_name_only_where_they_are_the_same():
+  """A name is the default workdir."""
+  found = {}
+  for name, preset in CASES:
+    config = load(name, preset)
+    assert found.setdefault(config.name, config) == config, (name, preset)
 
 
 def test_the_recipe_is_the_published_one():
@@ -86,7 +97,7 @@ def test_flux_recipes_are_the_published_ones():
     assert timesteps.count(config.objective.timesteps, config.objective.timestep_fraction, policy_steps) == trained
     assert (o.updates_per_iteration, o.b1, o.b2, o.eps, o.weight_decay) == (updates, 0.9, 0.999, 1e-8, 1e-4)
     assert (config.objective.clip_range, config.advantage.clamp, config.iterations) == (1e-4, 5.0, 300)
-  for name in ("flux_hps", "flux_hps_clip", "flux_pick", "flux_hps_8gpu", "flux_hps_lora"):  # the same result by another way
+  for name in ("flux_hps", "flux_hps_clip", "flux_pick", "flux_hps_8gpu", "flux_hps_lora"):  # other pieces
     preset = configs.flatten(load(name, "1gpu" if name == "flux_hps_lora" else "8gpu"))
     changed = {key for key, value in configs.flatten(load(name)).items() if preset[key] != value} - {"name"}
     assert all(any(key.startswith(field) for field in configs.RESUMABLE) for key in changed), changed

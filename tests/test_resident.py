@@ -51,7 +51,7 @@ def test_what_full_flux_keeps(flux):
   one = resident.device_bytes(config, *abstract(config, 1))
   assert one["trained weights"] == pytest.approx(4 * 11.90e9, rel=1e-3)
   assert one["optimizer"] == pytest.approx(8 * 11.90e9, rel=1e-3)
-  assert one["gradients"] == 2 * one["trained weights"]  # 3 microbatches
+  assert one["gradients"] == one["trained weights"]  # at least: their sum over microbatches
   assert one["frozen weights"] == pytest.approx(2 * (4.76e9 + 123.1e6 + 83.8e6), rel=2e-3)
   assert one["rewards"] == pytest.approx(2 * 986.1e6, rel=1e-3)
   assert one["average"] == one["KL reference"] == 0
@@ -68,7 +68,7 @@ def test_full_flux_is_refused_on_one_gpu_and_taken_on_eight(flux, monkeypatch):
     require_room(config, 1)
   (line,) = str(caught.value).splitlines()
   said = re.match(r"config.mesh.fsdp = -1: an update keeps ([\d.]+) GiB at least on the only", line)
-  assert float(said[1]) * 2**30 == pytest.approx(20 * 11.90e9 + 9.93e9 + 1.97e9, rel=1e-3)
+  assert float(said[1]) * 2**30 == pytest.approx(16 * 11.90e9 + 9.93e9 + 1.97e9, rel=1e-3)
   for word in ("has 74.51", "optimizer 88.", "mesh.rules", ":8gpu", "lora.rank"):
     assert word in line, line
   require_room(config, 8)

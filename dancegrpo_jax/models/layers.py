@@ -91,8 +91,8 @@ def _for_tpu(x: Array, kernel: Array, stride: int) -> Callable:
 def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
   """Convolution `[b, h, w, i] x [k, k, i, o] -> [b, h', w', o]`, written so that XLA's compilers do well by it.
 
-  On a TPU it is a matrix product or nearly so where that pays, forward and backward: for a few samples a device the compiler
-  turns a convolution's space into batch, writes several times as much code for it, and expects it to run for longer.
+  On a TPU it is a matrix product or nearly so where that pays, forward and backward: with few samples a device the TPU compiler
+  moves spatial positions of a convolution into the batch, generates several times as much code, and predicts a longer run time.
 
   XLA's CPU backend takes the gradient's convolutions out of its fast library when they stand in a `lax.scan` body: the
   filter gradient of one 128-channel layer then takes seconds in place of milliseconds. On a CPU the backward pass is therefore

@@ -1,7 +1,7 @@
 """Attention kernels of one device, under a mesh.
 
 A kernel is opaque to XLA's partitioner. JAX's own rule for cuDNN's follows whatever partition it is given, and fails where that
-splits heads that don't divide (JAX 0.11.2: CLIP's 12 heads over 8 devices). So the partition is said here.
+splits heads that don't divide (JAX 0.11.2: CLIP's 12 heads over 8 devices). So this module states the partition itself.
 """
 
 from collections.abc import Callable

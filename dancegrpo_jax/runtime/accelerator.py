@@ -42,7 +42,7 @@ def claim(environment: MutableMapping[str, str]) -> bool:
   """Has JAX take `SHARE` of a GPU's memory, unless the user has set one of `DECIDES`.
 
   Returns:
-    Whether the share is ours. Without a GPU the variable has no effect.
+    True if this call set the share. Without a GPU the variable has no effect.
   """
   if any(environment.get(name) for name in DECIDES):
     return False

@@ -17,17 +17,19 @@ def use(setting: str) -> None:
   """Keeps compiled programs in a folder from now on. A damaged entry is compiled anew, with a warning.
 
   Args:
-    setting: config.logging.compilation_cache: a folder; "default", which is `default_folder` and holds at most `SIZE` bytes;
-      "" for none.
+    setting: config.logging.compilation_cache: a folder, which all processes see; "default", which is `default_folder`, holds at
+      most `SIZE` bytes and is for a single process; "" for none.
   """
   if not setting:
     jax.config.update("jax_compilation_cache_dir", None)
     return
-  # Of several processes on CPUs JAX finds process 0's programs alone: the others would compile each while it waits in the
-  # first collective, for which gloo gives them 30 s.
-  if jax.process_count() > 1 and jax.default_backend() == "cpu":
-    return
+  # Process 0 alone writes. Others that don't see its folder would compile while it waits for them in a collective, for which
+  # gloo gives them 30 s, or for its part in choosing kernels. On CPUs JAX does not find process 0's programs anywhere.
   is_default = setting == DEFAULT
+  if jax.process_count() > 1 and (is_default or jax.default_backend() == "cpu"):
+    return
+  if is_default and os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # the user has said it to JAX
+    return
   folder = default_folder(jax.default_backend()) if is_default else Path(setting)
   if str(folder) != jax.config.jax_compilation_cache_dir:
     compilation_cache.reset_cache()  # JAX looks for a folder at the first compilation of a process alone

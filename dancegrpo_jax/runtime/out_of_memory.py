@@ -103,7 +103,8 @@ def remedy(program: str, config: Any = None) -> str:
     program: what ran out of memory.
     config: its values stand beside the fields, and what it has already is left out; None: neither.
   """
-  choices = REMEDIES.get(program.split(" ")[0], _CHUNKED)
+  kind = "sample" if program.startswith("show ") else program.split(" ")[0]  # an evaluation's shapes
+  choices = REMEDIES.get(kind, _CHUNKED)
   fields = configs.flatten(config) if config is not None else {}
   said = [text for choice in choices if (text := _apt(choice, fields))]
   return ", or ".join(filter(None, [", ".join(said[:-1]), said[-1]]))
@@ -187,14 +188,14 @@ class Guarded:
     return getattr(self._program, name)
 
 
-def guarded(programs: Any) -> Any:
-  """`Programs`, each `Guarded` by its field's name, as "update"; rewards' as "score hps"."""
+def guarded(programs: Any, prefix: str = "") -> Any:
+  """`Programs`, each `Guarded` by a prefix and its field's name, as "update"; rewards' as "score hps"."""
   each = {}
   for field, program in programs._asdict().items():
     if isinstance(program, dict):
-      each[field] = {name: Guarded(f"{field} {name}", value) for name, value in program.items()}
+      each[field] = {name: Guarded(f"{prefix}{field} {name}", value) for name, value in program.items()}
     else:
-      each[field] = Guarded(field, program)
+      each[field] = Guarded(f"{prefix}{field}", program)
   return programs._replace(**each)
 
 

@@ -94,7 +94,8 @@ def chip_of(device: Any) -> Chip:
     memory = float(stats.get("bytes_limit", 0))
   except jax.errors.JaxRuntimeError:  # it isn't here: programs are only compiled for it
     cards = gpu_topologies.CARDS.values()
-    memory = accelerator.SHARE * next((card.memory for card in cards if card.kind == kind), 0)
+    share = float(os.environ.get(accelerator.VARIABLE, accelerator.SHARE))
+    memory = share * next((card.memory for card in cards if card.kind == kind), 0)
   return Chip(kind, memory, gpu_peak(kind), 0.0, 0.0)
 
 
