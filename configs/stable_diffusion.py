@@ -5,7 +5,7 @@ Presets:
           stochastic steps, 2 optimizer steps. For 8 devices of 80 GB; any number that divides 8 works.
   1gpu    the same numbers on one GPU of 80 GB: smaller chunks and microbatches, so the same result more slowly.
   v5e     the same numbers on 8 TPU v5e chips (16 GB each), or 8 larger ones: parameters and optimizer split over them, smaller
-          chunks and microbatches. Compiled for them sd_hps takes 11.8 GiB at most of a v5e; nothing was run.
+          chunks and microbatches. Compiled for them sd_hps takes 11.8 GiB at most of a v5e, 12.6 of a v6e; nothing was run.
   paper   what the paper asks where guidance is trained [P, section 3.3]: 1 optimizer step, a random 60 % of the steps.
   tiny    two iterations of a random network on a CPU, a minute: shows that everything fits together, learns nothing.
 
