@@ -3,14 +3,13 @@
 A row of metrics.jsonl is one iteration: {"iteration": 3, "reward/mean": 0.51, ...}; a value that isn't finite is null there.
 """
 
-import contextlib
 import json
 import math
 import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -182,14 +181,6 @@ class Progress:
       print(f"process {jax.process_index()}: {text}", file=self._stream, flush=True)
     else:
       self.message(text)
-
-  @contextlib.contextmanager
-  def phase(self, what: str) -> Iterator[None]:
-    """Says what is going on, as "compiling the rollout ...", and how long it took."""
-    self.message(f"{what} ...")
-    start = time.monotonic()
-    yield
-    self.message(f"{what}: {duration(time.monotonic() - start)}")
 
   def close(self) -> None:
     if self._bar is not None:
