@@ -1,10 +1,11 @@
-"""Which steps of a trajectory to train: seven ways on emoji-flux, at an equal number of the denoiser's forward passes.
+"""Which steps of a trajectory to train: seven ways on emoji-flux, at an equal number of the
+denoiser's forward passes.
 
     python benchmarks/emoji_flow_samplers.py run [--folder=runs/samplers] [ARM ...]   # about 3 minutes a run, 21 runs
     python benchmarks/emoji_flow_samplers.py plot                                     # the figure and the table
 
-A run that is finished is a line of emoji_flow_samplers.jsonl, beside this file, and is not repeated; one that was interrupted
-goes on from its checkpoint.
+A run that is finished is a line of emoji_flow_samplers.jsonl, beside this file, and is not
+repeated; one that was interrupted goes on from its checkpoint.
 """
 
 import argparse
@@ -20,8 +21,10 @@ sys.path.insert(0, str(ROOT))
 
 from dancegrpo_jax.diffusion import windows  # noqa: E402
 from dancegrpo_jax.rl import timesteps  # noqa: E402
-from dancegrpo_jax.runtime import config as configs  # noqa: E402
-from dancegrpo_jax.runtime import validation  # noqa: E402
+from dancegrpo_jax.settings import (
+  checks,  # noqa: E402
+  config_file,  # noqa: E402
+)
 
 CONFIG = str(ROOT / "configs" / "emoji_flow_clip.py")
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -29,10 +32,16 @@ FIGURE = ROOT / "assets" / "images" / "timestep_selection.png"
 SEEDS = (0, 1, 2)
 BUDGET = 28_000  # forward passes of the denoiser: rollout, old log-probs and update
 SHARED = {
-  "data.prompts_per_iteration": 8, "rollout.samples_per_prompt": 8, "rollout.chunk": 64, "optimizer.microbatch": 32,
-  "optimizer.updates_per_iteration": 2, "optimizer.learning_rate": 1e-4, "optimizer.warmup_steps": 10,
-  "evaluation.every": 0, "logging.tensorboard": False,
-}  # fmt: skip
+  "data.prompts_per_iteration": 8,
+  "rollout.samples_per_prompt": 8,
+  "rollout.chunk": 64,
+  "optimizer.microbatch": 32,
+  "optimizer.updates_per_iteration": 2,
+  "optimizer.learning_rate": 1e-4,
+  "optimizer.warmup_steps": 10,
+  "evaluation.every": 0,
+  "logging.tensorboard": False,
+}
 ARMS = {
   "dance, all steps": {"objective.timesteps": "all"},
   "dance, random 60 %": {},
@@ -40,26 +49,33 @@ ARMS = {
   "dance, first 30 %": {"objective.timesteps": "first", "objective.timestep_fraction": 0.3},
   "dance, last 40 %": {"objective.timesteps": "last", "objective.timestep_fraction": 0.4},
   "dance, sliding window of 4": {
-    "objective.timesteps": "all", "sampler.window.size": 4, "sampler.window.mode": "sliding", "sampler.window.interval": 6,
+    "objective.timesteps": "all",
+    "sampler.window.size": 4,
+    "sampler.window.mode": "sliding",
+    "sampler.window.interval": 6,
   },
   "cps, random 60 %": {"sampler.kind": "cps"},
-}  # fmt: skip
+}
 
 
 def passes(config) -> int:
   """Forward passes of the denoiser in one iteration; one with a backward pass counts as one."""
   c, updates = config.objective, config.optimizer.updates_per_iteration
-  stochastic = windows.size(config.sampler.window, validation.policy_steps(config))
+  stochastic = windows.size(config.sampler.window, checks.policy_steps(config))
   trained = timesteps.count(c.timesteps, c.timestep_fraction, stochastic)
   samples = config.data.prompts_per_iteration * config.rollout.samples_per_prompt
-  return samples * config.sampler.steps + samples * trained + samples * trained * (updates - 1) // updates
+  return (
+    samples * config.sampler.steps
+    + samples * trained
+    + samples * trained * (updates - 1) // updates
+  )
 
 
 def train(arm: str, seed: int, folder: Path) -> dict:
   """One run, as a process of its own; its line of the results."""
   changes = SHARED | ARMS[arm] | {"seed": seed}
   words = [f"{key}={value}" for key, value in changes.items()]
-  each = passes(configs.load(CONFIG, words))
+  each = passes(config_file.load(CONFIG, words))
   words.append(f"iterations={BUDGET // each}")
   workdir = folder / f"{arm.replace(',', '').replace(' %', '').replace(' ', '_')}-{seed}"
   flags = [f"--config={CONFIG}", f"--workdir={workdir}", *(f"--config.{word}" for word in words)]
@@ -107,7 +123,10 @@ def plot() -> None:
   from matplotlib import pyplot
 
   figure, axes = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
-  print("| steps trained | passes an iteration | iterations | reward at the end | evaluation | held out | runs |")
+  print(
+    "| steps trained | passes an iteration | iterations | reward at the end | evaluation | held"
+    " out | runs |"
+  )
   print("| --- | --- | --- | --- | --- | --- | --- |")
   for number, arm in enumerate(ARMS):
     rows = [row for row in read() if row["arm"] == arm]
@@ -117,9 +136,15 @@ def plot() -> None:
     curves = np.array([smooth(row["reward"]) for row in rows])
     axes.plot(x, curves.mean(0), label=arm, color=f"C{number}")
     axes.fill_between(x, curves.min(0), curves.max(0), color=f"C{number}", alpha=0.12, linewidth=0)
-    scores = [np.mean(row["reward"][-4:]) for row in rows], *([row[name] for row in rows] for name in ("evaluation", "held_out"))
+    scores = (
+      [np.mean(row["reward"][-4:]) for row in rows],
+      *([row[name] for row in rows] for name in ("evaluation", "held_out")),
+    )
     cells = [f"{np.mean(values):.3f} ({min(values):.3f}-{max(values):.3f})" for values in scores]
-    print(f"| {arm} | {rows[0]['passes']} | {len(rows[0]['reward'])} | {' | '.join(cells)} | {len(rows)} |")
+    print(
+      f"| {arm} | {rows[0]['passes']} | {len(rows[0]['reward'])} | {' | '.join(cells)} |"
+      f" {len(rows)} |"
+    )
   axes.set(xlabel="thousand forward passes of the denoiser", ylabel="reward, mean of 4 iterations")
   axes.legend(fontsize=8, frameon=False)
   axes.spines[["top", "right"]].set_visible(False)

@@ -140,10 +140,13 @@ def measure(flags: argparse.Namespace) -> dict[str, dict]:
   parts, (gpu, driver) = read(flags.out), card()
   words = [word for word in flags.argv if not word.startswith(("--out", "--results", "--cache"))]
   ran = {
-    "gpu": gpu, "driver": driver, "versions": versions(), "tiny": flags.tiny,
+    "gpu": gpu,
+    "driver": driver,
+    "versions": versions(),
+    "tiny": flags.tiny,
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     "command": shlex.join(["python", "benchmarks/gpu.py", *words]),
-  }  # fmt: skip
+  }
   write(parts, None, flags.results)  # a file that can't be written is found before anything is run
   total = flags.minutes * 60 if flags.minutes else registry.total_of(flags.parts, flags.chosen)
   say(

@@ -1,8 +1,9 @@
-"""Plans of the published recipes on TPUs and GPUs: runs `dancegrpo_jax.plan`, and writes its section of RESULTS.md.
+"""Plans of the published recipes on TPUs and GPUs: runs `dancegrpo_jax.plan`, and writes its
+section of RESULTS.md.
 
     python benchmarks/plans.py            all of them, then the section: hours of one core, and 20 GB of memory for Stable
-                                          Diffusion's updates on TPUs; needs libtpu and JAX's CUDA plugin, but no
-                                          TPU and no GPU
+                                          Diffusion's updates on TPUs; needs libtpu and JAX's CUDA
+                                          plugin, but no TPU and no GPU
     python benchmarks/plans.py NAME ...   these alone, then the section; NAME:update,rollout compiles these programs alone and
                                           keeps the others' rows of earlier calls
     python benchmarks/plans.py --write    the section alone, from the JSON files in benchmarks/plans
@@ -55,14 +56,21 @@ no times: the compiler states none for GPUs.
 def run(name: str, only: str) -> int:
   """One plan, or some of its programs; the exit code."""
   config, topology = ALL[name]
-  flags = [*f"--config={config}".split(), f"--topology={topology}", f"--out={HERE / 'plans' / name}.json", f"--only={only}"]
-  return subprocess.run([sys.executable, "-m", "dancegrpo_jax.plan", *flags], cwd=HERE.parent).returncode
+  flags = [
+    *f"--config={config}".split(),
+    f"--topology={topology}",
+    f"--out={HERE / 'plans' / name}.json",
+    f"--only={only}",
+  ]
+  return subprocess.run(
+    [sys.executable, "-m", "dancegrpo_jax.plan", *flags], cwd=HERE.parent
+  ).returncode
 
 
 def page(named: dict[str, tuple[str, str]], head: str) -> str:
   """A head and the plans of `named` for which there are JSON files."""
   sys.path.insert(0, str(HERE.parent))
-  from dancegrpo_jax.runtime import plans
+  from dancegrpo_jax.plan import table
 
   parts, versions = [], {"libtpu": "?", "jax": "?"}
   for name, (config, topology) in named.items():
@@ -70,7 +78,7 @@ def page(named: dict[str, tuple[str, str]], head: str) -> str:
     if file.exists():
       result = json.loads(file.read_text())
       versions = result["versions"]
-      parts.append(f"\n### `--config={config} --topology={topology}`\n\n{plans.report(result)}\n")
+      parts.append(f"\n### `--config={config} --topology={topology}`\n\n{table.report(result)}\n")
   return head.format(**versions) + "".join(parts)
 
 
@@ -80,7 +88,9 @@ def main(arguments: list[str]) -> int:
   names = {name: only for name, _, only in (word.partition(":") for word in asked)}
   unknown = set(names) - set(ALL)
   if unknown:
-    print(f"error: no plan {', '.join(sorted(unknown))}; there are {', '.join(ALL)}", file=sys.stderr)
+    print(
+      f"error: no plan {', '.join(sorted(unknown))}; there are {', '.join(ALL)}", file=sys.stderr
+    )
     return 2
   codes = [run(name, only) for name, only in names.items()]
   results.write_section("plans", f"{page(PLANS, HEAD)}\n{page(GPU_PLANS, GPU_HEAD)}")

@@ -1,7 +1,8 @@
-"""A scorer for reward.terms = (("remote", 1.0),): `python benchmarks/reward_server.py my_module:my_function --port=8000`.
+"""A scorer for reward.terms = (("remote", 1.0),): `python benchmarks/reward_server.py
+my_module:my_function --port=8000`.
 
-The function is called as a local one: (pixels float32 [b, (f,) h, w, 3] in [0, 1], prompts, metadata) -> b numbers, where None
-or NaN is a sample that it can't score.
+The function is called as a local one: (pixels float32 [b, (f,) h, w, 3] in [0, 1], prompts,
+metadata) -> b numbers, where None or NaN is a sample that it can't score.
 """
 
 import argparse
@@ -19,7 +20,9 @@ from PIL import Image
 def decode(body, kind):
   if kind == "application/json":
     request = json.loads(body)
-    return np.stack([np.asarray(Image.open(io.BytesIO(base64.b64decode(image)))) for image in request["images"]]), request
+    return np.stack(
+      [np.asarray(Image.open(io.BytesIO(base64.b64decode(image)))) for image in request["images"]]
+    ), request
   arrays = np.load(io.BytesIO(body), allow_pickle=False)
   return arrays["pixels"], json.loads(arrays["request"].tobytes())
 
@@ -29,7 +32,9 @@ class Handler(BaseHTTPRequestHandler):
     try:
       body = self.rfile.read(int(self.headers["Content-Length"]))
       pixels, request = decode(body, self.headers["Content-Type"])
-      scores = self.server.function(pixels.astype(np.float32) / 255, request["prompts"], request["metadata"])
+      scores = self.server.function(
+        pixels.astype(np.float32) / 255, request["prompts"], request["metadata"]
+      )
       status, answer = 200, {"scores": [None if x is None or x != x else float(x) for x in scores]}
     except Exception as error:  # whatever the function raises is the client's to hear
       status, answer = 500, {"error": f"{type(error).__name__}: {error}"}
@@ -41,7 +46,9 @@ class Handler(BaseHTTPRequestHandler):
 if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("function", help="module:function")
-  parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password")
+  parser.add_argument(
+    "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password"
+  )
   parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
   flags = parser.parse_args()
   module, _, name = flags.function.partition(":")

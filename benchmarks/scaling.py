@@ -1,10 +1,12 @@
-"""How a FLUX update's cost grows from 8 to 256 v5p chips at fixed work a chip, from programs compiled without a TPU.
+"""How a FLUX update's cost grows from 8 to 256 v5p chips at fixed work a chip, from programs
+compiled without a TPU.
 
     python benchmarks/scaling.py run     # plans, into scaling.jsonl beside this file; a finished one is not repeated
     python benchmarks/scaling.py plot    # the figure and the table
 
-Each chip has 3 samples an iteration and 27 of their transitions, in 3 optimizer steps of 9 microbatches with 1 transition a chip:
-flux_hps's recipe, which 64 chips give its 192 samples. Weights and optimizer are split over all chips.
+Each chip has 3 samples an iteration and 27 of their transitions, in 3 optimizer steps of 9
+microbatches with 1 transition a chip: flux_hps's recipe, which 64 chips give its 192 samples.
+Weights and optimizer are split over all chips.
 """
 
 import argparse
@@ -23,16 +25,34 @@ SHAPES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: 
 def plan(chips: int) -> dict:
   """The update's row of one plan."""
   changes = {
-    "mesh.lanes": chips, "rollout.chunk": chips, "optimizer.microbatch": chips, "data.prompts_per_iteration": 3 * chips // 12,
-  }  # fmt: skip
+    "mesh.lanes": chips,
+    "rollout.chunk": chips,
+    "optimizer.microbatch": chips,
+    "data.prompts_per_iteration": 3 * chips // 12,
+  }
   words = [f"--config.{key}={value}" for key, value in changes.items()]
   with tempfile.TemporaryDirectory() as folder:
     out = Path(folder) / "plan.json"
-    flags = ["--config=configs/flux_hps.py", *words, f"--topology=v5p:{SHAPES[chips]}", "--only=update", f"--out={out}"]
+    flags = [
+      "--config=configs/flux_hps.py",
+      *words,
+      f"--topology=v5p:{SHAPES[chips]}",
+      "--only=update",
+      f"--out={out}",
+    ]
     subprocess.run([sys.executable, "-m", "dancegrpo_jax.plan", *flags], cwd=ROOT, check=True)
     result = json.loads(out.read_text())
   (row,) = result["rows"]
-  kept = ("peak", "arguments", "flops", "collective", "compile_seconds", "compute_seconds", "network_seconds", "mfu")
+  kept = (
+    "peak",
+    "arguments",
+    "flops",
+    "collective",
+    "compile_seconds",
+    "compute_seconds",
+    "network_seconds",
+    "mfu",
+  )
   return {"chips": chips, "versions": result["versions"]} | {name: row[name] for name in kept}
 
 
@@ -60,14 +80,20 @@ def plot() -> None:
   figure, axes = pyplot.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
   rows = sorted(read(), key=lambda row: row["chips"])
   hbm, sent = ([row[name] / 2**30 for row in rows] for name in ("peak", "collective"))
-  compute, network = ([row[name] for row in rows] for name in ("compute_seconds", "network_seconds"))
+  compute, network = (
+    [row[name] for row in rows] for name in ("compute_seconds", "network_seconds")
+  )
   places, chips = range(len(rows)), [row["chips"] for row in rows]
   axes[0].bar(places, hbm)
   axes[1].bar(places, sent)
   axes[2].bar(places, compute, label="compute")
   axes[2].bar(places, network, bottom=compute, label="network")
   axes[2].legend(fontsize=8, frameon=False)
-  titles = "HBM of a chip, GiB of 95.7", "sent or received by a chip, GiB", "estimated time of an update, s"
+  titles = (
+    "HBM of a chip, GiB of 95.7",
+    "sent or received by a chip, GiB",
+    "estimated time of an update, s",
+  )
   for panel, title in zip(axes, titles, strict=True):
     panel.set(title=title, xlabel="v5p chips")
     panel.set_xticks(places, chips)

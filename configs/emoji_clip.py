@@ -1,8 +1,9 @@
 """The embedded default: emoji Stable Diffusion, reward = emoji-CLIP cosine. CPU, no downloads.
 
-What was found, with 16 prompts x 16 samples, 8 steps, 4 optimizer steps an iteration. reward/mean of the base is .65; "fixed" is
-the mean score of the 16 prompts with fixed noise and the deterministic sampler, .545 for the base; variety is the mean
-distance of 8 such samples of a prompt in emoji-CLIP's space, .37 for the base:
+What was found, with 16 prompts x 16 samples, 8 steps, 4 optimizer steps an iteration. reward/mean
+of the base is .65; "fixed" is the mean score of the 16 prompts with fixed noise and the
+deterministic sampler, .545 for the base; variety is the mean distance of 8 such samples of a prompt
+in emoji-CLIP's space, .37 for the base:
 
   rate, warm-up, seed            iteration   reward   fixed   variety
   2e-4, 40 steps, 0                     20     .788    .798
@@ -15,28 +16,37 @@ distance of 8 such samples of a prompt in emoji-CLIP's space, .37 for the base:
   2e-5, 20 steps, 1                     30     .764             .20   .661, .764
                                         32     .764    .759     .19   5 min 34 s on 2 idle cores, 25 s of it to compile
 
-What ends a run is variety: half of it is gone at a reward of about .77, whatever the rate. A lower rate starts more gently, so
-that more of the gain lies between the first and the last iterations.
+What ends a run is variety: half of it is gone at a reward of about .77, whatever the rate. A lower
+rate starts more gently, so that more of the gain lies between the first and the last iterations.
 
-The last of the 7 policy steps has a std of .03 and a gradient ten times the others', of which four independent batches share
-nothing: with it a run learned nothing in 77 iterations. Without the step before it too, learning was slower.
+The last of the 7 policy steps has a std of .03 and a gradient ten times the others', of which four
+independent batches share nothing: with it a run learned nothing in 77 iterations. Without the step
+before it too, learning was slower.
 """
 
 from configs import common
 
 
 def get_config(preset: str = ""):
-  """`""` the 10-minute run; `tiny` 6 iterations of few samples, for tests; `broad` all training pairs, hours of CPU or a GPU."""
+  """`""` the 10-minute run; `tiny` 6 iterations of few samples, for tests; `broad` all training
+  pairs, hours of CPU or a GPU.
+  """
   config = common.get_config()
   config.name = "emoji_clip" + (f"_{preset}" if preset else "")
   config.iterations = 30
   config.model.matmul_precision = "highest"  # float32 on every device, as what was found above
   config.sampler.steps = 8
-  config.sampler.window.size = 6  # of 7 policy steps: the cleanest hardly changes the picture and drowns the others
+  config.sampler.window.size = (
+    6  # of 7 policy steps: the cleanest hardly changes the picture and drowns the others
+  )
   config.rollout.update(samples_per_prompt=16, chunk=256)
-  config.optimizer.update(learning_rate=2e-5, warmup_steps=20, b2=0.98, updates_per_iteration=4, microbatch=96)
+  config.optimizer.update(
+    learning_rate=2e-5, warmup_steps=20, b2=0.98, updates_per_iteration=4, microbatch=96
+  )
   config.objective.clip_range = 5e-3
-  config.evaluation.update(every=10, prompts=16, samples=8, distractors="assets/prompts/emoji_train.txt")
+  config.evaluation.update(
+    every=10, prompts=16, samples=8, distractors="assets/prompts/emoji_train.txt"
+  )
   config.checkpoint.every = 10
   if preset == "tiny":
     config.iterations = 6

@@ -1,7 +1,9 @@
-"""The embedded rectified-flow model: emoji FLUX, reward = emoji-CLIP cosine, the dance SDE. CPU, no downloads.
+"""The embedded rectified-flow model: emoji FLUX, reward = emoji-CLIP cosine, the dance SDE. CPU, no
+downloads.
 
-What was found with 16 prompts x 16 samples, noise level 0.7 and 5e-5, as `evaluate` sees the run's prompts (8 samples each,
-deterministic, unseen noise); the base scores .607, with 42 % nearest to their own caption and a diversity of .316:
+What was found with 16 prompts x 16 samples, noise level 0.7 and 5e-5, as `evaluate` sees the run's
+prompts (8 samples each, deterministic, unseen noise); the base scores .607, with 42 % nearest to
+their own caption and a diversity of .316:
 
   seed   iterations   reward of the first and last 5   score   retrieval   diversity
   0              30   .604 .719                         .722        70 %        .226
@@ -9,8 +11,8 @@ deterministic, unseen noise); the base scores .607, with 42 % nearest to their o
   1              30   .608 .703
   1              40   .608 .731                         .733        71 %        .208
 
-40 iterations took 8 min 15 s and 8 min 43 s on one core, half a minute of it to compile, and 6 min 41 s on two. Held-out
-prompts gain next to nothing: .566 -> .574, retrieval 31 % -> 34 % (seed 0).
+40 iterations took 8 min 15 s and 8 min 43 s on one core, half a minute of it to compile, and 6 min
+41 s on two. Held-out prompts gain next to nothing: .566 -> .574, retrieval 31 % -> 34 % (seed 0).
 """
 
 from configs import common
@@ -25,11 +27,17 @@ def get_config(preset: str = ""):
   config.iterations = 40
   config.model.update(family="flux", checkpoint="assets/emoji-flux", text_length=12)
   config.model.matmul_precision = "highest"  # float32 on every device, as what was found above
-  config.sampler.update(kind="dance", noise_level=0.7, steps=8)  # 7 policy steps, of which each sample trains a random 4
+  config.sampler.update(
+    kind="dance", noise_level=0.7, steps=8
+  )  # 7 policy steps, of which each sample trains a random 4
   config.rollout.update(samples_per_prompt=16, chunk=256)
-  config.optimizer.update(learning_rate=5e-5, warmup_steps=20, b2=0.98, updates_per_iteration=4, microbatch=128)
+  config.optimizer.update(
+    learning_rate=5e-5, warmup_steps=20, b2=0.98, updates_per_iteration=4, microbatch=128
+  )
   config.objective.clip_range = 5e-3
-  config.evaluation.update(every=10, prompts=16, samples=8, distractors="assets/prompts/emoji_train.txt")
+  config.evaluation.update(
+    every=10, prompts=16, samples=8, distractors="assets/prompts/emoji_train.txt"
+  )
   config.checkpoint.every = 10
   if preset == "tiny":
     config.iterations = 6

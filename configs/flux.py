@@ -1,30 +1,35 @@
-"""What the flux_*.py files share: DanceGRPO's recipe for FLUX.1-dev and its presets. Not a run by itself.
+"""What the flux_*.py files share: DanceGRPO's recipe for FLUX.1-dev and its presets. Not a run by
+itself.
 
 Presets:
   ""      the published code's recipe [C] for 16 GPUs: 720x720, the dance SDE at level 0.3 in 16 steps, time shift 3, embedded
-          guidance 3.5, 16 prompts x 12 samples, a random 60 % of the 15 stochastic steps (9), 3 optimizer steps. Any number of
-          devices that divides 64 computes the same; how much memory each then needs stands below. 64 TPU chips take three rows
-          of a microbatch each: `python -m dancegrpo_jax.plan` and benchmarks/RESULTS.md say how that fits.
+          guidance 3.5, 16 prompts x 12 samples, a random 60 % of the 15 stochastic steps (9), 3
+          optimizer steps. Any number of devices that divides 64 computes the same; how much memory
+          each then needs stands below. 64 TPU chips take three rows of a microbatch each: `python
+          -m dancegrpo_jax.plan` and benchmarks/RESULTS.md say how that fits.
   8gpu    the same recipe on eight GPUs of 80 GB: 8 samples a device in a chunk and 4 rows in a microbatch.
   tiny    two iterations of a random network on a CPU, a minute or two: shows that everything fits together, learns nothing.
 
-Memory, computed from the parameter counts and not measured (GB of 10^9 bytes), all devices together, split over mesh.fsdp:
+Memory, computed from the parameter counts and not measured (GB of 10^9 bytes), all devices
+together, split over mesh.fsdp:
   transformer 11.90 B parameters, float32: weights 47.6, Adam's moments 95.2, gradients and their sum 95.2            238.0
   T5-XXL 4.76 B parameters in bfloat16                                                                                  9.5
   latents of an iteration, 192 x 16 of 16x90x90 in float32                                                              1.6
-and on every device, whole: the autoencoder, 83.8 M in bfloat16 0.2 (CLIP-L and the reward's network, see each file, are split
-too), and activations: with rematerialised blocks 0.9 for the stored inputs of the 57 blocks and as an estimate 2 for the block at
-work, for each of a device's rows of a microbatch. 16 devices, 12 rows: 16 + 35 a device. 8gpu, 4 rows: 31 + 12; compiled for
-eight H100 it takes 34.0 GiB at most (the update; benchmarks/RESULTS.md). On one device of 80 GB it does not fit, and a run says
-so before it reads any weights: use LoRA.
+and on every device, whole: the autoencoder, 83.8 M in bfloat16 0.2 (CLIP-L and the reward's
+network, see each file, are split too), and activations: with rematerialised blocks 0.9 for the
+stored inputs of the 57 blocks and as an estimate 2 for the block at work, for each of a device's
+rows of a microbatch. 16 devices, 12 rows: 16 + 35 a device. 8gpu, 4 rows: 31 + 12; compiled for
+eight H100 it takes 34.0 GiB at most (the update; benchmarks/RESULTS.md). On one device of 80 GB it
+does not fit, and a run says so before it reads any weights: use LoRA.
 
-Compute: about 37 TFLOP a forward pass of one row (2025 image and 512 text tokens), so 0.4 EFLOP an iteration, with the
-rematerialised forward and the recomputed old log-probs.
+Compute: about 37 TFLOP a forward pass of one row (2025 image and 512 text tokens), so 0.4 EFLOP an
+iteration, with the rematerialised forward and the recomputed old log-probs.
 
-Weights: black-forest-labs/FLUX.1-dev of the Hugging Face hub, 34 GB. Its licence must be accepted on its page and `hf auth
-login` be run once; then it is fetched when it isn't cached. FLUX.1-schnell goes in the same place with
---config.model.checkpoint=black-forest-labs/FLUX.1-schnell --config.model.text_length=256: it takes no guidance.
-Prompts: 400 of this project. The paper's are HPDv2's: `python -m dancegrpo_jax.data.hpdv2_prompts`, then
+Weights: black-forest-labs/FLUX.1-dev of the Hugging Face hub, 34 GB. Its licence must be accepted
+on its page and `hf auth login` be run once; then it is fetched when it isn't cached. FLUX.1-schnell
+goes in the same place with --config.model.checkpoint=black-forest-labs/FLUX.1-schnell
+--config.model.text_length=256: it takes no guidance. Prompts: 400 of this project. The paper's are
+HPDv2's: `python -m dancegrpo_jax.data.hpdv2_prompts`, then
 --config.data.prompts=tfds:hpdv2_prompts.
 """
 
@@ -34,9 +39,10 @@ from configs import common
 
 PRESETS = ("", "8gpu", "tiny")
 RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
-# Kernels `[.., in, out]` along `in`: a TPU lays the last axis out in lanes of 128, and collects narrower pieces (3072 over
-# 64 chips are 48) as a sum with zeros, twice the bytes. v5p sums even so (libtpu 0.0.42.1, 64 chips), v5e and v6e gather.
-# Norms' scales and what stands at the network's ends is small.
+# Kernels `[.., in, out]` along `in`: a TPU lays the last axis out in lanes of 128, and collects
+# narrower pieces (3072 over 64 chips are 48) as a sum with zeros, twice the bytes. v5p sums even so
+# (libtpu 0.0.42.1, 64 chips), v5e and v6e gather. Norms' scales and what stands at the network's
+# ends is small.
 SPLIT = (
   ("denoiser/(single_)?transformer_blocks/.*/kernel", ("...", "fsdp", None)),
   ("denoiser/(single_)?transformer_blocks/.*/bias", ("...", "fsdp")),
@@ -81,11 +87,20 @@ def recipe(name: str, preset: str) -> ConfigDict:
   config.rollout.update(samples_per_prompt=12, shared_noise=True, chunk=64)
   config.objective.update(clip_range=1e-4, timesteps="random", timestep_fraction=0.6)  # 9 of 15
   config.optimizer.update(
-    learning_rate=1e-5, b1=0.9, b2=0.999, eps=1e-8, weight_decay=1e-4, max_grad_norm=1.0, updates_per_iteration=3, microbatch=192
+    learning_rate=1e-5,
+    b1=0.9,
+    b2=0.999,
+    eps=1e-8,
+    weight_decay=1e-4,
+    max_grad_norm=1.0,
+    updates_per_iteration=3,
+    microbatch=192,
   )
   config.advantage.clamp = 5.0
   config.mesh.update(data=1, fsdp=-1, lanes=64, rules=SPLIT, reward_rules=SPLIT_REWARDS)
-  config.evaluation.update(every=20, prompts=8, steps=28, samples=4)  # 28: what diffusers' FluxPipeline takes
+  config.evaluation.update(
+    every=20, prompts=8, steps=28, samples=4
+  )  # 28: what diffusers' FluxPipeline takes
   config.checkpoint.update(every=20, keep=2)
   if preset == "8gpu":
     config.mesh.lanes = 8  # one lane a device
@@ -96,15 +111,24 @@ def recipe(name: str, preset: str) -> ConfigDict:
 
 
 def _tiny(config: ConfigDict) -> None:
-  """Two iterations of networks with random weights (assets/random-flux holds their config.json files)."""
+  """Two iterations of networks with random weights (assets/random-flux holds their config.json
+  files).
+  """
   config.iterations = 2
   config.model.update(
-    checkpoint="random:assets/random-flux", size=(32, 32), dtype="float32", frozen_dtype="float32", remat=False, text_length=16
+    checkpoint="random:assets/random-flux",
+    size=(32, 32),
+    dtype="float32",
+    frozen_dtype="float32",
+    remat=False,
+    text_length=16,
   )
   config.data.prompts_per_iteration = 4
   config.sampler.steps = 4
   config.rollout.update(samples_per_prompt=4, chunk=16)
-  config.optimizer.update(updates_per_iteration=1, microbatch=16)  # one pass: on a CPU compiling takes longer than running
+  config.optimizer.update(
+    updates_per_iteration=1, microbatch=16
+  )  # one pass: on a CPU compiling takes longer than running
   config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),), reward_rules=((".*", ()),))
   config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
   config.checkpoint.every = 2

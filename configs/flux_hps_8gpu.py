@@ -1,8 +1,10 @@
-"""FLUX.1-dev, reward = HPS-v2.1, the published code's recipe for 8 GPUs of 80 GB: 2 optimizer steps, gradient clip 0.01, EMA.
+"""FLUX.1-dev, reward = HPS-v2.1, the published code's recipe for 8 GPUs of 80 GB: 2 optimizer
+steps, gradient clip 0.01, EMA.
 
-What differs from flux_hps.py:8gpu stands below; weights and commands are the same. The average is one more copy of the
-transformer, 47.6 GB over all devices (computed, as in configs/flux.py): about 37 GB a device for weights and optimizer, 12 for
-activations, 2 for the reward. The presets "" and "8gpu" are the same here.
+What differs from flux_hps.py:8gpu stands below; weights and commands are the same. The average is
+one more copy of the transformer, 47.6 GB over all devices (computed, as in configs/flux.py): about
+37 GB a device for weights and optimizer, 12 for activations, 2 for the reward. The presets "" and
+"8gpu" are the same here.
 
     python -m dancegrpo_jax.main --config=configs/flux_hps_8gpu.py --config.model.allow_pickle=true
 """

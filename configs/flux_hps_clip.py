@@ -1,9 +1,10 @@
 """FLUX.1-dev, two rewards: HPS-v2.1 and CLIP score, added as advantages with weights 0.7 and 1.4.
 
-HPS alone drives images to an oily look and lowers GenEval (.659 -> .561); CLIP holds them to the prompt (paper: HPS .343, CLIP
-.427 and GenEval .687 together, .372 and .376 with HPS alone). The weights are those of the published Stable Diffusion run; FLUX's
-own aren't known. Hardware, memory and the model's weights: configs/flux.py; the rewards' weights: flux_hps.py and sd_clip.py. On
-top, computed and not measured: 1413.7 M parameters in bfloat16, 2.8 GB a device.
+HPS alone drives images to an oily look and lowers GenEval (.659 -> .561); CLIP holds them to the
+prompt (paper: HPS .343, CLIP .427 and GenEval .687 together, .372 and .376 with HPS alone). The
+weights are those of the published Stable Diffusion run; FLUX's own aren't known. Hardware, memory
+and the model's weights: configs/flux.py; the rewards' weights: flux_hps.py and sd_clip.py. On top,
+computed and not measured: 1413.7 M parameters in bfloat16, 2.8 GB a device.
 
     python -m dancegrpo_jax.main --config=configs/flux_hps_clip.py --config.model.allow_pickle=true
 """

@@ -1,8 +1,8 @@
 """FLUX.1-dev, reward = PickScore (cosine, without its own scale).
 
-Hardware, memory and the model's weights: configs/flux.py. On top, computed and not measured: ViT-H/14, 986.1 M parameters in
-bfloat16, 2.0 GB a device; from yuvalkirstain/PickScore_v1 of the hub (3.9 GB on disk), tokenizer from
-laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
+Hardware, memory and the model's weights: configs/flux.py. On top, computed and not measured:
+ViT-H/14, 986.1 M parameters in bfloat16, 2.0 GB a device; from yuvalkirstain/PickScore_v1 of the
+hub (3.9 GB on disk), tokenizer from laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
 
     python -m dancegrpo_jax.main --config=configs/flux_pick.py
 """

@@ -1,10 +1,13 @@
-"""Stable Diffusion v1.4, reward = LAION's aesthetic predictor v2 (points, about 1 to 10; it never sees the prompt).
+"""Stable Diffusion v1.4, reward = LAION's aesthetic predictor v2 (points, about 1 to 10; it never
+sees the prompt).
 
-Hardware, memory and the model's weights: configs/stable_diffusion.py. On top, computed and not measured: CLIP ViT-L/14, 427.6 M
-parameters in bfloat16, 0.9 GB, from openai/clip-vit-large-patch14 of the hub, and the predictor's head (1 M, float32), a pickle:
-sac+logos+ava1-l14-linearMSE.pth of https://github.com/christophschuhmann/improved-aesthetic-predictor into checkpoints/.
+Hardware, memory and the model's weights: configs/stable_diffusion.py. On top, computed and not
+measured: CLIP ViT-L/14, 427.6 M parameters in bfloat16, 0.9 GB, from openai/clip-vit-large-patch14
+of the hub, and the predictor's head (1 M, float32), a pickle: sac+logos+ava1-l14-linearMSE.pth of
+https://github.com/christophschuhmann/improved-aesthetic-predictor into checkpoints/.
 
-    python -m dancegrpo_jax.main --config=configs/sd_aesthetic.py:1gpu --config.model.allow_pickle=true
+    python -m dancegrpo_jax.main --config=configs/sd_aesthetic.py:1gpu
+    --config.model.allow_pickle=true
 """
 
 from configs import stable_diffusion

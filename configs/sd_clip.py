@@ -1,8 +1,9 @@
 """Stable Diffusion v1.4, reward = CLIP score (cosine of image and prompt).
 
-Hardware, memory and the model's weights: configs/stable_diffusion.py. On top, computed and not measured: CLIP ViT-L/14, 427.6 M
-parameters in bfloat16, 0.9 GB; from openai/clip-vit-large-patch14 of the hub (1.7 GB on disk). The paper scores with DFN5B's
-ViT-H/14 (986.1 M, 2.0 GB): download apple/DFN5B-CLIP-ViT-H-14 into a folder for --config.reward.clip.checkpoint, and take
+Hardware, memory and the model's weights: configs/stable_diffusion.py. On top, computed and not
+measured: CLIP ViT-L/14, 427.6 M parameters in bfloat16, 0.9 GB; from openai/clip-vit-large-patch14
+of the hub (1.7 GB on disk). The paper scores with DFN5B's ViT-H/14 (986.1 M, 2.0 GB): download
+apple/DFN5B-CLIP-ViT-H-14 into a folder for --config.reward.clip.checkpoint, and take
 --config.reward.clip.tokenizer=openai/clip-vit-large-patch14.
 
     python -m dancegrpo_jax.main --config=configs/sd_clip.py:1gpu --workdir=runs/sd_clip

@@ -1,9 +1,11 @@
-"""Stable Diffusion v1.4, reward = -kB as a JPEG of quality 95 (DDPO, arXiv 2305.13301): the task that needs no reward model.
+"""Stable Diffusion v1.4, reward = -kB as a JPEG of quality 95 (DDPO, arXiv 2305.13301): the task
+that needs no reward model.
 
-Hardware, memory and the model's weights: configs/stable_diffusion.py; the reward runs on the host. Incompressibility:
---config.reward.compressibility.sign=1.
+Hardware, memory and the model's weights: configs/stable_diffusion.py; the reward runs on the host.
+Incompressibility: --config.reward.compressibility.sign=1.
 
-    python -m dancegrpo_jax.main --config=configs/sd_compressibility.py:1gpu --workdir=runs/sd_compressibility
+    python -m dancegrpo_jax.main --config=configs/sd_compressibility.py:1gpu
+    --workdir=runs/sd_compressibility
 """
 
 from configs import stable_diffusion

@@ -1,10 +1,13 @@
-"""Stable Diffusion v1.4, two rewards: HPS-v2.1 and CLIP score, added as advantages with weights 0.7 and 1.4 [C].
+"""Stable Diffusion v1.4, two rewards: HPS-v2.1 and CLIP score, added as advantages with weights 0.7
+and 1.4 [C].
 
-HPS alone drives images to an oily look; CLIP holds them to the prompt (paper: HPS .335, CLIP .395 together, .365 and .380 with
-HPS alone). Hardware, memory and the model's weights: configs/stable_diffusion.py; the rewards' weights: sd_hps.py and
-sd_clip.py. On top, computed and not measured: 1413.7 M parameters in bfloat16, 2.8 GB.
+HPS alone drives images to an oily look; CLIP holds them to the prompt (paper: HPS .335, CLIP .395
+together, .365 and .380 with HPS alone). Hardware, memory and the model's weights:
+configs/stable_diffusion.py; the rewards' weights: sd_hps.py and sd_clip.py. On top, computed and
+not measured: 1413.7 M parameters in bfloat16, 2.8 GB.
 
-    python -m dancegrpo_jax.main --config=configs/sd_hps_clip.py:1gpu --config.model.allow_pickle=true
+    python -m dancegrpo_jax.main --config=configs/sd_hps_clip.py:1gpu
+    --config.model.allow_pickle=true
 """
 
 from configs import stable_diffusion

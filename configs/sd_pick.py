@@ -1,8 +1,8 @@
 """Stable Diffusion v1.4, reward = PickScore (cosine, without its own scale).
 
-Hardware, memory and the model's weights: configs/stable_diffusion.py. On top, computed and not measured: ViT-H/14, 986.1 M
-parameters in bfloat16, 2.0 GB; from yuvalkirstain/PickScore_v1 of the hub (3.9 GB on disk), tokenizer from
-laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
+Hardware, memory and the model's weights: configs/stable_diffusion.py. On top, computed and not
+measured: ViT-H/14, 986.1 M parameters in bfloat16, 2.0 GB; from yuvalkirstain/PickScore_v1 of the
+hub (3.9 GB on disk), tokenizer from laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
 
     python -m dancegrpo_jax.main --config=configs/sd_pick.py:1gpu --workdir=runs/sd_pick
 """

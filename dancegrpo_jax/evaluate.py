@@ -1,4 +1,5 @@
-"""Command: scores of a checkpoint next to its base model's, on prompts with noise that training never saw.
+"""Command: scores of a checkpoint next to its base model's, on prompts with noise that training
+never saw.
 
     python -m dancegrpo_jax.evaluate --config=configs/emoji_clip.py --checkpoint=runs/emoji_clip \\
       --out=runs/emoji_clip/evaluation.json
@@ -11,16 +12,22 @@ from pathlib import Path
 
 import numpy as np
 
-from dancegrpo_jax.runtime import accelerator
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.devices import accelerator
+from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.settings import command_line
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
-  parser.add_argument("--checkpoint", required=True, help="a workdir, its checkpoints/ folder, or base")
-  parser.add_argument("--prompts", action="append", help="prompt files; default: data.prompts and data.held_out")
-  parser.add_argument("--out", required=True, help="JSON file; a folder of its name gets the images")
+  parser.add_argument(
+    "--checkpoint", required=True, help="a workdir, its checkpoints/ folder, or base"
+  )
+  parser.add_argument(
+    "--prompts", action="append", help="prompt files; default: data.prompts and data.held_out"
+  )
+  parser.add_argument(
+    "--out", required=True, help="JSON file; a folder of its name gets the images"
+  )
 
 
 def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -38,19 +45,25 @@ def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[flo
 
 
 def diversity(embeddings: np.ndarray) -> float:
-  """Mean pairwise cosine distance within groups of two samples or more, `[prompts, samples, d]` of length 1."""
+  """Mean pairwise cosine distance within groups of two samples or more, `[prompts, samples, d]` of
+  length 1.
+  """
   samples = embeddings.shape[1]
   products = np.einsum("psd,ptd->pst", embeddings, embeddings)
   return float(1 - (products.sum((1, 2)) - samples).mean() / (samples * (samples - 1)))
 
 
 def top1(embeddings: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-  """Whether each image is nearest to its own caption, `[prompts, samples]`; row p of `candidates` is prompt p's."""
+  """Whether each image is nearest to its own caption, `[prompts, samples]`; row p of `candidates`
+  is prompt p's.
+  """
   return (embeddings @ candidates.T).argmax(-1) == np.arange(len(embeddings))[:, None]
 
 
 def candidate_prompts(prompts: list, pool: list, count: int) -> list:
-  """The prompts themselves, then others from the pool (evenly spread, so that they are not all alike), `count` in all."""
+  """The prompts themselves, then others from the pool (evenly spread, so that they are not all
+  alike), `count` in all.
+  """
   own = {example.prompt for example in prompts}
   others = [example for example in pool if example.prompt not in own]
   wanted = max(0, min(count - len(prompts), len(others)))
@@ -59,13 +72,16 @@ def candidate_prompts(prompts: list, pool: list, count: int) -> list:
 
 
 def measure(opened, weights, examples: list, pool: list) -> tuple[dict, np.ndarray]:
-  """Scores of all samples of one set of weights on one prompt list; `pool` holds the captions to tell an image's own from.
+  """Scores of all samples of one set of weights on one prompt list; `pool` holds the captions to
+  tell an image's own from.
 
   Returns:
-    ({term: `[prompts, samples]`}, pixels); "<reward>/retrieval" and "<reward>/diversity" too where it has an image embedding.
+    ({term: `[prompts, samples]`}, pixels); "<reward>/retrieval" and "<reward>/diversity" too where
+    it has an image embedding.
   """
-  from dancegrpo_jax import programs, sampling, scoring
-  from dancegrpo_jax.runtime import out_of_memory
+  from dancegrpo_jax import programs, scoring
+  from dancegrpo_jax.assembly import sampling
+  from dancegrpo_jax.devices import out_of_memory
 
   config, model, run = opened.config, opened.model, opened.programs
   samples = config.evaluation.samples
@@ -99,15 +115,20 @@ def compare(base: dict, tuned: dict) -> dict:
       continue
     low, high = bootstrap(after - before)
     rows[term] = {
-      "base": float(np.nanmean(before)), "checkpoint": float(np.nanmean(after)),
-      "difference": float(np.nanmean(after - before)), "low": low, "high": high,
-    }  # fmt: skip
+      "base": float(np.nanmean(before)),
+      "checkpoint": float(np.nanmean(after)),
+      "difference": float(np.nanmean(after - before)),
+      "low": low,
+      "high": high,
+    }
   return rows
 
 
 def keep(folder: Path, examples: list, scores: dict, pixels: np.ndarray) -> list[dict]:
-  """Writes every image of one set of weights; a row each with prompt, file and scores (None where one failed)."""
-  from dancegrpo_jax.runtime import images
+  """Writes every image of one set of weights; a row each with prompt, file and scores (None where
+  one failed).
+  """
+  from dancegrpo_jax.report import images
 
   count = pixels.shape[1]
   files = images.save_images(folder, pixels.reshape(-1, *pixels.shape[2:]))
@@ -121,17 +142,26 @@ def keep(folder: Path, examples: list, scores: dict, pixels: np.ndarray) -> list
 
 def table(results: dict) -> str:
   """The comparison for people."""
-  lines = [f"{'prompts':<28} {'score':<16} {'base':>8} {'trained':>8} {'change':>8}   95 % interval"]
+  lines = [
+    f"{'prompts':<28} {'score':<16} {'base':>8} {'trained':>8} {'change':>8}   95 % interval"
+  ]
   for name, rows in results.items():
     for term, row in rows.items():
       interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]" if "low" in row else ""
-      lines.append(f"{name:<28} {term:<16} {row['base']:8.4f} {row['checkpoint']:8.4f} {row['difference']:+8.4f}   {interval}")
+      lines.append(
+        f"{name:<28} {term:<16} {row['base']:8.4f} {row['checkpoint']:8.4f}"
+        f" {row['difference']:+8.4f}   {interval}"
+      )
   return "\n".join(lines)
 
 
-def side_by_side(before: np.ndarray, after: np.ndarray, examples: list, columns: int = 8, most: int = 16):
-  """A grid of the first sample of the first prompts: a row of the base model's, the checkpoint's below it. A PIL image."""
-  from dancegrpo_jax.runtime import images
+def side_by_side(
+  before: np.ndarray, after: np.ndarray, examples: list, columns: int = 8, most: int = 16
+):
+  """A grid of the first sample of the first prompts: a row of the base model's, the checkpoint's
+  below it. A PIL image.
+  """
+  from dancegrpo_jax.report import images
 
   tiles, captions = [], []
   for start in range(0, min(most, len(examples)), columns):
@@ -143,26 +173,33 @@ def side_by_side(before: np.ndarray, after: np.ndarray, examples: list, columns:
 
 
 def run(config, checkpoint: str, files: list[str], out: Path) -> dict:
-  """Samples base and checkpoint on each prompt file with the same noise; writes JSON, the images and grids of them.
+  """Samples base and checkpoint on each prompt file with the same noise; writes JSON, the images
+  and grids of them.
 
-  Beside `out` = x.json: x/<prompts>.png, base above checkpoint, and x/<prompts>/{base,checkpoint}/000.png ...
+  Beside `out` = x.json: x/<prompts>.png, base above checkpoint, and
+  x/<prompts>/{base,checkpoint}/000.png ...
 
   Raises:
     ConfigError: a checkpoint or prompt file that can't be used.
   """
   import jax
 
-  from dancegrpo_jax import sampling
+  from dancegrpo_jax.assembly import sampling
   from dancegrpo_jax.data import prompts
-  from dancegrpo_jax.runtime import images, validation
+  from dancegrpo_jax.report import images
+  from dancegrpo_jax.settings import checks
 
   device = jax.devices()[0]
   facts = accelerator.facts(device)
-  validation.validate(config, num_devices=jax.device_count(), **facts)
+  checks.validate(config, num_devices=jax.device_count(), **facts)
   accelerator.say_share(device.platform)
   try:
     lists = {file: prompts.read_prompts(file, config.data.negative_prompt) for file in files}
-    pool = prompts.read_prompts(config.evaluation.distractors) if config.evaluation.distractors else sum(lists.values(), [])
+    pool = (
+      prompts.read_prompts(config.evaluation.distractors)
+      if config.evaluation.distractors
+      else sum(lists.values(), [])
+    )
   except ValueError as error:
     raise ConfigError(str(error)) from error
   results, rows, folder = {}, {}, out.with_suffix("")
@@ -177,7 +214,9 @@ def run(config, checkpoint: str, files: list[str], out: Path) -> dict:
         "base": keep(folder / name / "base", examples, base, before),
         "checkpoint": keep(folder / name / "checkpoint", examples, tuned, after),
       }
-  out.write_text(json.dumps({"checkpoint": checkpoint, "results": results, "samples": rows}, indent=1) + "\n")
+  out.write_text(
+    json.dumps({"checkpoint": checkpoint, "results": results, "samples": rows}, indent=1) + "\n"
+  )
   print(table(results))
   return results
 
@@ -186,15 +225,20 @@ def main(argv: list[str]) -> int:
   """Reads the flags and evaluates; returns the exit code, 2 for a mistake."""
 
   def command() -> None:
-    line = configs.parse_argv(argv, "Score a checkpoint next to its base model.", add_flags)
+    line = command_line.parse_argv(argv, "Score a checkpoint next to its base model.", add_flags)
     accelerator.start()
     if Path(line.flags.out).suffix != ".json":
-      raise ConfigError(f"--out={line.flags.out}: must end with .json; the images go into the folder of that name without it")
-    configs.require_writable(f"--out={line.flags.out}", Path(line.flags.out).parent)
-    files = line.flags.prompts or [file for file in (line.config.data.prompts, line.config.data.held_out) if file]
+      raise ConfigError(
+        f"--out={line.flags.out}: must end with .json; the images go into the folder of that"
+        " name without it"
+      )
+    command_line.require_writable(f"--out={line.flags.out}", Path(line.flags.out).parent)
+    files = line.flags.prompts or [
+      file for file in (line.config.data.prompts, line.config.data.held_out) if file
+    ]
     run(line.config, line.flags.checkpoint, files, Path(line.flags.out))
 
-  return configs.exit_on_mistake(command)
+  return command_line.exit_on_mistake(command)
 
 
 if __name__ == "__main__":

@@ -1,37 +1,39 @@
 """Command: train.
 
-    python -m dancegrpo_jax.main --config=configs/emoji_clip.py [--config.key=value ...] [--workdir=DIR]
-    ... --coordinator=HOST:PORT --num-processes=N --process-id=I      several processes where nothing else says who they are
+python -m dancegrpo_jax.main --config=configs/emoji_clip.py [--config.key=value ...] [--workdir=DIR]
+... --coordinator=HOST:PORT --num-processes=N --process-id=I      several processes where nothing else says who they are
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from dancegrpo_jax.runtime import accelerator, distributed
-from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.devices import accelerator, processes
+from dancegrpo_jax.settings import command_line, stored_config
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command alone."""
   parser.add_argument("--workdir", help="default: runs/<config name>; running again on it resumes")
-  distributed.add_flags(parser)
+  processes.add_flags(parser)
 
 
 def main(argv: list[str]) -> int:
   """Reads the flags and runs; returns the exit code, 2 for a mistake."""
 
   def command() -> None:
-    line = configs.parse_argv(argv, "GRPO post-training of an image generator.", add_flags)
+    line = command_line.parse_argv(argv, "GRPO post-training of an image generator.", add_flags)
     accelerator.start()
     from dancegrpo_jax import train  # after the flags: a misspelt one is answered at once
 
-    distributed.start(line.flags)  # before anything touches a device
+    processes.start(line.flags)  # before anything touches a device
     remedy = "start all of them with the same --config, --config.key and files"
-    distributed.require_same(configs.digest(line.config), "the processes have different configs", remedy)
+    processes.require_same(
+      stored_config.digest(line.config), "the processes have different configs", remedy
+    )
     train.run(line.config, Path(line.flags.workdir or f"runs/{line.config.name}"))
 
-  return configs.exit_on_mistake(command)
+  return command_line.exit_on_mistake(command)
 
 
 if __name__ == "__main__":

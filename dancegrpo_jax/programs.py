@@ -1,6 +1,7 @@
 """The compiled functions of an iteration: the only file that calls jax.jit.
 
-Each is compiled once: shapes are static, and what changes from call to call (iteration, sample numbers) is an argument.
+Each is compiled once: shapes are static, and what changes from call to call (iteration, sample
+numbers) is an argument.
 """
 
 import functools
@@ -13,32 +14,39 @@ import optax
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.diffusion import windows
 from dancegrpo_jax.diffusion.guidance import classifier_free
 from dancegrpo_jax.models import lora
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.rewards.base import Reward
-from dancegrpo_jax.rl import advantages, lanes, state, update
-from dancegrpo_jax.rl.rollout import Policy, Rollout, rollout
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime import rng
+from dancegrpo_jax.rl import advantages, lanes, rng, state, update
+from dancegrpo_jax.rl.policy import objective_of, policy_of
+from dancegrpo_jax.rl.rollout import Rollout, rollout
+from dancegrpo_jax.rl.state import learning_rate, optimizer_of
 from dancegrpo_jax.types import Conditioning, Media, PyTree
 
 
 class Programs(NamedTuple):
-  """The iteration's compiled functions. P prompts, G samples each, B = P G; sample number b is sample b % G of prompt b // G.
+  """The iteration's compiled functions. P prompts, G samples each, B = P G; sample number b is
+  sample b % G of prompt b // G.
 
   Attributes:
     encode: `(frozen, tokens [n, t]) -> rows`, on every device.
-    rollout: `(trainable, frozen, conditioning, prompt_ids [P], numbers [chunk], iteration) -> Rollout`.
-    sample: `(trainable, frozen, conditioning, prompt_ids [P], numbers [chunk], seed) -> latents`, deterministic sampler.
+    rollout: `(trainable, frozen, conditioning, prompt_ids [P], numbers [chunk], iteration) ->
+      Rollout`.
+    sample: `(trainable, frozen, conditioning, prompt_ids [P], numbers [chunk], seed) -> latents`,
+      deterministic sampler.
     decode: `(frozen, latents) -> pixels`.
     features: `(reward params, prepared) -> features`, per device reward.
-    score: `(reward params, pixels, features, numbers, group) -> {term: f32[chunk]}`, per device reward.
-    join: `({term: [f32[chunk], ..]}, order [B]) -> {term: f32[P, G]}`: the chunks' scores, sample by sample.
-    advantages: `(scores {term: [P, G]}, prompt_ids, prompt_stats) -> (advantage [B'], weight [B'], chosen [B'], stats, metrics)`.
-    update: `(state, frozen, reference, conditioning, prompt_ids, rollouts, advantage, weight, chosen, iteration)
-      -> (state, metrics)`; donates the state.
+    score: `(reward params, pixels, features, numbers, group) -> {term: f32[chunk]}`, per device
+      reward.
+    join: `({term: [f32[chunk], ..]}, order [B]) -> {term: f32[P, G]}`: the chunks' scores, sample
+      by sample.
+    advantages: `(scores {term: [P, G]}, prompt_ids, prompt_stats) -> (advantage [B'], weight [B'],
+      chosen [B'], stats, metrics)`.
+    update: `(state, frozen, reference, conditioning, prompt_ids, rollouts, advantage, weight,
+      chosen, iteration) -> (state, metrics)`; donates the state.
   """
 
   encode: Callable
@@ -52,44 +60,14 @@ class Programs(NamedTuple):
   update: Callable
 
 
-def policy_of(config: ConfigDict, prediction: str) -> Policy:
-  """The training sampler of a config."""
-  sampler = config.sampler
-  policy = Policy(
-    sampler.kind, sampler.noise_level, prediction, sampler.steps, 0, sampler.window.outside, sampler.last_step,
-    config.objective.log_prob,
-  )  # fmt: skip
-  return policy._replace(window=windows.size(sampler.window, policy.policy_steps))
-
-
-def objective_of(config: ConfigDict) -> update.Objective:
-  """The update's static choices."""
-  c, o = config.objective, config.optimizer
-  return update.Objective(
-    c.clip_range, c.old_log_prob, c.timesteps, c.timestep_fraction, c.guard, c.kl.weight, c.kl.mode,
-    o.updates_per_iteration, o.microbatch, config.ema.decay,
-  )  # fmt: skip
-
-
-def learning_rate(config: ConfigDict) -> Callable:
-  """Optimizer step -> rate: linear warm-up from 0, then constant; a function of the absolute step alone."""
-  o = config.optimizer
-  if not o.warmup_steps:
-    return optax.constant_schedule(o.learning_rate)
-  return lambda step: o.learning_rate * jnp.minimum(1.0, (step + 1) / o.warmup_steps)
-
-
-def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
-  """AdamW behind a clip of the global gradient norm."""
-  o = config.optimizer
-  adam = optax.adamw(learning_rate(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay)
-  return optax.chain(optax.clip_by_global_norm(o.max_grad_norm), adam)
-
-
 def guided(pipeline: Pipeline, scale: float) -> Callable:
-  """`(params, x, model_time, conditioning of P rows, prompt [b]) -> output`, rows gathered where they are used."""
+  """`(params, x, model_time, conditioning of P rows, prompt [b]) -> output`, rows gathered where
+  they are used.
+  """
 
-  def denoise(params: PyTree, x: Array, time: Array, conditioning: Conditioning, prompt: Int[Array, "b"]) -> Array:
+  def denoise(
+    params: PyTree, x: Array, time: Array, conditioning: Conditioning, prompt: Int[Array, "b"]
+  ) -> Array:
     branch = classifier_free(lambda x, time, rows: pipeline.denoise(params, x, time, rows), scale)
     return branch(x, time, jax.tree.map(lambda rows: rows[prompt], conditioning))
 
@@ -108,7 +86,9 @@ def program(config: ConfigDict, name: str, function: Callable, **options: Any) -
 
   @functools.wraps(function)
   def traced(*arguments):
-    if config.model.matmul_precision == "default":  # leaves it to JAX, and to what its user set there
+    if (
+      config.model.matmul_precision == "default"
+    ):  # leaves it to JAX, and to what its user set there
       return function(*arguments)
     with jax.default_matmul_precision(config.model.matmul_precision):
       return function(*arguments)
@@ -118,7 +98,11 @@ def program(config: ConfigDict, name: str, function: Callable, **options: Any) -
 
 
 def build(
-  config: ConfigDict, pipeline: Pipeline, rewards: dict[str, Reward], mesh: jax.sharding.Mesh, state_shardings: PyTree
+  config: ConfigDict,
+  pipeline: Pipeline,
+  rewards: dict[str, Reward],
+  mesh: jax.sharding.Mesh,
+  state_shardings: PyTree,
 ) -> Programs:
   """All programs of a run.
 
@@ -129,7 +113,7 @@ def build(
     mesh: the devices; the caller has entered it with `jax.set_mesh`.
     state_shardings: of the TrainState.
   """
-  split, whole = meshes.batch_sharding(mesh), meshes.replicated(mesh)
+  split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
   steps_first = jax.NamedSharding(mesh, jax.P(None, *split.spec))
   rolled = Rollout(whole, steps_first, steps_first, split)
   device = {name: reward for name, reward in rewards.items() if reward.kind == "device"}
@@ -161,42 +145,87 @@ def build(
 
 def encoder(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable:
   """`(params of the encoders, tokens [n, t]) -> rows`, on every device."""
-  return program(config, "encode", pipeline.encode, out_shardings=meshes.replicated(mesh))
+  return program(config, "encode", pipeline.encode, out_shardings=sharding.replicated(mesh))
 
 
 def _rollout(config: ConfigDict, pipeline: Pipeline) -> Callable:
-  policy, denoise = policy_of(config, pipeline.prediction), guided(pipeline, config.sampler.guidance_scale)
+  policy, denoise = (
+    policy_of(config, pipeline.prediction),
+    guided(pipeline, config.sampler.guidance_scale),
+  )
   group, shape = config.rollout.samples_per_prompt, pipeline.latent_shape
 
-  def run(trainable, frozen, conditioning: Conditioning, prompt_ids: Array, numbers: Int[Array, "chunk"], iteration) -> Rollout:
-    # Here and not outside: nothing is computed where programs are only compiled (plan.py), on devices that aren't there.
-    streams = {name: rng.stream(config.seed, name) for name in ("initial_noise", "step_noise", "window")}
-    params, schedule = state.variables(frozen, trainable), pipeline.schedule(policy.steps, config.sampler.shift)
+  def run(
+    trainable,
+    frozen,
+    conditioning: Conditioning,
+    prompt_ids: Array,
+    numbers: Int[Array, "chunk"],
+    iteration,
+  ) -> Rollout:
+    # Here and not outside: nothing is computed where programs are only compiled (plan.py), on
+    # devices that aren't there.
+    streams = {
+      name: rng.stream(config.seed, name) for name in ("initial_noise", "step_noise", "window")
+    }
+    params, schedule = (
+      state.variables(frozen, trainable),
+      pipeline.schedule(policy.steps, config.sampler.shift),
+    )
     prompt, sample = numbers // group, numbers % group
     ids = prompt_ids[prompt]
     shared = config.rollout.shared_noise
-    initial = rng.initial_noise(streams["initial_noise"], iteration, ids, sample, shared=shared, shape=shape)
-    start = windows.window(config.sampler.window, policy.policy_steps, iteration, rng.derive(streams["window"], iteration))
+    initial = rng.initial_noise(
+      streams["initial_noise"], iteration, ids, sample, shared=shared, shape=shape
+    )
+    start = windows.window(
+      config.sampler.window,
+      policy.policy_steps,
+      iteration,
+      rng.derive(streams["window"], iteration),
+    )
     return rollout(
       lambda x, time: denoise(params, x, time, conditioning, prompt),
-      schedule, policy, start, initial,
+      schedule,
+      policy,
+      start,
+      initial,
       lambda i: rng.step_noise(streams["step_noise"], iteration, ids, sample, i, shape=shape),
-    )  # fmt: skip
+    )
 
   return run
 
 
 def _sample(config: ConfigDict, pipeline: Pipeline) -> Callable:
-  """The deterministic sampler on noise of its own seed: what sample.py, evaluate.py and the report's grids use."""
+  """The deterministic sampler on noise of its own seed: what sample.py, evaluate.py and the
+  report's grids use.
+  """
   denoise, steps = guided(pipeline, config.sampler.guidance_scale), config.evaluation.steps
   policy = policy_of(config, pipeline.prediction)._replace(steps=steps, window=0, last_step="ode")
 
-  def run(trainable, frozen, conditioning: Conditioning, noise_ids: Int[Array, "chunk"], prompt: Int[Array, "chunk"], seed):
-    params, schedule = state.variables(frozen, trainable), pipeline.schedule(steps, config.sampler.shift)
+  def run(
+    trainable,
+    frozen,
+    conditioning: Conditioning,
+    noise_ids: Int[Array, "chunk"],
+    prompt: Int[Array, "chunk"],
+    seed,
+  ):
+    params, schedule = (
+      state.variables(frozen, trainable),
+      pipeline.schedule(steps, config.sampler.shift),
+    )
     stream = rng.derive(rng.stream(0, "evaluation"), seed)
-    initial = rng.initial_noise(stream, 0, noise_ids, noise_ids, shared=True, shape=pipeline.latent_shape)
+    initial = rng.initial_noise(
+      stream, 0, noise_ids, noise_ids, shared=True, shape=pipeline.latent_shape
+    )
     drawn = rollout(
-      lambda x, time: denoise(params, x, time, conditioning, prompt), schedule, policy, 0, initial, jnp.zeros_like
+      lambda x, time: denoise(params, x, time, conditioning, prompt),
+      schedule,
+      policy,
+      0,
+      initial,
+      jnp.zeros_like,
     )
     return drawn.sample
 
@@ -204,7 +233,9 @@ def _sample(config: ConfigDict, pipeline: Pipeline) -> Callable:
 
 
 def _score(reward: Reward) -> Callable:
-  def run(params, pixels: Float[Array, "chunk h w 3"], features: PyTree, prompt: Int[Array, "chunk"]):
+  def run(
+    params, pixels: Float[Array, "chunk h w 3"], features: PyTree, prompt: Int[Array, "chunk"]
+  ):
     return reward.score(params, Media(pixels), jax.tree.map(lambda rows: rows[prompt], features))
 
   return run
@@ -212,7 +243,10 @@ def _score(reward: Reward) -> Callable:
 
 def _join(config: ConfigDict) -> Callable:
   def run(chunks: dict[str, list], order: Int[Array, "samples"]) -> dict:
-    return {term: jnp.concatenate(parts)[order].reshape(-1, config.rollout.samples_per_prompt) for term, parts in chunks.items()}
+    return {
+      term: jnp.concatenate(parts)[order].reshape(-1, config.rollout.samples_per_prompt)
+      for term, parts in chunks.items()
+    }
 
   return run
 
@@ -227,14 +261,19 @@ def _advantages(config: ConfigDict) -> Callable:
     statistics = None
     if c.history.size:
       named, valid = advantages.signals(binary, terms, config.reward.combine)
-      stats = {name: advantages.update_stats(stats[name], prompt_ids, rewards, valid) for name, rewards in named.items()}
+      stats = {
+        name: advantages.update_stats(stats[name], prompt_ids, rewards, valid)
+        for name, rewards in named.items()
+      }
       statistics = {
         name: advantages.prompt_statistics(
           stats[name], prompt_ids, rewards, valid, min_count=c.history.min_count, ddof=c.ddof
         )
         for name, rewards in named.items()
       }
-    result = advantages.combine(binary, terms, config.reward.combine, clamp=c.clamp, statistics=statistics, **options)
+    result = advantages.combine(
+      binary, terms, config.reward.combine, clamp=c.clamp, statistics=statistics, **options
+    )
     metrics = _reward_metrics(scores, terms, result)
     prompts, group = result.advantage.shape
     position = jnp.broadcast_to(jnp.arange(group)[None], (prompts, group))
@@ -247,7 +286,9 @@ def _advantages(config: ConfigDict) -> Callable:
 
 
 def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -> dict[str, Array]:
-  """reward/* is the weighted sum of the raw scores; each term has rows of its own where there are several; failed is a share."""
+  """reward/* is the weighted sum of the raw scores; each term has rows of its own where there are
+  several; failed is a share.
+  """
   total = sum(weight * scores[name] for name, weight in terms)
   metrics, rows = {}, {"reward": total}
   if len(terms) > 1:
@@ -274,11 +315,33 @@ def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -
 
 
 def _update(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable:
-  policy, settings, optimizer = policy_of(config, pipeline.prediction), objective_of(config), optimizer_of(config)
-  denoise, count, group = guided(pipeline, config.sampler.guidance_scale), config.mesh.lanes, config.rollout.samples_per_prompt
+  policy, settings, optimizer = (
+    policy_of(config, pipeline.prediction),
+    objective_of(config),
+    optimizer_of(config),
+  )
+  denoise, count, group = (
+    guided(pipeline, config.sampler.guidance_scale),
+    config.mesh.lanes,
+    config.rollout.samples_per_prompt,
+  )
 
-  def run(train_state, frozen, reference, conditioning, prompt_ids, rollouts, advantage, weight, chosen, iteration):
-    latents, log_probs = (lanes.in_lanes([getattr(r, name) for r in rollouts], count, 1) for name in ("latents", "log_probs"))
+  def run(
+    train_state,
+    frozen,
+    reference,
+    conditioning,
+    prompt_ids,
+    rollouts,
+    advantage,
+    weight,
+    chosen,
+    iteration,
+  ):
+    latents, log_probs = (
+      lanes.in_lanes([getattr(r, name) for r in rollouts], count, 1)
+      for name in ("latents", "log_probs")
+    )
     if config.advantage.best_of:  # a selection crosses lanes; without one nothing moves
 
       def select(x: Array) -> Array:
@@ -297,7 +360,10 @@ def _update(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> 
     )
     flat = (prompt_ids[prompt].reshape(-1), sample.reshape(-1))
     streams = {name: rng.stream(config.seed, name) for name in ("timesteps", "shuffle")}
-    keys = (rng.sample_keys(streams["timesteps"], iteration, *flat), rng.derive(streams["shuffle"], iteration))
+    keys = (
+      rng.sample_keys(streams["timesteps"], iteration, *flat),
+      rng.derive(streams["shuffle"], iteration),
+    )
     schedule = pipeline.schedule(policy.steps, config.sampler.shift)
 
     def policy_output(trainable, x, time, prompt):
@@ -310,19 +376,6 @@ def _update(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> 
     return new, metrics | {"learning_rate": rate, "optimizer/skipped_total": new.skipped}
 
   return run
-
-
-def init_state(config: ConfigDict, num_prompts: int, shardings: PyTree) -> Callable:
-  """`trainable -> TrainState`, sharded."""
-  size = config.advantage.history.size
-  terms = config.reward.terms
-  names = (advantages.WEIGHTED_SUM,) if config.reward.combine == "rewards" else tuple(name for name, _ in terms)
-
-  def run(trainable: PyTree) -> state.TrainState:
-    stats = {name: advantages.empty_stats(num_prompts, size) for name in names} if size else {}
-    return state.create(trainable, optimizer_of(config), config.ema.decay, stats)
-
-  return run if shardings is None else jax.jit(run, out_shardings=shardings, donate_argnums=0)
 
 
 def init_adapters(config: ConfigDict, adapters: PyTree, shardings: PyTree) -> PyTree:
@@ -344,7 +397,8 @@ def fit_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callabl
     optimizer: applied to the whole parameter tree.
 
   Returns:
-    `(state, batch, key, ema_decay) -> (state, metrics)` with state = (params, opt_state, ema), donated.
+    `(state, batch, key, ema_decay) -> (state, metrics)` with state = (params, opt_state, ema),
+    donated.
   """
 
   def step(carry: tuple, batch: Any, key: Array, ema_decay: Array) -> tuple:

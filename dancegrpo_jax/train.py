@@ -1,4 +1,6 @@
-"""The training loop. An iteration, read top to bottom in `run`: prompts -> rollout -> rewards -> advantages -> update."""
+"""The training loop. An iteration, read top to bottom in `run`: prompts -> rollout -> rewards ->
+advantages -> update.
+"""
 
 import contextlib
 from collections.abc import Callable
@@ -11,27 +13,22 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import ahead, calls, embeddings, loading, programs, resident, scoring
+from dancegrpo_jax import programs, scoring
+from dancegrpo_jax.assembly import encoding, loading, resident, reward_builders
+from dancegrpo_jax.assembly.loading import Model
+from dancegrpo_jax.checkpoints import store
+from dancegrpo_jax.compilation import ahead, cache, calls
 from dancegrpo_jax.data import prompts
-from dancegrpo_jax.loading import Model
+from dancegrpo_jax.data.prompts import read_examples, read_held_out
+from dancegrpo_jax.devices import accelerator, out_of_memory, processes, sharding
+from dancegrpo_jax.devices.preemption import Preemption
+from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.report import metrics, page
+from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.rl.rollout import Rollout
-from dancegrpo_jax.rl.state import TrainState
-from dancegrpo_jax.runtime import (
-  accelerator,
-  cache,
-  checkpoint,
-  distributed,
-  metrics,
-  out_of_memory,
-  report,
-  validation,
-)
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime.clock import Clock
-from dancegrpo_jax.runtime.config import ConfigError
-from dancegrpo_jax.runtime.preemption import Preemption
+from dancegrpo_jax.rl.state import TrainState, init_state
+from dancegrpo_jax.settings import checks, command_line, stored_config
 from dancegrpo_jax.types import Conditioning, Example, PyTree
 
 
@@ -52,7 +49,8 @@ class Session(NamedTuple):
     shown_programs: the same at the shapes of an evaluation inside training.
     encode: `texts -> rows` of an iteration's prompts: by the text encoders, or from the cache.
     encode_shown: the same for the shown prompts.
-    reference: in the place of the trained weights what a KL penalty holds to, or None. {} under LoRA: the base has no adapters.
+    reference: in the place of the trained weights what a KL penalty holds to, or None. {} under
+      LoRA: the base has no adapters.
     features: device rewards' features of every prompt, by reward.
     shown_features: of the shown ones.
   """
@@ -99,8 +97,8 @@ class Pending(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: Path) -> None:
-  """Trains, or goes on training what the workdir holds. SIGTERM ends it as of the last whole iteration, saved: after the
-  update or the few chunks that it comes upon.
+  """Trains, or goes on training what the workdir holds. SIGTERM ends it as of the last whole
+  iteration, saved: after the update or the few chunks that it comes upon.
 
   Raises:
     ConfigError: a mistake in the config, the prompts or the workdir, before anything is written.
@@ -110,17 +108,22 @@ def run(config: ConfigDict, workdir: Path) -> None:
   examples = read_examples(config)
   device = jax.devices()[0]
   facts = accelerator.facts(device)
-  validation.validate(config, num_devices=jax.device_count(), num_examples=len(examples), **facts)
-  configs.require_writable(f"--workdir={workdir}", workdir)
+  checks.validate(config, num_devices=jax.device_count(), num_examples=len(examples), **facts)
+  command_line.require_writable(f"--workdir={workdir}", workdir)
   first = iterations_done(config, workdir)
-  distributed.require_same(first, f"--workdir={workdir}: iterations done differ", "all hosts must see the same folder")
-  distributed.require_shared(workdir)
+  processes.require_same(
+    first, f"--workdir={workdir}: iterations done differ", "all hosts must see the same folder"
+  )
+  processes.require_shared(workdir)
   if first >= config.iterations:
-    print(f"{workdir}: already finished, {first} iterations; {metrics.last_line(workdir, workdir / report.FILE)}")
+    print(
+      f"{workdir}: already finished, {first} iterations;"
+      f" {metrics.last_line(workdir, workdir / page.FILE)}"
+    )
     return
   if jax.process_index() == 0:
     accelerator.say_share(device.platform)
-  mesh = meshes.make_mesh(config.mesh)
+  mesh = sharding.make_mesh(config.mesh)
   with contextlib.ExitStack() as stack:
     stack.enter_context(out_of_memory.explained(config, lambda: what_is_left(workdir)))
     stack.enter_context(jax.set_mesh(mesh))
@@ -129,7 +132,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
     reward_threads = stack.enter_context(ThreadPoolExecutor(8))
     progress = stack.enter_context(metrics.Progress(config.iterations, first))
     session, state = prepare(config, workdir, examples, mesh, first, progress)
-    saver = stack.enter_context(checkpoint.Saver(workdir / "checkpoints", config.checkpoint.keep))
+    saver = stack.enter_context(store.Saver(workdir / "checkpoints", config.checkpoint.keep))
     writer = stack.enter_context(metrics.Writer(workdir, config, first))
     if first == 0:
       show(session, 0, state, progress.warning)
@@ -139,17 +142,33 @@ def run(config: ConfigDict, workdir: Path) -> None:
     for iteration in range(first, config.iterations):
       done = iteration + 1
       last = done == config.iterations
-      save, shown = last or is_due(done, config.checkpoint.every), last or is_due(done, config.evaluation.every)
+      save, shown = (
+        last or is_due(done, config.checkpoint.every),
+        last or is_due(done, config.evaluation.every),
+      )
       clock = Clock(clock_thread, before=clock)
 
       start_profile(config, workdir, iteration)
       # Prompts, rollout, decode and rewards, chunk by chunk.
-      seen = collect(session, state.trainable, iteration, clock, reward_threads, progress.warning, shown, preemption.reached)
+      seen = collect(
+        session,
+        state.trainable,
+        iteration,
+        clock,
+        reward_threads,
+        progress.warning,
+        shown,
+        preemption.reached,
+      )
       # Read the last iteration's numbers, now that this one's work is queued.
       saver.wait()  # so that a run that must stop knows its last checkpoint
       pending = flush(config, workdir, pending, writer, progress)
-      jax.block_until_ready(seen)  # the host is chunks ahead; a signal that comes in these is to be heard before the update
-      if seen is None or preemption.reached(wait=True):  # this iteration is given up, the last one saved
+      jax.block_until_ready(
+        seen
+      )  # the host is chunks ahead; a signal that comes in these is to be heard before the update
+      if seen is None or preemption.reached(
+        wait=True
+      ):  # this iteration is given up, the last one saved
         if iteration > first:
           saver.save(iteration, state, meta | {"iteration": iteration})
           saver.wait()
@@ -157,18 +176,30 @@ def run(config: ConfigDict, workdir: Path) -> None:
         progress.message(f"{said}; the same command goes on from there")
         break
       # Scores -> advantages within each prompt's group -> optimizer steps.
-      advantage, weight, chosen, stats, reward_metrics = session.programs.advantages(seen.scores, seen.ids, state.prompt_stats)
+      advantage, weight, chosen, stats, reward_metrics = session.programs.advantages(
+        seen.scores, seen.ids, state.prompt_stats
+      )
       clock.phase("reward", advantage)
       state, update_metrics = session.programs.update(
-        state._replace(prompt_stats=stats), session.model.frozen, session.reference, seen.conditioning, seen.ids,
-        seen.rollouts, advantage, weight, chosen, np.int32(iteration),
-      )  # fmt: skip
+        state._replace(prompt_stats=stats),
+        session.model.frozen,
+        session.reference,
+        seen.conditioning,
+        seen.ids,
+        seen.rollouts,
+        advantage,
+        weight,
+        chosen,
+        np.int32(iteration),
+      )
       clock.phase("update", update_metrics)
       stop_profile(config, iteration, update_metrics)
       pending = Pending(iteration, reward_metrics | update_metrics, clock)
 
       if shown:
-        pending = pending._replace(values=pending.values | show(session, done, state, progress.warning))
+        pending = pending._replace(
+          values=pending.values | show(session, done, state, progress.warning)
+        )
       # A state is saved only after its numbers were read and found sound.
       if save or shown:
         pending = flush(config, workdir, pending, writer, progress)
@@ -177,41 +208,27 @@ def run(config: ConfigDict, workdir: Path) -> None:
       if shown:
         save_extremes(session, done, seen)
   if jax.process_index() == 0:
-    print(metrics.last_line(workdir, report.write(workdir)))
-
-
-def read_examples(config: ConfigDict) -> list[Example]:
-  """The training prompts. ConfigError naming the file and the remedy."""
-  try:
-    return prompts.read_prompts(config.data.prompts, config.data.negative_prompt)
-  except ValueError as error:
-    raise ConfigError(str(error)) from error
-
-
-def read_held_out(config: ConfigDict) -> list[Example]:
-  """The prompts of data.held_out, [] where it is "". ConfigError as `read_examples`."""
-  if not config.data.held_out:
-    return []
-  try:
-    return prompts.read_prompts(config.data.held_out, config.data.negative_prompt)
-  except ValueError as error:
-    raise ConfigError(str(error)) from error
+    print(metrics.last_line(workdir, page.write(workdir)))
 
 
 def iterations_done(config: ConfigDict, workdir: Path) -> int:
-  """Iterations already done in the workdir: 0, or where to resume. Says which harmless fields differ.
+  """Iterations already done in the workdir: 0, or where to resume. Says which harmless fields
+  differ.
 
   Raises:
     ConfigError: the workdir belongs to a run that differs in what may not change, field by field.
   """
   folder = workdir / "checkpoints"
-  done = checkpoint.latest(folder)
+  done = store.latest(folder)
   if done is None:
     return 0
-  allowed, refused = configs.differences(checkpoint.read_meta(folder)["config"], config)
+  allowed, refused = stored_config.differences(store.read_meta(folder)["config"], config)
   if refused:
     lines = "\n".join(map(str, refused))
-    raise ConfigError(f"{workdir} holds a run with another config; use another --workdir, or undo these changes:\n{lines}")
+    raise ConfigError(
+      f"{workdir} holds a run with another config; use another --workdir, or undo these"
+      f" changes:\n{lines}"
+    )
   for difference in allowed:
     print(f"resuming with {difference}")
   return done
@@ -226,19 +243,21 @@ def prepare(
   first: int,
   progress: metrics.Progress,
 ) -> tuple[Session, TrainState]:
-  """Model, rewards, programs and the state to start from; writes config.json and environment.json when all is loaded.
+  """Model, rewards, programs and the state to start from; writes config.json and environment.json
+  when all is loaded.
 
-  The programs are compiled in threads while the weights are read: both need no more than the config.json files to begin.
+  The programs are compiled in threads while the weights are read: both need no more than the
+  config.json files to begin.
   """
   cache.use(config.logging.compilation_cache)
-  pipeline, rewards = loading.build_pipeline(config), scoring.build_rewards(config)
+  pipeline, rewards = loading.build_pipeline(config), reward_builders.build_rewards(config)
   held_out, cached = read_held_out(config), None
   without = pipeline.encoders if config.data.cache_embeddings else ()
   outline = loading.outline(config, pipeline, rewards, mesh)
   abstract = loading.abstract_state(config, outline, mesh, len(examples))
   resident.require_room(config, mesh, outline, abstract, without)
   if config.data.cache_embeddings:
-    cached = embeddings.cached_encoder(config, workdir, pipeline, examples + held_out, mesh)
+    cached = encoding.cached_encoder(config, workdir, pipeline, examples + held_out, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   jitted = programs.build(config, pipeline, rewards, mesh, shardings)
   listed = calls.of_run(config, outline, abstract, jitted, len(examples), len(held_out)).listed
@@ -251,19 +270,23 @@ def prepare(
   compiled = out_of_memory.guarded(compiled)
   shown_programs = out_of_memory.guarded(shown_programs, calls.SHOW)
   reference = reference_of(config, model)
-  make_state = programs.init_state(config, len(examples), shardings)
-  state = checkpoint.restore(workdir / "checkpoints", abstract).state if first else make_state(model.trainable)
-  batches = prompts.prompt_batches(examples, config.data.prompts_per_iteration, config.seed, config.data.shuffle)
+  make_state = init_state(config, len(examples), shardings)
+  state = (
+    store.restore(workdir / "checkpoints", abstract).state if first else make_state(model.trainable)
+  )
+  batches = prompts.prompt_batches(
+    examples, config.data.prompts_per_iteration, config.seed, config.data.shuffle
+  )
   shown = examples[: config.evaluation.prompts], held_out[: config.evaluation.prompts]
   params, rows = model.reward_params, config.data.prompts_per_iteration
   features = scoring.reward_features(rewards, params, compiled.features, examples, rows)
   shown_features = scoring.reward_features(rewards, params, compiled.features, sum(shown, []), rows)
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / "config.json").write_text(configs.to_json(config))
-    report.save_environment(workdir)
+    (workdir / "config.json").write_text(stored_config.to_json(config))
+    page.save_environment(workdir)
   model = model._replace(trainable=None)
-  encode = cached or loading.encoder(model, compiled.encode)
+  encode = cached or encoding.encoder(model, compiled.encode)
   session = Session(
     config=config,
     workdir=workdir,
@@ -274,7 +297,7 @@ def prepare(
     programs=compiled,
     shown_programs=shown_programs,
     encode=encode,
-    encode_shown=cached or loading.encoder(model, shown_programs.encode),
+    encode_shown=cached or encoding.encoder(model, shown_programs.encode),
     reference=reference,
     features=features,
     shown_features=shown_features,
@@ -283,27 +306,38 @@ def prepare(
 
 
 def reference_of(config: ConfigDict, model: Model) -> PyTree | None:
-  """What a KL penalty holds to: a copy of the weights before training, or the frozen base itself, which LoRA leaves as it is."""
+  """What a KL penalty holds to: a copy of the weights before training, or the frozen base itself,
+  which LoRA leaves as it is.
+  """
   if not config.objective.kl.weight:
     return None
   return {} if config.lora.rank else jax.tree.map(jnp.copy, model.trainable)
 
 
 def collect(
-  session: Session, trainable: PyTree, iteration: int, clock: Clock, threads: ThreadPoolExecutor, say: Callable,
-  keep_pixels: bool = False, stop: Callable[[], bool] = lambda: False,
-) -> Experience | None:  # fmt: skip
-  """Prompts -> conditioning -> rollout -> pixels -> scores. Chunks reuse one program each and bound the memory: a chunk's
-  pixels are freed when they are scored. Host rewards run in threads and overlap with the next chunk.
+  session: Session,
+  trainable: PyTree,
+  iteration: int,
+  clock: Clock,
+  threads: ThreadPoolExecutor,
+  say: Callable,
+  keep_pixels: bool = False,
+  stop: Callable[[], bool] = lambda: False,
+) -> Experience | None:
+  """Prompts -> conditioning -> rollout -> pixels -> scores. Chunks reuse one program each and bound
+  the memory: a chunk's pixels are freed when they are scored. Host rewards run in threads and
+  overlap with the next chunk.
 
   `stop` is asked before each chunk; where it says True the iteration is given up: None.
   """
   config, model, run = session.config, session.model, session.programs
   batch, group = session.batches[iteration], config.rollout.samples_per_prompt
   ids = np.array([example.id for example in batch], np.int32)
-  conditioning = loading.conditioning(config, session.encode, batch)
+  conditioning = encoding.conditioning(config, session.encode, batch)
   clock.phase("encode", conditioning)
-  rows = {name: jax.tree.map(lambda x: x[ids], features) for name, features in session.features.items()}
+  rows = {
+    name: jax.tree.map(lambda x: x[ids], features) for name, features in session.features.items()
+  }
 
   rollouts, scores, waiting, kept = [], {}, [], {}
   chunks = lanes.deal(len(batch) * group, config.rollout.chunk, config.mesh.lanes)
@@ -315,7 +349,7 @@ def collect(
     rollout = run.rollout(trainable, model.frozen, conditioning, ids, chunk, np.int32(iteration))
     clock.phase("rollout", rollout)
     pixels = run.decode(model.frozen, rollout.sample)
-    shards = meshes.own_shards(pixels)
+    shards = sharding.own_shards(pixels)
     clock.phase("decode", pixels)
     owners = chunk // group
     for name, reward in model.rewards.items():
@@ -325,10 +359,20 @@ def collect(
         for term, value in result.items():
           scores.setdefault(term, []).append(value)
       else:
-        waiting.append((name, chunk, threads.submit(scoring.own_scores, reward, shards, [batch[o] for o in owners], say)))
+        waiting.append(
+          (
+            name,
+            chunk,
+            threads.submit(scoring.own_scores, reward, shards, [batch[o] for o in owners], say),
+          )
+        )
     rollouts.append(rollout)
     if keep_pixels and chunk.min() < group:
-      kept |= {number: image for number, image in zip(chunk.tolist(), meshes.to_host(pixels)) if number < group}
+      kept |= {
+        number: image
+        for number, image in zip(chunk.tolist(), sharding.to_host(pixels))
+        if number < group
+      }
   first_group = np.stack([kept[number] for number in range(group)]) if kept else None
   order = np.argsort(chunks.reshape(-1)).astype(np.int32)
   scores |= scoring.from_host(config, waiting, chunks)
@@ -336,40 +380,55 @@ def collect(
 
 
 def flush(
-  config: ConfigDict, workdir: Path, pending: Pending | None, writer: metrics.Writer, progress: metrics.Progress
+  config: ConfigDict,
+  workdir: Path,
+  pending: Pending | None,
+  writer: metrics.Writer,
+  progress: metrics.Progress,
 ) -> None:
-  """Writes and shows an iteration's numbers, which waits until it is done. RunError where the run can't go on."""
+  """Writes and shows an iteration's numbers, which waits until it is done. RunError where the run
+  can't go on.
+  """
   if pending is None:
     return
   times = pending.clock.read()
   images = config.data.prompts_per_iteration * config.rollout.samples_per_prompt
-  values = {**jax.device_get(pending.values), **times, "images_per_second": images / times["time/total"]}
+  values = {
+    **jax.device_get(pending.values),
+    **times,
+    "images_per_second": images / times["time/total"],
+  }
   row = writer.write(pending.iteration, values)
   progress.update(pending.iteration, row)
   left = what_is_left(workdir)
   if row["optimizer/skipped_total"] > config.optimizer.max_skipped:
     raise RunError(
-      f"stopped at iteration {pending.iteration + 1}: {row['optimizer/skipped_total']:.0f} optimizer steps had a non-finite loss"
-      f" or gradient, more than optimizer.max_skipped = {config.optimizer.max_skipped}; {left}; lower"
+      f"stopped at iteration {pending.iteration + 1}: {row['optimizer/skipped_total']:.0f}"
+      " optimizer steps had a non-finite loss"
+      f" or gradient, more than optimizer.max_skipped = {config.optimizer.max_skipped}; {left};"
+      " lower"
       f" optimizer.learning_rate = {config.optimizer.learning_rate}"
     )
   if row["reward/failed"] > config.reward.max_failed:
     raise RunError(
-      f"stopped at iteration {pending.iteration + 1}: {row['reward/failed']:.0%} of the rewards failed, more than"
+      f"stopped at iteration {pending.iteration + 1}: {row['reward/failed']:.0%} of the rewards"
+      " failed, more than"
       f" reward.max_failed = {config.reward.max_failed}; {left}"
     )
 
 
 def what_is_left(workdir: Path) -> str:
   """What a run that has to stop leaves to go on from, in words."""
-  last = checkpoint.latest(workdir / "checkpoints")
+  last = store.latest(workdir / "checkpoints")
   if last is None:
     return "no checkpoint was saved yet"
   return f"the last good checkpoint is that of iteration {last}"
 
 
 def is_due(done: int, every: int) -> bool:
-  """Whether something that happens each `every` iterations (0 = never) happens after `done` of them."""
+  """Whether something that happens each `every` iterations (0 = never) happens after `done` of
+  them.
+  """
   return every > 0 and done % every == 0
 
 
@@ -387,13 +446,18 @@ def stop_profile(config: ConfigDict, iteration: int, result: PyTree) -> None:
 
 
 def end_trace() -> None:
-  """Ends a trace if one is running: a resumed run may have missed its start, a run that stops early its end."""
+  """Ends a trace if one is running: a resumed run may have missed its start, a run that stops early
+  its end.
+  """
   with contextlib.suppress(RuntimeError):
     jax.profiler.stop_trace()
 
 
-def show(session: Session, iteration: int, state: TrainState, say: Callable[[str], None]) -> dict[str, float]:
-  """A column of the report's grid: the first prompts, and held-out ones, with fixed noise and the deterministic sampler.
+def show(
+  session: Session, iteration: int, state: TrainState, say: Callable[[str], None]
+) -> dict[str, float]:
+  """A column of the report's grid: the first prompts, and held-out ones, with fixed noise and the
+  deterministic sampler.
 
   Returns:
     Mean scores as metrics, and the gap: what training prompts are ahead of held-out ones.
@@ -402,18 +466,30 @@ def show(session: Session, iteration: int, state: TrainState, say: Callable[[str
   examples = sum(session.shown, [])
   (row,) = scoring.chunks(len(examples), len(examples) + config.mesh.lanes, config.mesh.lanes)
   weights = state.trainable if state.ema is None else state.ema
-  conditioning = loading.conditioning(config, session.encode_shown, [examples[i] for i in row])
+  conditioning = encoding.conditioning(config, session.encode_shown, [examples[i] for i in row])
   numbers = np.arange(len(row), dtype=np.int32)
-  latents = run.sample(weights, model.frozen, conditioning, numbers, numbers, np.int32(config.evaluation.seed))
-  pixels = meshes.to_host(run.decode(model.frozen, latents))[: len(examples)]
+  latents = run.sample(
+    weights, model.frozen, conditioning, numbers, numbers, np.int32(config.evaluation.seed)
+  )
+  pixels = sharding.to_host(run.decode(model.frozen, latents))[: len(examples)]
   owners, features = np.arange(len(examples), dtype=np.int32), session.shown_features
-  scores = scoring.score_all(model.rewards, model.reward_params, run.score, pixels, features, owners, examples, row[None], say)
+  scores = scoring.score_all(
+    model.rewards,
+    model.reward_params,
+    run.score,
+    pixels,
+    features,
+    owners,
+    examples,
+    row[None],
+    say,
+  )
   total = sum(weight * scores[term] for term, weight in config.reward.terms)
   trained, held_out = np.split(total, [len(session.shown[0])])
   if jax.process_index() == 0:
     texts = [example.prompt for example in session.shown[0]]
-    report.save_samples(session.workdir, iteration, pixels[: len(trained)], texts, trained, held_out)
-    report.write(session.workdir)
+    page.save_samples(session.workdir, iteration, pixels[: len(trained)], texts, trained, held_out)
+    page.write(session.workdir)
   found = {"evaluation/score": float(np.mean(trained))}
   if len(held_out):
     found["evaluation/held_out"] = float(np.mean(held_out))
@@ -423,8 +499,15 @@ def show(session: Session, iteration: int, state: TrainState, say: Callable[[str
 
 def save_extremes(session: Session, iteration: int, seen: Experience) -> None:
   """The best and the worst sample of the first group."""
-  total = sum(weight * np.asarray(seen.scores[term])[0] for term, weight in session.config.reward.terms)
+  total = sum(
+    weight * np.asarray(seen.scores[term])[0] for term, weight in session.config.reward.terms
+  )
   if jax.process_index() == 0 and np.isfinite(total).any():
     best, worst = int(np.nanargmax(total)), int(np.nanargmin(total))
-    prompt, pair = session.examples[int(seen.ids[0])].prompt, (float(total[best]), float(total[worst]))
-    report.save_extremes(session.workdir, iteration, seen.pixels[best], seen.pixels[worst], prompt, *pair)
+    prompt, pair = (
+      session.examples[int(seen.ids[0])].prompt,
+      (float(total[best]), float(total[worst])),
+    )
+    page.save_extremes(
+      session.workdir, iteration, seen.pixels[best], seen.pixels[worst], prompt, *pair
+    )

@@ -1,6 +1,7 @@
 """Values that cross rooms and belong to no single one of them.
 
-All are NamedTuples: they are pytrees, they cost nothing, and `jax.tree.map` rebuilds them without running checks.
+All are NamedTuples: they are pytrees, they cost nothing, and `jax.tree.map` rebuilds them without
+running checks.
 """
 
 from typing import Any, NamedTuple
@@ -10,8 +11,9 @@ from jaxtyping import Array, Float
 
 PyTree = Any
 
-# The mesh axes that samples are split over, fsdp the major one. XLA's partitioner (jaxlib 0.10.2) gets gradients wrong of kernels
-# that lie over the minor one of them and tensor: fsdp must not be it (tests/test_mesh.py), and rules with data are refused.
+# The mesh axes that samples are split over, fsdp the major one. XLA's partitioner (jaxlib 0.10.2)
+# gets gradients wrong of kernels that lie over the minor one of them and tensor: fsdp must not be
+# it (tests/test_mesh.py), and rules with data are refused.
 SAMPLE_AXES = ("fsdp", "data")
 
 
@@ -36,7 +38,8 @@ class Example(NamedTuple):
 class Conditioning(NamedTuple):
   """What a denoiser is conditioned on: opaque pytrees with one row a prompt.
 
-  Rows are gathered by prompt index where they are used, so that a group of G samples holds one copy.
+  Rows are gathered by prompt index where they are used, so that a group of G samples holds one
+  copy.
   """
 
   positive: PyTree
@@ -44,7 +47,9 @@ class Conditioning(NamedTuple):
 
 
 class Media(NamedTuple):
-  """Decoded samples: `pixels` is `[batch, (frames,) height, width, 3]` in [0, 1]; `fps` is None for images."""
+  """Decoded samples: `pixels` is `[batch, (frames,) height, width, 3]` in [0, 1]; `fps` is None for
+  images.
+  """
 
   pixels: Float[Array, "batch *space 3"]
   fps: float | None = None

@@ -1,14 +1,20 @@
-"""Test setup: 8 forced CPU devices, no silent rank promotion, key reuse is an error, shapes are checked."""
+"""Test setup: 8 forced CPU devices, no silent rank promotion, key reuse is an error, shapes are
+checked.
+"""
 
 import os
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "PYTEST_XDIST_WORKER" not in os.environ and "full_size" not in sys.argv:  # workers have it from the process that starts them
-  # Small programs that run a few times: what they cost is their compilation, a third of it without LLVM's optimisations.
+if (
+  "PYTEST_XDIST_WORKER" not in os.environ and "full_size" not in sys.argv
+):  # workers have it from the process that starts them
+  # Small programs that run a few times: what they cost is their compilation, a third of it without
+  # LLVM's optimisations.
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tests that are about kept programs turn it on (the `program_cache` fixture); commands that tests start have this too.
+# Tests that are about kept programs turn it on (the `program_cache` fixture); commands that tests
+# start have this too.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 import jax
@@ -24,7 +30,9 @@ install_import_hook("dancegrpo_jax", "beartype.beartype")
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-  """Folders of a tiny random Stable Diffusion and CLIP, and a prompts file: `tiny_checkpoint.Folders`."""
+  """Folders of a tiny random Stable Diffusion and CLIP, and a prompts file:
+  `tiny_checkpoint.Folders`.
+  """
   from tiny_checkpoint import write_models
 
   return write_models(tmp_path_factory.mktemp("tiny"))
@@ -34,12 +42,15 @@ def tiny_models(tmp_path_factory):
 def program_cache(tmp_path_factory):
   """A folder for compiled programs, and JAX's cache turned on for the tests of a module."""
   fields = (
-    "jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_compilation_cache_max_size",
+    "jax_enable_compilation_cache",
+    "jax_compilation_cache_dir",
+    "jax_compilation_cache_max_size",
     "jax_persistent_cache_min_compile_time_secs",
-  )  # fmt: skip
+  )
   before = {field: getattr(jax.config, field) for field in fields}
   jax.config.update("jax_enable_compilation_cache", True)
-  compilation_cache.reset_cache()  # JAX looks for a folder at the first compilation of a process alone
+  # JAX looks for a folder at the first compilation of a process alone
+  compilation_cache.reset_cache()
   yield tmp_path_factory.mktemp("programs")
   for field, value in before.items():
     jax.config.update(field, value)

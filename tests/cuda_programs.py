@@ -1,6 +1,8 @@
-"""Lowers the programs of configs for NVIDIA GPUs on a machine without one, and notes which kernel each attention gets.
+"""Lowers the programs of configs for NVIDIA GPUs on a machine without one, and notes which kernel
+each attention gets.
 
-Lowering is where JAX refuses what cuDNN can't do. What it asks of the driver has stand-ins here: an H100 with cuDNN 9.19.
+Lowering is where JAX refuses what cuDNN can't do. What it asks of the driver has stand-ins here: an
+H100 with cuDNN 9.19.
 
     python tests/cuda_programs.py      prints the tables of docs/gpus.md
 """
@@ -20,22 +22,44 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from ml_collections import ConfigDict
 from test_configs import CASES, load
 
-from dancegrpo_jax import calls, components, inventory, loading, programs, scoring
+from dancegrpo_jax import programs
+from dancegrpo_jax.assembly import loading, reward_builders
+from dancegrpo_jax.checkpoints import components
+from dancegrpo_jax.compilation import calls
+from dancegrpo_jax.devices import gpu_topologies, sharding
 from dancegrpo_jax.models import attention
 from dancegrpo_jax.models.attention import Place, Shape
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import gpu_topologies
-from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.plan import inventory
+from dancegrpo_jax.settings import stored_config
 
 H100, A100 = Place("gpu", (9, 0)), Place("gpu", (8, 0))
 PAGE = Path(__file__).parent.parent / "docs" / "gpus.md"
 # What a program's graph does not depend on: names, files, and numbers that are constants in it.
 CONSTANTS = (
-  "name", "seed", "iterations", "reward", "checkpoint", "logging", "data.prompts", "data.held_out", "data.shuffle",
-  "evaluation.every", "evaluation.samples", "evaluation.seed", "evaluation.candidates",
-  "evaluation.distractors", "optimizer.learning_rate", "optimizer.b1", "optimizer.b2", "optimizer.eps",
-  "optimizer.weight_decay", "optimizer.max_grad_norm", "optimizer.max_skipped", "objective.clip_range", "sampler.noise_level",
-)  # fmt: skip
+  "name",
+  "seed",
+  "iterations",
+  "reward",
+  "checkpoint",
+  "logging",
+  "data.prompts",
+  "data.held_out",
+  "data.shuffle",
+  "evaluation.every",
+  "evaluation.samples",
+  "evaluation.seed",
+  "evaluation.candidates",
+  "evaluation.distractors",
+  "optimizer.learning_rate",
+  "optimizer.b1",
+  "optimizer.b2",
+  "optimizer.eps",
+  "optimizer.weight_decay",
+  "optimizer.max_grad_norm",
+  "optimizer.max_skipped",
+  "objective.clip_range",
+  "sampler.noise_level",
+)
 
 
 class Note(NamedTuple):
@@ -52,7 +76,9 @@ Notes = set[Note]
 
 @contextlib.contextmanager
 def h100() -> Iterator[Notes]:
-  """Traces and lowers as on an H100; yields the notes of all attentions of the programs that are traced meanwhile."""
+  """Traces and lowers as on an H100; yields the notes of all attentions of the programs that are
+  traced meanwhile.
+  """
   notes: Notes = set()
   names: list[str] = []
   kernel, program = attention.kernel, programs.program
@@ -60,7 +86,9 @@ def h100() -> Iterator[Notes]:
   def noted(impl: str, place: Place, shape: Shape, plain: bool) -> str:
     chosen = kernel(impl=impl, place=place, shape=shape, plain=plain)
     if names:
-      notes.add(Note(names[-1], shape, chosen, kernel(impl=impl, place=A100, shape=shape, plain=plain)))
+      notes.add(
+        Note(names[-1], shape, chosen, kernel(impl=impl, place=A100, shape=shape, plain=plain))
+      )
     return chosen
 
   def named(config, name, function, **options):
@@ -85,8 +113,8 @@ def h100() -> Iterator[Notes]:
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-  """Without the checks of shapes and of reused keys, which other tests make, and without looking for garbage: tracing is what
-  these tests spend their time on, and these are half of it."""
+  """Without the checks of shapes and of reused keys, which other tests make, and without looking
+  for garbage: tracing is what these tests spend their time on, and these are half of it."""
   shapes, keys = jaxtyping.config.jaxtyping_disable, jax.config.jax_debug_key_reuse
   jaxtyping.config.update("jaxtyping_disable", True)
   jax.config.update("jax_debug_key_reuse", False)
@@ -117,7 +145,7 @@ def groups(family: str, devices: int, tiny: bool) -> list[list[ConfigDict]]:
     config = load(name, preset)
     is_tiny = "assets/" in config.model.checkpoint
     if config.model.family == family and is_tiny == tiny:
-      fields = configs.flatten(config)
+      fields = stored_config.flatten(config)
       left_out = CONSTANTS + (("mesh",) if devices == 1 else ())
       counts = {key: value for key, value in fields.items() if not is_in(key, left_out)}
       found[tuple(counts.items())].append(config)
@@ -130,12 +158,18 @@ def is_in(field: str, sections: tuple[str, ...]) -> bool:
 
 
 def lower_group(group: list[ConfigDict], devices: int) -> Notes:
-  """Lowers every program of a group of `groups`, on a mesh of so many devices, and looks for cuDNN's calls in them."""
-  mesh = meshes.make_mesh(group[0].mesh, jax.devices()[:devices])
+  """Lowers every program of a group of `groups`, on a mesh of so many devices, and looks for
+  cuDNN's calls in them.
+  """
+  mesh = sharding.make_mesh(group[0].mesh, jax.devices()[:devices])
   with h100() as notes:
     with (plain := group[0].copy_and_resolve_references()).unlocked():
-      plain.reward.terms = (("compressibility", 1.0),)  # the networks of rewards are lowered below, each once
-    taken = inventory.take(inventory.without_weights(plain.lock()), mesh, examples=400, held_out=100)
+      plain.reward.terms = (
+        ("compressibility", 1.0),
+      )  # the networks of rewards are lowered below, each once
+    taken = inventory.take(
+      inventory.without_weights(plain.lock()), mesh, examples=400, held_out=100
+    )
     with jax.set_mesh(mesh):
       lowered = {call.name: lower(call) for call in taken.calls}
       for config in group:
@@ -154,8 +188,12 @@ def lower_group(group: list[ConfigDict], devices: int) -> Notes:
 LOWERED = set()  # rewards, with all that their programs depend on
 
 
-def reward_calls(config: ConfigDict, taken: inventory.Inventory, mesh: jax.sharding.Mesh) -> list[calls.Call]:
-  """The calls from pixels to advantages with a config's own rewards; [] where a config before had the same."""
+def reward_calls(
+  config: ConfigDict, taken: inventory.Inventory, mesh: jax.sharding.Mesh
+) -> list[calls.Call]:
+  """The calls from pixels to advantages with a config's own rewards; [] where a config before had
+  the same.
+  """
   config = inventory.without_weights(config)
   decode = next(call for call in taken.calls if call.name == "decode")
   pixels = jax.eval_shape(decode.program, *decode.arguments)
@@ -164,10 +202,15 @@ def reward_calls(config: ConfigDict, taken: inventory.Inventory, mesh: jax.shard
   if key in LOWERED:
     return []
   LOWERED.add(key)
-  rewards = scoring.build_rewards(config, lambda field, name, network: inventory.blank(inventory.text_length(network)))
+  rewards = reward_builders.build_rewards(
+    config, lambda field, name, network: inventory.blank(inventory.text_length(network))
+  )
   shardings = loading.reward_shardings(config, rewards, mesh)
   params = {
-    name: {part: components.placed(c.abstract, shardings[name][part]) for part, c in reward.components.items()}
+    name: {
+      part: components.placed(c.abstract, shardings[name][part])
+      for part, c in reward.components.items()
+    }
     for name, reward in rewards.items()
   }
   model = taken.model._replace(rewards=rewards, reward_params=params)
@@ -177,12 +220,15 @@ def reward_calls(config: ConfigDict, taken: inventory.Inventory, mesh: jax.shard
 
 
 def rows(notes: Notes) -> list[str]:
-  """The notes as rows of the table in docs/gpus.md: programs that make the same attention share one."""
+  """The notes as rows of the table in docs/gpus.md: programs that make the same attention share
+  one.
+  """
   found = defaultdict(set)
   for note in notes:
     found[note[1:]].add(note.program)
   return sorted(
-    f"| {', '.join(sorted(names))} | {shape.queries} | {shape.keys} | {shape.heads} x {shape.head_dim} |"
+    f"| {', '.join(sorted(names))} | {shape.queries} | {shape.keys} | {shape.heads} x"
+    f" {shape.head_dim} |"
     f" {shape.dtype} | {h100} | {a100} |"
     for (shape, h100, a100), names in found.items()
   )
@@ -196,5 +242,7 @@ def documented(title: str) -> list[str]:
 
 if __name__ == "__main__":
   for family, title in (("stable_diffusion", "Stable Diffusion v1.4"), ("flux", "FLUX.1-dev")):
-    found = set().union(*(lower_group(group, devices=1) for group in groups(family, devices=1, tiny=False)))
+    found = set().union(
+      *(lower_group(group, devices=1) for group in groups(family, devices=1, tiny=False))
+    )
     print(f"### {title}", "", *rows(found), "", sep="\n")

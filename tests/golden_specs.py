@@ -1,9 +1,11 @@
-"""Golden sharding specs: where every parameter of the published networks lies under the configs' rules.
+"""Golden sharding specs: where every parameter of the published networks lies under the configs'
+rules.
 
     python tests/golden_specs.py      writes tests/golden/specs_<config>.txt anew
 
-A line is how many parameters, their path with # for the numbers of layers, shape and partition spec, on a mesh of as many
-devices as the config is planned for: a dimension that they can't share equally is an error.
+A line is how many parameters, their path with # for the numbers of layers, shape and partition
+spec, on a mesh of as many devices as the config is planned for: a dimension that they can't share
+equally is an error.
 """
 
 import re
@@ -17,21 +19,32 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from dancegrpo_jax import inventory, loading  # noqa: E402
-from dancegrpo_jax.runtime import config as configs  # noqa: E402
-from dancegrpo_jax.runtime import mesh as meshes  # noqa: E402
+from dancegrpo_jax.assembly import loading  # noqa: E402
+from dancegrpo_jax.devices import sharding  # noqa: E402
+from dancegrpo_jax.plan import inventory  # noqa: E402
+from dancegrpo_jax.settings import config_file  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
-RUNS = {"flux_hps": ("", 64), "flux_hps_lora": ("v5e", 16), "sd_hps": ("v5e", 8)}  # config: preset, devices
-REWARDS = dict.fromkeys(("sd_clip", "sd_pick", "sd_aesthetic"), ("v5e", 8))  # the same, of which the rewards alone are new
+RUNS = {
+  "flux_hps": ("", 64),
+  "flux_hps_lora": ("v5e", 16),
+  "sd_hps": ("v5e", 8),
+}  # config: preset, devices
+REWARDS = dict.fromkeys(
+  ("sd_clip", "sd_pick", "sd_aesthetic"), ("v5e", 8)
+)  # the same, of which the rewards alone are new
 
 
 def specs(name: str) -> list[str]:
-  """The lines of a config: frozen networks, what is trained, the rewards', and the optimizer's state."""
+  """The lines of a config: frozen networks, what is trained, the rewards', and the optimizer's
+  state.
+  """
   path, (preset, devices) = ROOT / "configs" / f"{name}.py", {**RUNS, **REWARDS}[name]
-  config = inventory.without_weights(configs.load(f"{path}:{preset}" if preset else str(path)))
-  sizes = meshes.axis_sizes(config.mesh, devices)
-  mesh = jax.sharding.Mesh(np.resize(np.array(jax.devices()), sizes), meshes.AXES)  # nothing is put on them, so any may stand in
+  config = inventory.without_weights(config_file.load(f"{path}:{preset}" if preset else str(path)))
+  sizes = sharding.axis_sizes(config.mesh, devices)
+  mesh = jax.sharding.Mesh(
+    np.resize(np.array(jax.devices()), sizes), sharding.AXES
+  )  # nothing is put on them, so any may stand in
   model = inventory.outline(config, mesh)
   trees = {"rewards": model.reward_params}
   if name in RUNS:

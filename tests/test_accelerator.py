@@ -8,12 +8,12 @@ import sys
 import pytest
 from tiny_checkpoint import ROOT
 
-from dancegrpo_jax.runtime import accelerator
+from dancegrpo_jax.devices import accelerator
 
 CONFIG = str(ROOT / "configs" / "emoji_clip.py")
 OPTIONS = """
 import json, sys
-from dancegrpo_jax.runtime import accelerator
+from dancegrpo_jax.devices import accelerator
 accelerator.start()
 assert "jax" not in sys.modules
 from jaxlib import xla_client
@@ -109,7 +109,7 @@ def test_a_gpu_that_will_not_be_used_is_named_by_every_command(command, machine)
 
 def test_nothing_is_said_where_nothing_is_wrong(machine, tmp_path):
   """A CPU that is asked for, a GPU that is hidden, no GPU at all, or a plugin that is there."""
-  program = ["-c", "from dancegrpo_jax.runtime import accelerator; accelerator.start()"]
+  program = ["-c", "from dancegrpo_jax.devices import accelerator; accelerator.start()"]
   plugin = tmp_path / "packages" / "jax_plugins" / "xla_cuda13"
   plugin.mkdir(parents=True)
   (plugin / "__init__.py").touch()
@@ -131,6 +131,6 @@ def test_a_plugin_that_a_package_announces(machine, tmp_path):
   info.mkdir(parents=True)
   (info / "METADATA").write_text("Metadata-Version: 2.1\nName: jax-cuda13-pjrt\nVersion: 0.11.2\n")
   (info / "entry_points.txt").write_text("[jax_plugins]\nxla_cuda13 = jax_plugins.xla_cuda13\n")
-  program = ["-c", "from dancegrpo_jax.runtime import accelerator; accelerator.start()"]
+  program = ["-c", "from dancegrpo_jax.devices import accelerator; accelerator.start()"]
   path = os.pathsep.join([str(ROOT), str(info.parent)])
   assert not notes(process(program, clean(PATH=machine, PYTHONPATH=path)))

@@ -1,4 +1,6 @@
-"""Group normalisation, masking of failures, several rewards, selection, and statistics over iterations."""
+"""Group normalisation, masking of failures, several rewards, selection, and statistics over
+iterations.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,9 @@ def combine(scores, terms, mode="advantages", statistics=None, **options):
 
 def test_golden():
   np.testing.assert_allclose(normalise(rewards(GROUP)), [GOLDEN], atol=1e-6)
-  np.testing.assert_allclose(normalise(rewards(GROUP), ddof=0, eps=1e-4), [[-0.973013, 0, -0.648675, 1.621688]], atol=1e-6)
+  np.testing.assert_allclose(
+    normalise(rewards(GROUP), ddof=0, eps=1e-4), [[-0.973013, 0, -0.648675, 1.621688]], atol=1e-6
+  )
 
 
 @pytest.mark.parametrize("group", [4, 16, 24])
@@ -53,12 +57,16 @@ def test_equal_rewards_give_exactly_0(value):
   scores = {"clip": jnp.full((2, 12), value, jnp.float32)}
   for mode in advantages.MODES:
     got = combine(scores, (("clip", 0.7),), mode)
-    assert not np.any(got.advantage) and np.all(got.weight == 1)  # weight 1: a KL penalty still acts
+    assert not np.any(got.advantage) and np.all(
+      got.weight == 1
+    )  # weight 1: a KL penalty still acts
     assert float(got.flat_groups) == 1.0
 
 
 def test_a_large_common_part_costs_no_precision():
-  values = 4096.0 + np.array([1, 4, 2, 9, 3, 7]) / 1024  # exact in float32, whose mean of them isn't
+  values = (
+    4096.0 + np.array([1, 4, 2, 9, 3, 7]) / 1024
+  )  # exact in float32, whose mean of them isn't
   small = values - 4096.0
   want = (small - small.mean()) / small.std(ddof=1)
   np.testing.assert_allclose(normalise(rewards(values)), [want], rtol=1e-5)
@@ -77,7 +85,11 @@ def test_a_failed_sample_leaves_the_statistics():
 
 
 def test_one_failed_term_drops_the_sample_from_all_terms():
-  scores = {"a": rewards([0.1, 7.0, 0.4, 0.2, 0.9]), "b": rewards([0.1, NAN, 0.4, 0.2, 0.9]), "unused": rewards([NAN] * 5)}
+  scores = {
+    "a": rewards([0.1, 7.0, 0.4, 0.2, 0.9]),
+    "b": rewards([0.1, NAN, 0.4, 0.2, 0.9]),
+    "unused": rewards([NAN] * 5),
+  }
   got = combine(scores, (("a", 0.7), ("b", 1.4)))
   np.testing.assert_allclose(got.advantage, [2.1 * np.insert(GOLDEN, 1, 0)], atol=3e-6)
 
@@ -98,9 +110,16 @@ def test_weighted_advantages_and_weighted_rewards():
   linear = np.array([-1.5, -0.5, 0.5, 1.5]) / np.sqrt(5 / 3)  # unbiased std of 1, 2, 3, 4
   summed = combine({"a": a, "b": b}, (("a", 0.7), ("b", 1.4)))
   np.testing.assert_allclose(summed.advantage, [0.7 * np.array(GOLDEN) + 1.4 * linear], atol=3e-6)
-  parts = {"a": rewards([0.1, 0.0, 0.2, 0.4]), "b": rewards([0.0, 0.2, 0.0, 0.25])}  # a + 2 b is the golden group
-  np.testing.assert_allclose(combine(parts, (("a", 1.0), ("b", 2.0)), "rewards").advantage, [GOLDEN], atol=1e-6)
-  np.testing.assert_allclose(combine({"a": a}, (("a", 3.0),), "rewards").advantage, [GOLDEN], atol=1e-6)
+  parts = {
+    "a": rewards([0.1, 0.0, 0.2, 0.4]),
+    "b": rewards([0.0, 0.2, 0.0, 0.25]),
+  }  # a + 2 b is the golden group
+  np.testing.assert_allclose(
+    combine(parts, (("a", 1.0), ("b", 2.0)), "rewards").advantage, [GOLDEN], atol=1e-6
+  )
+  np.testing.assert_allclose(
+    combine({"a": a}, (("a", 3.0),), "rewards").advantage, [GOLDEN], atol=1e-6
+  )
 
 
 def test_clamp_acts_on_the_sum():
@@ -115,7 +134,9 @@ def test_gdpo_normalises_over_the_batch():
   np.testing.assert_allclose(jnp.sum(got.advantage, axis=1), 0.0, atol=1e-5)
   summed = combine({"a": values[0], "b": values[1]}, (("a", 1.0), ("b", 0.5)))
   ratio = np.asarray(got.advantage / summed.advantage)
-  np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-4)  # one factor for the whole batch, groups being centred already
+  np.testing.assert_allclose(
+    ratio, ratio[0, 0], rtol=1e-4
+  )  # one factor for the whole batch, groups being centred already
 
 
 def test_thresholds_keep_failures():
@@ -137,12 +158,16 @@ def made(*groups):
 def test_best_of_keeps_the_extremes_of_each_prompt():
   chosen, got = advantages.best_of(made([0.5, -2.0, 1.0, 0.1, -0.1, 3.0], [5, 4, 3, 2, 1, 0]), 4)
   assert chosen.tolist() == [[5, 2, 4, 1], [0, 1, 4, 5]]
-  np.testing.assert_allclose(got.advantage, [[2.525, 0.525, -0.575, -2.475], [2.5, 1.5, -1.5, -2.5]], atol=1e-6)
+  np.testing.assert_allclose(
+    got.advantage, [[2.525, 0.525, -0.575, -2.475], [2.5, 1.5, -1.5, -2.5]], atol=1e-6
+  )
   np.testing.assert_array_equal(got.weight, np.ones((2, 4)))
 
 
 def test_best_of_never_prefers_a_failure():
-  chosen, got = advantages.best_of(made([NAN, 1.0, NAN, 0.0, -3.0, 2.0], [NAN, 1.0, NAN, -1.0, NAN, NAN], [NAN] * 6), 4)
+  chosen, got = advantages.best_of(
+    made([NAN, 1.0, NAN, 0.0, -3.0, 2.0], [NAN, 1.0, NAN, -1.0, NAN, NAN], [NAN] * 6), 4
+  )
   assert chosen[0].tolist() == [5, 1, 3, 4]
   assert chosen[1].tolist()[:2] == [1, 3]
   np.testing.assert_array_equal(got.weight, [[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
@@ -165,17 +190,23 @@ def test_best_of_refuses_other_sizes(k):
 def test_ring_buffer_appends_valid_rewards_and_wraps():
   stats = advantages.empty_stats(3, 4)
   prompts = jnp.int32([2, 0])
-  stats = advantages.update_stats(stats, prompts, rewards([1, NAN, 3], [5, 6, 7]), jnp.asarray([[1, 0, 1], [1, 1, 1]], bool))
+  stats = advantages.update_stats(
+    stats, prompts, rewards([1, NAN, 3], [5, 6, 7]), jnp.asarray([[1, 0, 1], [1, 1, 1]], bool)
+  )
   assert stats.count.tolist() == [3, 0, 2]
   assert stats.values[2].tolist() == [1, 3, 0, 0] and stats.values[0].tolist() == [5, 6, 7, 0]
-  stats = jax.jit(advantages.update_stats)(stats, jnp.int32([0, 0]), rewards([8, 9, 10], [11, 12, 13]), jnp.ones((2, 3), bool))
+  stats = jax.jit(advantages.update_stats)(
+    stats, jnp.int32([0, 0]), rewards([8, 9, 10], [11, 12, 13]), jnp.ones((2, 3), bool)
+  )
   assert stats.count.tolist() == [9, 0, 2]  # a prompt may come twice
   assert sorted(stats.values[0].tolist()) == [10, 11, 12, 13]
 
 
 def test_more_rewards_than_slots_keep_the_last_ones():
   values = jnp.arange(7, dtype=jnp.float32)[None]
-  stats = advantages.update_stats(advantages.empty_stats(1, 4), jnp.int32([0]), values, jnp.ones((1, 7), bool))
+  stats = advantages.update_stats(
+    advantages.empty_stats(1, 4), jnp.int32([0]), values, jnp.ones((1, 7), bool)
+  )
   assert sorted(stats.values[0].tolist()) == [3, 4, 5, 6] and stats.count.tolist() == [7]
 
 
@@ -183,10 +214,14 @@ def test_statistics_over_iterations_replace_the_groups():
   """Prompt 0 has seen enough: its own mean and std. Prompt 1 hasn't: those of the whole batch."""
   old, new = [[1.0, 2.0], [0.0, 0.0]], [[3.0, 4.0], [10.0, 13.0]]
   prompts, ok = jnp.int32([0, 1]), jnp.ones((2, 2), bool)
-  stats = advantages.update_stats(advantages.empty_stats(2, 8), prompts, rewards(*old), jnp.asarray([[1, 1], [0, 0]], bool))
+  stats = advantages.update_stats(
+    advantages.empty_stats(2, 8), prompts, rewards(*old), jnp.asarray([[1, 1], [0, 0]], bool)
+  )
   named, valid = advantages.signals({"clip": rewards(*new)}, (("clip", 1.0),), "advantages")
   stats = advantages.update_stats(stats, prompts, named["clip"], valid)
-  statistics = advantages.prompt_statistics(stats, prompts, named["clip"], valid, min_count=4, ddof=0)
+  statistics = advantages.prompt_statistics(
+    stats, prompts, named["clip"], valid, min_count=4, ddof=0
+  )
   got = combine({"clip": rewards(*new)}, (("clip", 1.0),), ddof=0, statistics={"clip": statistics})
   batch = np.array([3.0, 4.0, 10.0, 13.0])
   want = [(np.array([3.0, 4.0]) - 2.5) / np.sqrt(1.25), (batch[2:] - batch.mean()) / batch.std()]
@@ -195,8 +230,12 @@ def test_statistics_over_iterations_replace_the_groups():
 
 
 def test_a_lone_sample_is_trained_against_its_history():
-  stats = advantages.update_stats(advantages.empty_stats(1, 8), jnp.int32([0]), rewards(GROUP), jnp.ones((1, 4), bool))
-  statistics = advantages.prompt_statistics(stats, jnp.int32([0]), rewards([0.9]), jnp.ones((1, 1), bool), min_count=4, ddof=1)
+  stats = advantages.update_stats(
+    advantages.empty_stats(1, 8), jnp.int32([0]), rewards(GROUP), jnp.ones((1, 4), bool)
+  )
+  statistics = advantages.prompt_statistics(
+    stats, jnp.int32([0]), rewards([0.9]), jnp.ones((1, 1), bool), min_count=4, ddof=1
+  )
   got = combine({"clip": rewards([0.9])}, (("clip", 1.0),), statistics={"clip": statistics})
   np.testing.assert_allclose(got.advantage, [[GOLDEN[3]]], atol=1e-6)
   assert float(got.weight[0, 0]) == 1.0

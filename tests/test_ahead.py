@@ -1,4 +1,6 @@
-"""Programs compiled in threads before a run begins, and kept on disk: what is compiled, what is said, what is found again."""
+"""Programs compiled in threads before a run begins, and kept on disk: what is compiled, what is
+said, what is found again.
+"""
 
 import io
 import threading
@@ -13,11 +15,12 @@ import numpy as np
 import pytest
 from tiny_checkpoint import ROOT, overrides
 
-from dancegrpo_jax import ahead, main
-from dancegrpo_jax.calls import Call
+from dancegrpo_jax import main
+from dancegrpo_jax.compilation import ahead, cache
+from dancegrpo_jax.compilation.calls import Call
+from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.programs import Programs
-from dancegrpo_jax.runtime import cache, metrics
-from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.report import metrics
 
 HIT, MISS = "/jax/compilation_cache/cache_hits", "/jax/compilation_cache/cache_misses"
 
@@ -37,8 +40,13 @@ def events():
 
 def test_the_second_start_compiles_nothing(tiny_models, program_cache, tmp_path, events):
   """Counted by JAX's own events: every program of the second run is found."""
-  words = overrides(tiny_models, iterations=1, evaluation__every=0, logging__compilation_cache=program_cache)
-  argv = [f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny", *(f"--config.{word}" for word in words)]
+  words = overrides(
+    tiny_models, iterations=1, evaluation__every=0, logging__compilation_cache=program_cache
+  )
+  argv = [
+    f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny",
+    *(f"--config.{word}" for word in words),
+  ]
   counts = []
   for name in ("first", "second"):
     events.clear()
@@ -63,18 +71,30 @@ def test_a_damaged_entry_is_compiled_anew(program_cache):
     assert entries and compute() == first
 
 
-def test_the_default_folder_is_one_of_a_jaxlib_a_platform_and_a_cpu(program_cache, tmp_path, monkeypatch):
+def test_the_default_folder_is_one_of_a_jaxlib_a_platform_and_a_cpu(
+  program_cache, tmp_path, monkeypatch
+):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
   cache.use("default")
   folder = cache.default_folder("cpu")
-  assert jax.config.jax_compilation_cache_dir == str(folder) and jax.config.jax_compilation_cache_max_size == 8 * 2**30
-  assert folder.is_relative_to(tmp_path) and f"jaxlib-{jaxlib.__version__}-cpu-{cache.cpu_kind()}" == folder.name
+  assert (
+    jax.config.jax_compilation_cache_dir == str(folder)
+    and jax.config.jax_compilation_cache_max_size == 8 * 2**30
+  )
+  assert (
+    folder.is_relative_to(tmp_path)
+    and f"jaxlib-{jaxlib.__version__}-cpu-{cache.cpu_kind()}" == folder.name
+  )
   assert cache.default_folder("gpu") != folder
   read_text = cache.Path.read_text
-  monkeypatch.setattr(cache.Path, "read_text", lambda path: read_text(path).replace(" sse", " sse_of_another_cpu"))
+  monkeypatch.setattr(
+    cache.Path, "read_text", lambda path: read_text(path).replace(" sse", " sse_of_another_cpu")
+  )
   assert cache.default_folder("cpu") != folder
   cache.use(str(program_cache))
-  assert jax.config.jax_compilation_cache_max_size == -1  # a folder of the user's own is not emptied
+  assert (
+    jax.config.jax_compilation_cache_max_size == -1
+  )  # a folder of the user's own is not emptied
   cache.use("")
   assert jax.config.jax_compilation_cache_dir is None
 
@@ -100,14 +120,24 @@ class Slow:
 
 
 def mesh_of_one() -> jax.sharding.Mesh:
-  return jax.make_mesh((1, 1, 1), meshes.AXES, devices=jax.devices()[:1])
+  return jax.make_mesh((1, 1, 1), sharding.AXES, devices=jax.devices()[:1])
 
 
 def test_programs_compile_together_and_those_left_are_named():
-  """Two threads: the second program is begun while the first one waits; equal calls are compiled once."""
-  gates, stream, x = [threading.Event() for _ in range(2)], io.StringIO(), jax.ShapeDtypeStruct((2,), "float32")
+  """Two threads: the second program is begun while the first one waits; equal calls are compiled
+  once.
+  """
+  gates, stream, x = (
+    [threading.Event() for _ in range(2)],
+    io.StringIO(),
+    jax.ShapeDtypeStruct((2,), "float32"),
+  )
   rollout, decode = Slow(gates[0]), Slow(gates[1])
-  listed = [Call("decode", decode, (x,), 1), Call("rollout", rollout, (x,), 1), Call("show decode", decode, (x,), 1)]
+  listed = [
+    Call("decode", decode, (x,), 1),
+    Call("rollout", rollout, (x,), 1),
+    Call("show decode", decode, (x,), 1),
+  ]
   with ThreadPoolExecutor(2) as pool:
     compiling = ahead.start(listed, mesh_of_one(), pool)
     assert list(compiling) == ["rollout", "decode", "show decode"]  # what takes longest comes first
@@ -123,13 +153,18 @@ def test_programs_compile_together_and_those_left_are_named():
 
 @pytest.mark.parametrize("reading_fails", [False, True])
 def test_an_error_is_told_before_everything_is_compiled(monkeypatch, reading_fails):
-  """Of a program, or of what is done meanwhile, as reading weights: what isn't begun by then is given up."""
+  """Of a program, or of what is done meanwhile, as reading weights: what isn't begun by then is
+  given up.
+  """
   monkeypatch.setattr(ahead, "threads", lambda: 1)
   open_gate, closed, x = threading.Event(), threading.Event(), jax.ShapeDtypeStruct((2,), "float32")
   open_gate.set()
   first = Slow(open_gate, None if reading_fails else ValueError("no such kernel"))
   later = [Slow(closed) for _ in range(3)]
-  listed = [Call("update", first, (x,), 1), *(Call(f"score {i}", program, (x,), 1) for i, program in enumerate(later))]
+  listed = [
+    Call("update", first, (x,), 1),
+    *(Call(f"score {i}", program, (x,), 1) for i, program in enumerate(later)),
+  ]
   with pytest.raises(ValueError, match="no such"), ahead.compilers() as pool:
     compiling = ahead.start(listed, mesh_of_one(), pool)
     if reading_fails:
@@ -145,14 +180,27 @@ def test_evaluations_get_programs_of_their_own_shapes():
   jitted, *functions = (lambda: None for _ in range(len(names) + 1))
   compiled = dict(zip(names, functions, strict=True))
   run = Programs(
-    encode=jitted, rollout=jitted, sample=jitted, decode=jitted, features={"clip": jitted}, score={"clip": jitted}, join=jitted,
-    advantages=jitted, update=jitted,
-  )  # fmt: skip
+    encode=jitted,
+    rollout=jitted,
+    sample=jitted,
+    decode=jitted,
+    features={"clip": jitted},
+    score={"clip": jitted},
+    join=jitted,
+    advantages=jitted,
+    update=jitted,
+  )
   training, shown = (ahead.put_together(run, compiled, prefix) for prefix in ("", "show "))
   assert (training.decode, shown.decode) == (compiled["decode"], compiled["show decode"])
-  assert (training.score["clip"], shown.score["clip"]) == (compiled["score clip"], compiled["show score clip"])
+  assert (training.score["clip"], shown.score["clip"]) == (
+    compiled["score clip"],
+    compiled["show score clip"],
+  )
   assert training.features["clip"] == shown.features["clip"] == compiled["features clip"]
-  assert training.sample == shown.sample == compiled["sample"] and training.update == shown.update == jitted
+  assert (
+    training.sample == shown.sample == compiled["sample"]
+    and training.update == shown.update == jitted
+  )
 
 
 def test_threads_fit_the_memory(monkeypatch):

@@ -1,7 +1,9 @@
-"""The same numbers on any devices: meshes of 1 to 8, a run resumed on others, and processes of two or four against one of eight.
+"""The same numbers on any devices: meshes of 1 to 8, a run resumed on others, and processes of two
+or four against one of eight.
 
-Every network is as small as it can be and compiled without most of LLVM's passes: what is tested is how programs are split.
-Iterations are those of `train.collect` and the programs, without the loop's evaluation; several processes run the command.
+Every network is as small as it can be and compiled without most of LLVM's passes: what is tested is
+how programs are split. Iterations are those of `train.collect` and the programs, without the loop's
+evaluation; several processes run the command.
 """
 
 import functools
@@ -23,18 +25,37 @@ import jax
 import numpy as np
 import pytest
 from test_distributed import finish, free_port, start, together
-from tiny_checkpoint import FLUX_VAE, ROOT, UNET, VAE, tiny_config, toy_programs, write_flux, write_models
+from tiny_checkpoint import (
+  FLUX_VAE,
+  ROOT,
+  UNET,
+  VAE,
+  tiny_config,
+  toy_programs,
+  write_flux,
+  write_models,
+)
 
 from dancegrpo_jax import train
+from dancegrpo_jax.checkpoints import store
+from dancegrpo_jax.data import prompts
+from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.report import metrics
+from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl import lanes
-from dancegrpo_jax.runtime import checkpoint, metrics
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime.clock import Clock
 
 ITERATIONS = 3
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2))
-SHORT_UNET = UNET | {"block_out_channels": (16,), "down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
-SHORT_VAE = {"down_block_types": ("DownEncoderBlock2D",), "up_block_types": ("UpDecoderBlock2D",), "block_out_channels": (8,)}
+SHORT_UNET = UNET | {
+  "block_out_channels": (16,),
+  "down_block_types": ("DownBlock2D",),
+  "up_block_types": ("UpBlock2D",),
+}
+SHORT_VAE = {
+  "down_block_types": ("DownEncoderBlock2D",),
+  "up_block_types": ("UpDecoderBlock2D",),
+  "block_out_channels": (8,),
+}
 SCORER = '''
 import os
 from pathlib import Path
@@ -47,29 +68,48 @@ def score(pixels, prompts, metadata):
 '''
 HOST = (("scorer_anywhere:score", 1.0),)
 COMMON = {
-  "iterations": ITERATIONS, "model__size": (8, 8), "optimizer__learning_rate": 1e-3, "optimizer__eps": 1e-6,
-  "optimizer__max_grad_norm": 1e6, "evaluation__every": 0, "checkpoint__every": 3, "checkpoint__keep": 9, "rollout__chunk": 8,
-  "sampler__steps": 4, "sampler__window__size": 2,  # the cleanest step's std is .03, and its gradient mostly round-off
-}  # fmt: skip
+  "iterations": ITERATIONS,
+  "model__size": (8, 8),
+  "optimizer__learning_rate": 1e-3,
+  "optimizer__eps": 1e-6,
+  "optimizer__max_grad_norm": 1e6,
+  "evaluation__every": 0,
+  "checkpoint__every": 3,
+  "checkpoint__keep": 9,
+  "rollout__chunk": 8,
+  # the cleanest step's std is .03, and its gradient mostly round-off
+  "sampler__steps": 4,
+  "sampler__window__size": 2,
+}
 SD = COMMON | {
-  "reward__terms": (("clip", 1.0), *HOST), "reward__combine": "rewards",
+  "reward__terms": (("clip", 1.0), *HOST),
+  "reward__combine": "rewards",
   "mesh__rules": (
-    ("denoiser/(down|mid|up).*(conv[12]|conv_shortcut|proj_in|proj_out)/kernel", (None, None, "fsdp", "tensor")),
+    (
+      "denoiser/(down|mid|up).*(conv[12]|conv_shortcut|proj_in|proj_out)/kernel",
+      (None, None, "fsdp", "tensor"),
+    ),
     ("denoiser/.*(proj|to_[qkv]|to_out_0|net_2|linear_[12])/kernel", ("fsdp", "tensor")),
     ("text_encoder/.*kernel", ("fsdp", "tensor")),
     (".*", ()),
   ),
-}  # fmt: skip
+}
 EMOJI = {key: value for key, value in SD.items() if key != "model__size"}
 FLUX = COMMON | {
-  "reward__terms": HOST, "model__family": "flux", "model__text_length": 8, "model__scan_blocks": True, "model__remat": True,
-  "sampler__kind": "flow", "sampler__shift": 0.0, "sampler__noise_level": 0.7,
+  "reward__terms": HOST,
+  "model__family": "flux",
+  "model__text_length": 8,
+  "model__scan_blocks": True,
+  "model__remat": True,
+  "sampler__kind": "flow",
+  "sampler__shift": 0.0,
+  "sampler__noise_level": 0.7,
   "mesh__rules": (
     ("denoiser/.*transformer_blocks/.*kernel", (None, "fsdp", "tensor")),
     ("denoiser/.*kernel", ("fsdp", "tensor")),
     (".*", ()),
   ),
-}  # fmt: skip
+}
 
 
 class Machine(NamedTuple):
@@ -82,7 +122,9 @@ class Machine(NamedTuple):
 
 
 class Trained(NamedTuple):
-  """After some iterations: metrics of each, the parameters after each, and Adam's first moment after the first."""
+  """After some iterations: metrics of each, the parameters after each, and Adam's first moment
+  after the first.
+  """
 
   rows: list
   parameters: list
@@ -118,14 +160,22 @@ def machine(models, tmp_path_factory):
 
   @functools.cache
   def make(network: str, sizes: tuple[int, int, int]) -> Machine:
-    changes = {"sd": SD, "flux": FLUX | {"model__checkpoint": str(models.model.parent / "flux")}, "emoji": EMOJI}[network]
+    changes = {
+      "sd": SD,
+      "flux": FLUX | {"model__checkpoint": str(models.model.parent / "flux")},
+      "emoji": EMOJI,
+    }[network]
     axes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes))
     config = tiny_config(None if network == "emoji" else models, **changes, **axes)
-    mesh = meshes.make_mesh(config.mesh, jax.devices()[: prod(sizes)])
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[: prod(sizes)])
     with jax.set_mesh(mesh):
-      examples, progress = train.read_examples(config), metrics.Progress(1, stream=io.StringIO())
-      session, state = train.prepare(config, tmp_path_factory.mktemp("machine"), examples, mesh, 0, progress)
-    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+      examples, progress = prompts.read_examples(config), metrics.Progress(1, stream=io.StringIO())
+      session, state = train.prepare(
+        config, tmp_path_factory.mktemp("machine"), examples, mesh, 0, progress
+      )
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
     return Machine(mesh, session, state, abstract)
 
   return make
@@ -138,29 +188,47 @@ def adam(opt_state: Any) -> Any:
 
 
 def iterate(machine: Machine, state: Any, first: int = 0, folder: Path | None = None) -> Trained:
-  """Iterations from `first` on, as the loop does them; a checkpoint after each where a folder is given."""
+  """Iterations from `first` on, as the loop does them; a checkpoint after each where a folder is
+  given.
+  """
   session, run, rows, parameters, moment = machine.session, machine.session.programs, [], [], None
   with jax.set_mesh(machine.mesh), ThreadPoolExecutor(2) as pool:
     for iteration in range(first, ITERATIONS):
-      seen = train.collect(session, state.trainable, iteration, Clock(pool), pool, print, keep_pixels=False)
-      advantage, weight, chosen, stats, reward_metrics = run.advantages(seen.scores, seen.ids, state.prompt_stats)
+      seen = train.collect(
+        session, state.trainable, iteration, Clock(pool), pool, print, keep_pixels=False
+      )
+      advantage, weight, chosen, stats, reward_metrics = run.advantages(
+        seen.scores, seen.ids, state.prompt_stats
+      )
       state, update_metrics = run.update(
-        state._replace(prompt_stats=stats), session.model.frozen, session.reference, seen.conditioning, seen.ids, seen.rollouts,
-        advantage, weight, chosen, np.int32(iteration),
-      )  # fmt: skip
+        state._replace(prompt_stats=stats),
+        session.model.frozen,
+        session.reference,
+        seen.conditioning,
+        seen.ids,
+        seen.rollouts,
+        advantage,
+        weight,
+        chosen,
+        np.int32(iteration),
+      )
       rows.append({name: float(value) for name, value in (reward_metrics | update_metrics).items()})
       parameters.append(jax.device_get(state.trainable))
       if iteration == 0:
         moment = jax.device_get(adam(state.opt_state).mu)
       if folder:
-        with checkpoint.Saver(folder, keep=9) as saver:
-          saver.save(iteration + 1, state, {"config": session.config.to_dict(), "iteration": iteration + 1})
+        with store.Saver(folder, keep=9) as saver:
+          saver.save(
+            iteration + 1, state, {"config": session.config.to_dict(), "iteration": iteration + 1}
+          )
   return Trained(rows, parameters, moment, state)
 
 
 @pytest.fixture(scope="module")
 def trained(machine, tmp_path_factory):
-  """`(network, mesh sizes) -> (Trained, folder of checkpoints, initial parameters)`, each run once."""
+  """`(network, mesh sizes) -> (Trained, folder of checkpoints, initial parameters)`, each run
+  once.
+  """
 
   @functools.cache
   def run(network: str, sizes: tuple[int, int, int]) -> tuple:
@@ -177,8 +245,12 @@ def distance(a: Any, b: Any) -> float:
   return float(np.sqrt(sum(np.square(np.asarray(x, np.float64) - y).sum() for x, y in pairs)))
 
 
-def assert_same_course(actual: list, parameters: Any, expected: Trained, initial: Any, first: int = 0) -> None:
-  """Rows from iteration `first` on, and the parameters after the last, within the bounds of the design."""
+def assert_same_course(
+  actual: list, parameters: Any, expected: Trained, initial: Any, first: int = 0
+) -> None:
+  """Rows from iteration `first` on, and the parameters after the last, within the bounds of the
+  design.
+  """
   moved = distance(expected.parameters[-1], initial)
   assert moved > 0 and distance(parameters, expected.parameters[-1]) <= 1e-2 * moved
   for row, other in zip(actual, expected.rows[first:], strict=True):
@@ -210,7 +282,9 @@ def assert_alike(trained, network: str, sizes: tuple[int, int, int]) -> None:
   assert_same_course(other.rows, other.parameters[-1], one, initial)
   if sizes[1] > 1:  # the rules did split them, optimizer state too
     leaves = jax.tree.leaves((other.state.trainable, other.state.opt_state))
-    assert sum(x.size for x in leaves if not x.is_fully_replicated) > 0.5 * sum(x.size for x in leaves)
+    assert sum(x.size for x in leaves if not x.is_fully_replicated) > 0.5 * sum(
+      x.size for x in leaves
+    )
 
 
 # Resuming on other devices
@@ -221,28 +295,44 @@ def test_a_run_goes_on_on_other_devices(trained, machine, saved_on, sizes):
   """Saved after the first iteration; the others are the uninterrupted run's."""
   expected, folder, initial = trained("sd", saved_on)
   here = machine("sd", sizes)
-  restored = checkpoint.restore(folder, here.abstract, 1).state
-  assert all(a.sharding == b.sharding for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(here.abstract), strict=True))
+  restored = store.restore(folder, here.abstract, 1).state
+  assert all(
+    a.sharding == b.sharding
+    for a, b in zip(jax.tree.leaves(restored), jax.tree.leaves(here.abstract), strict=True)
+  )
   resumed = iterate(here, restored, first=1)
   assert_same_course(resumed.rows, resumed.parameters[-1], expected, initial, first=1)
 
 
 def toy_iterations(devices: int, first: int, last: int, folder: Path) -> list:
-  """Iterations of the toy network on some devices, from a checkpoint where there is one; (scores, parameters) of each."""
-  toy = toy_programs(jax.devices()[:devices], optimizer__learning_rate=1e-3, optimizer__eps=1e-3, rollout__chunk=8)
+  """Iterations of the toy network on some devices, from a checkpoint where there is one; (scores,
+  parameters) of each.
+  """
+  toy = toy_programs(
+    jax.devices()[:devices], optimizer__learning_rate=1e-3, optimizer__eps=1e-3, rollout__chunk=8
+  )
   run, ids, seen = toy.compiled, np.arange(4, dtype=np.int32), []
-  with jax.set_mesh(toy.mesh), checkpoint.Saver(folder, keep=9) as saver:
+  with jax.set_mesh(toy.mesh), store.Saver(folder, keep=9) as saver:
     state = toy.new_state()
     if first:
-      abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-      state = checkpoint.restore(folder, abstract, first).state
+      abstract = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+      )
+      state = store.restore(folder, abstract, first).state
     for iteration in map(np.int32, range(first, last)):
       chunks = lanes.deal(16, 8, 8)
-      rolled = tuple(run.rollout(state.trainable, {}, toy.conditioning, ids, chunk, iteration) for chunk in chunks)
-      samples = np.concatenate([rollout.sample for rollout in rolled])[np.argsort(chunks.reshape(-1))]
+      rolled = tuple(
+        run.rollout(state.trainable, {}, toy.conditioning, ids, chunk, iteration)
+        for chunk in chunks
+      )
+      samples = np.concatenate([rollout.sample for rollout in rolled])[
+        np.argsort(chunks.reshape(-1))
+      ]
       scores = samples.mean((1, 2, 3)).reshape(4, 4)
       advantage, weight, chosen, _, _ = run.advantages({"clip": scores}, ids, {})
-      state, _ = run.update(state, {}, None, toy.conditioning, ids, rolled, advantage, weight, chosen, iteration)
+      state, _ = run.update(
+        state, {}, None, toy.conditioning, ids, rolled, advantage, weight, chosen, iteration
+      )
       saver.save(int(iteration) + 1, state, {})
       seen.append((scores, jax.device_get(state.trainable)))
   return seen
@@ -251,7 +341,10 @@ def toy_iterations(devices: int, first: int, last: int, folder: Path) -> list:
 def test_from_eight_devices_to_four_two_and_one(tmp_path):
   """An iteration on each, and each time the next one's devices resume."""
   straight = toy_iterations(8, 0, 5, tmp_path / "straight")
-  parts = [toy_iterations(devices, i, i + 1, tmp_path / "moved")[0] for i, devices in enumerate((8, 4, 2, 1, 8))]
+  parts = [
+    toy_iterations(devices, i, i + 1, tmp_path / "moved")[0]
+    for i, devices in enumerate((8, 4, 2, 1, 8))
+  ]
   moved = distance(straight[-1][1], straight[0][1])
   assert moved > 0 and distance(parts[-1][1], straight[-1][1]) <= 1e-2 * moved
   for (scores, _), (expected, _) in zip(parts, straight, strict=True):
@@ -261,12 +354,23 @@ def test_from_eight_devices_to_four_two_and_one(tmp_path):
 # Several processes
 
 
-def command(models, workdir: Path, count: int, sizes: tuple, environments: dict | None = None, **settings):
-  """The command in `count` processes with 8 / count devices each, on a mesh of `sizes`; variables by process."""
+def command(
+  models, workdir: Path, count: int, sizes: tuple, environments: dict | None = None, **settings
+):
+  """The command in `count` processes with 8 / count devices each, on a mesh of `sizes`; variables
+  by process.
+  """
   settings = SD | dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes)) | settings
   variables = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(models.model.parent)}
   return [
-    start(models, workdir, *flags, devices=8 // count, environment=variables | (environments or {}).get(i, {}), **settings)
+    start(
+      models,
+      workdir,
+      *flags,
+      devices=8 // count,
+      environment=variables | (environments or {}).get(i, {}),
+      **settings,
+    )
     for i, flags in enumerate(together(free_port(), count))
   ]
 
@@ -275,17 +379,27 @@ def assert_one_run(rows: list, state: Any, expected: Trained, initial: Any) -> N
   """The first iterations of several processes against those of one."""
   assert_same_course(rows, jax.device_get(state.trainable), expected, initial)
   for row, other in zip(rows, expected.rows, strict=True):
-    for name in ("reward/clip/mean", "reward/scorer_anywhere:score/mean", "reward/min", "reward/max", "grad_norm"):
+    for name in (
+      "reward/clip/mean",
+      "reward/scorer_anywhere:score/mean",
+      "reward/min",
+      "reward/max",
+      "grad_norm",
+    ):
       np.testing.assert_allclose(row[name], other[name], rtol=1e-2, atol=1e-4, err_msg=name)
 
 
 def test_two_processes_are_one_run(trained, models, machine, tmp_path):
-  """By the command, with a reward on the host: the numbers of one process. Then the reward fails in one of them, and SIGTERM."""
+  """By the command, with a reward on the host: the numbers of one process. Then the reward fails in
+  one of them, and SIGTERM.
+  """
   sizes, workdir, broken = (2, 2, 2), tmp_path / "run", tmp_path / "broken"
   expected, _, initial = trained("sd", sizes)
   settings = {"iterations": 1000, "logging__tensorboard": True}
   processes = command(models, workdir, 2, sizes, {1: {"FAIL": str(broken)}}, **settings)
-  watchdog = threading.Timer(900, lambda: [process.kill() for process in processes])  # a hang is a failure, not a hang
+  watchdog = threading.Timer(
+    900, lambda: [process.kill() for process in processes]
+  )  # a hang is a failure, not a hang
   watchdog.start()
   said = []
   for line in processes[0].stdout:
@@ -299,30 +413,49 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
   watchdog.cancel()
   assert [code for code, _, _ in results] == [0, 0], "".join(said) + results[0][2] + results[1][2]
 
-  rows, done = metrics.read(workdir), checkpoint.latest(workdir / "checkpoints")
+  rows, done = metrics.read(workdir), store.latest(workdir / "checkpoints")
   assert [row["iteration"] for row in rows] == list(range(done)) and done >= 6  # one writer
   assert f"stopped by SIGTERM: {done} iterations are saved" in results[0][1]
-  assert len(list((workdir / "tensorboard").glob("*tfevents*"))) == 1 and "<svg" in (workdir / "report.html").read_text()
+  assert (
+    len(list((workdir / "tensorboard").glob("*tfevents*"))) == 1
+    and "<svg" in (workdir / "report.html").read_text()
+  )
   assert {path.name for path in workdir.iterdir()} == {
-    "checkpoints", "config.json", "environment.json", "metrics.jsonl", "report.html", "samples", "tensorboard",
-  }  # fmt: skip
+    "checkpoints",
+    "config.json",
+    "environment.json",
+    "metrics.jsonl",
+    "report.html",
+    "samples",
+    "tensorboard",
+  }
 
-  state = checkpoint.restore(workdir / "checkpoints", machine("sd", sizes).abstract, ITERATIONS).state
+  state = store.restore(workdir / "checkpoints", machine("sd", sizes).abstract, ITERATIONS).state
   assert_one_run(rows[:ITERATIONS], state, expected, initial)
 
   failed = {row["reward/failed"] for row in rows[ITERATIONS:]}
-  assert 0.5 in failed and failed <= {0.0, 0.25, 0.5}  # the second process's half; a quarter where a chunk was done before
-  assert re.search(r"process 1: reward scorer_anywhere:score failed for 4 samples: ConnectionError", results[1][1])
+  assert 0.5 in failed and failed <= {
+    0.0,
+    0.25,
+    0.5,
+  }  # the second process's half; a quarter where a chunk was done before
+  assert re.search(
+    r"process 1: reward scorer_anywhere:score failed for 4 samples: ConnectionError", results[1][1]
+  )
   assert "failed" not in "".join(said) + results[0][1]
 
 
 def test_four_processes_share_the_kernels(trained, models, machine, tmp_path):
-  """4 x 2 devices with fsdp over all of them: no process has a whole kernel, and the numbers are those of one process."""
+  """4 x 2 devices with fsdp over all of them: no process has a whole kernel, and the numbers are
+  those of one process.
+  """
   sizes, workdir = (1, 8, 1), tmp_path / "run"
   expected, _, initial = trained("sd", sizes)
   results = finish(command(models, workdir, 4, sizes), seconds=900)
-  assert [code for code, _, _ in results] == [0] * 4, results[0][1] + "".join(errors for _, _, errors in results)
-  state = checkpoint.restore(workdir / "checkpoints", machine("sd", sizes).abstract, ITERATIONS).state
+  assert [code for code, _, _ in results] == [0] * 4, results[0][1] + "".join(
+    errors for _, _, errors in results
+  )
+  state = store.restore(workdir / "checkpoints", machine("sd", sizes).abstract, ITERATIONS).state
   rows = metrics.read(workdir)
   assert [row["iteration"] for row in rows] == list(range(ITERATIONS))
   assert_one_run(rows, state, expected, initial)
@@ -334,13 +467,13 @@ def test_four_processes_share_the_kernels(trained, models, machine, tmp_path):
 LOAD = """
   import json, sys
   import jax
-  from dancegrpo_jax import loading
-  from dancegrpo_jax.convert import safetensors_io
-  from dancegrpo_jax.runtime import config as configs
-  from dancegrpo_jax.runtime import mesh as meshes
+  from dancegrpo_jax.assembly import loading
+  from dancegrpo_jax.checkpoints import safetensors_io
+  from dancegrpo_jax.devices import sharding
+  from dancegrpo_jax.settings import stored_config
 
   jax.distributed.initialize(sys.argv[1], 4, int(sys.argv[2]))
-  config = configs.from_json(sys.argv[3])
+  config = stored_config.from_json(sys.argv[3])
   requested, read = [0], safetensors_io.Reader.read
 
   def counted(self, name, index):
@@ -349,7 +482,7 @@ LOAD = """
     return value
 
   safetensors_io.Reader.read = counted
-  mesh, pipeline = meshes.make_mesh(config.mesh), loading.build_pipeline(config)
+  mesh, pipeline = sharding.make_mesh(config.mesh), loading.build_pipeline(config)
   with jax.set_mesh(mesh):
     for name in pipeline.components:
       requested[0] = 0
@@ -361,19 +494,30 @@ LOAD = """
 
 
 def test_no_process_reads_more_than_its_share(models):
-  """Of what is split over fsdp each of 4 processes asks for a quarter, slice by slice; of what is not, all."""
+  """Of what is split over fsdp each of 4 processes asks for a quarter, slice by slice; of what is
+  not, all.
+  """
   folder = str(models.model.parent / "flux")
-  config = tiny_config(models, **FLUX | {"model__checkpoint": folder, "mesh__data": 1, "mesh__fsdp": 4})
+  config = tiny_config(
+    models, **FLUX | {"model__checkpoint": folder, "mesh__data": 1, "mesh__fsdp": 4}
+  )
   environment = os.environ | {
-    "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-  }  # fmt: skip
-  address, text = f"127.0.0.1:{free_port()}", train.configs.to_json(config)
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "1",
+    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+  }
+  address, text = f"127.0.0.1:{free_port()}", train.stored_config.to_json(config)
   processes = [
     subprocess.Popen(
       [sys.executable, "-c", textwrap.dedent(LOAD), address, str(i), text],
-      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) for i in range(4)
-  ]  # fmt: skip
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(4)
+  ]
   for code, output, errors in finish(processes):
     assert code == 0, errors
     rows = {name: rest for name, *rest in map(json.loads, output.splitlines())}

@@ -1,4 +1,6 @@
-"""The shipped models: diffusers and transformers load the folders as they are, and compute what this project computes."""
+"""The shipped models: diffusers and transformers load the folders as they are, and compute what
+this project computes.
+"""
 
 import pathlib
 
@@ -6,9 +8,10 @@ import jax
 import numpy as np
 import pytest
 
-from dancegrpo_jax import evaluate, sampling
+from dancegrpo_jax import evaluate
+from dancegrpo_jax.assembly import sampling
 from dancegrpo_jax.data import prompts
-from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.settings import config_file
 from dancegrpo_jax.types import Example
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -26,31 +29,50 @@ def test_size():
 
 @pytest.fixture(scope="module")
 def opened():
-  overrides = [f"model.checkpoint={ASSETS / 'emoji-sd'}", f"reward.clip.checkpoint={ASSETS / 'emoji-clip'}"]
+  overrides = [
+    f"model.checkpoint={ASSETS / 'emoji-sd'}",
+    f"reward.clip.checkpoint={ASSETS / 'emoji-clip'}",
+  ]
   overrides += [f"evaluation.steps={STEPS}", "rollout.chunk=16", "evaluation.samples=2"]
   overrides += [f"evaluation.distractors={ASSETS / 'prompts/emoji_train.txt'}"]
-  with sampling.opened(configs.load(str(ROOT / "configs/emoji_clip.py"), overrides), "base") as value:
+  with sampling.opened(
+    config_file.load(str(ROOT / "configs/emoji_clip.py"), overrides), "base"
+  ) as value:
     yield value
 
 
 def test_diffusers_samples_the_same_images(opened, monkeypatch):
-  """The whole path: tokenizer, text encoder, UNet, DDIM to the grid's end, decoder, from the same initial latents."""
+  """The whole path: tokenizer, text encoder, UNet, DDIM to the grid's end, decoder, from the same
+  initial latents.
+  """
   diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
-  pipeline = diffusers.StableDiffusionPipeline.from_pretrained(str(ASSETS / "emoji-sd"), dtype=torch.float32)
+  pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+    str(ASSETS / "emoji-sd"), dtype=torch.float32
+  )
   pipeline.set_progress_bar_config(disable=True)
   initial = np.random.default_rng(0).standard_normal((len(PROMPTS), 8, 8, 4)).astype(np.float32)
   expected = pipeline(
-    PROMPTS, height=32, width=32, num_inference_steps=STEPS, guidance_scale=1.0, eta=0.0, output_type="np",
+    PROMPTS,
+    height=32,
+    width=32,
+    num_inference_steps=STEPS,
+    guidance_scale=1.0,
+    eta=0.0,
+    output_type="np",
     latents=torch.from_numpy(initial.transpose(0, 3, 1, 2).copy()),
-  ).images  # fmt: skip
+  ).images
 
-  from dancegrpo_jax import loading, programs
+  from dancegrpo_jax import programs
+  from dancegrpo_jax.assembly import encoding
+  from dancegrpo_jax.rl.policy import policy_of
   from dancegrpo_jax.rl.rollout import rollout
 
   config, model = opened.config, opened.model
-  encode = loading.encoder(model, opened.programs.encode)
-  conditioning = loading.conditioning(config, encode, [Example(i, p) for i, p in enumerate(PROMPTS)])
-  policy = programs.policy_of(config, model.pipeline.prediction)._replace(steps=STEPS, window=0)
+  encode = encoding.encoder(model, opened.programs.encode)
+  conditioning = encoding.conditioning(
+    config, encode, [Example(i, p) for i, p in enumerate(PROMPTS)]
+  )
+  policy = policy_of(config, model.pipeline.prediction)._replace(steps=STEPS, window=0)
   params = {**model.frozen, **opened.weights}
   denoise = programs.guided(model.pipeline, 1.0)
 
@@ -59,8 +81,12 @@ def test_diffusers_samples_the_same_images(opened, monkeypatch):
     rows = jax.numpy.arange(len(PROMPTS))
     return rollout(
       lambda x, time: denoise(params, x, time, conditioning, rows),
-      model.pipeline.schedule(STEPS, 1.0), policy, 0, initial, lambda i: initial,
-    ).sample  # fmt: skip
+      model.pipeline.schedule(STEPS, 1.0),
+      policy,
+      0,
+      initial,
+      lambda i: initial,
+    ).sample
 
   actual = np.asarray(model.pipeline.decode(params, sample(initial)))
   assert np.abs(actual - expected).max() <= 2 / 255
@@ -69,17 +95,26 @@ def test_diffusers_samples_the_same_images(opened, monkeypatch):
 
 def test_transformers_scores_the_same(opened):
   transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
-  network = transformers.CLIPModel.from_pretrained(str(ASSETS / "emoji-clip"), dtype=torch.float32).eval()
+  network = transformers.CLIPModel.from_pretrained(
+    str(ASSETS / "emoji-clip"), dtype=torch.float32
+  ).eval()
   tokenizer = transformers.CLIPTokenizer.from_pretrained(str(ASSETS / "emoji-clip"))
   pixels = np.random.default_rng(1).uniform(size=(2, 32, 32, 3)).astype(np.float32)
-  mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
+  mean, std = (
+    np.array([0.48145466, 0.4578275, 0.40821073]),
+    np.array([0.26862954, 0.26130258, 0.27577711]),
+  )
   with torch.no_grad():
-    images = torch.from_numpy(((pixels - mean) / std).transpose(0, 3, 1, 2).astype(np.float32).copy())
+    images = torch.from_numpy(
+      ((pixels - mean) / std).transpose(0, 3, 1, 2).astype(np.float32).copy()
+    )
     tokens = tokenizer(PROMPTS, padding="max_length", max_length=16, return_tensors="pt")
     out = network(input_ids=tokens.input_ids, pixel_values=images)
     expected = (out.image_embeds * out.text_embeds).sum(-1).numpy()
   reward, params = opened.model.rewards["clip"], opened.model.reward_params["clip"]
-  text = opened.programs.features["clip"](params, reward.prepare([Example(i, p) for i, p in enumerate(PROMPTS)]))
+  text = opened.programs.features["clip"](
+    params, reward.prepare([Example(i, p) for i, p in enumerate(PROMPTS)])
+  )
   score = opened.programs.score["clip"]
   rows = np.tile(pixels, (8, 1, 1, 1))
   actual = np.asarray(score(params, rows, text, np.arange(16) % 2)["clip"])

@@ -1,4 +1,6 @@
-"""Which kernel computes an attention, and cuDNN's way of calling it, with a stand-in for the kernel on a CPU."""
+"""Which kernel computes an attention, and cuDNN's way of calling it, with a stand-in for the kernel
+on a CPU.
+"""
 
 from types import SimpleNamespace
 
@@ -8,11 +10,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from dancegrpo_jax.devices import gpu_topologies, sharding
 from dancegrpo_jax.models import attention as module
 from dancegrpo_jax.models import splash
 from dancegrpo_jax.models.attention import Place, Shape, attention, capability_of, kernel
-from dancegrpo_jax.runtime import gpu_topologies
-from dancegrpo_jax.runtime import mesh as meshes
 
 AMPERE, HOPPER, BLACKWELL = (Place("gpu", capability) for capability in ((8, 0), (9, 0), (10, 0)))
 TURING, AMD, CPU, TPU = Place("gpu", (7, 5)), Place("gpu"), Place("cpu"), Place("tpu")
@@ -58,7 +59,12 @@ def test_compute_capabilities_are_read_from_devices():
       if capability:
         self.compute_capability = capability
 
-  assert [capability_of(Device(text)) for text in ("9.0", "12.1", "gfx90a", "")] == [(9, 0), (12, 1), (0, 0), (0, 0)]
+  assert [capability_of(Device(text)) for text in ("9.0", "12.1", "gfx90a", "")] == [
+    (9, 0),
+    (12, 1),
+    (0, 0),
+    (0, 0),
+  ]
   assert module.place() == Place("cpu")
   for card in gpu_topologies.CARDS.values():  # which plan.py compiles for
     assert capability_of(SimpleNamespace(device_kind=card.kind)) == card.capability
@@ -66,11 +72,16 @@ def test_compute_capabilities_are_read_from_devices():
 
 def draw(queries: int, keys: int, dim: int = 16, batch: int = 3, dtype=jnp.float32):
   shapes = ((batch, queries, 2, dim), (batch, keys, 2, dim), (batch, keys, 2, dim))
-  return [jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype) for i, shape in enumerate(shapes)]
+  return [
+    jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype)
+    for i, shape in enumerate(shapes)
+  ]
 
 
 def stand_in(q, k, v, *, scale, is_causal, query_seq_lengths=None, key_value_seq_lengths=None):
-  """What cuDNN does, as JAX documents it: no odd lengths; rows of queries beyond the length are anything."""
+  """What cuDNN does, as JAX documents it: no odd lengths; rows of queries beyond the length are
+  anything.
+  """
   n, m = q.shape[1], k.shape[1]
   assert n % 2 == 0 and m % 2 == 0, (n, m)
   assert (query_seq_lengths is None) == (key_value_seq_lengths is None)
@@ -108,7 +119,9 @@ LENGTHS = [(16, 16), (17, 17), (16, 7), (9, 12), (1, 1)]
 @pytest.mark.parametrize("queries, keys", LENGTHS)
 @pytest.mark.parametrize("lengths", [None, (1, 4, 7)])
 def test_padding_for_cudnn_changes_nothing(monkeypatch, queries, keys, lengths, causal):
-  """The kernel's stand-in, called through `attention`, against xla: value and gradients, odd and even lengths."""
+  """The kernel's stand-in, called through `attention`, against xla: value and gradients, odd and
+  even lengths.
+  """
   monkeypatch.setattr(module, "_fused", stand_in)
   monkeypatch.setattr(module, "kernel", lambda impl, **_: impl)
   q, k, v = draw(queries, keys)
@@ -117,7 +130,9 @@ def test_padding_for_cudnn_changes_nothing(monkeypatch, queries, keys, lengths, 
     beyond = (jnp.arange(keys)[None, :] >= key_lengths[:, None])[..., None, None]
     k, v = (jnp.where(beyond, 1e3, x) for x in (k, v))
   options = {"key_lengths": key_lengths, "causal": causal}
-  for mine, theirs in zip(value_and_gradients(q, k, v, "cudnn", **options), value_and_gradients(q, k, v, "xla", **options)):
+  for mine, theirs in zip(
+    value_and_gradients(q, k, v, "cudnn", **options), value_and_gradients(q, k, v, "xla", **options)
+  ):
     assert mine.shape == theirs.shape
     assert np.abs(mine - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
@@ -140,7 +155,9 @@ def test_even_lengths_without_key_lengths_are_passed_as_they_are(monkeypatch, qu
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 @pytest.mark.parametrize("batch", [8, 3])
 def test_a_kernel_is_called_on_each_device(monkeypatch, sizes, batch):
-  """With its own samples, and its own heads where tensor splits them; 3 samples don't divide, and all devices compute them."""
+  """With its own samples, and its own heads where tensor splits them; 3 samples don't divide, and
+  all devices compute them.
+  """
   seen = []
 
   def record(q, k, v, **options):
@@ -152,7 +169,7 @@ def test_a_kernel_is_called_on_each_device(monkeypatch, sizes, batch):
   inputs = draw(9, 7, batch=batch)
   lengths = jnp.arange(batch) % 7 + 1
   alone = value_and_gradients(*inputs, "cudnn", key_lengths=lengths)
-  with jax.set_mesh(meshes.make_mesh(ConfigDict(dict(zip(meshes.AXES, sizes))))):
+  with jax.set_mesh(sharding.make_mesh(ConfigDict(dict(zip(sharding.AXES, sizes))))):
     seen.clear()
     together = value_and_gradients(*inputs, "cudnn", key_lengths=lengths)
   rows = batch // (sizes[0] * sizes[1]) if batch == 8 else 3
@@ -165,7 +182,12 @@ def test_key_lengths_and_causal_of_xla():
   """Against a softmax over the valid keys alone, sample by sample and query by query."""
   q, k, v = (np.asarray(x, np.float64) for x in draw(5, 6))
   lengths = [1, 4, 6]
-  result = attention(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), key_lengths=jnp.array(lengths), causal=True, impl="xla")
+  result = attention(
+    *(jnp.asarray(x, jnp.float32) for x in (q, k, v)),
+    key_lengths=jnp.array(lengths),
+    causal=True,
+    impl="xla",
+  )
   for b, length in enumerate(lengths):
     for i in range(5):
       seen = min(length, i + 1)
@@ -200,14 +222,24 @@ def test_auto_asks_where_it_runs_and_a_kernel_that_can_not_is_named_once(monkeyp
     attention(q[..., :40], k[..., :40], v[..., :40], impl="splash")
     attention(q, k, v, impl="cudnn")
   lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-  assert len(lines) == 2 and "splash for float32, heads of 40" in lines[0] and "cudnn for float32, heads of 128" in lines[1]
+  assert (
+    len(lines) == 2
+    and "splash for float32, heads of 40" in lines[0]
+    and "cudnn for float32, heads of 128" in lines[1]
+  )
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cudnn needs an NVIDIA GPU (and JAX_PLATFORMS=cuda)")
+@pytest.mark.skipif(
+  jax.default_backend() != "gpu", reason="cudnn needs an NVIDIA GPU (and JAX_PLATFORMS=cuda)"
+)
 @pytest.mark.parametrize("dim", [40, 64, 128, 160])
 @pytest.mark.parametrize("queries, keys", [(150, 130), (151, 77), (64, 77)])
 def test_cudnn_equals_xla_with_its_gradients(queries, keys, dim):
-  """bfloat16 has steps of 1/256 relative to a value; the two round their weights at different points."""
+  """bfloat16 has steps of 1/256 relative to a value; the two round their weights at different
+  points.
+  """
   inputs = draw(queries, keys, dim=dim, dtype=jnp.bfloat16)
-  for mine, theirs in zip(value_and_gradients(*inputs, "cudnn"), value_and_gradients(*inputs, "xla")):
+  for mine, theirs in zip(
+    value_and_gradients(*inputs, "cudnn"), value_and_gradients(*inputs, "xla")
+  ):
     assert np.abs(mine - theirs).max() <= 2e-2 * np.abs(theirs).max()

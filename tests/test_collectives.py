@@ -1,4 +1,6 @@
-"""What the compiled update sends between devices: kernels block by block, never samples, trajectories or optimizer state."""
+"""What the compiled update sends between devices: kernels block by block, never samples,
+trajectories or optimizer state.
+"""
 
 import importlib.util
 import re
@@ -8,23 +10,32 @@ import jax
 import pytest
 from golden_specs import ROOT
 
-from dancegrpo_jax import inventory
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import hlo, topologies
-from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.plan import hlo, inventory, topologies
+from dancegrpo_jax.settings import config_file
 
 
 def tiny_flux(devices: list) -> tuple[inventory.Inventory, jax.sharding.Mesh]:
   """FLUX's rules, scanned and rematerialised blocks, on a tiny network split over 8 devices."""
-  whole = configs.load(str(ROOT / "configs" / "flux_hps.py"))
-  words = ["mesh.data=1", "mesh.fsdp=8", "model.remat=True", "model.scan_blocks=True", "optimizer.updates_per_iteration=1"]
-  config = configs.load(f"{ROOT / 'configs' / 'flux_hps.py'}:tiny", [*words, f"mesh.rules={whole.mesh.rules}"])
+  whole = config_file.load(str(ROOT / "configs" / "flux_hps.py"))
+  words = [
+    "mesh.data=1",
+    "mesh.fsdp=8",
+    "model.remat=True",
+    "model.scan_blocks=True",
+    "optimizer.updates_per_iteration=1",
+  ]
+  config = config_file.load(
+    f"{ROOT / 'configs' / 'flux_hps.py'}:tiny", [*words, f"mesh.rules={whole.mesh.rules}"]
+  )
   config = inventory.without_weights(config)
-  mesh = meshes.make_mesh(config.mesh, devices)
+  mesh = sharding.make_mesh(config.mesh, devices)
   return inventory.take(config, mesh, 400, 100), mesh
 
 
-def compiled_update(taken: inventory.Inventory, mesh: jax.sharding.Mesh) -> tuple[hlo.Summary, list]:
+def compiled_update(
+  taken: inventory.Inventory, mesh: jax.sharding.Mesh
+) -> tuple[hlo.Summary, list]:
   """What its text says, and (shape, sharding) of the optimizer state that it returns."""
   (call,) = (call for call in taken.calls if call.name == "update")
   with jax.set_mesh(mesh):
@@ -37,11 +48,15 @@ def compiled_update(taken: inventory.Inventory, mesh: jax.sharding.Mesh) -> tupl
 
 def gathered(summary: hlo.Summary) -> list[hlo.Collective]:
   """What collects pieces from other devices: all-gathers and all-to-alls."""
-  return [c for c in summary.collectives if c.opcode in ("all-gather", "all-to-all", "ragged-all-to-all")]
+  return [
+    c for c in summary.collectives if c.opcode in ("all-gather", "all-to-all", "ragged-all-to-all")
+  ]
 
 
 def collecting(summary: hlo.Summary) -> list[hlo.Collective]:
-  """`gathered`, and what may be the same in another form: between many TPUs an all-gather becomes an all-reduce of zeros."""
+  """`gathered`, and what may be the same in another form: between many TPUs an all-gather becomes
+  an all-reduce of zeros.
+  """
   return gathered(summary) + [c for c in summary.collectives if c.opcode == "all-reduce"]
 
 
@@ -49,7 +64,9 @@ def largest_block(model) -> int:
   """Parameters of the largest block of the denoiser, whose layers are stacked on axis 0."""
   trained = model.trainable["denoiser"]
   names = ("transformer_blocks", "single_transformer_blocks")
-  return max(sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(trained[name])) for name in names)
+  return max(
+    sum(leaf.size // leaf.shape[0] for leaf in jax.tree.leaves(trained[name])) for name in names
+  )
 
 
 def unordered(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -64,20 +81,32 @@ def parameter_shapes(tree) -> set[tuple[int, ...]]:
 
 
 def is_parameter(dims: str, known: set[tuple[int, ...]]) -> bool:
-  """Whether a shape's text is one of these, or is with two neighbouring axes as one: devices, and the piece of each."""
+  """Whether a shape's text is one of these, or is with two neighbouring axes as one: devices, and
+  the piece of each.
+  """
   shape = tuple(map(int, dims.split(",")))
   joined = [(*shape[:i], shape[i] * shape[i + 1], *shape[i + 2 :]) for i in range(len(shape) - 1)]
   return any(unordered(form) in known for form in (shape, *joined))
 
 
-def check(summary: hlo.Summary, optimizer: list, taken: inventory.Inventory, share: float = 0.05) -> None:
-  """The assertions, for any compiler; `share` of the optimizer's state may be whole on every device: norms, biases, the ends."""
+def check(
+  summary: hlo.Summary, optimizer: list, taken: inventory.Inventory, share: float = 0.05
+) -> None:
+  """The assertions, for any compiler; `share` of the optimizer's state may be whole on every
+  device: norms, biases, the ends.
+  """
   collected = collecting(summary)
   assert collected and summary.unknown == 0
-  largest = max(collected, key=lambda c: hlo.largest(c.shape))  # of several arrays sent at once, the largest
+  largest = max(
+    collected, key=lambda c: hlo.largest(c.shape)
+  )  # of several arrays sent at once, the largest
   assert hlo.largest(largest.shape) <= 4 * largest_block(taken.model), largest
-  # Whatever is as large as a sample's latents is a parameter or its gradient by its shape: no trajectory, however it is packed.
-  sample, known = prod(taken.kept["trajectories"][0].sample.shape[1:]), parameter_shapes(taken.model.trainable)
+  # Whatever is as large as a sample's latents is a parameter or its gradient by its shape: no
+  # trajectory, however it is packed.
+  sample, known = (
+    prod(taken.kept["trajectories"][0].sample.shape[1:]),
+    parameter_shapes(taken.model.trainable),
+  )
   for c in collected:
     for dims in re.findall(r"[a-z]+\d+\[([\d,]+)\]", c.shape):
       assert prod(map(int, dims.split(","))) < sample or is_parameter(dims, known), c
@@ -100,19 +129,25 @@ def test_the_update_gathers_kernels_alone():
     check(summary._replace(collectives=[*summary.collectives, packed]), optimizer, taken)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (requirements-tpu.txt)")
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu is not installed (requirements-tpu.txt)",
+)
 def test_the_tpu_compiler_gathers_no_trajectories():
   taken, mesh = tiny_flux(topologies.devices("v5e:2x4"))
   check(*compiled_update(taken, mesh), taken)
 
 
 @pytest.mark.full_size
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (requirements-tpu.txt)")
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu is not installed (requirements-tpu.txt)",
+)
 @pytest.mark.parametrize("topology", ["v6e:8x8", "v5p:4x4x4"])
 def test_the_published_recipe_gathers_blocks_alone(topology):
   """FLUX.1-dev, every weight trained, on 64 chips: minutes of compiling."""
   devices = topologies.devices(topology)
-  config = inventory.without_weights(configs.load(str(ROOT / "configs" / "flux_hps.py")))
-  mesh = meshes.make_mesh(config.mesh, devices)
+  config = inventory.without_weights(config_file.load(str(ROOT / "configs" / "flux_hps.py")))
+  mesh = sharding.make_mesh(config.mesh, devices)
   taken = inventory.take(config, mesh, 400, 100)
   check(*compiled_update(taken, mesh), taken, share=0.01)

@@ -1,4 +1,6 @@
-"""The command line, overrides, validation and the comparison on resume. Expected texts are what a user should read."""
+"""The command line, overrides, validation and the comparison on resume. Expected texts are what a
+user should read.
+"""
 
 import argparse
 import json
@@ -8,16 +10,15 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.runtime import config as config_lib
-from dancegrpo_jax.runtime import validation
-from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.settings import checks, command_line, config_file, stored_config
 
 COMMON = str(Path(__file__).parent.parent / "configs" / "common.py")
 
 
 def common(**changes) -> ConfigDict:
   """The common config with fields changed: common(sampler__kind="flow")."""
-  config = config_lib.load(COMMON)
+  config = config_file.load(COMMON)
   with config.unlocked():
     for path, value in changes.items():
       *sections, leaf = path.split("__")
@@ -30,7 +31,7 @@ def common(**changes) -> ConfigDict:
 
 def problems(num_devices=1, num_examples=None, **changes) -> list[str]:
   try:
-    validation.validate(common(**changes), num_devices=num_devices, num_examples=num_examples)
+    checks.validate(common(**changes), num_devices=num_devices, num_examples=num_examples)
   except ConfigError as error:
     return str(error).splitlines()
   return []
@@ -52,27 +53,29 @@ def preset_file(tmp_path):
 
 
 def test_load_takes_a_preset(preset_file):
-  assert config_lib.load(str(preset_file)).size == 10
-  assert config_lib.load(f"{preset_file}:tiny").size == 1
+  assert config_file.load(str(preset_file)).size == 10
+  assert config_file.load(f"{preset_file}:tiny").size == 1
 
 
 def test_unknown_preset_lists_presets(preset_file):
-  with pytest.raises(ConfigError, match="unknown preset; .*my_run.py has tiny, broad; did you mean 'tiny'"):
-    config_lib.load(f"{preset_file}:tinny")
+  with pytest.raises(
+    ConfigError, match="unknown preset; .*my_run.py has tiny, broad; did you mean 'tiny'"
+  ):
+    config_file.load(f"{preset_file}:tinny")
 
 
 def test_missing_file_names_a_near_one(preset_file):
   with pytest.raises(ConfigError, match="no such file; did you mean 'my_run.py'"):
-    config_lib.load(str(preset_file.parent / "myrun.py"))
+    config_file.load(str(preset_file.parent / "myrun.py"))
 
 
 def test_broken_file_names_its_line(tmp_path):
   (tmp_path / "broken.py").write_text("x = 1\ny = x.nothing\n")
   with pytest.raises(ConfigError, match="line 2: AttributeError"):
-    config_lib.load(str(tmp_path / "broken.py"))
+    config_file.load(str(tmp_path / "broken.py"))
   (tmp_path / "syntax.py").write_text("x = (\n")
   with pytest.raises(ConfigError, match="line 1: SyntaxError"):
-    config_lib.load(str(tmp_path / "syntax.py"))
+    config_file.load(str(tmp_path / "syntax.py"))
 
 
 def test_a_config_file_can_import_its_neighbour(tmp_path):
@@ -81,14 +84,14 @@ def test_a_config_file_can_import_its_neighbour(tmp_path):
   (tmp_path / "runs_of_mine" / "a.py").write_text(
     "from runs_of_mine import base_of_mine\ndef get_config():\n  return base_of_mine.get_config()\n"
   )
-  assert config_lib.load(str(tmp_path / "runs_of_mine" / "a.py")).seed == 0
+  assert config_file.load(str(tmp_path / "runs_of_mine" / "a.py")).seed == 0
   with pytest.raises(ConfigError, match="no presets"):
-    config_lib.load(str(tmp_path / "runs_of_mine" / "a.py:tiny"))
+    config_file.load(str(tmp_path / "runs_of_mine" / "a.py:tiny"))
 
 
 def test_a_loaded_config_is_locked():
   with pytest.raises((AttributeError, KeyError)):
-    config_lib.load(COMMON).sampler.kid = 1
+    config_file.load(COMMON).sampler.kid = 1
 
 
 # Overrides
@@ -106,13 +109,16 @@ def test_a_loaded_config_is_locked():
     ("data.held_out=", ""),
     ("model.size=(64, 48)", (64, 48)),
     ("model.size=64,48", (64, 48)),
-    ("reward.terms=[['clip', 0.5], ['compressibility', 1]]", (("clip", 0.5), ("compressibility", 1))),
+    (
+      "reward.terms=[['clip', 0.5], ['compressibility', 1]]",
+      (("clip", 0.5), ("compressibility", 1)),
+    ),
     ("sampler.window.size=4", 4),
     ("mesh.data=-1", -1),
   ],
 )
 def test_overrides_take_the_present_type(override, expected):
-  value = config_lib.flatten(config_lib.load(COMMON, [override]))[override.partition("=")[0]]
+  value = stored_config.flatten(config_file.load(COMMON, [override]))[override.partition("=")[0]]
   assert value == expected and type(value) is type(expected)
 
 
@@ -120,7 +126,10 @@ def test_overrides_take_the_present_type(override, expected):
   "override, text",
   [
     ("sampler.kid=ddim", "--config.sampler.kid: unknown key; did you mean sampler.kind?"),
-    ("learning_rate=1", "--config.learning_rate: unknown key; did you mean optimizer.learning_rate?"),
+    (
+      "learning_rate=1",
+      "--config.learning_rate: unknown key; did you mean optimizer.learning_rate?",
+    ),
     ("lerning_rate=1", "--config.lerning_rate: unknown key; did you mean optimizer.learning_rate?"),
     ("iterations=7.5", "--config.iterations=7.5: not a value of type int"),
     ("model.remat=maybe", "--config.model.remat=maybe: not a value of type bool"),
@@ -131,13 +140,13 @@ def test_overrides_take_the_present_type(override, expected):
 )
 def test_a_bad_override_is_one_clear_line(override, text):
   with pytest.raises(ConfigError) as caught:
-    config_lib.load(COMMON, [override])
+    config_file.load(COMMON, [override])
   assert text in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_all_bad_overrides_are_reported():
   with pytest.raises(ConfigError) as caught:
-    config_lib.load(COMMON, ["a.b=1", "iterations=x"])
+    config_file.load(COMMON, ["a.b=1", "iterations=x"])
   assert len(str(caught.value).splitlines()) == 2
 
 
@@ -150,9 +159,22 @@ def add_flags(parser: argparse.ArgumentParser):
 
 
 def test_parse_argv_shares_config_and_keeps_own_flags():
-  argv = [f"--config={COMMON}", "--config.iterations=3", "--config.mesh.data", "-1", "--prompt=a", "--prompt", "b"]
-  config, flags = config_lib.parse_argv(argv, "samples", add_flags)
-  assert (config.iterations, config.mesh.data, flags.prompt, flags.workdir) == (3, -1, ["a", "b"], "")
+  argv = [
+    f"--config={COMMON}",
+    "--config.iterations=3",
+    "--config.mesh.data",
+    "-1",
+    "--prompt=a",
+    "--prompt",
+    "b",
+  ]
+  config, flags = command_line.parse_argv(argv, "samples", add_flags)
+  assert (config.iterations, config.mesh.data, flags.prompt, flags.workdir) == (
+    3,
+    -1,
+    ["a", "b"],
+    "",
+  )
 
 
 @pytest.mark.parametrize(
@@ -160,19 +182,24 @@ def test_parse_argv_shares_config_and_keeps_own_flags():
   [
     (["--prompt=a"], "--config is missing"),
     ([f"--config={COMMON}"], "--prompt"),
-    ([f"--config={COMMON}", "--prompt=a", "--wordkir=x"], "unknown argument '--wordkir=x'; did you mean '--workdir'?"),
+    (
+      [f"--config={COMMON}", "--prompt=a", "--wordkir=x"],
+      "unknown argument '--wordkir=x'; did you mean '--workdir'?",
+    ),
     ([f"--config={COMMON}", "--prompt=a", "--work=x"], "unknown argument '--work=x'"),
   ],
 )
 def test_a_bad_flag_is_one_clear_line(argv, text):
   with pytest.raises(ConfigError) as caught:
-    config_lib.parse_argv(argv, "samples", add_flags)
+    command_line.parse_argv(argv, "samples", add_flags)
   assert text in str(caught.value)
 
 
 def test_help_shows_flags_and_fields(capsys):
   with pytest.raises(SystemExit) as caught:
-    config_lib.parse_argv([f"--config={COMMON}", "--config.iterations=3", "--help"], "Makes samples.", add_flags)
+    command_line.parse_argv(
+      [f"--config={COMMON}", "--config.iterations=3", "--help"], "Makes samples.", add_flags
+    )
   text = capsys.readouterr().out
   assert caught.value.code == 0
   assert "Makes samples." in text and "--workdir" in text
@@ -183,9 +210,9 @@ def test_a_mistake_exits_with_2_and_no_traceback(capsys):
   def command():
     raise ConfigError("first\nsecond")
 
-  assert config_lib.exit_on_mistake(command) == 2
+  assert command_line.exit_on_mistake(command) == 2
   assert capsys.readouterr().err == "error: first\nerror: second\n"
-  assert config_lib.exit_on_mistake(lambda: None) == 0
+  assert command_line.exit_on_mistake(lambda: None) == 0
 
 
 # Validation
@@ -199,47 +226,110 @@ def test_the_common_config_is_sound():
 @pytest.mark.parametrize(
   "changes, text",
   [
-    ({"model__family": "stable_difusion"}, "model.family = 'stable_difusion': unknown; .*did you mean 'stable_diffusion'"),
-    ({"sampler__kind": "dim"}, "sampler.kind = 'dim': unknown; one of ddim, dance, flow, cps; did you mean 'ddim'"),
-    ({"sampler__kind": "flow"}, "sampler.kind = 'flow': for rectified flow only; .* ddim, dance or cps"),
+    (
+      {"model__family": "stable_difusion"},
+      "model.family = 'stable_difusion': unknown; .*did you mean 'stable_diffusion'",
+    ),
+    (
+      {"sampler__kind": "dim"},
+      "sampler.kind = 'dim': unknown; one of ddim, dance, flow, cps; did you mean 'ddim'",
+    ),
+    (
+      {"sampler__kind": "flow"},
+      "sampler.kind = 'flow': for rectified flow only; .* ddim, dance or cps",
+    ),
     ({"sampler__noise_level": 0.0}, "sampler.noise_level = 0.0: must be above 0; .*deterministic"),
     ({"sampler__noise_level": 1.5}, "sampler.noise_level = 1.5: ddim takes at most 1"),
     ({"sampler__last_step": "od"}, "sampler.last_step = 'od': unknown; one of ode, x0hat, sde"),
     ({"sampler__steps": 1}, "sampler.steps = 1: no stochastic step is left"),
     ({"sampler__guidance_scale": 0.5}, "sampler.guidance_scale = 0.5: must be at least 1"),
     ({"sampler__window__mode": "slide"}, "sampler.window.mode = 'slide': unknown"),
-    ({"sampler__window__size": 10}, "sampler.window.size = 10: the schedule has 9 policy steps; use 0 .* to 9"),
-    ({"sampler__window__size": 4, "sampler__window__start": 6, "objective__timesteps": "all"}, "window.start = 6: .*use 0 to 5"),
-    ({"reward__terms": (("clp", 1.0),)}, "reward.terms = 'clp': unknown reward; .*module:function; did you mean 'clip'"),
+    (
+      {"sampler__window__size": 10},
+      "sampler.window.size = 10: the schedule has 9 policy steps; use 0 .* to 9",
+    ),
+    (
+      {"sampler__window__size": 4, "sampler__window__start": 6, "objective__timesteps": "all"},
+      "window.start = 6: .*use 0 to 5",
+    ),
+    (
+      {"reward__terms": (("clp", 1.0),)},
+      "reward.terms = 'clp': unknown reward; .*module:function; did you mean 'clip'",
+    ),
     ({"reward__terms": ()}, r"reward.terms = \(\): must hold \(term, weight\) pairs"),
     ({"reward__terms": (("clip", 1.0), ("clip", 2.0))}, "reward.terms = 'clip': named twice"),
-    ({"reward__thresholds": (("hps", 0.28),)}, "reward.thresholds = .*with a term of reward.terms: clip"),
-    ({"reward__combine": "sum"}, "reward.combine = 'sum': unknown; one of advantages, rewards, gdpo"),
-    ({"rollout__samples_per_prompt": 1, "rollout__chunk": 16}, "samples_per_prompt = 1: a group needs at least 2 samples"),
+    (
+      {"reward__thresholds": (("hps", 0.28),)},
+      "reward.thresholds = .*with a term of reward.terms: clip",
+    ),
+    (
+      {"reward__combine": "sum"},
+      "reward.combine = 'sum': unknown; one of advantages, rewards, gdpo",
+    ),
+    (
+      {"rollout__samples_per_prompt": 1, "rollout__chunk": 16},
+      "samples_per_prompt = 1: a group needs at least 2 samples",
+    ),
     ({"advantage__best_of": 3}, "advantage.best_of = 3: must be even"),
     ({"advantage__best_of": 18}, "advantage.best_of = 18: .* use at most 16"),
     ({"advantage__history__size": 8}, "advantage.history.size = 8: never reaches min_count = 16"),
-    ({"objective__kl__mode": "kl"}, "objective.kl.mode = 'kl': unknown; one of exact, no_dt, mean_mse, velocity_mse"),
+    (
+      {"objective__kl__mode": "kl"},
+      "objective.kl.mode = 'kl': unknown; one of exact, no_dt, mean_mse, velocity_mse",
+    ),
     ({"objective__kl__mode": "no_dt"}, "objective.kl.mode = 'no_dt': for rectified flow only"),
-    ({"objective__kl__mode": "velocity_mse"}, "objective.kl.mode = 'velocity_mse': for rectified flow only"),
-    ({"objective__timesteps": "frist"}, "objective.timesteps = 'frist': unknown; .*did you mean 'first'"),
+    (
+      {"objective__kl__mode": "velocity_mse"},
+      "objective.kl.mode = 'velocity_mse': for rectified flow only",
+    ),
+    (
+      {"objective__timesteps": "frist"},
+      "objective.timesteps = 'frist': unknown; .*did you mean 'first'",
+    ),
     ({"objective__timestep_fraction": 0.0}, r"timestep_fraction = 0.0: must lie in \(0, 1\]"),
     ({"objective__log_prob": "avg"}, "objective.log_prob = 'avg': unknown; one of mean, sum"),
-    ({"objective__old_log_prob": "update"}, "objective.old_log_prob = 'update': unknown; one of recompute, rollout"),
+    (
+      {"objective__old_log_prob": "update"},
+      "objective.old_log_prob = 'update': unknown; one of recompute, rollout",
+    ),
     ({"objective__clip_range": 0.0}, "objective.clip_range = 0.0: must be above 0"),
-    ({"objective__guard": True, "objective__old_log_prob": "rollout"}, "objective.guard = True: needs .*recompute"),
+    (
+      {"objective__guard": True, "objective__old_log_prob": "rollout"},
+      "objective.guard = True: needs .*recompute",
+    ),
     ({"optimizer__b2": 1.0}, r"optimizer.b2 = 1.0: must lie in \[0, 1\)"),
-    ({"lora__rank": 8, "lora__targets": ".*kernel"}, "lora.alpha = 0.0: the adapters of rank 8 would do nothing"),
-    ({"lora__rank": 8, "lora__alpha": 8.0}, "lora.targets = '': must match the kernels to adapt, as '.*attn"),
-    ({"lora__rank": 8, "lora__alpha": 8.0, "lora__targets": "("}, r"lora.targets = '\(': not a regular expression"),
-    ({"lora__alpha": 8.0}, "lora.alpha = 8.0: needs lora.rank above 0; with rank 0 every weight is trained"),
+    (
+      {"lora__rank": 8, "lora__targets": ".*kernel"},
+      "lora.alpha = 0.0: the adapters of rank 8 would do nothing",
+    ),
+    (
+      {"lora__rank": 8, "lora__alpha": 8.0},
+      "lora.targets = '': must match the kernels to adapt, as '.*attn",
+    ),
+    (
+      {"lora__rank": 8, "lora__alpha": 8.0, "lora__targets": "("},
+      r"lora.targets = '\(': not a regular expression",
+    ),
+    (
+      {"lora__alpha": 8.0},
+      "lora.alpha = 8.0: needs lora.rank above 0; with rank 0 every weight is trained",
+    ),
     ({"lora__targets": ".*"}, "lora.targets = '.*': needs lora.rank above 0"),
     ({"lora__checkpoint": "x"}, "lora.checkpoint = 'x': needs lora.rank above 0"),
     ({"lora__rank": -1}, "lora.rank = -1: must be at least 0"),
-    ({"mesh__data": 3}, "mesh.data = 3: data=3 x fsdp=1 x tensor=1 does not use 1 devices; set mesh.data = 1 or -1"),
+    (
+      {"mesh__data": 3},
+      "mesh.data = 3: data=3 x fsdp=1 x tensor=1 does not use 1 devices; set mesh.data = 1 or -1",
+    ),
     ({"mesh__rules": (("(", ()),)}, "mesh.rules = '\\(': not a regular expression"),
-    ({"mesh__rules": ((".*", ("model",)),)}, "mesh.rules = .*: unknown mesh axis 'model'; one of data, fsdp, tensor"),
-    ({"mesh__rules": ((".*", ("data", "tensor")),)}, "mesh.rules = .*: data beside tensor: .*use fsdp"),
+    (
+      {"mesh__rules": ((".*", ("model",)),)},
+      "mesh.rules = .*: unknown mesh axis 'model'; one of data, fsdp, tensor",
+    ),
+    (
+      {"mesh__rules": ((".*", ("data", "tensor")),)},
+      "mesh.rules = .*: data beside tensor: .*use fsdp",
+    ),
     ({"model__size": (32,)}, r"model.size = \(32,\): must be \(height, width\)"),
     ({"logging__profile_steps": (5, 2)}, "logging.profile_steps = .*as \\(3, 4\\)"),
   ],
@@ -253,11 +343,17 @@ def test_one_wrong_value_is_one_line(changes, text):
   "changes, text",
   [
     # 256 samples; their divisors that are multiples of 8 lanes: 8, 16, 32, 64, 128, 256
-    ({"rollout__chunk": 100}, "rollout.chunk = 100: must divide the 256 samples .*mesh.lanes = 8; use 16, 32, 64 or 128"),
+    (
+      {"rollout__chunk": 100},
+      "rollout.chunk = 100: must divide the 256 samples .*mesh.lanes = 8; use 16, 32, 64 or 128",
+    ),
     ({"rollout__chunk": 4}, "rollout.chunk = 4: .* use 8, 16, 32 or 64"),
     ({"mesh__lanes": 7}, "mesh.lanes = 7"),
     # 16 x 16 samples x 5 of 9 steps = 1280 transitions
-    ({"optimizer__microbatch": 200}, "the 1280 trained transitions .256 samples x 5 steps. / 1 .*use 80, 128, 160 or 256"),
+    (
+      {"optimizer__microbatch": 200},
+      "the 1280 trained transitions .256 samples x 5 steps. / 1 .*use 80, 128, 160 or 256",
+    ),
     ({"optimizer__updates_per_iteration": 3}, "updates_per_iteration = 3: .*; use 1, 2, 4 or 5"),
     ({"advantage__best_of": 6, "optimizer__microbatch": 96}, ""),  # 16 x 6 x 5 = 480 = 5 x 96
   ],
@@ -298,8 +394,10 @@ def test_a_missing_field_is_named():
   config = common()
   with config.unlocked():
     del config.sampler.kind
-  with pytest.raises(ConfigError, match="config.sampler.kind: missing; start from configs/common.py"):
-    validation.validate(config, num_devices=1)
+  with pytest.raises(
+    ConfigError, match="config.sampler.kind: missing; start from configs/common.py"
+  ):
+    checks.validate(config, num_devices=1)
 
 
 @pytest.mark.parametrize(
@@ -308,30 +406,38 @@ def test_a_missing_field_is_named():
     ({}, ""),  # nothing is known, as where a checkpoint is exported
     ({"platform": "gpu", "capability": (9, 0)}, ""),
     ({"platform": "gpu", "capability": (8, 0)}, ""),
-    ({"platform": "gpu"}, "needs a compute capability of 8.0; this GPU has none, as it is not NVIDIA's; use 'xla'"),
-    ({"platform": "gpu", "capability": (7, 5)}, "needs a compute capability of 8.0; this GPU has 7.5"),
+    (
+      {"platform": "gpu"},
+      "needs a compute capability of 8.0; this GPU has none, as it is not NVIDIA's; use 'xla'",
+    ),
+    (
+      {"platform": "gpu", "capability": (7, 5)},
+      "needs a compute capability of 8.0; this GPU has 7.5",
+    ),
     ({"platform": "cpu"}, "is for NVIDIA GPUs, and this run is on a CPU; use 'auto' or 'xla'"),
     ({"platform": "tpu"}, "is for NVIDIA GPUs, and this run is on a TPU; use 'auto' or 'xla'"),
   ],
 )
 def test_cudnn_needs_a_gpu_that_has_it(facts, said):
   try:
-    validation.validate(common(model__attention="cudnn"), num_devices=1, **facts)
+    checks.validate(common(model__attention="cudnn"), num_devices=1, **facts)
     assert not said
   except ConfigError as error:
     (line,) = str(error).splitlines()
     assert line.startswith(f"config.model.attention = 'cudnn': {said}") and said
   for kernel in ("auto", "xla"):
-    validation.validate(common(model__attention=kernel), num_devices=1, **facts)
+    checks.validate(common(model__attention=kernel), num_devices=1, **facts)
 
 
 def test_splash_is_refused_on_a_gpu():
   """On a CPU Pallas's interpreter runs it, which is for tests."""
   config = common(model__attention="splash")
   for platform in ("cpu", "tpu"):
-    validation.validate(config, num_devices=1, platform=platform)
-  with pytest.raises(ConfigError, match="config.model.attention = 'splash': is for TPUs.*a GPU; use 'auto'"):
-    validation.validate(config, num_devices=1, platform="gpu", capability=(9, 0))
+    checks.validate(config, num_devices=1, platform=platform)
+  with pytest.raises(
+    ConfigError, match="config.model.attention = 'splash': is for TPUs.*a GPU; use 'auto'"
+  ):
+    checks.validate(config, num_devices=1, platform="gpu", capability=(9, 0))
 
 
 # Storage
@@ -339,19 +445,33 @@ def test_splash_is_refused_on_a_gpu():
 
 def test_json_round_trip_and_stable_text():
   config = common()
-  text = config_lib.to_json(config)
-  restored = config_lib.from_json(text)
+  text = stored_config.to_json(config)
+  restored = stored_config.from_json(text)
   assert restored.to_dict() == config.to_dict()
-  assert config_lib.to_json(restored) == text
-  assert config_lib.digest(restored) == config_lib.digest(config) != config_lib.digest(common(seed=1))
+  assert stored_config.to_json(restored) == text
+  assert (
+    stored_config.digest(restored)
+    == stored_config.digest(config)
+    != stored_config.digest(common(seed=1))
+  )
 
 
 def test_differences_on_resume():
-  old = json.loads(config_lib.to_json(common()))
-  assert config_lib.differences(old, common()) == ([], [])
-  new = common(iterations=5, mesh__fsdp=2, rollout__chunk=64, optimizer__learning_rate=1e-3, model__size=(64, 64))
-  allowed, refused = config_lib.differences(old, new)
-  assert {difference.field for difference in allowed} == {"iterations", "mesh.fsdp", "rollout.chunk"}
+  old = json.loads(stored_config.to_json(common()))
+  assert stored_config.differences(old, common()) == ([], [])
+  new = common(
+    iterations=5,
+    mesh__fsdp=2,
+    rollout__chunk=64,
+    optimizer__learning_rate=1e-3,
+    model__size=(64, 64),
+  )
+  allowed, refused = stored_config.differences(old, new)
+  assert {difference.field for difference in allowed} == {
+    "iterations",
+    "mesh.fsdp",
+    "rollout.chunk",
+  }
   assert {str(difference) for difference in refused} == {
     "config.optimizer.learning_rate: 1e-05 -> 0.001",
     "config.model.size: (32, 32) -> (64, 64)",
@@ -359,6 +479,8 @@ def test_differences_on_resume():
 
 
 def test_a_field_that_only_one_side_has_is_refused():
-  old = json.loads(config_lib.to_json(common()))
+  old = json.loads(stored_config.to_json(common()))
   old["sampler"]["gone"] = 1
-  assert [str(difference) for difference in config_lib.differences(old, common())[1]] == ["config.sampler.gone: 1 -> '(absent)'"]
+  assert [str(difference) for difference in stored_config.differences(old, common())[1]] == [
+    "config.sampler.gone: 1 -> '(absent)'"
+  ]

@@ -1,4 +1,6 @@
-"""Every config and preset loads, is locked and validates; some tiny ones of Stable Diffusion and FLUX run from end to end."""
+"""Every config and preset loads, is locked and validates; some tiny ones of Stable Diffusion and
+FLUX run from end to end.
+"""
 
 import json
 import math
@@ -10,26 +12,28 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dancegrpo_jax import scoring, train
+from dancegrpo_jax import train
+from dancegrpo_jax.assembly import reward_builders
 from dancegrpo_jax.data.prompts import read_prompts
+from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.models import clip, flux, t5
 from dancegrpo_jax.models.lora import Lora, abstract
 from dancegrpo_jax.rl import timesteps
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime import validation
+from dancegrpo_jax.settings import checks, config_file, stored_config
 
 ROOT = Path(__file__).parent.parent
 FILES = (ROOT / "configs").glob("*.py")
-RUNS = sorted(file.stem for file in FILES if file.stem.startswith(("emoji_clip", "emoji_flow", "sd_", "flux_")))
+RUNS = sorted(
+  file.stem for file in FILES if file.stem.startswith(("emoji_clip", "emoji_flow", "sd_", "flux_"))
+)
 
 
 def presets(name: str) -> tuple[str, ...]:
-  return configs._import(str(ROOT / "configs" / f"{name}.py")).PRESETS
+  return config_file._import(str(ROOT / "configs" / f"{name}.py")).PRESETS
 
 
 def load(name: str, preset: str = ""):
-  return configs.load(str(ROOT / "configs" / f"{name}.py") + (f":{preset}" if preset else ""))
+  return config_file.load(str(ROOT / "configs" / f"{name}.py") + (f":{preset}" if preset else ""))
 
 
 CASES = [(name, preset) for name in RUNS for preset in presets(name)]
@@ -51,13 +55,13 @@ def test_loads_locks_and_validates(name, preset):
   if preset and (name, preset) != ("flux_hps_8gpu", "8gpu"):
     wanted += f"_{preset}"
   assert config.is_locked and config.name == wanted
-  assert configs.from_json(configs.to_json(config)) == config
+  assert stored_config.from_json(stored_config.to_json(config)) == config
   examples = len(read_prompts(str(ROOT / config.data.prompts)))
-  validation.validate(config, num_devices=1, num_examples=examples)
+  checks.validate(config, num_devices=1, num_examples=examples)
   if preset != "tiny" and name[:3] != "emo":
-    validation.validate(config, num_devices=8, num_examples=examples)
+    checks.validate(config, num_devices=8, num_examples=examples)
   if name in ("flux_hps", "flux_hps_clip", "flux_pick"):
-    validation.validate(config, num_devices=16 if not preset else 8, num_examples=examples)
+    checks.validate(config, num_devices=16 if not preset else 8, num_examples=examples)
 
 
 def test_two_runs_have_one_name_only_where_they_are_the_same():
@@ -69,21 +73,50 @@ def test_two_runs_have_one_name_only_where_they_are_the_same():
 
 
 def test_the_recipe_is_the_published_one():
-  """Section 2 of DanceGRPO's recipe table for SD v1.4; the paper's preset differs in two numbers alone."""
+  """Section 2 of DanceGRPO's recipe table for SD v1.4; the paper's preset differs in two numbers
+  alone.
+  """
   config = load("sd_hps")
-  assert (config.sampler.steps, config.sampler.guidance_scale, config.sampler.noise_level) == (50, 5.0, 1.0)
+  assert (config.sampler.steps, config.sampler.guidance_scale, config.sampler.noise_level) == (
+    50,
+    5.0,
+    1.0,
+  )
   assert config.data.prompts_per_iteration * config.rollout.samples_per_prompt == 32 * 16
-  assert timesteps.count(config.objective.timesteps, config.objective.timestep_fraction, validation.policy_steps(config)) == 49
+  assert (
+    timesteps.count(
+      config.objective.timesteps, config.objective.timestep_fraction, checks.policy_steps(config)
+    )
+    == 49
+  )
   o = config.optimizer
-  assert (o.updates_per_iteration, o.learning_rate, o.b1, o.b2, o.eps, o.weight_decay) == (2, 1e-5, 0.9, 0.999, 1e-8, 1e-4)
-  assert (o.max_grad_norm, config.objective.clip_range, config.advantage.clamp, config.iterations) == (1.0, 1e-4, 5.0, 300)
-  paper = configs.flatten(load("sd_hps", "paper"))
-  differs = {key for key, value in configs.flatten(config).items() if paper[key] != value}
+  assert (o.updates_per_iteration, o.learning_rate, o.b1, o.b2, o.eps, o.weight_decay) == (
+    2,
+    1e-5,
+    0.9,
+    0.999,
+    1e-8,
+    1e-4,
+  )
+  assert (
+    o.max_grad_norm,
+    config.objective.clip_range,
+    config.advantage.clamp,
+    config.iterations,
+  ) == (1.0, 1e-4, 5.0, 300)
+  paper = stored_config.flatten(load("sd_hps", "paper"))
+  differs = {key for key, value in stored_config.flatten(config).items() if paper[key] != value}
   assert differs == {"name", "optimizer.updates_per_iteration", "objective.timesteps"}
-  assert paper["objective.timestep_fraction"] == 0.6 and paper["optimizer.updates_per_iteration"] == 1
-  small = configs.flatten(load("sd_hps", "1gpu"))
-  changed = {key for key, value in configs.flatten(config).items() if small[key] != value} - {"name"}
-  assert all(any(key.startswith(field) for field in configs.RESUMABLE) for key in changed)  # the same result by another way
+  assert (
+    paper["objective.timestep_fraction"] == 0.6 and paper["optimizer.updates_per_iteration"] == 1
+  )
+  small = stored_config.flatten(load("sd_hps", "1gpu"))
+  changed = {key for key, value in stored_config.flatten(config).items() if small[key] != value} - {
+    "name"
+  }
+  assert all(
+    any(key.startswith(field) for field in stored_config.RESUMABLE) for key in changed
+  )  # the same result by another way
 
 
 def test_flux_recipes_are_the_published_ones():
@@ -91,21 +124,59 @@ def test_flux_recipes_are_the_published_ones():
   wide, eight, adapters = (load(name) for name in ("flux_hps", "flux_hps_8gpu", "flux_hps_lora"))
   for config, trained, updates in ((wide, 9, 3), (eight, 9, 2), (adapters, 6, 2)):
     s, o = config.sampler, config.optimizer
-    assert (s.kind, s.noise_level, s.shift, s.guidance_scale, s.embedded_guidance) == ("dance", 0.3, 3.0, 1.0, 3.5)
-    assert config.data.prompts_per_iteration * config.rollout.samples_per_prompt == 16 * 12 and config.model.size == (720, 720)
-    policy_steps = validation.policy_steps(config)
-    assert timesteps.count(config.objective.timesteps, config.objective.timestep_fraction, policy_steps) == trained
-    assert (o.updates_per_iteration, o.b1, o.b2, o.eps, o.weight_decay) == (updates, 0.9, 0.999, 1e-8, 1e-4)
-    assert (config.objective.clip_range, config.advantage.clamp, config.iterations) == (1e-4, 5.0, 300)
-  for name in ("flux_hps", "flux_hps_clip", "flux_pick", "flux_hps_8gpu", "flux_hps_lora"):  # other pieces
-    preset = configs.flatten(load(name, "1gpu" if name == "flux_hps_lora" else "8gpu"))
-    changed = {key for key, value in configs.flatten(load(name)).items() if preset[key] != value} - {"name"}
-    assert all(any(key.startswith(field) for field in configs.RESUMABLE) for key in changed), changed
+    assert (s.kind, s.noise_level, s.shift, s.guidance_scale, s.embedded_guidance) == (
+      "dance",
+      0.3,
+      3.0,
+      1.0,
+      3.5,
+    )
+    assert (
+      config.data.prompts_per_iteration * config.rollout.samples_per_prompt == 16 * 12
+      and config.model.size == (720, 720)
+    )
+    policy_steps = checks.policy_steps(config)
+    assert (
+      timesteps.count(config.objective.timesteps, config.objective.timestep_fraction, policy_steps)
+      == trained
+    )
+    assert (o.updates_per_iteration, o.b1, o.b2, o.eps, o.weight_decay) == (
+      updates,
+      0.9,
+      0.999,
+      1e-8,
+      1e-4,
+    )
+    assert (config.objective.clip_range, config.advantage.clamp, config.iterations) == (
+      1e-4,
+      5.0,
+      300,
+    )
+  for name in (
+    "flux_hps",
+    "flux_hps_clip",
+    "flux_pick",
+    "flux_hps_8gpu",
+    "flux_hps_lora",
+  ):  # other pieces
+    preset = stored_config.flatten(load(name, "1gpu" if name == "flux_hps_lora" else "8gpu"))
+    changed = {
+      key for key, value in stored_config.flatten(load(name)).items() if preset[key] != value
+    } - {"name"}
+    assert all(
+      any(key.startswith(field) for field in stored_config.RESUMABLE) for key in changed
+    ), changed
   numbers = [
-    (c.sampler.steps, c.optimizer.max_grad_norm, c.optimizer.learning_rate, c.ema.decay) for c in (wide, eight, adapters)
+    (c.sampler.steps, c.optimizer.max_grad_norm, c.optimizer.learning_rate, c.ema.decay)
+    for c in (wide, eight, adapters)
   ]
   assert numbers == [(16, 1.0, 1e-5, 0.0), (16, 0.01, 1e-5, 0.995), (12, 1.0, 3e-4, 0.0)]
-  assert (adapters.lora.rank, adapters.lora.alpha, wide.lora.rank, eight.lora.rank) == (128, 256.0, 0, 0)
+  assert (adapters.lora.rank, adapters.lora.alpha, wide.lora.rank, eight.lora.rank) == (
+    128,
+    256.0,
+    0,
+    0,
+  )
 
 
 def published(name: str, module, **options):
@@ -115,39 +186,63 @@ def published(name: str, module, **options):
   if module in (t5, clip):
     arguments = (jnp.zeros((1, 1), jnp.int32),)
   else:
-    arguments = (jnp.zeros((1, 2, 2, 16)), jnp.zeros(1), jnp.zeros((1, 1, 4096)), jnp.zeros((1, 768)), jnp.zeros(1))
+    arguments = (
+      jnp.zeros((1, 2, 2, 16)),
+      jnp.zeros(1),
+      jnp.zeros((1, 1, 4096)),
+      jnp.zeros((1, 768)),
+      jnp.zeros(1),
+    )
   return jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]
 
 
 def test_flux_fits_its_meshes():
-  """The sharding rules on the published shapes: 8 devices hold an eighth of all but 3 % of the parameters, also of T5."""
+  """The sharding rules on the published shapes: 8 devices hold an eighth of all but 3 % of the
+  parameters, also of T5.
+  """
   stacked = {"scan_blocks": True}
   files = {
-    "denoiser": ("flux-dev", flux, stacked), "text_encoder_2": ("flux-t5", t5, stacked), "text_encoder": ("flux-text", clip, {}),
-  }  # fmt: skip
-  trees = {key: published(name, module, **options) for key, (name, module, options) in files.items()}
+    "denoiser": ("flux-dev", flux, stacked),
+    "text_encoder_2": ("flux-t5", t5, stacked),
+    "text_encoder": ("flux-text", clip, {}),
+  }
+  trees = {
+    key: published(name, module, **options) for key, (name, module, options) in files.items()
+  }
   config = load("flux_hps")
-  shardings = meshes.infer_shardings(trees, config.mesh.rules, meshes.make_mesh(config.mesh))
+  shardings = sharding.infer_shardings(trees, config.mesh.rules, sharding.make_mesh(config.mesh))
   for name, tree in trees.items():
     pairs = list(zip(jax.tree.leaves(tree), jax.tree.leaves(shardings[name])))
     total = sum(x.size for x, _ in pairs)
     held = sum(math.prod(sharding.shard_shape(x.shape)) for x, sharding in pairs)
     print(f"{name}: {total / 1e9:.3f} B parameters, {held / 1e9:.3f} B on a device of 8")
-    assert held < total * (1 / 8 + 0.03) or name == "text_encoder"  # CLIP's table of tokens is whole
-    assert all(x.shape[-2] % 16 == 0 or x.shape[-1] % 16 == 0 for x, sharding in pairs if not sharding.is_fully_replicated)
+    assert (
+      held < total * (1 / 8 + 0.03) or name == "text_encoder"
+    )  # CLIP's table of tokens is whole
+    assert all(
+      x.shape[-2] % 16 == 0 or x.shape[-1] % 16 == 0
+      for x, sharding in pairs
+      if not sharding.is_fully_replicated
+    )
 
 
 def test_flux_s_adapters_are_those_of_the_header():
   lora = load("flux_hps_lora").lora
-  tree = abstract(published("flux-dev", flux, scan_blocks=True), Lora(lora.rank, lora.alpha, lora.targets))
+  tree = abstract(
+    published("flux-dev", flux, scan_blocks=True), Lora(lora.rank, lora.alpha, lora.targets)
+  )
   layers = [x.shape[0] for x in jax.tree.leaves(tree)]
   assert sum(layers) == 2 * 190 and sum(x.size for x in jax.tree.leaves(tree)) == 149_422_080
   double = tree["transformer_blocks"]["attn"]
-  assert set(double) == {"to_q", "to_k", "to_v", "to_out_0"} and set(tree["single_transformer_blocks"]["attn"]) < set(double)
+  assert set(double) == {"to_q", "to_k", "to_v", "to_out_0"} and set(
+    tree["single_transformer_blocks"]["attn"]
+  ) < set(double)
   assert double["to_q"]["a"].shape == (19, 3072, 128)
 
 
-@pytest.mark.parametrize("name", ["emoji_flow_clip", "sd_compressibility", "flux_hps_8gpu", "flux_hps_lora"])
+@pytest.mark.parametrize(
+  "name", ["emoji_flow_clip", "sd_compressibility", "flux_hps_8gpu", "flux_hps_lora"]
+)
 def test_tiny_runs(name, tmp_path, monkeypatch, program_cache):
   monkeypatch.chdir(ROOT)
   config = load(name, "tiny")
@@ -156,7 +251,9 @@ def test_tiny_runs(name, tmp_path, monkeypatch, program_cache):
     config.logging.update(compilation_cache=str(program_cache), tensorboard=False)
   train.run(config, tmp_path)
   rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-  assert len(rows) == 2 and all(np.isfinite(row["reward/mean"]) and row["reward/failed"] == 0 for row in rows)
+  assert len(rows) == 2 and all(
+    np.isfinite(row["reward/mean"]) and row["reward/failed"] == 0 for row in rows
+  )
   assert all(row["optimizer/skipped_total"] == 0 for row in rows) and rows[0]["reward/std"] > 0
 
 
@@ -165,7 +262,7 @@ def test_tiny_rewards_are_found(name, monkeypatch):
   """Every reward of a tiny preset is built from folders in the repository."""
   monkeypatch.chdir(ROOT)
   config = load(name, "tiny")
-  assert set(scoring.build_rewards(config)) == {term for term, _ in config.reward.terms}
+  assert set(reward_builders.build_rewards(config)) == {term for term, _ in config.reward.terms}
 
 
 def test_the_prompt_lists():
@@ -176,7 +273,12 @@ def test_the_prompt_lists():
   assert len({e.prompt for e in (*general, *held_out)}) == 500
   assert all(4 < len(e.prompt.split()) <= 40 for e in (*general, *held_out))
   lines = (folder / "general_held_out.txt").read_text().splitlines()
-  subjects = [subject for line in lines if line.startswith("# subjects: ") for subject in line[12:].split(", ")]
+  subjects = [
+    subject
+    for line in lines
+    if line.startswith("# subjects: ")
+    for subject in line[12:].split(", ")
+  ]
   text = "\n".join(e.prompt for e in general).lower()
   for subject, example in zip(subjects, held_out, strict=True):
     assert re.search(rf"\b{subject}", example.prompt), (subject, example.prompt)

@@ -6,8 +6,19 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dancegrpo_jax.convert.core import Buffer, ConversionError, Part, Row, Spec, Table, describe, expected_sources, match, plan
-from dancegrpo_jax.convert.transfer import export_tree, import_slice, import_tree, read_slice
+from dancegrpo_jax.checkpoints.mapping import (
+  Buffer,
+  Part,
+  Row,
+  Spec,
+  Table,
+  describe,
+  expected_sources,
+  match,
+  plan,
+)
+from dancegrpo_jax.checkpoints.transfer import export_tree, import_slice, import_tree, read_slice
+from dancegrpo_jax.errors import ConversionError
 
 F32 = np.dtype(np.float32)
 
@@ -20,13 +31,28 @@ TABLE = Table(
     Row("gamma", "norm/scale", "c -> 1 c"),
     Row("layers.{i}.fc.weight", "layers/fc/kernel", "o i -> {i} i o"),
     Row("experts.{i}.{j}.weight", "experts/kernel", "o i -> {i} i {j} o"),
-    *(Row("in_proj", f"{name}/kernel", "o i -> i o", source_part=Part("o", k, k + 1, 3)) for k, name in enumerate("qkv")),
+    *(
+      Row("in_proj", f"{name}/kernel", "o i -> i o", source_part=Part("o", k, k + 1, 3))
+      for k, name in enumerate("qkv")
+    ),
     *(
       Row(f"linear.{k}", "fused/kernel", "o i -> i o", target_part=Part("o", *units))
       for k, units in enumerate([(0, 1, 4), (1, 4, 4)])
     ),
-    Row("shift_scale", "modulation/bias", "c -> c", source_part=Part("c", 0, 1, 2), target_part=Part("c", 1, 2, 2)),
-    Row("shift_scale", "modulation/bias", "c -> c", source_part=Part("c", 1, 2, 2), target_part=Part("c", 0, 1, 2)),
+    Row(
+      "shift_scale",
+      "modulation/bias",
+      "c -> c",
+      source_part=Part("c", 0, 1, 2),
+      target_part=Part("c", 1, 2, 2),
+    ),
+    Row(
+      "shift_scale",
+      "modulation/bias",
+      "c -> c",
+      source_part=Part("c", 1, 2, 2),
+      target_part=Part("c", 0, 1, 2),
+    ),
     Row("temperature", "temperature", "->"),
   ),
   aliases=(("old_gamma", "gamma"), ("module.{*}", "{*}")),
@@ -86,11 +112,15 @@ def test_every_kind_of_row_moves_values_where_it_says():
   assert params["conv/kernel"][2, 1, 3, 5] == t["conv.weight"][5, 3, 2, 1]
   assert params["point/kernel"][1, 4] == t["point.weight"][4, 1, 0, 0]
   np.testing.assert_array_equal(params["norm/scale"][0], t["gamma"])
-  np.testing.assert_array_equal(params["layers/fc/kernel"], np.stack([t[f"layers.{i}.fc.weight"].T for i in range(2)]))
+  np.testing.assert_array_equal(
+    params["layers/fc/kernel"], np.stack([t[f"layers.{i}.fc.weight"].T for i in range(2)])
+  )
   assert params["experts/kernel"][1, 2, 0, 3] == t["experts.1.0.weight"][3, 2]
   for part, name in zip(np.split(t["in_proj"], 3), "qkv"):
     np.testing.assert_array_equal(params[f"{name}/kernel"], part.T)
-  np.testing.assert_array_equal(params["fused/kernel"], np.concatenate([t["linear.0"], t["linear.1"]]).T)
+  np.testing.assert_array_equal(
+    params["fused/kernel"], np.concatenate([t["linear.0"], t["linear.1"]]).T
+  )
   np.testing.assert_array_equal(params["modulation/bias"], np.roll(t["shift_scale"], 4))
   assert params["temperature"] == t["temperature"] and params["temperature"].shape == ()
 
@@ -163,18 +193,32 @@ def test_names_of_a_file_written_from_nothing():
 
 
 def test_stacked_and_apart_come_from_one_table():
-  rows = (Row("layers.{i}.w", "layers_{i}/w", "o i -> i o"), Row("layers.{i}.w", "layers/w", "o i -> {i} i o"))
-  table, t = Table("Either", rows), {f"layers.{i}.w": np.full((2, 3), i, np.float32) for i in range(4)}
+  rows = (
+    Row("layers.{i}.w", "layers_{i}/w", "o i -> i o"),
+    Row("layers.{i}.w", "layers/w", "o i -> {i} i o"),
+  )
+  table, t = (
+    Table("Either", rows),
+    {f"layers.{i}.w": np.full((2, 3), i, np.float32) for i in range(4)},
+  )
   apart = plan(table, spec_of(t), {f"layers_{i}/w": Spec((3, 2), F32) for i in range(4)})
   stacked = plan(table, spec_of(t), {"layers/w": Spec((4, 3, 2), F32)})
-  assert import_tree(apart, reader(t))["layers_2/w"][0, 0] == import_tree(stacked, reader(t))["layers/w"][2, 0, 0] == 2
-  with pytest.raises(ConversionError, match="layers.0.w: the same elements belong to layers/w and layers_0/w"):
+  assert (
+    import_tree(apart, reader(t))["layers_2/w"][0, 0]
+    == import_tree(stacked, reader(t))["layers/w"][2, 0, 0]
+    == 2
+  )
+  with pytest.raises(
+    ConversionError, match="layers.0.w: the same elements belong to layers/w and layers_0/w"
+  ):
     plan(table, spec_of(t), stacked.targets | apart.targets)
 
 
 def test_every_problem_is_in_one_message():
   t = tensors()
-  t["conv.wieght"] = t.pop("conv.weight")  # misspelt: unexpected and missing, each with the other as a hint
+  t["conv.wieght"] = t.pop(
+    "conv.weight"
+  )  # misspelt: unexpected and missing, each with the other as a hint
   t["point.weight"] = np.zeros((5, 9, 1, 1), np.float32)  # wrong shape
   t["gamma"] = np.zeros((7, 2), np.float32)  # wrong number of axes
   t["layers.2.fc.weight"] = np.zeros((3, 5), np.float32)  # one layer too many
@@ -192,12 +236,17 @@ def test_every_problem_is_in_one_message():
   assert text.startswith(f"Toy: {len(problems)} problems between the checkpoint and the network")
   for expected in (
     "unexpected tensor conv.wieght [6, 4, 3, 2]: unknown name (similar: conv.weight)",
-    "parameter conv/kernel [3, 2, 4, 6] is not in the checkpoint: expected tensor conv.weight (similar: conv.wieght)",
-    "tensor point.weight [5, 9, 1, 1] does not fit parameter point/kernel [4, 5]: it would be [9, 5]",
+    "parameter conv/kernel [3, 2, 4, 6] is not in the checkpoint: expected tensor conv.weight"
+    " (similar: conv.wieght)",
+    "tensor point.weight [5, 9, 1, 1] does not fit parameter point/kernel [4, 5]: it would be"
+    " [9, 5]",
     "tensor gamma [7, 2] does not fit parameter norm/scale [1, 7]: expected axes 'c -> 1 c'",
-    "tensor layers.2.fc.weight [3, 5] does not fit parameter layers/fc/kernel [2, 5, 3]: it would be [3, 5, 3]",
-    "parameter experts/kernel [2, 3, 3, 4] is not in the checkpoint: expected tensor experts.1.2.weight",
-    "tensor in_proj [13, 5] does not fit parameter q/kernel [5, 4]: an axis of 13 does not divide into 3 parts",
+    "tensor layers.2.fc.weight [3, 5] does not fit parameter layers/fc/kernel [2, 5, 3]: it"
+    " would be [3, 5, 3]",
+    "parameter experts/kernel [2, 3, 3, 4] is not in the checkpoint: expected tensor"
+    " experts.1.2.weight",
+    "tensor in_proj [13, 5] does not fit parameter q/kernel [5, 4]: an axis of 13 does not"
+    " divide into 3 parts",
     "tensors temperature and module.temperature: two spellings of the same tensor temperature",
     "unexpected tensor linear.0 [2, 5]: the network has no parameter fused/kernel",
     "parameter extra/bias [3] is not in the checkpoint: no row of the table names it",
@@ -226,7 +275,10 @@ def test_rows_whose_axes_differ_are_refused(axes):
 
 
 def test_description_names_what_goes_where():
-  lines = {name: (shape, dtype, where) for name, shape, dtype, where in describe(plan(TABLE, spec_of(tensors()), targets()))}
+  lines = {
+    name: (shape, dtype, where)
+    for name, shape, dtype, where in describe(plan(TABLE, spec_of(tensors()), targets()))
+  }
   assert lines["conv.weight"] == ((6, 4, 3, 2), "float32", "conv/kernel")
   assert lines["layers.1.fc.weight"][2] == "layers/fc/kernel[1, :, :]"
   assert lines["in_proj"][2] == "q/kernel, k/kernel, v/kernel"
@@ -235,6 +287,8 @@ def test_description_names_what_goes_where():
 
 
 def test_volumes_agree():
-  """The toy file and the toy network hold the same number of elements, or these tests prove less than they seem to."""
+  """The toy file and the toy network hold the same number of elements, or these tests prove less
+  than they seem to.
+  """
   elements = sum(math.prod(shape) for name, shape in SOURCES.items() if name != "position_ids")
   assert elements == sum(math.prod(shape) for shape in TARGETS.values())

@@ -1,4 +1,6 @@
-"""Stable Diffusion v1.4: every program of every config lowers for NVIDIA GPUs, at full size on a mesh of eight."""
+"""Stable Diffusion v1.4: every program of every config lowers for NVIDIA GPUs, at full size on a
+mesh of eight.
+"""
 
 import pytest
 from cuda_programs import documented, groups, lower_group, rows

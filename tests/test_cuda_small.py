@@ -1,4 +1,6 @@
-"""Every program of the small configs, and pretrain's losses, lower for NVIDIA GPUs; see cuda_programs.py."""
+"""Every program of the small configs, and pretrain's losses, lower for NVIDIA GPUs; see
+cuda_programs.py.
+"""
 
 import shutil
 from pathlib import Path
@@ -9,10 +11,11 @@ import optax
 import pytest
 from cuda_programs import groups, h100, lower, lower_group
 
-from dancegrpo_jax import programs, stages
-from dancegrpo_jax.calls import Call, abstract
+from dancegrpo_jax import programs
+from dancegrpo_jax.compilation.calls import Call, abstract
 from dancegrpo_jax.data import tokenizer
-from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.pretrain import stages
+from dancegrpo_jax.settings import config_file
 
 ROOT = Path(__file__).parent.parent
 GROUPS = [
@@ -23,7 +26,9 @@ GROUPS = [
 ]
 
 
-@pytest.mark.parametrize("group, devices", GROUPS, ids=lambda value: value if isinstance(value, int) else value[0].name)
+@pytest.mark.parametrize(
+  "group, devices", GROUPS, ids=lambda value: value if isinstance(value, int) else value[0].name
+)
 def test_lowers(group, devices, monkeypatch):
   """They compute in float32, which no fused kernel takes."""
   monkeypatch.chdir(ROOT)
@@ -37,13 +42,19 @@ def test_the_losses_of_pretraining_lower(name, tmp_path, monkeypatch):
   """One optimizer step of each stage as pretrain.fit calls it, on abstract parameters."""
   for folder in ("emoji-sd", "emoji-flux", "emoji-clip"):
     shutil.copytree(ROOT / "assets" / folder, tmp_path / folder)
-  config = configs.load(str(ROOT / "configs" / "emoji_pretrain.py"))
+  config = config_file.load(str(ROOT / "configs" / "emoji_pretrain.py"))
   captions = stages.all_captions()[:256]
   tokens = tokenizer.load_tokenizer(str(tmp_path / "emoji-sd" / "tokenizer"))(captions)
   images = np.zeros((len(captions), config.size, config.size, 3), np.uint8)
-  data = stages.Data(images=images, captions=captions, tokens=tokens, pair=np.arange(len(captions), dtype=np.int32))
-  monkeypatch.setattr(stages, "initial", lambda network, key, *inputs: jax.eval_shape(network.init, key, *inputs))
-  monkeypatch.setattr(stages, "scaled_latents", lambda folder, images: np.zeros((len(images), 8, 8, 4), np.float32))
+  data = stages.Data(
+    images=images, captions=captions, tokens=tokens, pair=np.arange(len(captions), dtype=np.int32)
+  )
+  monkeypatch.setattr(
+    stages, "initial", lambda network, key, *inputs: jax.eval_shape(network.init, key, *inputs)
+  )
+  monkeypatch.setattr(
+    stages, "scaled_latents", lambda folder, images: np.zeros((len(images), 8, 8, 4), np.float32)
+  )
   monkeypatch.setattr(stages, "without_modulation", lambda params: params)
   stage, optimizer = stages.STAGES[name](config, data, tmp_path), optax.adam(1e-3)
   state = (stage.params, jax.eval_shape(optimizer.init, stage.params), stage.params)

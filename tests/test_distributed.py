@@ -1,4 +1,6 @@
-"""Several processes: what flags and environment ask JAX for, disagreement, SIGTERM. Clusters are simulated by variables."""
+"""Several processes: what flags and environment ask JAX for, disagreement, SIGTERM. Clusters are
+simulated by variables.
+"""
 
 import argparse
 import os
@@ -13,28 +15,36 @@ import pytest
 from tiny_checkpoint import ROOT, overrides
 
 from dancegrpo_jax import main
-from dancegrpo_jax.runtime import checkpoint, distributed, metrics
-from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.checkpoints import store
+from dancegrpo_jax.devices import processes
+from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.report import metrics
 
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
 SLURM = {
-  "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "gpu[01-02]", "SLURM_NTASKS": "16", "SLURM_PROCID": "9", "SLURM_LOCALID": "1",
-}  # fmt: skip
+  "SLURM_JOB_ID": "7",
+  "SLURM_STEP_NODELIST": "gpu[01-02]",
+  "SLURM_NTASKS": "16",
+  "SLURM_PROCID": "9",
+  "SLURM_LOCALID": "1",
+}
 EXPLICIT = ["--coordinator=10.0.0.1:1234", "--num-processes=4", "--process-id=3"]
 
 
 @pytest.fixture
 def started(monkeypatch):
-  """`(flags, variables) -> what jax.distributed.initialize was called with`, None where it wasn't."""
+  """`(flags, variables) -> what jax.distributed.initialize was called with`, None where it
+  wasn't.
+  """
   calls = []
   monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
-  monkeypatch.setattr(distributed, "has_tpu", lambda: False)
+  monkeypatch.setattr(processes, "has_tpu", lambda: False)
 
   def run(flags=(), **variables):
     calls.clear()
     parser = argparse.ArgumentParser()
-    distributed.add_flags(parser)
-    distributed.start(parser.parse_args(list(flags)), variables)
+    processes.add_flags(parser)
+    processes.start(parser.parse_args(list(flags)), variables)
     return calls[0] if calls else None
 
   return run
@@ -44,14 +54,19 @@ def test_a_single_process_does_nothing(started):
   assert started() is None
   assert started(["--coordinator=localhost:1234", "--num-processes=1", "--process-id=0"]) is None
   assert started(**SLURM | {"SLURM_NTASKS": "1"}) is None
-  assert started(**{name: value for name, value in SLURM.items() if "STEP" not in name}) is None  # sbatch without srun
+  assert (
+    started(**{name: value for name, value in SLURM.items() if "STEP" not in name}) is None
+  )  # sbatch without srun
   assert started(TPU_WORKER_HOSTNAMES="localhost") is None
 
 
 def test_flags_come_first(started):
   wanted = {
-    "coordinator_address": "10.0.0.1:1234", "num_processes": 4, "process_id": 3, "cluster_detection_method": "deactivate",
-  }  # fmt: skip
+    "coordinator_address": "10.0.0.1:1234",
+    "num_processes": 4,
+    "process_id": 3,
+    "cluster_detection_method": "deactivate",
+  }
   assert started(EXPLICIT) == started(EXPLICIT, **SLURM) == wanted
 
 
@@ -60,21 +75,24 @@ def test_clusters(started, monkeypatch):
   assert started(TPU_WORKER_HOSTNAMES="a,b") == {}
   assert started(TPU_WORKER_HOSTNAMES="a", MEGASCALE_NUM_SLICES="2") == {}
   assert started(TPU_WORKER_HOSTNAMES="a,b", JAX_PLATFORMS="cpu") is None
-  monkeypatch.setattr(distributed, "has_tpu", lambda: True)
+  monkeypatch.setattr(processes, "has_tpu", lambda: True)
   assert started() == {}  # a TPU VM: the metadata server knows
   assert started(TPU_SKIP_MDS_QUERY="1") is None and started(JAX_PLATFORMS="cpu") is None
 
 
-@pytest.mark.parametrize("flags, words", [
-  (EXPLICIT[:1], ["--coordinator=10.0.0.1:1234", "without --num-processes and --process-id"]),
-  (EXPLICIT[1:], ["without --coordinator"]),
-  (["--coordinator=10.0.0.1", *EXPLICIT[1:]], ["--coordinator=10.0.0.1:", "host:port"]),
-  ([EXPLICIT[0], "--num-processes=x", EXPLICIT[2]], ["--num-processes=x", "whole number"]),
-  ([EXPLICIT[0], "--num-processes=0", EXPLICIT[2]], ["--num-processes=0", "at least 1"]),
-  ([*EXPLICIT[:2], "--process-id=4"], ["--process-id=4", "0 to 3"]),
-  ([EXPLICIT[0], "--num-processes=-1", EXPLICIT[2]], ["--num-processes=-1", "at least 1"]),
-  (["--num-proceses=2"], ["--num-proceses", "did you mean", "--num-processes"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "flags, words",
+  [
+    (EXPLICIT[:1], ["--coordinator=10.0.0.1:1234", "without --num-processes and --process-id"]),
+    (EXPLICIT[1:], ["without --coordinator"]),
+    (["--coordinator=10.0.0.1", *EXPLICIT[1:]], ["--coordinator=10.0.0.1:", "host:port"]),
+    ([EXPLICIT[0], "--num-processes=x", EXPLICIT[2]], ["--num-processes=x", "whole number"]),
+    ([EXPLICIT[0], "--num-processes=0", EXPLICIT[2]], ["--num-processes=0", "at least 1"]),
+    ([*EXPLICIT[:2], "--process-id=4"], ["--process-id=4", "0 to 3"]),
+    ([EXPLICIT[0], "--num-processes=-1", EXPLICIT[2]], ["--num-processes=-1", "at least 1"]),
+    (["--num-proceses=2"], ["--num-proceses", "did you mean", "--num-processes"]),
+  ],
+)
 def test_wrong_flags_are_one_line(capsys, tmp_path, flags, words):
   assert main.main([CONFIG, *flags, f"--workdir={tmp_path / 'workdir'}"]) == 2
   (line,) = capsys.readouterr().err.splitlines()
@@ -95,7 +113,9 @@ def test_a_coordinator_that_is_not_there_is_one_line(tiny_models, tmp_path):
   flags = together(free_port(), 2)[1]
   ((code, _, errors),) = finish([start(tiny_models, tmp_path / "run", *flags, patience=2)])
   (line,) = errors.splitlines()
-  assert code == 2 and line.startswith(f"error: {flags[0]}: process 0 does not answer there after 2 s")
+  assert code == 2 and line.startswith(
+    f"error: {flags[0]}: process 0 does not answer there after 2 s"
+  )
   assert "same coordinator" in line and not (tmp_path / "run").exists()
 
 
@@ -113,27 +133,44 @@ def test_hosts_that_do_not_share_the_workdir_stop(tiny_models, tmp_path):
 PATIENT = """
 import sys
 from dancegrpo_jax import main
-from dancegrpo_jax.runtime import distributed
+from dancegrpo_jax.devices import processes
 
-distributed.JOIN_SECONDS = distributed.SHARE_SECONDS = int(sys.argv[1])
+processes.JOIN_SECONDS = processes.SHARE_SECONDS = int(sys.argv[1])
 sys.exit(main.main(sys.argv[2:]))
 """
 
 
-def start(folders, workdir, *flags: str, devices: int = 1, environment=None, patience=0, **changes) -> subprocess.Popen:
-  """The command as a process of its own; `patience` in the place of the seconds that it waits for others."""
-  words = [CONFIG, *(f"--config.{word}" for word in overrides(folders, **changes)), f"--workdir={workdir}", *flags]
+def start(
+  folders, workdir, *flags: str, devices: int = 1, environment=None, patience=0, **changes
+) -> subprocess.Popen:
+  """The command as a process of its own; `patience` in the place of the seconds that it waits for
+  others.
+  """
+  words = [
+    CONFIG,
+    *(f"--config.{word}" for word in overrides(folders, **changes)),
+    f"--workdir={workdir}",
+    *flags,
+  ]
   environment = os.environ | {
-    "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
-    "PYTHONUNBUFFERED": "1", **(environment or {}),
-  }  # fmt: skip
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": str(devices),
+    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+    "PYTHONUNBUFFERED": "1",
+    **(environment or {}),
+  }
   program = ["-c", PATIENT, str(patience)] if patience else ["-m", "dancegrpo_jax.main"]
   command = [sys.executable, *program, *words]
-  return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+  return subprocess.Popen(
+    command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+  )
 
 
 def together(port: int, count: int) -> list[list[str]]:
-  return [[f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}", f"--process-id={i}"] for i in range(count)]
+  return [
+    [f"--coordinator=127.0.0.1:{port}", f"--num-processes={count}", f"--process-id={i}"]
+    for i in range(count)
+  ]
 
 
 def free_port() -> int:
@@ -165,9 +202,11 @@ def test_different_configs_stop_all_processes(tiny_models, tmp_path):
 def test_sigterm_saves_and_a_resumed_run_goes_on(tiny_models, tmp_path):
   workdir, most = tmp_path / "run", 1000
   settings = {
-    "logging__compilation_cache": tmp_path / "cache", "evaluation__every": 0, "checkpoint__every": 1000,
+    "logging__compilation_cache": tmp_path / "cache",
+    "evaluation__every": 0,
+    "checkpoint__every": 1000,
     "environment": {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-  }  # fmt: skip
+  }
   run = start(tiny_models, workdir, iterations=most, **settings)
   said = []
   for line in run.stdout:
@@ -176,7 +215,7 @@ def test_sigterm_saves_and_a_resumed_run_goes_on(tiny_models, tmp_path):
       run.send_signal(signal.SIGTERM)
       break
   ((code, output, errors),) = finish([run])
-  done = checkpoint.latest(workdir / "checkpoints")
+  done = store.latest(workdir / "checkpoints")
   assert code == 0, "".join(said) + errors
   assert 2 <= done < most and f"stopped by SIGTERM: {done} iterations are saved" in output
   assert [row["iteration"] for row in metrics.read(workdir)] == list(range(done))
@@ -190,18 +229,18 @@ SAVING = """
   import argparse, os, signal, sys, time
   from pathlib import Path
   import jax, numpy as np
-  from dancegrpo_jax.runtime import checkpoint, distributed
-  from dancegrpo_jax.runtime import mesh as meshes
-  from dancegrpo_jax.runtime.config import ConfigDict
-  from dancegrpo_jax.runtime.preemption import Preemption
+  from ml_collections import ConfigDict
+  from dancegrpo_jax.checkpoints import store
+  from dancegrpo_jax.devices import processes, sharding
+  from dancegrpo_jax.devices.preemption import Preemption
 
   folder, number = Path(sys.argv[1]), int(sys.argv[-1])
   parser = argparse.ArgumentParser()
-  distributed.add_flags(parser)
-  distributed.start(parser.parse_args(sys.argv[2:-1]))
-  mesh = meshes.make_mesh(ConfigDict({"data": 2, "fsdp": 1, "tensor": 1}))
-  weights = jax.make_array_from_callback((8,), meshes.replicated(mesh), lambda _: np.zeros(8))
-  with jax.set_mesh(mesh), checkpoint.Saver(folder, 3) as saver, Preemption(mesh) as preemption:
+  processes.add_flags(parser)
+  processes.start(parser.parse_args(sys.argv[2:-1]))
+  mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 1, "tensor": 1}))
+  weights = jax.make_array_from_callback((8,), sharding.replicated(mesh), lambda _: np.zeros(8))
+  with jax.set_mesh(mesh), store.Saver(folder, 3) as saver, Preemption(mesh) as preemption:
     for iteration in range(1, 7):
       asked = [preemption.reached(), preemption.reached(), preemption.reached(wait=True)]
       if any(asked):
@@ -217,15 +256,25 @@ SAVING = """
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_signal_between_a_save_and_the_next_question(tmp_path, number):
-  """Orbax asks JAX's own service for this at each save, with a number of its own: signals that came then were lost."""
-  environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+  """Orbax asks JAX's own service for this at each save, with a number of its own: signals that came
+  then were lost.
+  """
+  environment = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "JAX_NUM_CPU_DEVICES": "1",
+    "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
+  }
   processes = [
     subprocess.Popen(
       [sys.executable, "-c", textwrap.dedent(SAVING), str(tmp_path / "saved"), *flags, str(number)],
-      cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+      cwd=ROOT,
+      env=environment,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
     )
     for flags in together(free_port(), 2)
-  ]  # fmt: skip
+  ]
   for code, output, errors in finish(processes):
     assert code == 0, errors
     assert output.splitlines()[-1] == "5 False True True", errors  # gloo says something before

@@ -1,6 +1,8 @@
-"""The cache of prompt embeddings: it has the encoder's rows, goes on where it stopped, and refuses what isn't its own.
+"""The cache of prompt embeddings: it has the encoder's rows, goes on where it stopped, and refuses
+what isn't its own.
 
-That training by it is training without it, bit for bit, is in test_train.py, beside the run that it is compared with.
+That training by it is training without it, bit for bit, is in test_train.py, beside the run that it
+is compared with.
 """
 
 import json
@@ -10,13 +12,22 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tiny_checkpoint import ROOT, assert_trees_equal, overrides, tiny_config, write_flux, write_network
+from tiny_checkpoint import (
+  ROOT,
+  assert_trees_equal,
+  overrides,
+  tiny_config,
+  write_flux,
+  write_network,
+)
 
-from dancegrpo_jax import components, embeddings, loading, main, programs, train
+from dancegrpo_jax import main, programs
+from dancegrpo_jax.assembly import encoding, loading
+from dancegrpo_jax.checkpoints import components, weights
 from dancegrpo_jax.data import prompt_embeddings as disk
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime import weights
-from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.data import prompts
+from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.errors import ConfigError
 
 
 @pytest.fixture
@@ -25,20 +36,26 @@ def small_parts(monkeypatch):
 
 
 GUIDED = {  # so that negative prompts are encoded too; and no reward with a text encoder of its own
-  "sampler__guidance_scale": 3.0, "data__negative_prompt": "grey", "reward__terms": (("compressibility", 1.0),),
+  "sampler__guidance_scale": 3.0,
+  "data__negative_prompt": "grey",
+  "reward__terms": (("compressibility", 1.0),),
   "data__held_out": "",
-}  # fmt: skip
+}
 
 
 def open_cache(config, workdir):
   """The cached encoder of the config's prompts."""
-  pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh)
+  pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
-    return embeddings.cached_encoder(config, workdir, pipeline, train.read_examples(config), mesh)
+    return encoding.cached_encoder(config, workdir, pipeline, prompts.read_examples(config), mesh)
 
 
 def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_parts):
-  config, written, write = tiny_config(tiny_models, **GUIDED, data__cache_folder=tmp_path / "cache"), [], disk.write
+  config, written, write = (
+    tiny_config(tiny_models, **GUIDED, data__cache_folder=tmp_path / "cache"),
+    [],
+    disk.write,
+  )
 
   def interrupted(folder, leaves, part, texts, arrays):
     if part == 1 and not written[1:]:
@@ -52,32 +69,52 @@ def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_
     open_cache(config, tmp_path)
   encode = open_cache(config, tmp_path)
   assert written == [0, "interrupted", 1, 2]  # 8 prompts and the negative one
-  pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh)
-  vocabulary = pipeline.components["text_encoder"].abstract["embeddings"]["token_embedding"]["embedding"]
+  pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
+  vocabulary = pipeline.components["text_encoder"].abstract["embeddings"]["token_embedding"][
+    "embedding"
+  ]
   assert vocabulary.shape not in {x.shape for x in jax.live_arrays()}  # the encoder has gone
   monkeypatch.setattr(components, "read_component", None)  # a whole cache needs no weights
   again = open_cache(config, tmp_path)
   texts = ["a red boat", "grey", "a red cat", "a red boat"]
   assert_trees_equal(again(texts), encode(texts))
   monkeypatch.undo()
-  examples = train.read_examples(config)[3:7]
+  examples = prompts.read_examples(config)[3:7]
   with jax.set_mesh(mesh):
-    params, program = loading.read(config, pipeline, pipeline.encoders, mesh), programs.encoder(config, pipeline, mesh)
-    expected = loading.conditioning(config, lambda texts: program(params, pipeline.tokenize(texts)), examples)
-  actual = loading.conditioning(config, encode, examples)
+    params, program = (
+      loading.read(config, pipeline, pipeline.encoders, mesh),
+      programs.encoder(config, pipeline, mesh),
+    )
+    expected = encoding.conditioning(
+      config, lambda texts: program(params, pipeline.tokenize(texts)), examples
+    )
+  actual = encoding.conditioning(config, encode, examples)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), actual, expected)
-  assert actual.positive.shape == actual.negative.shape == (4, 8, 16) and actual.positive.sharding == expected.positive.sharding
+  assert (
+    actual.positive.shape == actual.negative.shape == (4, 8, 16)
+    and actual.positive.sharding == expected.positive.sharding
+  )
 
 
 def test_flux_rows_in_bfloat16(tmp_path, tiny_models):
   """Two encoders, a dtype that numpy alone doesn't know."""
   folder = write_flux(tmp_path / "flux")
   config = tiny_config(
-    None, data__prompts=tiny_models.prompts, model__family="flux", model__checkpoint=folder, model__text_length=8,
-    model__frozen_dtype="bfloat16", sampler__kind="flow", reward__terms=(("compressibility", 1.0),),
-  )  # fmt: skip
-  encode, pipeline, mesh = open_cache(config, tmp_path), loading.build_pipeline(config), meshes.make_mesh(config.mesh)
-  texts = [example.prompt for example in train.read_examples(config)][:4]
+    None,
+    data__prompts=tiny_models.prompts,
+    model__family="flux",
+    model__checkpoint=folder,
+    model__text_length=8,
+    model__frozen_dtype="bfloat16",
+    sampler__kind="flow",
+    reward__terms=(("compressibility", 1.0),),
+  )
+  encode, pipeline, mesh = (
+    open_cache(config, tmp_path),
+    loading.build_pipeline(config),
+    sharding.make_mesh(config.mesh),
+  )
+  texts = [example.prompt for example in prompts.read_examples(config)][:4]
   with jax.set_mesh(mesh):
     params = loading.read(config, pipeline, pipeline.encoders, mesh)
     expected = programs.encoder(config, pipeline, mesh)(params, pipeline.tokenize(texts))
@@ -110,7 +147,9 @@ def other(tiny_models, tmp_path):
 
 
 @pytest.mark.parametrize("what", ["prompts", "weights", "tokenizer"])
-def test_a_foreign_cache_is_refused_before_weights_are_read(what, tiny_models, other, tmp_path, monkeypatch, capsys):
+def test_a_foreign_cache_is_refused_before_weights_are_read(
+  what, tiny_models, other, tmp_path, monkeypatch, capsys
+):
   folder = tmp_path / "cache"
   open_cache(tiny_config(tiny_models, **GUIDED, data__cache_folder=folder), tmp_path)
   folders, words = other(what)
@@ -139,7 +178,9 @@ def test_a_folder_of_something_else_and_a_damaged_part_are_refused(tiny_models, 
 
 
 def test_fingerprint(tmp_path):
-  """Sizes and evenly spread blocks: another size shows, and so does any block; small files are read whole."""
+  """Sizes and evenly spread blocks: another size shows, and so does any block; small files are read
+  whole.
+  """
   file, data = tmp_path / "weights", bytearray(np.random.default_rng(0).bytes(1000))
   prints = set()
   for change in (None, 0, 500, 999):

@@ -1,4 +1,6 @@
-"""The text-to-emoji pictures: what is drawn, what is held out, and that nothing depends on chance."""
+"""The text-to-emoji pictures: what is drawn, what is held out, and that nothing depends on
+chance.
+"""
 
 import collections
 import os
@@ -14,7 +16,9 @@ from dancegrpo_jax.data import emoji
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SUBSET = str(ROOT / "tests/fixtures/emoji_subset.ttf")
 SUBSET_NAMES = ("red apple", "star", "frog", "ghost")
-full_font = pytest.mark.skipif(not os.path.isfile(emoji.FONT), reason="the Debian package fonts-noto-color-emoji isn't installed")
+full_font = pytest.mark.skipif(
+  not os.path.isfile(emoji.FONT), reason="the Debian package fonts-noto-color-emoji isn't installed"
+)
 
 
 def test_table():
@@ -44,7 +48,9 @@ def test_held_out_pairs_are_never_in_train():
 
 
 def test_fewer_names_keep_their_split():
-  assert emoji.pairs("held_out", SUBSET_NAMES) == [p for p in emoji.pairs("held_out") if p[0] in SUBSET_NAMES]
+  assert emoji.pairs("held_out", SUBSET_NAMES) == [
+    p for p in emoji.pairs("held_out") if p[0] in SUBSET_NAMES
+  ]
   assert len(emoji.pairs("train", SUBSET_NAMES)) == 4 * 7
 
 
@@ -75,7 +81,9 @@ LOOKS = [("red apple", "R", "GB"), ("star", "RG", "B"), ("frog", "G", "B"), ("gh
 
 @pytest.mark.parametrize("name, bright, dark", LOOKS)
 def test_glyph_has_its_colours(name, bright, dark):
-  """An apple is red, a star yellow, a frog greenish and a ghost white, as anyone sees: rows 8 to 12 (apple: middle) of 32."""
+  """An apple is red, a star yellow, a frog greenish and a ghost white, as anyone sees: rows 8 to 12
+  (apple: middle) of 32.
+  """
   picture = emoji.draw(SUBSET, name, "purple", 32, 0)
   assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
   rows = slice(12, 20) if name == "red apple" else slice(8, 12)
@@ -92,7 +100,10 @@ def test_background_and_place():
     if colour == "yellow":
       continue  # a yellow star's edge can't be seen there
     drawn = np.abs(picture - rgb).max(-1) > 60
-    for axis in (0, 1):  # centred, and its longer side fills the share that the docstring says, to a pixel
+    for axis in (
+      0,
+      1,
+    ):  # centred, and its longer side fills the share that the docstring says, to a pixel
       first, last = np.flatnonzero(drawn.any(axis))[[0, -1]]
       assert first + last == pytest.approx(31, abs=1)
     assert last - first + 1 == pytest.approx(32 * emoji.FILL * sum(emoji.SCALES) / 2, abs=2.5)
@@ -100,7 +111,9 @@ def test_background_and_place():
 
 def test_shift_and_scale_move_the_glyph():
   def extent(shift, scale):
-    drawn = np.abs(emoji.render(SUBSET, 0x2B50, 64, (0, 0, 0), shift, scale).astype(int)).max(-1) > 60
+    drawn = (
+      np.abs(emoji.render(SUBSET, 0x2B50, 64, (0, 0, 0), shift, scale).astype(int)).max(-1) > 60
+    )
     return np.flatnonzero(drawn.any(0))[[0, -1]], np.flatnonzero(drawn.any(1))[[0, -1]]
 
   (left, right), (top, bottom) = extent((0.0, 0.0), 1.0)
@@ -112,21 +125,38 @@ def test_shift_and_scale_move_the_glyph():
 
 def test_extreme_shift_is_not_cut_off():
   """With the largest scale and shift the outermost rows still show the background."""
-  picture = emoji.render(SUBSET, 0x1F47B, 32, (0, 0, 0), (emoji.MAX_SHIFT, -emoji.MAX_SHIFT), emoji.SCALES[1])
+  picture = emoji.render(
+    SUBSET, 0x1F47B, 32, (0, 0, 0), (emoji.MAX_SHIFT, -emoji.MAX_SHIFT), emoji.SCALES[1]
+  )
   whole = emoji.render(SUBSET, 0x1F47B, 32, (0, 0, 0), (0.0, 0.0), emoji.SCALES[1])
   assert picture.sum(dtype=int) == pytest.approx(whole.sum(dtype=int), rel=0.01)
 
 
 def test_jitter_range_and_determinism():
-  values = [emoji.jitter(name, colour, variant) for name, colour in emoji.pairs("train")[::50] for variant in range(8)]
+  values = [
+    emoji.jitter(name, colour, variant)
+    for name, colour in emoji.pairs("train")[::50]
+    for variant in range(8)
+  ]
   shifts, scales = np.array([v[0] for v in values]), np.array([v[1] for v in values])
   low, high = emoji.SCALES
-  assert np.abs(shifts).max() <= emoji.MAX_SHIFT <= 2 / 32 and scales.min() >= low >= 0.85 and scales.max() <= high <= 1
-  assert np.abs(shifts).max() > 0.75 * emoji.MAX_SHIFT and scales.max() - scales.min() > 0.75 * (high - low)
+  assert (
+    np.abs(shifts).max() <= emoji.MAX_SHIFT <= 2 / 32
+    and scales.min() >= low >= 0.85
+    and scales.max() <= high <= 1
+  )
+  assert np.abs(shifts).max() > 0.75 * emoji.MAX_SHIFT and scales.max() - scales.min() > 0.75 * (
+    high - low
+  )
   assert len(set(map(str, values))) == len(values) * 7 // 8 + 1  # variant 0 is the same for all
   code = "from dancegrpo_jax.data import emoji; print(emoji.jitter('frog', 'red', 3))"
   for seed in ("1", "2"):  # not built on Python's salted hash
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True)
+    out = subprocess.run(
+      [sys.executable, "-c", code],
+      cwd=ROOT,
+      env={**os.environ, "PYTHONHASHSEED": seed},
+      capture_output=True,
+    )
     assert out.stdout.decode().strip() == str(emoji.jitter("frog", "red", 3))
 
 
@@ -142,7 +172,9 @@ def test_load_arrays():
 
 
 def test_missing_and_unfit_font(tmp_path):
-  with pytest.raises(FileNotFoundError, match="nowhere.ttf; install .* fonts-noto-color-emoji, .* --font=PATH") as error:
+  with pytest.raises(
+    FileNotFoundError, match="nowhere.ttf; install .* fonts-noto-color-emoji, .* --font=PATH"
+  ) as error:
     emoji.load_arrays(str(tmp_path / "nowhere.ttf"), 32, 1, "train")
   assert "\n" not in str(error.value)
   other = tmp_path / "other.ttf"
@@ -168,18 +200,27 @@ def test_command(tmp_path, monkeypatch, capsys):
 @full_font
 def test_subset_draws_what_the_full_font_draws():
   for name in SUBSET_NAMES:
-    np.testing.assert_array_equal(emoji.draw(SUBSET, name, "pink", 32, 2), emoji.draw(emoji.FONT, name, "pink", 32, 2))
+    np.testing.assert_array_equal(
+      emoji.draw(SUBSET, name, "pink", 32, 2), emoji.draw(emoji.FONT, name, "pink", 32, 2)
+    )
 
 
 @full_font
 def test_every_glyph_is_seen_and_no_two_are_alike():
   grey = np.array((128, 128, 128))
-  pictures = np.stack([emoji.render(emoji.FONT, code, 32, (128, 128, 128), (0.0, 0.0), 1.0) for code in emoji.EMOJI.values()])
+  pictures = np.stack(
+    [
+      emoji.render(emoji.FONT, code, 32, (128, 128, 128), (0.0, 0.0), 1.0)
+      for code in emoji.EMOJI.values()
+    ]
+  )
   drawn = (np.abs(pictures.astype(int) - grey).max(-1) > 24).mean((1, 2))
   assert drawn.min() > 0.12, emoji.NAMES[drawn.argmin()]
   flat = pictures.reshape(len(pictures), -1).astype(np.float32) / 255
   squares = (flat**2).sum(1)
-  distance = np.sqrt(np.maximum(squares[:, None] + squares[None, :] - 2 * flat @ flat.T, 0) / flat.shape[1])
+  distance = np.sqrt(
+    np.maximum(squares[:, None] + squares[None, :] - 2 * flat @ flat.T, 0) / flat.shape[1]
+  )
   np.fill_diagonal(distance, np.inf)
   first, second = np.unravel_index(distance.argmin(), distance.shape)
   assert distance.min() > 0.08, (emoji.NAMES[first], emoji.NAMES[second])

@@ -1,4 +1,6 @@
-"""The TFDS builder: a round trip through ArrayRecord files without TensorFlow, and as a source of prompts."""
+"""The TFDS builder: a round trip through ArrayRecord files without TensorFlow, and as a source of
+prompts.
+"""
 
 import pathlib
 import sys
@@ -38,7 +40,11 @@ def test_round_trip(data_dir, split, pairs):
     row = source[i]
     np.testing.assert_array_equal(row["image"], images[i])
     assert row["image"].dtype == np.uint8 and row["pair"] == ids[i]
-    assert row["caption"].decode() == captions[i] == emoji.caption(row["name"].decode(), row["colour"].decode())
+    assert (
+      row["caption"].decode()
+      == captions[i]
+      == emoji.caption(row["name"].decode(), row["colour"].decode())
+    )
   assert ("tensorflow" in sys.modules) == had_tensorflow
 
 
@@ -48,8 +54,13 @@ def test_read_by_tfds_itself(data_dir):
   files = [path.name for path in pathlib.Path(data_dir).rglob("*.array_record*")]
   assert sorted(name.split(".")[0] for name in files) == ["emoji-held_out", "emoji-train"]
   builder = tfds.builder_from_directory(f"{data_dir}/emoji/24px_2/1.0.0")
-  assert set(builder.info.splits) == {"train", "held_out"} and builder.info.splits["train"].num_examples == 56
-  assert tfds.data_source("emoji/24px_2", split="held_out", data_dir=data_dir)[0]["image"].shape == (24, 24, 3)
+  assert (
+    set(builder.info.splits) == {"train", "held_out"}
+    and builder.info.splits["train"].num_examples == 56
+  )
+  assert tfds.data_source("emoji/24px_2", split="held_out", data_dir=data_dir)[0][
+    "image"
+  ].shape == (24, 24, 3)
 
 
 def test_source_of_prompts(data_dir):
@@ -62,7 +73,9 @@ def test_source_of_prompts(data_dir):
 
 @pytest.mark.parametrize("name", ["emoji/24px_2#test", "emoji/9px_9", "no_such_set"])
 def test_bad_source_of_prompts(data_dir, name):
-  with pytest.raises(ValueError, match=f"prompts source tfds:{name} can't be opened .*; prepare it") as error:
+  with pytest.raises(
+    ValueError, match=f"prompts source tfds:{name} can't be opened .*; prepare it"
+  ) as error:
     read_prompts("tfds:" + name)
   assert "\n" not in str(error.value)
 
@@ -72,7 +85,12 @@ def test_missing_font(tmp_path):
   with pytest.raises(FileNotFoundError) as error:
     emoji_dataset.load("train", data_dir=str(tmp_path / "data"), font=path)
   message = str(error.value)
-  assert path in message and "fonts-noto-color-emoji" in message and "--font" in message and "\n" not in message
+  assert (
+    path in message
+    and "fonts-noto-color-emoji" in message
+    and "--font" in message
+    and "\n" not in message
+  )
   assert not list(tmp_path.rglob("*.array_record*"))
 
 

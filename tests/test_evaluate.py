@@ -17,7 +17,9 @@ def test_bootstrap_interval_is_the_normal_one_of_the_prompts_means():
   prompts = rng.standard_normal((400, 1))
   low, high = evaluate.bootstrap(np.repeat(prompts, 8, axis=1), draws=4000)
   half = 1.96 * prompts.std() / 20
-  np.testing.assert_allclose([low, high], [prompts.mean() - half, prompts.mean() + half], atol=0.1 * half)
+  np.testing.assert_allclose(
+    [low, high], [prompts.mean() - half, prompts.mean() + half], atol=0.1 * half
+  )
   prompts[0] = np.nan  # a failed score is left out
   assert np.isfinite(evaluate.bootstrap(np.repeat(prompts, 8, axis=1))).all()
 
@@ -40,16 +42,21 @@ def test_top1():
 def evaluated(tiny_models, tmp_path_factory):
   folder = tmp_path_factory.mktemp("evaluate")
   settings = {
-    "iterations": 2, "optimizer__learning_rate": 1e-3, "evaluation__samples": 3, "evaluation__every": 0,
+    "iterations": 2,
+    "optimizer__learning_rate": 1e-3,
+    "evaluation__samples": 3,
+    "evaluation__every": 0,
     "reward__terms": (("clip", 1.0), ("compressibility", 0.1)),
-  }  # fmt: skip
+  }
   words = [f"--config.{word}" for word in overrides(tiny_models, **settings)]
   config = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
   assert main.main([config, *words, f"--workdir={folder / 'run'}"]) == 0
   held_out = folder / "unseen.txt"
   held_out.write_text("a red cat\na blue dog\n")
   files = [f"--prompts={tiny_models.prompts}", f"--prompts={held_out}"]
-  code = evaluate.main([config, *words, f"--checkpoint={folder / 'run'}", *files, f"--out={folder / 'scores.json'}"])
+  code = evaluate.main(
+    [config, *words, f"--checkpoint={folder / 'run'}", *files, f"--out={folder / 'scores.json'}"]
+  )
   return code, folder
 
 
@@ -63,7 +70,9 @@ def test_the_command_compares_base_and_checkpoint(evaluated, capsys):
     for term in ("clip", "compressibility"):
       row, samples = rows[term], values["samples"][name]
       for key in ("base", "checkpoint"):
-        np.testing.assert_allclose(row[key], np.mean([sample[term] for sample in samples[key]]), rtol=1e-5)
+        np.testing.assert_allclose(
+          row[key], np.mean([sample[term] for sample in samples[key]]), rtol=1e-5
+        )
       assert row["low"] <= row["difference"] <= row["high"]
       np.testing.assert_allclose(row["difference"], row["checkpoint"] - row["base"], atol=1e-6)
     assert rows["clip"]["difference"] != 0
@@ -72,10 +81,14 @@ def test_the_command_compares_base_and_checkpoint(evaluated, capsys):
 def test_the_command_keeps_every_image_with_its_scores(evaluated):
   folder = evaluated[1]
   values = json.loads((folder / "scores.json").read_text())["samples"]
-  assert [row["prompt"] for row in values["unseen"]["base"]] == ["a red cat"] * 3 + ["a blue dog"] * 3
+  assert [row["prompt"] for row in values["unseen"]["base"]] == ["a red cat"] * 3 + [
+    "a blue dog"
+  ] * 3
   for rows in values.values():
     files = [row["file"] for kind in rows.values() for row in kind]
-    assert len(set(files)) == len(files) and all((folder / file).read_bytes()[:4] == b"\x89PNG" for file in files)
+    assert len(set(files)) == len(files) and all(
+      (folder / file).read_bytes()[:4] == b"\x89PNG" for file in files
+    )
   assert (folder / "scores" / "unseen.png").is_file()
 
 
@@ -89,5 +102,15 @@ def test_an_out_that_would_be_the_images_folder(tmp_path, tiny_models, capsys):
 def test_a_checkpoint_that_is_not_there(tmp_path, tiny_models, capsys):
   words = [f"--config.{word}" for word in overrides(tiny_models)]
   config = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
-  assert evaluate.main([config, *words, f"--checkpoint={tmp_path / 'none'}", f"--out={tmp_path / 'x' / 'scores.json'}"]) == 2
+  assert (
+    evaluate.main(
+      [
+        config,
+        *words,
+        f"--checkpoint={tmp_path / 'none'}",
+        f"--out={tmp_path / 'x' / 'scores.json'}",
+      ]
+    )
+    == 2
+  )
   assert "none" in capsys.readouterr().err and not (tmp_path / "x").exists()

@@ -1,4 +1,6 @@
-"""Checkpoints out and in: diffusers draws what we draw from an exported run; imported trees are the same; nothing is replaced."""
+"""Checkpoints out and in: diffusers draws what we draw from an exported run; imported trees are the
+same; nothing is replaced.
+"""
 
 import json
 import os
@@ -10,13 +12,15 @@ import numpy as np
 import pytest
 from tiny_checkpoint import ROOT, tiny_config
 
-from dancegrpo_jax import components, loading, sampling, train
+from dancegrpo_jax import train
+from dancegrpo_jax.assembly import loading, sampling
+from dancegrpo_jax.checkpoints import components, hub, store, weights
 from dancegrpo_jax.convert import __main__ as command
 from dancegrpo_jax.convert import folders
-from dancegrpo_jax.runtime import checkpoint, hub, rng, weights
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.rl import rng
+from dancegrpo_jax.settings import config_file
 from dancegrpo_jax.types import Example
 
 EMOJI = str(ROOT / "configs" / "emoji_clip.py") + ":tiny"
@@ -36,7 +40,9 @@ def changed(config, **values):
 
 
 def theirs(folder: Path, latents: np.ndarray, prompts: list[str], steps: int) -> np.ndarray:
-  """diffusers' own pipeline on an exported folder: DDIM, eta 0, its own last step. Pixels `[n, h, w, 3]` in [0, 1]."""
+  """diffusers' own pipeline on an exported folder: DDIM, eta 0, its own last step. Pixels `[n, h,
+  w, 3]` in [0, 1].
+  """
   import torch
   from diffusers import DDIMScheduler, StableDiffusionPipeline
 
@@ -44,16 +50,26 @@ def theirs(folder: Path, latents: np.ndarray, prompts: list[str], steps: int) ->
   pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
   pipe.set_progress_bar_config(disable=True)
   noise = torch.from_numpy(np.ascontiguousarray(latents.transpose(0, 3, 1, 2)))
-  return pipe(prompts, num_inference_steps=steps, eta=0.0, guidance_scale=1.0, latents=noise, output_type="np").images
+  return pipe(
+    prompts, num_inference_steps=steps, eta=0.0, guidance_scale=1.0, latents=noise, output_type="np"
+  ).images
 
 
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory):
-  """The embedded model after two iterations at a high rate, with averaged weights: (config, workdir)."""
+  """The embedded model after two iterations at a high rate, with averaged weights: (config,
+  workdir).
+  """
   config = changed(
-    configs.load(EMOJI), iterations=2, ema__decay=0.5, optimizer__learning_rate=1e-3, sampler__steps=4,
-    evaluation__steps=10, evaluation__every=0, logging__tensorboard=False,
-  )  # fmt: skip
+    config_file.load(EMOJI),
+    iterations=2,
+    ema__decay=0.5,
+    optimizer__learning_rate=1e-3,
+    sampler__steps=4,
+    evaluation__steps=10,
+    evaluation__every=0,
+    logging__tensorboard=False,
+  )
   workdir = tmp_path_factory.mktemp("run") / "emoji"
   train.run(config, workdir)
   return config, workdir
@@ -62,18 +78,33 @@ def emoji(tmp_path_factory):
 def test_diffusers_draws_our_pixels(emoji, tmp_path):
   config, workdir = emoji
   with sampling.opened(config, str(workdir)) as opened:
-    base = sampling.images(opened, opened.model.trainable, [Example(i, text) for i, text in enumerate(PROMPTS)], 2, seed=5)
+    base = sampling.images(
+      opened,
+      opened.model.trainable,
+      [Example(i, text) for i, text in enumerate(PROMPTS)],
+      2,
+      seed=5,
+    )
     abstract = components.placed(opened.weights, opened.model.shardings)
     stream = rng.derive(rng.stream(0, "evaluation"), np.int32(5))
     numbers = np.arange(8, dtype=np.int32)
-    noise = rng.initial_noise(stream, 0, numbers, numbers, shared=True, shape=opened.model.pipeline.latent_shape)
+    noise = rng.initial_noise(
+      stream, 0, numbers, numbers, shared=True, shape=opened.model.pipeline.latent_shape
+    )
     for kind in ("ema", "raw"):
       folders.export(config, str(workdir), tmp_path / kind, "pipeline", kind)
       tuned = sampling.restore_weights(str(workdir), abstract, kind)
-      ours = sampling.images(opened, tuned, [Example(i, text) for i, text in enumerate(PROMPTS)], 2, seed=5)
-      images = theirs(tmp_path / kind, np.asarray(noise), [text for text in PROMPTS for _ in range(2)], 10)
+      ours = sampling.images(
+        opened, tuned, [Example(i, text) for i, text in enumerate(PROMPTS)], 2, seed=5
+      )
+      images = theirs(
+        tmp_path / kind, np.asarray(noise), [text for text in PROMPTS for _ in range(2)], 10
+      )
       error, change = np.abs(images.reshape(ours.shape) - ours).max(), np.abs(base - ours).max()
-      print(f"max abs pixel error, {kind}: {255 * error:.4f}/255; trained against base {255 * change:.1f}/255")
+      print(
+        f"max abs pixel error, {kind}: {255 * error:.4f}/255; trained against base"
+        f" {255 * change:.1f}/255"
+      )
       assert error <= 2 / 255
       assert change > 10 / 255  # else the base's weights would pass
 
@@ -83,7 +114,7 @@ def run(tiny_models, tmp_path_factory):
   """A workdir's checkpoint, as training leaves it, of a tiny random model: (config, workdir)."""
   config, workdir = tiny_config(tiny_models), tmp_path_factory.mktemp("trained")
   component = loading.build_pipeline(config).components["denoiser"]
-  with checkpoint.Saver(workdir / "checkpoints", keep=1) as saver:
+  with store.Saver(workdir / "checkpoints", keep=1) as saver:
     state = {"trainable": {"denoiser": weights.draw(component.abstract, seed=1)}}
     saver.save(1, state, {"config": config.to_dict(), "iteration": 1})
   return config, workdir
@@ -94,7 +125,10 @@ def test_denoiser_alone(run, tmp_path, capsys):
 
   config, workdir = run
   folders.export(config, str(workdir), tmp_path / "unet", "denoiser", "")
-  assert sorted(os.listdir(tmp_path / "unet")) == ["config.json", "diffusion_pytorch_model.safetensors"]
+  assert sorted(os.listdir(tmp_path / "unet")) == [
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+  ]
   _, info = UNet2DConditionModel.from_pretrained(tmp_path / "unet", output_loading_info=True)
   assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
   assert f"denoiser of {workdir}: {tmp_path / 'unet'}" in capsys.readouterr().out
@@ -104,7 +138,9 @@ def test_taken_or_misnamed(run, tmp_path):
   config, workdir = run
   (tmp_path / "taken").mkdir()
   (tmp_path / "taken" / "file").write_text("mine")
-  with pytest.raises(ConfigError, match="--out=.*taken: exists and is not empty; name a new folder"):
+  with pytest.raises(
+    ConfigError, match="--out=.*taken: exists and is not empty; name a new folder"
+  ):
     folders.export(config, str(workdir), tmp_path / "taken", "pipeline", "")
   with pytest.raises(ConfigError, match="file: is a file"):
     folders.import_checkpoint(config, tmp_path / "taken" / "file")
@@ -132,9 +168,11 @@ def test_import_gives_the_same_run(tiny_models, tmp_path):
   imported = tiny_config(tiny_models, model__checkpoint=str(tmp_path / "orbax"))
   models = []
   for each in (config, imported):
-    mesh = meshes.make_mesh(each.mesh)
+    mesh = sharding.make_mesh(each.mesh)
     models.append(loading.load(each, loading.build_pipeline(each), {}, mesh))
-  for a, b in zip(*(jax.tree.leaves((model.frozen, model.trainable)) for model in models), strict=True):
+  for a, b in zip(
+    *(jax.tree.leaves((model.frozen, model.trainable)) for model in models), strict=True
+  ):
     assert a.dtype == b.dtype and a.sharding.is_equivalent_to(b.sharding, a.ndim)
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
@@ -145,9 +183,14 @@ def test_export_with_an_imported_base(run, tiny_models, tmp_path, capsys):
   folders.import_checkpoint(config, tmp_path / "orbax")
   changed(config, model__checkpoint=str(tmp_path / "orbax"))
   folders.export(config, str(workdir), tmp_path / "out", "pipeline", "")
-  assert f"was trained from {str(tiny_models.model)!r}; the rest is taken from" in capsys.readouterr().out
+  assert (
+    f"was trained from {str(tiny_models.model)!r}; the rest is taken from"
+    in capsys.readouterr().out
+  )
   for name in ("vae", "text_encoder"):
-    before, after = (weights.open_reader(folder / name) for folder in (tiny_models.model, tmp_path / "out"))
+    before, after = (
+      weights.open_reader(folder / name) for folder in (tiny_models.model, tmp_path / "out")
+    )
     assert before.specs == after.specs
     for tensor, spec in before.specs.items():
       whole = (slice(None),) * len(spec.shape)
@@ -156,7 +199,9 @@ def test_export_with_an_imported_base(run, tiny_models, tmp_path, capsys):
 
 
 def test_a_variant_is_copied_under_the_plain_name(run, tiny_models, tmp_path):
-  """from_pretrained without a variant looks for the plain names alone; random weights are written as drawn."""
+  """from_pretrained without a variant looks for the plain names alone; random weights are written
+  as drawn.
+  """
   config, workdir = run
   base = tmp_path / "base"
   shutil.copytree(config.model.checkpoint, base)
@@ -167,19 +212,30 @@ def test_a_variant_is_copied_under_the_plain_name(run, tiny_models, tmp_path):
   changed(config, model__checkpoint=f"random:{base}", model__variant="")
   folders.export(config, str(workdir), tmp_path / "drawn", "pipeline", "")
   for out in ("out", "drawn"):
-    assert sorted(os.listdir(tmp_path / out / "vae")) == ["config.json", "diffusion_pytorch_model.safetensors"]
-    assert sorted(os.listdir(tmp_path / out / "text_encoder")) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(tmp_path / out / "vae")) == [
+      "config.json",
+      "diffusion_pytorch_model.safetensors",
+    ]
+    assert sorted(os.listdir(tmp_path / out / "text_encoder")) == [
+      "config.json",
+      "model.safetensors",
+    ]
   file = "vae/diffusion_pytorch_model.safetensors"
   assert (tmp_path / "out" / file).read_bytes() == (tiny_models.model / file).read_bytes()
 
 
 def test_parts_that_are_not_there_leave_the_index(run, tmp_path):
-  """The hub's safety checker and feature extractor are not fetched; from_pretrained must not look for them."""
+  """The hub's safety checker and feature extractor are not fetched; from_pretrained must not look
+  for them.
+  """
   config, workdir = run
   base = tmp_path / "base"
   os.symlink(config.model.checkpoint, base)
   index = json.loads((base / "model_index.json").read_text())
-  index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+  index |= {
+    "safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"],
+    "requires_safety_checker": True,
+  }
   real = tmp_path / "real"
   real.mkdir()
   for path in base.iterdir():
@@ -196,5 +252,10 @@ def test_parts_that_are_not_there_leave_the_index(run, tmp_path):
 def test_command(tmp_path, capsys):
   assert command.main(["export", f"--config={EMOJI}", f"--out={tmp_path}/out"]) == 2
   assert "error: the following arguments are required: --checkpoint" in capsys.readouterr().err
-  assert command.main(["import", f"--config={EMOJI}", f"--out={tmp_path}", "--config.model.chekpoint=x"]) == 2
-  assert "config.model.chekpoint: unknown key; did you mean model.checkpoint?" in capsys.readouterr().err
+  assert (
+    command.main(["import", f"--config={EMOJI}", f"--out={tmp_path}", "--config.model.chekpoint=x"])
+    == 2
+  )
+  assert (
+    "config.model.chekpoint: unknown key; did you mean model.checkpoint?" in capsys.readouterr().err
+  )

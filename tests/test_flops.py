@@ -4,16 +4,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.models import splash
 from dancegrpo_jax.models.attention import attention
 from dancegrpo_jax.models.layers import Conv
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import flops, hlo
-from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.plan import flops, hlo
+from dancegrpo_jax.settings import config_file
 
 
 def count(f, *shapes, platform: str = "cpu", dtype=jnp.float32) -> flops.Flops:
-  return flops.count(jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)), platform)
+  return flops.count(
+    jax.make_jaxpr(f)(*(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)), platform
+  )
 
 
 def test_dense_layer_and_its_gradient():
@@ -33,15 +35,23 @@ def test_loops_branches_and_recomputation():
     return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]
 
   assert count(scanned, (n, n), (layers, n, n)).total == layers * block
-  twice = count(lambda x, w: jax.lax.scan(lambda x, _: (scanned(x, w), None), x, None, length=2)[0], (n, n), (layers, n, n))
+  twice = count(
+    lambda x, w: jax.lax.scan(lambda x, _: (scanned(x, w), None), x, None, length=2)[0],
+    (n, n),
+    (layers, n, n),
+  )
   assert twice.total == 2 * layers * block
 
   def layers_of(wrap):
     return jax.grad(lambda x, w: jnp.sum(wrap(lambda x: jnp.tanh(x @ w) @ w)(x)))
 
   assert count(layers_of(lambda f: f), (n, n), (n, n)).total == (2 + 2) * block
-  assert count(layers_of(jax.checkpoint), (n, n), (n, n)).total == (2 + 1 + 2) * block  # x w once more
-  either = count(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), (n, n))
+  assert (
+    count(layers_of(jax.checkpoint), (n, n), (n, n)).total == (2 + 1 + 2) * block
+  )  # x w once more
+  either = count(
+    lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), (n, n)
+  )
   assert either.total == 2 * block  # the dearer one
   endless = count(lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x), (n, n))
   assert (endless.total, endless.unknown) == (block, {"while"})
@@ -49,7 +59,9 @@ def test_loops_branches_and_recomputation():
 
 
 def test_convolution_and_its_gradient():
-  """2 B H' W' k^2 i o; a strided one's gradient has no more products than the convolution itself."""
+  """2 B H' W' k^2 i o; a strided one's gradient has no more products than the convolution
+  itself.
+  """
   b, side, i, o, k = 2, 8, 3, 5, 3
   for stride in (1, 2):
     conv = Conv(o, size=k, stride=stride)
@@ -60,40 +72,56 @@ def test_convolution_and_its_gradient():
 
     forward = 2 * b * (side // stride) ** 2 * k**2 * i * o
     assert count(apply, *shapes).total == forward
-    gradient = count(jax.grad(lambda x, w, apply=apply: jnp.sum(apply(x, w) ** 2), (0, 1)), *shapes, platform="tpu").total
-    assert gradient == pytest.approx(3 * forward, rel=0.6)  # the gradient to x covers its padding too
+    gradient = count(
+      jax.grad(lambda x, w, apply=apply: jnp.sum(apply(x, w) ** 2), (0, 1)), *shapes, platform="tpu"
+    ).total
+    assert gradient == pytest.approx(
+      3 * forward, rel=0.6
+    )  # the gradient to x covers its padding too
 
 
 def test_attention():
-  """2 n m d for the logits and as much for the values, each head; a kernel computes padded lengths."""
+  """2 n m d for the logits and as much for the values, each head; a kernel computes padded
+  lengths.
+  """
   b, n, m, h, d = 2, 10, 12, 3, 8
-  xla = count(lambda q, k, v: attention(q, k, v, impl="xla"), (b, n, h, d), (b, m, h, d), (b, m, h, d))
+  xla = count(
+    lambda q, k, v: attention(q, k, v, impl="xla"), (b, n, h, d), (b, m, h, d), (b, m, h, d)
+  )
   assert (xla.total, xla.kernels) == (4 * b * h * n * m * d, 0)
   kernel = count(lambda q, k, v: splash.attention(q, k, v, 1.0), *((b, 200, h, 128),) * 3)
   assert kernel.total == kernel.kernels == 4 * b * h * 256 * 256 * 128
 
 
 def test_a_device_s_part_counts_for_all_devices():
-  mesh = meshes.make_mesh(configs.ConfigDict({"data": 8, "fsdp": 1, "tensor": 1}))
+  mesh = sharding.make_mesh(config_file.ConfigDict({"data": 8, "fsdp": 1, "tensor": 1}))
 
   def split(x, w):
-    return jax.shard_map(lambda x, w: x @ w, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data"))(x, w)
+    return jax.shard_map(
+      lambda x, w: x @ w, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data")
+    )(x, w)
 
   assert count(split, (16, 4), (4, 5)).total == 2 * 16 * 4 * 5
 
 
 def test_collectives_of_a_loop_count_as_often_as_it_runs():
   """Weights split over 8 devices and gathered one after the other: 8 * 8 * 4 bytes each."""
-  mesh = meshes.make_mesh(configs.ConfigDict({"data": 1, "fsdp": 8, "tensor": 1}))
-  split, whole = jax.NamedSharding(mesh, jax.P(None, None, "fsdp")), meshes.replicated(mesh)
+  mesh = sharding.make_mesh(config_file.ConfigDict({"data": 1, "fsdp": 8, "tensor": 1}))
+  split, whole = jax.NamedSharding(mesh, jax.P(None, None, "fsdp")), sharding.replicated(mesh)
 
   def run(w, x):
-    step = lambda x, w: (jax.lax.with_sharding_constraint(jnp.tanh(x @ jax.lax.with_sharding_constraint(w, whole)), whole), None)  # noqa: E731
+    step = lambda x, w: (
+      jax.lax.with_sharding_constraint(
+        jnp.tanh(x @ jax.lax.with_sharding_constraint(w, whole)), whole
+      ),
+      None,
+    )  # noqa: E731
     return jax.lax.scan(step, x, w)[0]
 
   arguments = (
-    jax.ShapeDtypeStruct((5, 8, 8), jnp.float32, sharding=split), jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=whole),
-  )  # fmt: skip
+    jax.ShapeDtypeStruct((5, 8, 8), jnp.float32, sharding=split),
+    jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=whole),
+  )
   summary = hlo.summary(jax.jit(run, out_shardings=whole).lower(*arguments).compile().as_text())
   gathers = [c for c in summary.collectives if c.opcode == "all-gather"]
   assert sum(c.moved for c in gathers) == 5 * 8 * 8 * 4 and summary.unknown == 0
@@ -147,24 +175,52 @@ ENTRY %main (p0: bf16[4,8]) -> bf16[4,8] {
 
 def test_text_of_the_tpu_compiler():
   summary = hlo.summary(TPU_TEXT)
-  assert summary.cycles == 16 * 100 + 30 + 7 and summary.unknown == 0 and summary.kernels == {"tpu_custom_call": 1.0}
+  assert (
+    summary.cycles == 16 * 100 + 30 + 7
+    and summary.unknown == 0
+    and summary.kernels == {"tpu_custom_call": 1.0}
+  )
   gather, reduce, scatter, in_parts = summary.collectives
-  assert (gather.opcode, gather.bytes, gather.times, gather.source) == ("all-gather", 4 * 32 * 2, 16, "jit(f)/dot_general")
+  assert (gather.opcode, gather.bytes, gather.times, gather.source) == (
+    "all-gather",
+    4 * 32 * 2,
+    16,
+    "jit(f)/dot_general",
+  )
   assert (reduce.opcode, reduce.moved) == ("all-reduce", 2 * 4 * 8 * 2 * 16)
-  assert (scatter.opcode, scatter.moved) == ("reduce-scatter", 16 * 8 * 4)  # each device keeps 2 rows of the sum
-  assert (in_parts.bytes, in_parts.times) == (4 * 16 * 2, 1)  # of one collective that several fusions do, its start alone
+  assert (scatter.opcode, scatter.moved) == (
+    "reduce-scatter",
+    16 * 8 * 4,
+  )  # each device keeps 2 rows of the sum
+  assert (in_parts.bytes, in_parts.times) == (
+    4 * 16 * 2,
+    1,
+  )  # of one collective that several fusions do, its start alone
 
 
-@pytest.mark.parametrize("line, moved", [
-  ("(bf16[4,8]{1,0:T(8,128)(2,1)}, bf16[32,8]{1,0:T(8,128)(2,1)}) all-gather-start(%p), dimensions={0}", 32 * 8 * 2),
-  ("((f32[4,8], f32[2,8]), (f32[32,8]{1,0:T(8,128)}, f32[16,8])) all-gather-start(%p, %q), dimensions={0}", (32 + 16) * 8 * 4),
-  ("(f32[32,8], f32[16,8]) all-gather(%p, %q), dimensions={0}", (32 + 16) * 8 * 4),
-  ("f32[4,8] reduce-scatter(%r), dimensions={0}", 32 * 8 * 4),
-  ("(f32[4,8], f32[16]) all-reduce-start(%p, %s), to_apply=%add", 2 * (4 * 8 + 16) * 4),
-  ("(f32[4,8], f32[4,8], u32[], u32[]) collective-permute-start(%p)", 4 * 8 * 4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "line, moved",
+  [
+    (
+      "(bf16[4,8]{1,0:T(8,128)(2,1)}, bf16[32,8]{1,0:T(8,128)(2,1)}) all-gather-start(%p),"
+      " dimensions={0}",
+      32 * 8 * 2,
+    ),
+    (
+      "((f32[4,8], f32[2,8]), (f32[32,8]{1,0:T(8,128)}, f32[16,8])) all-gather-start(%p, %q),"
+      " dimensions={0}",
+      (32 + 16) * 8 * 4,
+    ),
+    ("(f32[32,8], f32[16,8]) all-gather(%p, %q), dimensions={0}", (32 + 16) * 8 * 4),
+    ("f32[4,8] reduce-scatter(%r), dimensions={0}", 32 * 8 * 4),
+    ("(f32[4,8], f32[16]) all-reduce-start(%p, %s), to_apply=%add", 2 * (4 * 8 + 16) * 4),
+    ("(f32[4,8], f32[4,8], u32[], u32[]) collective-permute-start(%p)", 4 * 8 * 4),
+  ],
+)
 def test_bytes_of_a_collective(line, moved):
-  """What a device sends on a ring, from the shapes: XLA's own forms of one and of several arrays."""
+  """What a device sends on a ring, from the shapes: XLA's own forms of one and of several
+  arrays.
+  """
   head = "ENTRY %main (p: f32[4,8], r: f32[32,8]) -> f32[4,8] {\n"
   inputs = "  %p = f32[4,8] parameter(0)\n  %r = f32[32,8] parameter(1)\n"
   (found,) = hlo.summary(f"{head}{inputs}  %c = {line}\n}}").collectives

@@ -1,4 +1,6 @@
-"""Where parameters, optimizer and averages lie at full size: a change of rules, names or shapes shows as a difference here."""
+"""Where parameters, optimizer and averages lie at full size: a change of rules, names or shapes
+shows as a difference here.
+"""
 
 import difflib
 
@@ -9,8 +11,13 @@ from golden_specs import GOLDEN, REWARDS, RUNS, folded, specs
 @pytest.mark.parametrize("name", [*RUNS, *REWARDS])
 def test_specs_are_the_golden_ones(name):
   golden = (GOLDEN / f"specs_{name}.txt").read_text().splitlines()
-  difference = "\n".join(difflib.unified_diff(golden, found := specs(name), "golden", "now", lineterm="", n=0))
-  assert found == golden, f"{difference}\nif this is meant: python tests/golden_specs.py, and look at the difference in git"
+  difference = "\n".join(
+    difflib.unified_diff(golden, found := specs(name), "golden", "now", lineterm="", n=0)
+  )
+  assert found == golden, (
+    f"{difference}\nif this is meant: python tests/golden_specs.py, and look at the difference"
+    " in git"
+  )
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -18,9 +25,13 @@ def test_the_optimizer_lies_where_its_parameters_do(name):
   """...and nothing that is trained, of a megabyte or more, is whole on every device."""
   golden = (GOLDEN / f"specs_{name}.txt").read_text().splitlines()
   prefix = "lora" if "lora" in name else "denoiser"
-  trained = {line.split("/", 1)[1] for line in golden if line.split(" x ")[1].startswith(f"{prefix}/")}
+  trained = {
+    line.split("/", 1)[1] for line in golden if line.split(" x ")[1].startswith(f"{prefix}/")
+  }
   for moment in ("mu", "nu"):
-    of_optimizer = {line.split(f"/{moment}/{prefix}/")[1] for line in golden if f"/{moment}/{prefix}/" in line}
+    of_optimizer = {
+      line.split(f"/{moment}/{prefix}/")[1] for line in golden if f"/{moment}/{prefix}/" in line
+    }
     assert of_optimizer == trained
   for line in golden:
     shape, spec = line.rsplit(" [", 1)[1].split("] (")

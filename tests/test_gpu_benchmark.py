@@ -32,9 +32,18 @@ from gpu_parts import (  # noqa: E402
   runner,
 )
 
-from dancegrpo_jax import inventory, loading, plan, scoring, train  # noqa: E402
-from dancegrpo_jax.runtime import mesh as meshes  # noqa: E402
-from dancegrpo_jax.runtime import validation, weights  # noqa: E402
+from dancegrpo_jax.assembly import (
+  loading,  # noqa: E402
+  reward_builders,  # noqa: E402
+)
+from dancegrpo_jax.checkpoints import weights  # noqa: E402
+from dancegrpo_jax.data import prompts  # noqa: E402
+from dancegrpo_jax.devices import sharding  # noqa: E402
+from dancegrpo_jax.plan import (
+  inventory,  # noqa: E402
+  planning,  # noqa: E402
+)
+from dancegrpo_jax.settings import checks  # noqa: E402
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
@@ -100,9 +109,16 @@ def test_the_table_is_printed_as_numbers_come(measured):
 
 
 HEAVY = [
-  "start-emoji_clip", "main-sd", "main-flux", "precision", "correctness", "programs-sd", "kernels-sd", "peer-sd",
+  "start-emoji_clip",
+  "main-sd",
+  "main-flux",
+  "precision",
+  "correctness",
+  "programs-sd",
+  "kernels-sd",
+  "peer-sd",
   "peer-flux",
-]  # fmt: skip
+]
 
 
 @pytest.mark.slow
@@ -297,8 +313,9 @@ def test_kernels_of_a_gpu_are_its_streams():
   lines = [
     line("Stream #15(Compute,MemcpyD2D)", ("nvjet_a", 2e9), ("MemcpyD2D", 1e9)),
     line("Stream #17(Compute)", ("loop_b", 5e8)),
-    line("XLA Modules", ("jit_run", 4e9)), line("XLA Ops", ("dot.1", 2e9)),
-  ]  # fmt: skip
+    line("XLA Modules", ("jit_run", 4e9)),
+    line("XLA Ops", ("dot.1", 2e9)),
+  ]
   planes = [
     SimpleNamespace(name="/host:CPU", lines=[line("x", ("y", 1e9))]),
     SimpleNamespace(name="/device:GPU:0", lines=lines),
@@ -312,9 +329,9 @@ def test_the_cut_recipes_are_sound_and_of_full_size(model, tmp_path):
   """One device takes them; networks, image size, sampler and batches are the recipe's; texts are as
   long as the networks'."""
   config = cuts.load(model, False, tmp_path)
-  examples = train.read_examples(config)
-  validation.validate(config, num_devices=1, num_examples=len(examples))
-  assert not train.read_held_out(config) and config.evaluation.every == 0
+  examples = prompts.read_examples(config)
+  checks.validate(config, num_devices=1, num_examples=len(examples))
+  assert not prompts.read_held_out(config) and config.evaluation.every == 0
   full = gpu_config(model)
   for section, fields in {
     "model": ("size", "dtype", "remat", "attention"),
@@ -326,10 +343,10 @@ def test_the_cut_recipes_are_sound_and_of_full_size(model, tmp_path):
     config.rollout.chunk == full.rollout.chunk
     and config.optimizer.microbatch == full.optimizer.microbatch
   )
-  assert "x 4 of " in plan.geometry(
+  assert "x 4 of " in planning.geometry(
     config, 1
-  ) and "in 2 optimizer steps of 2 microbatches" in plan.geometry(config, 1)
-  pipeline, rewards = loading.build_pipeline(config), scoring.build_rewards(config)
+  ) and "in 2 optimizer steps of 2 microbatches" in planning.geometry(config, 1)
+  pipeline, rewards = loading.build_pipeline(config), reward_builders.build_rewards(config)
   tokens = jax.tree.leaves(pipeline.tokenize(["a cat"]))
   assert {x.shape[1] for x in tokens} == ({77} if model == "sd" else {77, 512})
   assert {x.shape[-1] for x in jax.tree.leaves(rewards["hps"].prepare(examples[:1]))} == {77}
@@ -338,23 +355,25 @@ def test_the_cut_recipes_are_sound_and_of_full_size(model, tmp_path):
 
 
 def gpu_config(model: str):
-  from dancegrpo_jax.runtime import config as configs
+  from dancegrpo_jax.settings import config_file
 
-  return configs.load(cuts.config_file(model, False))
+  return config_file.load(cuts.config_file(model, False))
 
 
 def test_weights_drawn_on_the_device_are_spread_as_those_of_the_host(tmp_path, monkeypatch):
   monkeypatch.setattr(drawing, "SMALL", 500)
   config = inventory.without_weights(cuts.load("flux", True, tmp_path))
   abstract = loading.build_pipeline(config).components["denoiser"].abstract
-  mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
-  ours, theirs = (make(abstract, meshes.replicated(mesh)) for make in (drawing.draw, weights.draw))
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+  ours, theirs = (
+    make(abstract, sharding.replicated(mesh)) for make in (drawing.draw, weights.draw)
+  )
   assert jax.tree.structure(ours) == jax.tree.structure(theirs)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
     assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
     if a.size > 200:
       assert float(a.std()) == pytest.approx(float(b.std()), rel=0.2, abs=1e-6)
-  again = drawing.draw(abstract, meshes.replicated(mesh))
+  again = drawing.draw(abstract, sharding.replicated(mesh))
   assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(again)))
 
 
@@ -453,7 +472,17 @@ def test_the_page_has_a_row_for_all_that_the_command_fills(tmp_path):
 
 def test_every_attention_that_cudnn_computes_is_compared():
   """Those of docs/gpus.md: queries, keys, heads and their size."""
-  rows = [line for line in (ROOT / "docs" / "gpus.md").read_text().splitlines() if line.endswith("| cudnn | cudnn |")]
-  rows += [line for line in (ROOT / "docs" / "gpus.md").read_text().splitlines() if line.endswith("| cudnn | xla |")]
-  wanted = {tuple(int(n) for n in re.findall(r"\d+", "|".join(line.split("|")[2:5]))) for line in rows}
+  rows = [
+    line
+    for line in (ROOT / "docs" / "gpus.md").read_text().splitlines()
+    if line.endswith("| cudnn | cudnn |")
+  ]
+  rows += [
+    line
+    for line in (ROOT / "docs" / "gpus.md").read_text().splitlines()
+    if line.endswith("| cudnn | xla |")
+  ]
+  wanted = {
+    tuple(int(n) for n in re.findall(r"\d+", "|".join(line.split("|")[2:5]))) for line in rows
+  }
   assert len(wanted) == 13 and wanted == {sizes[:4] for sizes in registry.ATTENTIONS.values()}

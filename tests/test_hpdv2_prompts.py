@@ -1,4 +1,6 @@
-"""HPDv2's prompts: generation from a small fixture (its texts written for this test), and as a source of training prompts."""
+"""HPDv2's prompts: generation from a small fixture (its texts written for this test), and as a
+source of training prompts.
+"""
 
 import sys
 from pathlib import Path
@@ -11,18 +13,27 @@ from dancegrpo_jax.data.hpdv2_prompts import __main__ as command
 from dancegrpo_jax.data.prompts import read_prompts
 
 FIXTURE = str(Path(__file__).parent / "fixtures" / "hpdv2_train.json")
-PROMPTS = ["a copper kettle on a stove", "two lemons, one green", "ein Fluß bei Nacht, 夜の川", "A copper kettle on a stove"]
+PROMPTS = [
+  "a copper kettle on a stove",
+  "two lemons, one green",
+  "ein Fluß bei Nacht, 夜の川",
+  "A copper kettle on a stove",
+]
 
 
 def test_round_trip_and_source_of_prompts(tmp_path, monkeypatch):
   had_tensorflow = "tensorflow" in sys.modules
   source = hpdv2_prompts.load(data_dir=str(tmp_path), json_file=FIXTURE)
   assert [source[i]["prompt"].decode() for i in range(len(source))] == PROMPTS
-  assert [path.name.split(".")[-1][:12] for path in tmp_path.rglob("*array_record*")] == ["array_record"]
+  assert [path.name.split(".")[-1][:12] for path in tmp_path.rglob("*array_record*")] == [
+    "array_record"
+  ]
   assert ("tensorflow" in sys.modules) == had_tensorflow
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
   examples = read_prompts("tfds:hpdv2_prompts", "blurry")
-  assert [e.prompt for e in examples] == PROMPTS and {e.negative_prompt for e in examples} == {"blurry"}
+  assert [e.prompt for e in examples] == PROMPTS and {e.negative_prompt for e in examples} == {
+    "blurry"
+  }
   assert len(hpdv2_prompts.load(data_dir=str(tmp_path), json_file="not read again")) == 4
 
 
@@ -46,10 +57,16 @@ def test_without_a_network(tmp_path, monkeypatch, capsys):
   monkeypatch.setattr(huggingface_hub, "hf_hub_download", refused)
   assert command.main([f"--data-dir={tmp_path}"]) == 2
   text = capsys.readouterr().err
-  assert "can't be fetched (ConnectionError: no route to host); where there is a network run `hf download" in text
+  assert (
+    "can't be fetched (ConnectionError: no route to host); where there is a network run `hf"
+    " download" in text
+  )
   assert text.count("\n") == 1 and not list(tmp_path.rglob("*array_record*"))
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-  with pytest.raises(ValueError, match="tfds:hpdv2_prompts can't be opened .* `python -m dancegrpo_jax.data.hpdv2_prompts`"):
+  with pytest.raises(
+    ValueError,
+    match="tfds:hpdv2_prompts can't be opened .* `python -m dancegrpo_jax.data.hpdv2_prompts`",
+  ):
     read_prompts("tfds:hpdv2_prompts")
 
 

@@ -1,4 +1,6 @@
-"""Finding a checkpoint's files: local folders, the cache, the hub (never reached here), and what is said without them."""
+"""Finding a checkpoint's files: local folders, the cache, the hub (never reached here), and what is
+said without them.
+"""
 
 import fnmatch
 import re
@@ -12,11 +14,11 @@ import numpy as np
 import pytest
 from tiny_checkpoint import ROOT, tiny_config
 
-from dancegrpo_jax import components, loading
+from dancegrpo_jax.assembly import loading
+from dancegrpo_jax.checkpoints import components, hub, weights
+from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.pipelines import flux, stable_diffusion
 from dancegrpo_jax.rewards import clip
-from dancegrpo_jax.runtime import hub, weights
-from dancegrpo_jax.runtime.config import ConfigError
 
 LAYOUT = hub.layout_of(stable_diffusion)
 NAME = "nobody/no-such-model"
@@ -30,17 +32,31 @@ SHARDED = ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pyto
 
 def fetched(files: list[str], variant: str = "") -> list[str]:
   wanted = hub.patterns(LAYOUT, variant)
-  return [file for file in files if any(fnmatch.fnmatch(f"unet/{file}", pattern) for pattern in wanted)]
+  return [
+    file for file in files if any(fnmatch.fnmatch(f"unet/{file}", pattern) for pattern in wanted)
+  ]
 
 
 def test_only_what_is_needed_is_fetched():
   assert fetched(UNET) == ["diffusion_pytorch_model.safetensors"]
   assert fetched(UNET, "fp16") == ["diffusion_pytorch_model.fp16.safetensors"]
   assert fetched(SHARDED) == SHARDED[:2] and fetched(SHARDED, "fp16") == SHARDED[2:]
-  others = ["model_index.json", "tokenizer/vocab.json", "scheduler/scheduler_config.json", "vae/config.json"]
-  unneeded = ["safety_checker/model.safetensors", "sd-v1-4.ckpt", "README.md", "feature_extractor/preprocessor_config.json"]
+  others = [
+    "model_index.json",
+    "tokenizer/vocab.json",
+    "scheduler/scheduler_config.json",
+    "vae/config.json",
+  ]
+  unneeded = [
+    "safety_checker/model.safetensors",
+    "sd-v1-4.ckpt",
+    "README.md",
+    "feature_extractor/preprocessor_config.json",
+  ]
   wanted = hub.patterns(LAYOUT)
-  match = [file for file in others + unneeded if any(fnmatch.fnmatch(file, pattern) for pattern in wanted)]
+  match = [
+    file for file in others + unneeded if any(fnmatch.fnmatch(file, pattern) for pattern in wanted)
+  ]
   assert match == others
   assert "model.safetensors" in hub.patterns(hub.layout_of(clip))
 
@@ -48,11 +64,19 @@ def test_only_what_is_needed_is_fetched():
 def test_flux_has_two_tokenizers(tmp_path):
   layout = hub.layout_of(flux)
   wanted = hub.patterns(layout)
-  assert {"tokenizer/vocab.json", "tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model"} <= set(wanted)
-  assert "tokenizer_2/vocab.json" not in wanted and "text_encoder_2/model-*-of-*.safetensors" in wanted
+  assert {"tokenizer/vocab.json", "tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model"} <= set(
+    wanted
+  )
+  assert (
+    "tokenizer_2/vocab.json" not in wanted and "text_encoder_2/model-*-of-*.safetensors" in wanted
+  )
   absent = hub.missing(tmp_path, layout)
-  assert {"tokenizer/merges.txt", "tokenizer_2/tokenizer.json", "transformer/*.safetensors"} <= set(absent)
-  with pytest.raises(ConfigError, match="tokenizer/vocab.json . merges.txt, tokenizer_2/tokenizer.json, transformer/"):
+  assert {"tokenizer/merges.txt", "tokenizer_2/tokenizer.json", "transformer/*.safetensors"} <= set(
+    absent
+  )
+  with pytest.raises(
+    ConfigError, match="tokenizer/vocab.json . merges.txt, tokenizer_2/tokenizer.json, transformer/"
+  ):
     hub.folder("model.checkpoint", "nowhere", layout)
 
 
@@ -62,8 +86,15 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
   with pytest.raises(ConfigError) as caught:
     hub.folder("model.checkpoint", str(tmp_path), LAYOUT)
   text = str(caught.value)
-  assert "\n" not in text and f"config.model.checkpoint = {str(tmp_path)!r}: the folder lacks unet/config.json" in text
-  assert "tokenizer/vocab.json" in text and "text_encoder/*.safetensors" in text and "found unet, weights.ckpt" in text
+  assert (
+    "\n" not in text
+    and f"config.model.checkpoint = {str(tmp_path)!r}: the folder lacks unet/config.json" in text
+  )
+  assert (
+    "tokenizer/vocab.json" in text
+    and "text_encoder/*.safetensors" in text
+    and "found unet, weights.ckpt" in text
+  )
 
 
 def test_offline_and_not_cached(monkeypatch):
@@ -72,25 +103,40 @@ def test_offline_and_not_cached(monkeypatch):
   with pytest.raises(ConfigError) as caught:
     hub.folder("model.checkpoint", NAME, LAYOUT)
   text = str(caught.value)
-  assert "\n" not in text and "not in the Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads" in text
-  assert f"`hf download {NAME} --local-dir checkpoints/no-such-model`" in text and "accept its licence" in text
-  assert "--config.model.checkpoint=checkpoints/no-such-model" in text and "accepted is a folder with unet/config.json" in text
+  assert (
+    "\n" not in text
+    and "not in the Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads" in text
+  )
+  assert (
+    f"`hf download {NAME} --local-dir checkpoints/no-such-model`" in text
+    and "accept its licence" in text
+  )
+  assert (
+    "--config.model.checkpoint=checkpoints/no-such-model" in text
+    and "accepted is a folder with unet/config.json" in text
+  )
 
 
 @pytest.mark.parametrize("name", ["../nowhere/at/all", "nowhere", "/nowhere/at"])
 def test_neither_folder_nor_id(name):
-  with pytest.raises(ConfigError, match="no such folder .* and not a hub id; accepted is a folder with"):
+  with pytest.raises(
+    ConfigError, match="no such folder .* and not a hub id; accepted is a folder with"
+  ):
     hub.folder("model.checkpoint", name, LAYOUT)
 
 
 def test_the_build_says_so(tiny_models):
-  with pytest.raises(ConfigError, match="config.model.checkpoint = 'nobody/no-such-model': no such folder"):
+  with pytest.raises(
+    ConfigError, match="config.model.checkpoint = 'nobody/no-such-model': no such folder"
+  ):
     loading.build_pipeline(tiny_config(tiny_models, model__checkpoint=NAME))
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-  """An empty Hugging Face cache; returns a function that puts a folder's files in it as a snapshot."""
+  """An empty Hugging Face cache; returns a function that puts a folder's files in it as a
+  snapshot.
+  """
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
   repository, commit = tmp_path / "cache" / ("models--" + NAME.replace("/", "--")), "0" * 40
 
@@ -110,7 +156,9 @@ def test_a_cached_one_is_used_offline(tiny_models, cache):
 
 
 def test_half_a_download_is_completed(tiny_models, cache, monkeypatch):
-  """A snapshot without its weights isn't taken; the full files are asked for, then those in half precision."""
+  """A snapshot without its weights isn't taken; the full files are asked for, then those in half
+  precision.
+  """
   snapshot, asked = cache(tiny_models.model, "*.safetensors"), []
   real = huggingface_hub.snapshot_download
 
@@ -136,20 +184,31 @@ def test_a_gated_one(cache, monkeypatch):
 
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
   monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
-  with pytest.raises(ConfigError, match=r"not downloaded \(PermissionError: 401 Client Error. Access to model is restricted\)"):
+  with pytest.raises(
+    ConfigError,
+    match=r"not downloaded \(PermissionError: 401 Client Error. Access to model is restricted\)",
+  ):
     hub.folder("model.checkpoint", NAME, LAYOUT)
 
 
 def test_random_weights(tiny_models):
-  """From JSON files alone; a function of the path, whatever the devices; no parameter is degenerate."""
-  config = tiny_config(tiny_models, model__checkpoint=f"{hub.RANDOM}{ROOT / 'assets' / 'random-sd'}")
+  """From JSON files alone; a function of the path, whatever the devices; no parameter is
+  degenerate.
+  """
+  config = tiny_config(
+    tiny_models, model__checkpoint=f"{hub.RANDOM}{ROOT / 'assets' / 'random-sd'}"
+  )
   component = loading.build_pipeline(config).components["denoiser"]
   mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-  first = components.read_component(loading.model_location(config), component, jax.NamedSharding(mesh, jax.P()))
+  first = components.read_component(
+    loading.model_location(config), component, jax.NamedSharding(mesh, jax.P())
+  )
   split = jax.tree.map(lambda x: jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 1), "fsdp")) if x.shape[-1] % 8 == 0
                        else jax.NamedSharding(mesh, jax.P()), component.abstract)  # fmt: skip
   again = weights.draw(component.abstract, split)
-  for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(again), strict=True):
+  for (path, a), b in zip(
+    jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(again), strict=True
+  ):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
     if re.search("kernel", jax.tree_util.keystr(path)):
       fan_in = np.prod(a.shape[:-1])
@@ -160,14 +219,19 @@ def test_random_weights(tiny_models):
 def test_random_weights_of_stacked_blocks():
   """As wide as those of single ones, or what passes through a deep network would vanish."""
   shape = jax.ShapeDtypeStruct
-  tree = {"dense": {"kernel": shape((20, 64, 32), np.float32)}, "norm": {"scale": shape((20, 64), np.float32)}}
+  tree = {
+    "dense": {"kernel": shape((20, 64, 32), np.float32)},
+    "norm": {"scale": shape((20, 64), np.float32)},
+  }
   drawn = weights.draw(tree)
   assert np.std(np.asarray(drawn["dense"]["kernel"])) * 8 == pytest.approx(1, rel=0.02)
   np.testing.assert_array_equal(np.asarray(drawn["norm"]["scale"]), 1)
 
 
 def test_random_needs_its_json_files(tmp_path):
-  with pytest.raises(ConfigError, match="no such folder .*nowhere .*; give one with the JSON files"):
+  with pytest.raises(
+    ConfigError, match="no such folder .*nowhere .*; give one with the JSON files"
+  ):
     hub.folder("model.checkpoint", f"random:{tmp_path}/nowhere", LAYOUT)
   with pytest.raises(ConfigError, match="the folder lacks unet/config.json"):
     hub.folder("model.checkpoint", f"random:{tmp_path}", LAYOUT)

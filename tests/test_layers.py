@@ -1,4 +1,6 @@
-"""The convolution's own forms and backward pass against JAX's plain one and its derivative, alone and in a scan."""
+"""The convolution's own forms and backward pass against JAX's plain one and its derivative, alone
+and in a scan.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +22,9 @@ CASES = [  # stride, padding, kernel, input height and width
 
 
 def plain(x, kernel, stride, padding):
-  return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  return jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
 
 
 @pytest.mark.parametrize("stride, padding, size, space", CASES)
@@ -50,17 +54,30 @@ def test_convolution_as_a_product(padding, size, space, form):
     np.testing.assert_allclose(actual, expected, atol=2e-6 * float(np.abs(expected).max()))
 
 
-FORMS = [(128, 8, 1, ""), (4, 8, 1, "3x3"), (128, 8, 2, "3x3"), (640, 64, 1, "3x1"), (128, 256, 1, "3x3")]
+FORMS = [
+  (128, 8, 1, ""),
+  (4, 8, 1, "3x3"),
+  (128, 8, 2, "3x3"),
+  (640, 64, 1, "3x1"),
+  (128, 256, 1, "3x3"),
+]
 
 
 @pytest.mark.parametrize("channels, side, stride, kernel", FORMS)
 def test_the_form_for_tpus(channels, side, stride, kernel):
-  """A program for a TPU holds a whole convolution only where a product is no better, or its copies too large."""
+  """A program for a TPU holds a whole convolution only where a product is no better, or its copies
+  too large.
+  """
 
   def gradient(x, kernel):
-    return jax.grad(lambda x, kernel: convolve(x, kernel, stride, ((1, 1), (1, 1))).sum(), (0, 1))(x, kernel)
+    return jax.grad(lambda x, kernel: convolve(x, kernel, stride, ((1, 1), (1, 1))).sum(), (0, 1))(
+      x, kernel
+    )
 
-  shapes = (jax.ShapeDtypeStruct((1, side, side, channels), "float32"), jax.ShapeDtypeStruct((3, 3, channels, 128), "float32"))
+  shapes = (
+    jax.ShapeDtypeStruct((1, side, side, channels), "float32"),
+    jax.ShapeDtypeStruct((3, 3, channels, 128), "float32"),
+  )
   lowered = [
     jax.jit(function).trace(*shapes).lower(lowering_platforms=("tpu",)).as_text()
     for function in (lambda x, k: convolve(x, k, stride, ((1, 1), (1, 1))), gradient)
@@ -83,6 +100,8 @@ def test_gradients_in_a_scan():
     return jax.lax.scan(body, 0.0, x)[0]
 
   for dtype, bound in (("float32", 1e-5), ("bfloat16", 2e-2)):
-    expected, actual = (jax.grad(lambda k, f=f, d=dtype: total(f, k, d))(kernel) for f in (plain, convolve))
+    expected, actual = (
+      jax.grad(lambda k, f=f, d=dtype: total(f, k, d))(kernel) for f in (plain, convolve)
+    )
     assert actual.dtype == np.float32
     np.testing.assert_allclose(actual, expected, atol=bound * float(np.abs(expected).max()))

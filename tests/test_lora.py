@@ -1,4 +1,6 @@
-"""Adapters in the layers: nothing changes at the start, then it is W + (alpha / rank) A B, and they alone have gradients."""
+"""Adapters in the layers: nothing changes at the start, then it is W + (alpha / rank) A B, and they
+alone have gradients.
+"""
 
 import re
 
@@ -31,7 +33,9 @@ def batch(network) -> tuple:
 def build(kind: str, dtype: str = "float32", **options) -> tuple:
   """(network, its parameters, its arguments, settings of adapters with alpha / rank = 3)."""
   module, config = {"unet": (unet, UNET), "flux": (flux, FLUX)}[kind]
-  network = module.from_json(config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), **options)
+  network = module.from_json(
+    config, dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype), **options
+  )
   arguments = batch(network)
   params = draw(jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"], seed=1)
   params = jax.tree.map(lambda x: x.astype(dtype), params)
@@ -67,7 +71,9 @@ def test_adapters_are_a_change_of_the_kernels(kind, options):
   flat, factors = flatten_dict(params, sep="/"), flatten_dict(adapters, sep="/")
   for path in lora.chosen(params, TARGETS):
     a, b = (np.asarray(factors[f"{path}/{name}"], np.float64) for name in "ab")
-    flat[f"{path}/kernel"] = jnp.asarray(np.asarray(flat[f"{path}/kernel"], np.float64) + 12.0 / 4 * a @ b, jnp.float32)
+    flat[f"{path}/kernel"] = jnp.asarray(
+      np.asarray(flat[f"{path}/kernel"], np.float64) + 12.0 / 4 * a @ b, jnp.float32
+    )
   whole = unflatten_dict(flat, sep="/")
   assert relative_error(lora.merged(params, adapters, settings.scale), whole) < 1e-6
   with jax.default_matmul_precision("highest"):
@@ -79,7 +85,10 @@ def test_adapters_are_a_change_of_the_kernels(kind, options):
 
 def test_stacked_adapters_are_those_of_single_blocks():
   """FLUX's scanned and looped forms, the same factors in both."""
-  (loop, params, arguments, settings), (scan, stacked, *_) = build("flux"), build("flux", scan_blocks=True)
+  (loop, params, arguments, settings), (scan, stacked, *_) = (
+    build("flux"),
+    build("flux", scan_blocks=True),
+  )
   adapters = draw(lora.abstract(stacked, settings), seed=2)
   assert adapters["transformer_blocks"]["attn"]["to_q"]["a"].shape == (2, 16, 4)
 
@@ -92,28 +101,44 @@ def test_stacked_adapters_are_those_of_single_blocks():
 
   with jax.default_matmul_precision("highest"):
     a = apply(scan, stacked, adapters, settings, arguments)
-    b = apply(loop, single(stacked, params), single(adapters, lora.abstract(params, settings)), settings, arguments)
+    b = apply(
+      loop,
+      single(stacked, params),
+      single(adapters, lora.abstract(params, settings)),
+      settings,
+      arguments,
+    )
   assert relative_error(a, b) < 1e-5
 
 
 @pytest.mark.parametrize("kind, options", [FORMS[0], FORMS[2]])
 def test_the_base_has_no_gradient(kind, options):
-  """No product of the compiled gradient has a kernel's shape, W + A B's among them; with the base's gradient there are some."""
+  """No product of the compiled gradient has a kernel's shape, W + A B's among them; with the base's
+  gradient there are some.
+  """
   network, params, arguments, settings = build(kind, **options)
   adapters = draw(lora.abstract(params, settings), seed=2)
   flat = flatten_dict(params, sep="/")
-  kernels = [leaf.shape[-2:] for path, leaf in flat.items() if path.endswith("kernel") and leaf.ndim < 4]
+  kernels = [
+    leaf.shape[-2:] for path, leaf in flat.items() if path.endswith("kernel") and leaf.ndim < 4
+  ]
   shapes = {f"{m},{n}" for shape in kernels for m, n in (shape, shape[::-1])}
 
   def products(trained: str) -> set[str]:
     trees = {"denoiser": params, "lora": adapters}
 
     def loss(tree, rest):
-      return jnp.square(network.apply(lora.variables({**rest, trained: tree}, settings), *arguments)).sum()
+      return jnp.square(
+        network.apply(lora.variables({**rest, trained: tree}, settings), *arguments)
+      ).sum()
 
     rest = {name: tree for name, tree in trees.items() if name != trained}
     text = jax.jit(jax.grad(loss)).lower(trees[trained], rest).compile().as_text()
-    return {shape for shape in re.findall(r"= f32\[(\d+,\d+)\]\S* (?:dot|custom-call)\(", text) if shape in shapes}
+    return {
+      shape
+      for shape in re.findall(r"= f32\[(\d+,\d+)\]\S* (?:dot|custom-call)\(", text)
+      if shape in shapes
+    }
 
   assert not products("lora"), products("lora")
   assert products("denoiser")
@@ -122,7 +147,10 @@ def test_the_base_has_no_gradient(kind, options):
 def test_new_factors_are_pefts():
   """A in +- 1 / sqrt(in), different for every layer and seed; B = 0."""
   _, params, _, settings = build("unet")
-  first, again, other = (flatten_dict(lora.init(jax.random.key(k), lora.abstract(params, settings)), sep="/") for k in (3, 3, 4))
+  first, again, other = (
+    flatten_dict(lora.init(jax.random.key(k), lora.abstract(params, settings)), sep="/")
+    for k in (3, 3, 4)
+  )
   factors = [path for path in first if path.endswith("/a")]
   assert len({float(first[path][0, 0]) for path in factors}) == len(factors)
   for path, value in first.items():
@@ -136,8 +164,13 @@ def test_new_factors_are_pefts():
 
 def test_targets_choose_dense_kernels_alone():
   _, params, *_ = build("unet")
-  assert set(lora.chosen(params, r".*attn1/to_q/kernel")) == {"mid_block/attentions_0/transformer_blocks_0/attn1/to_q"}
+  assert set(lora.chosen(params, r".*attn1/to_q/kernel")) == {
+    "mid_block/attentions_0/transformer_blocks_0/attn1/to_q"
+  }
   everything = lora.chosen(params, ".*")
   assert "time_embedding/linear_1" in everything and not any("conv" in path for path in everything)
-  with pytest.raises(ValueError, match=r"config.lora.targets = '.*to_k': matches no dense kernel; .* as '.*attn1/to_k/kernel'"):
+  with pytest.raises(
+    ValueError,
+    match=r"config.lora.targets = '.*to_k': matches no dense kernel; .* as '.*attn1/to_k/kernel'",
+  ):
     lora.chosen(params, ".*attn./to_k")

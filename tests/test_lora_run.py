@@ -1,4 +1,6 @@
-"""LoRA through whole runs: what is trained, saved and averaged, what stays, and what the KL penalty holds to."""
+"""LoRA through whole runs: what is trained, saved and averaged, what stays, and what the KL penalty
+holds to.
+"""
 
 import json
 
@@ -8,28 +10,49 @@ import numpy as np
 import pytest
 from tiny_checkpoint import relative_error, tiny_config, write_flux
 
-from dancegrpo_jax import loading, programs, sampling, train
-from dancegrpo_jax.runtime import checkpoint
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax import programs, train
+from dancegrpo_jax.assembly import encoding, loading, sampling
+from dancegrpo_jax.checkpoints import store
+from dancegrpo_jax.data import prompts
+from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.rl.state import init_state
 
 TARGETS = r".*attn.*/to_(q|k|v|out_0)/kernel"
 LORA = {
-  "lora__rank": 4, "lora__alpha": 6.0, "lora__targets": TARGETS, "iterations": 2, "ema__decay": 0.5, "evaluation__every": 0,
-  "optimizer__learning_rate": 1e-2, "optimizer__updates_per_iteration": 2, "optimizer__microbatch": 8,
-  "model__frozen_dtype": "bfloat16", "reward__terms": (("compressibility", 1.0),),
-}  # fmt: skip
+  "lora__rank": 4,
+  "lora__alpha": 6.0,
+  "lora__targets": TARGETS,
+  "iterations": 2,
+  "ema__decay": 0.5,
+  "evaluation__every": 0,
+  "optimizer__learning_rate": 1e-2,
+  "optimizer__updates_per_iteration": 2,
+  "optimizer__microbatch": 8,
+  "model__frozen_dtype": "bfloat16",
+  "reward__terms": (("compressibility", 1.0),),
+}
 
 
 def flux_config(folder, **changes):
   """A run with stacked, rematerialised blocks and adapters that are split over the devices."""
   values = {
-    "model__family": "flux", "model__checkpoint": str(folder), "model__text_length": 8, "model__scan_blocks": True,
-    "model__remat": True, "sampler__kind": "flow", "sampler__shift": 0.0, "sampler__noise_level": 0.7,
-    "mesh__data": 4, "mesh__fsdp": 2, "mesh__rules": (
-      ("denoiser/.*transformer_blocks/.*kernel", (None, None, "fsdp")), ("lora/.*/b", (None, None, "fsdp")), (".*", ())
+    "model__family": "flux",
+    "model__checkpoint": str(folder),
+    "model__text_length": 8,
+    "model__scan_blocks": True,
+    "model__remat": True,
+    "sampler__kind": "flow",
+    "sampler__shift": 0.0,
+    "sampler__noise_level": 0.7,
+    "mesh__data": 4,
+    "mesh__fsdp": 2,
+    "mesh__rules": (
+      ("denoiser/.*transformer_blocks/.*kernel", (None, None, "fsdp")),
+      ("lora/.*/b", (None, None, "fsdp")),
+      (".*", ()),
     ),
-  }  # fmt: skip
+  }
   return tiny_config(None, **(values | LORA | changes))
 
 
@@ -52,7 +75,7 @@ def run(request, tiny_models, flux_folder, tmp_path_factory):
 
 
 def loaded(config) -> loading.Model:
-  pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh)
+  pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     return loading.load(config, pipeline, {}, mesh)
 
@@ -60,18 +83,29 @@ def loaded(config) -> loading.Model:
 def test_only_adapters_are_trained_saved_and_averaged(run):
   config, workdir = run
   rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-  assert len(rows) == 2 and all(np.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 for row in rows)
-  assert all(row["kl"] > 0 and row["ratio/drift_max"] == 0 and row["optimizer/skipped_total"] == 0 for row in rows)
+  assert len(rows) == 2 and all(
+    np.isfinite(row["grad_norm"]) and row["grad_norm"] > 0 for row in rows
+  )
+  assert all(
+    row["kl"] > 0 and row["ratio/drift_max"] == 0 and row["optimizer/skipped_total"] == 0
+    for row in rows
+  )
   model = loaded(config)
-  assert set(model.trainable) == {"lora"} and all(x.dtype == "float32" for x in jax.tree.leaves(model.trainable))
+  assert set(model.trainable) == {"lora"} and all(
+    x.dtype == "float32" for x in jax.tree.leaves(model.trainable)
+  )
   assert all(x.dtype == "bfloat16" for x in jax.tree.leaves(model.frozen["denoiser"]))
-  folder = checkpoint._find(workdir / "checkpoints", None)
-  fields = checkpoint._read_metadata(folder)["fields"]
+  folder = store._find(workdir / "checkpoints", None)
+  fields = store._read_metadata(folder)["fields"]
   adapters = {f"lora/{path}" for path in fields["trainable"]}
-  assert set(fields) == {"step", "skipped", "trainable", "opt_state", "ema"} and len(fields["ema"]) == len(fields["trainable"])
+  assert set(fields) == {"step", "skipped", "trainable", "opt_state", "ema"} and len(
+    fields["ema"]
+  ) == len(fields["trainable"])
   assert all("/lora/" in path and path.endswith(("/a", "/b")) for path in adapters)
   moments = [path for path in fields["opt_state"] if path.endswith(("/a", "/b"))]
-  assert len(moments) == 2 * len(adapters) and len(fields["opt_state"]) - len(moments) <= 2  # and counters
+  assert (
+    len(moments) == 2 * len(adapters) and len(fields["opt_state"]) - len(moments) <= 2
+  )  # and counters
   assert "denoiser" not in json.dumps(fields)
 
 
@@ -79,17 +113,26 @@ def test_sampling_with_the_checkpoint(run):
   config, workdir = run
   with sampling.opened(config, str(workdir)) as opened:
     assert set(opened.weights) == {"lora"}
-    examples = train.read_examples(config)[:2]
-    tuned, start = (sampling.images(opened, weights, examples, 2, seed=5) for weights in (opened.weights, opened.model.trainable))
+    examples = prompts.read_examples(config)[:2]
+    tuned, start = (
+      sampling.images(opened, weights, examples, 2, seed=5)
+      for weights in (opened.weights, opened.model.trainable)
+    )
     base = sampling.images(opened, {}, examples, 2, seed=5)
   np.testing.assert_array_equal(start, base)
   assert np.abs(tuned - base).max() > 1e-3
 
 
-@pytest.mark.parametrize("changes, message", [
-  ({"lora__alpha": 4.0}, "was trained with lora.alpha = 6.0; this config has 4.0"),
-  ({"lora__rank": 0, "lora__alpha": 0.0, "lora__targets": ""}, "was trained with lora.rank = 4; this config has 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    ({"lora__alpha": 4.0}, "was trained with lora.alpha = 6.0; this config has 4.0"),
+    (
+      {"lora__rank": 0, "lora__alpha": 0.0, "lora__targets": ""},
+      "was trained with lora.rank = 4; this config has 0",
+    ),
+  ],
+)
 def test_a_checkpoint_of_other_adapters(run, changes, message):
   """Another alpha fits the arrays, but would change the model."""
   config = run[0].copy_and_resolve_references()
@@ -101,15 +144,22 @@ def test_a_checkpoint_of_other_adapters(run, changes, message):
 
 
 def test_every_kl_mode_holds_to_the_base(flux_folder):
-  """The first update finds adapters that are the base: KL 0. From there it is more, and its gradient counts."""
+  """The first update finds adapters that are the base: KL 0. From there it is more, and its
+  gradient counts.
+  """
   config = flux_config(flux_folder, optimizer__updates_per_iteration=1, optimizer__microbatch=16, mesh__data=1, mesh__fsdp=1,
     mesh__rules=((".*", ()),), model__remat=False, sampler__steps=2)  # fmt: skip
-  pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh, jax.devices()[:1])
+  pipeline, mesh = (
+    loading.build_pipeline(config),
+    sharding.make_mesh(config.mesh, jax.devices()[:1]),
+  )
   with jax.set_mesh(mesh):
     model = loading.load(config, pipeline, {}, mesh)
     shardings = loading.state_shardings(config, model, 8, mesh)
     run = programs.build(config, pipeline, {}, mesh, shardings)
-    rows = loading.conditioning(config, loading.encoder(model, run.encode), train.read_examples(config)[:4])
+    rows = encoding.conditioning(
+      config, encoding.encoder(model, run.encode), prompts.read_examples(config)[:4]
+    )
     ids, numbers = np.arange(4, dtype=np.int32), np.arange(16, dtype=np.int32)
     rollout = run.rollout(model.trainable, model.frozen, rows, ids, numbers, np.int32(0))
     advantage = np.where(numbers % 2, 1.0, -1.0).astype(np.float32)
@@ -119,7 +169,7 @@ def test_every_kl_mode_holds_to_the_base(flux_folder):
         config.objective.kl.update(mode=mode, weight=10.0)
       assert train.reference_of(config, model) == {}
       update = programs.build(config, pipeline, {}, mesh, shardings).update
-      state = programs.init_state(config, 8, shardings)(jax.tree.map(jnp.copy, model.trainable))
+      state = init_state(config, 8, shardings)(jax.tree.map(jnp.copy, model.trainable))
       found = []
       for _ in range(2):
         arguments = ((rollout,), advantage, np.ones(16, np.float32), numbers, np.int32(0))

@@ -1,4 +1,6 @@
-"""Metrics on disk are complete, valid and free of duplicates after a resume; the progress line says what a person wants."""
+"""Metrics on disk are complete, valid and free of duplicates after a resume; the progress line says
+what a person wants.
+"""
 
 import io
 import json
@@ -12,16 +14,16 @@ import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.runtime import config as config_lib
-from dancegrpo_jax.runtime import metrics
-from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.report import metrics
+from dancegrpo_jax.settings import config_file
 
 COMMON = str(Path(__file__).parent.parent / "configs" / "common.py")
 
 
 def config(**logging) -> ConfigDict:
   values = {"tensorboard": False, "wandb": False, **logging}
-  return config_lib.load(COMMON, [f"logging.{key}={value}" for key, value in values.items()])
+  return config_file.load(COMMON, [f"logging.{key}={value}" for key, value in values.items()])
 
 
 def write(workdir, iterations, offset=0.0, **logging):
@@ -33,7 +35,9 @@ def write(workdir, iterations, offset=0.0, **logging):
 def test_one_row_an_iteration(tmp_path):
   write(tmp_path / "new" / "run", range(3))
   lines = (tmp_path / "new" / "run" / "metrics.jsonl").read_text().splitlines()
-  assert [json.loads(line) for line in lines] == [{"iteration": i, "reward/mean": i, "time/rollout": 1.0} for i in range(3)]
+  assert [json.loads(line) for line in lines] == [
+    {"iteration": i, "reward/mean": i, "time/rollout": 1.0} for i in range(3)
+  ]
 
 
 def test_resume_leaves_no_duplicates(tmp_path):
@@ -42,7 +46,14 @@ def test_resume_leaves_no_duplicates(tmp_path):
     file.write('{"iteration": 5, "rew')  # killed while it wrote
   write(tmp_path, range(3, 6), offset=0.5)
   rows = metrics.read(tmp_path)
-  assert [(row["iteration"], row["reward/mean"]) for row in rows] == [(0, 0), (1, 1), (2, 2), (3, 3.5), (4, 4.5), (5, 5.5)]
+  assert [(row["iteration"], row["reward/mean"]) for row in rows] == [
+    (0, 0),
+    (1, 1),
+    (2, 2),
+    (3, 3.5),
+    (4, 4.5),
+    (5, 5.5),
+  ]
 
 
 def test_a_new_run_in_an_old_folder_starts_empty(tmp_path):
@@ -56,7 +67,11 @@ def test_values_that_are_not_finite_stay_valid_json(tmp_path):
     row = writer.write(0, {"reward/mean": float("nan"), "grad_norm": jnp.inf})
   assert math.isnan(row["reward/mean"]) and math.isinf(row["grad_norm"])
   text = (tmp_path / "metrics.jsonl").read_text()
-  assert json.loads(text, parse_constant=pytest.fail) == {"iteration": 0, "reward/mean": None, "grad_norm": None}
+  assert json.loads(text, parse_constant=pytest.fail) == {
+    "iteration": 0,
+    "reward/mean": None,
+    "grad_norm": None,
+  }
   assert math.isnan(metrics.read(tmp_path)[0]["reward/mean"])
 
 
@@ -73,7 +88,9 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
 
 def test_tensorboard_events_can_be_read(tmp_path):
   write(tmp_path, range(3), tensorboard=True)
-  event_file = pytest.importorskip("tensorboardX.event_file_writer", reason="tensorboardX is not installed")
+  event_file = pytest.importorskip(
+    "tensorboardX.event_file_writer", reason="tensorboardX is not installed"
+  )
   assert event_file
   files = list((tmp_path / "tensorboard").glob("events*"))
   assert len(files) == 1 and b"reward/mean" in files[0].read_bytes()
@@ -81,7 +98,10 @@ def test_tensorboard_events_can_be_read(tmp_path):
 
 def test_wandb_that_is_not_installed_is_one_clear_line(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", None)
-  with pytest.raises(ConfigError, match="config.logging.wandb = True: wandb is not installed; pip install wandb, or set False"):
+  with pytest.raises(
+    ConfigError,
+    match="config.logging.wandb = True: wandb is not installed; pip install wandb, or set False",
+  ):
     metrics.Writer(tmp_path / "run", config(wandb=True))
   assert not (tmp_path / "run").exists()
 
@@ -120,7 +140,9 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
     progress.status("compiling update: 3.2 s")
   lines = stream.getvalue().splitlines()
   assert lines[0] == "iteration 1/100  reward 0.5000  42.0 images/s  -- left"
-  assert lines[3] == "iteration 4/100  reward 0.5000  42.0 images/s  55 min 28 s left"  # 96 x 104/3 s
+  assert (
+    lines[3] == "iteration 4/100  reward 0.5000  42.0 images/s  55 min 28 s left"
+  )  # 96 x 104/3 s
   assert lines[4:] == ["compiling update: 3.2 s"]
 
 
@@ -139,7 +161,9 @@ def test_a_bar_on_a_terminal():
   assert "resumed [bold] at 1" in text and "3/3" in text and "reward 0.5000  7.0 images/s" in text
 
 
-@pytest.mark.parametrize("seconds, text", [(4.21, "4.2 s"), (185, "3 min 05 s"), (7800, "2 h 10 min"), (0, "0.0 s")])
+@pytest.mark.parametrize(
+  "seconds, text", [(4.21, "4.2 s"), (185, "3 min 05 s"), (7800, "2 h 10 min"), (0, "0.0 s")]
+)
 def test_duration(seconds, text):
   assert metrics.duration(seconds) == text
 
@@ -147,7 +171,9 @@ def test_duration(seconds, text):
 def test_the_last_line_says_what_was_gained(tmp_path):
   assert metrics.last_line(tmp_path) == "no iteration was run"
   write(tmp_path, range(20))
-  expected = "reward/mean: 2.0000 -> 17.0000 (first and last 5 iterations); report: runs/x/report.html"
+  expected = (
+    "reward/mean: 2.0000 -> 17.0000 (first and last 5 iterations); report: runs/x/report.html"
+  )
   assert metrics.last_line(tmp_path, "runs/x/report.html") == expected
   write(tmp_path, range(3))
   assert "0.0000 -> 2.0000 (first and last 1" in metrics.last_line(tmp_path)

@@ -1,4 +1,6 @@
-"""Promise 2: noise is a function of (seed, iteration, prompt, sample, step), never of the devices or of how a batch is cut."""
+"""Promise 2: noise is a function of (seed, iteration, prompt, sample, step), never of the devices
+or of how a batch is cut.
+"""
 
 import functools
 
@@ -16,7 +18,9 @@ def toy(devices: int, shared: bool) -> Toy:
 
 
 def draw(devices: int = 1, parts: int = 1, shared: bool = True, iteration: int = 3, ids=IDS):
-  """(latents [states, 16, ...], samples [16, ...]) of one iteration whose 16 samples are drawn in `parts` calls."""
+  """(latents [states, 16, ...], samples [16, ...]) of one iteration whose 16 samples are drawn in
+  `parts` calls.
+  """
   run = toy(devices, shared)
   with jax.set_mesh(run.mesh):
     rolled = [
@@ -39,14 +43,18 @@ def test_devices_and_parts_change_nothing(devices, parts):
 def test_a_sample_does_not_depend_on_its_neighbours():
   """A prompt keeps its noise whatever stands beside it; here two prompts change places."""
   swapped = IDS[[1, 0, 2, 3]]
-  before, after = (draw(shared=False, ids=ids)[0][0].reshape(4, 4, *TOY_SHAPE) for ids in (IDS, swapped))
+  before, after = (
+    draw(shared=False, ids=ids)[0][0].reshape(4, 4, *TOY_SHAPE) for ids in (IDS, swapped)
+  )
   np.testing.assert_array_equal(after, before[[1, 0, 2, 3]])
 
 
 def test_iterations_draw_anew():
   first, again, other = (draw(iteration=iteration)[0] for iteration in (3, 3, 4))
   np.testing.assert_array_equal(again, first)
-  assert np.abs(other[0] - first[0]).min(axis=(1, 2, 3)).max() > 0 and not (other[0] == first[0]).any()
+  assert (
+    np.abs(other[0] - first[0]).min(axis=(1, 2, 3)).max() > 0 and not (other[0] == first[0]).any()
+  )
 
 
 def test_shared_noise_is_one_start_a_prompt():

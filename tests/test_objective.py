@@ -21,7 +21,9 @@ def test_golden_ratio_and_guard_ratio():
   x = jnp.full(5, 0.3)
   old, new = (flow_policy(jnp.full(5, v), x) for v in (-0.45, -0.5))
   x_next = old.mean + 0.4 * old.std
-  log_ratio = objective.log_ratio(*(transitions.log_prob(policy, x_next, "mean")[None] for policy in (new, old)))
+  log_ratio = objective.log_ratio(
+    *(transitions.log_prob(policy, x_next, "mean")[None] for policy in (new, old))
+  )
   np.testing.assert_allclose(jnp.exp(log_ratio), [1.006471830], rtol=1e-6)
   guard = objective.guard_log_ratio(new.mean, old.mean, old.std, x_next)
   np.testing.assert_allclose(jnp.exp(guard), 1.001993985, rtol=1e-6)
@@ -32,7 +34,9 @@ def test_guard_is_the_unbiased_log_ratio_times_std():
   old_mean, shift, noise = jax.random.normal(jax.random.key(0), (3, 64))
   std, mean = 0.3, old_mean + 0.1 * shift
   x_next = old_mean + std * noise
-  new, old = (transitions.log_prob(Transition(m, jnp.float32(std)), x_next, "mean") for m in (mean, old_mean))
+  new, old = (
+    transitions.log_prob(Transition(m, jnp.float32(std)), x_next, "mean") for m in (mean, old_mean)
+  )
   m = np.mean((0.1 * np.float64(shift)) ** 2) / std**2
   guard = objective.guard_log_ratio(mean, old_mean, jnp.float32(std), x_next)
   np.testing.assert_allclose(guard, std * (float(new - old) + m / 2), atol=1e-6)
@@ -65,7 +69,9 @@ def test_gradient_at_ratio_1_is_minus_advantage_times_that_of_the_log_prob():
 
 
 def test_guard_gradient_at_the_old_policy():
-  """d/d mean of the guard log ratio is noise / n: that of the mean log-prob, noise / (n std), times std."""
+  """d/d mean of the guard log ratio is noise / n: that of the mean log-prob, noise / (n std), times
+  std.
+  """
   mean, noise = jax.random.normal(jax.random.key(3), (2, 6))
   gradient = jax.grad(objective.guard_log_ratio)(mean, mean, jnp.float32(0.3), mean + 0.3 * noise)
   np.testing.assert_allclose(gradient, noise / 6, atol=1e-6)
@@ -74,10 +80,14 @@ def test_guard_gradient_at_the_old_policy():
 def test_clipping():
   ratio = jnp.float32([1.5, 1.5, 0.5, 0.5, 1.1])
   advantage = jnp.float32([2.0, -2.0, 2.0, -2.0, 3.0])
-  np.testing.assert_allclose(objective.surrogate(ratio, advantage, 0.2), [-2.4, 3.0, -1.0, 1.6, -3.3], rtol=1e-6)
+  np.testing.assert_allclose(
+    objective.surrogate(ratio, advantage, 0.2), [-2.4, 3.0, -1.0, 1.6, -3.3], rtol=1e-6
+  )
   gradient = jax.grad(lambda r: jnp.sum(objective.surrogate(r, advantage, 0.2)))(ratio)
   np.testing.assert_allclose(gradient, [0.0, 2.0, -2.0, 0.0, -3.0], rtol=1e-6)
-  np.testing.assert_array_equal(objective.is_clipped(ratio, advantage, 0.2), [True, False, False, True, False])
+  np.testing.assert_array_equal(
+    objective.is_clipped(ratio, advantage, 0.2), [True, False, False, True, False]
+  )
 
 
 def test_loss_is_0_without_advantages():
@@ -85,4 +95,6 @@ def test_loss_is_0_without_advantages():
 
 
 def test_guard_weight():
-  np.testing.assert_allclose(objective.guard_weight(jnp.float32([0.7]), jnp.float32([0.62])), [12.5], rtol=1e-5)
+  np.testing.assert_allclose(
+    objective.guard_weight(jnp.float32([0.7]), jnp.float32([0.62])), [12.5], rtol=1e-5
+  )

@@ -1,12 +1,15 @@
-"""Where training ends: KL-regularised GRPO on one-dimensional Gaussian data, against the optimum that quadrature gives.
+"""Where training ends: KL-regularised GRPO on one-dimensional Gaussian data, against the optimum
+that quadrature gives.
 
-Data N(0, 1) has the exact velocity c(sigma) x. The policy is that velocity plus an affine correction of each step, the sampler
-Flow-GRPO's with a = sqrt 2, and every stochastic step is trained. Given x_T, the policy with the largest E[r] - beta sum KL ends
-in p(x_0 | x_T) exp(r / beta) / Z(x_T), with the reference chain's p. Rollout and update are the project's.
+Data N(0, 1) has the exact velocity c(sigma) x. The policy is that velocity plus an affine
+correction of each step, the sampler Flow-GRPO's with a = sqrt 2, and every stochastic step is
+trained. Given x_T, the policy with the largest E[r] - beta sum KL ends in p(x_0 | x_T) exp(r /
+beta) / Z(x_T), with the reference chain's p. Rollout and update are the project's.
 
-Two things keep a trained policy from it. Its steps have the sampler's std, where the tilt of a curved reward wants smaller ones:
-a gap of the order of 1 / steps. And the update differentiates the KL of the states that were visited, not what an action does
-to the KL of later steps: for a linear reward later KLs don't depend on the state; for others they have to be in the returns.
+Two things keep a trained policy from it. Its steps have the sampler's std, where the tilt of a
+curved reward wants smaller ones: a gap of the order of 1 / steps. And the update differentiates the
+KL of the states that were visited, not what an action does to the KL of later steps: for a linear
+reward later KLs don't depend on the state; for others they have to be in the returns.
 """
 
 import functools
@@ -43,7 +46,8 @@ def velocity(params, x, time, prompt=None):
   sigma, steps = time[:, None] / 1000, len(params["slope"]) + 1
   i = jnp.round((1 - sigma) * steps).astype(jnp.int32)
   slope, shift = (
-    jnp.where(i < steps - 1, params[name][jnp.minimum(i, steps - 2)], 0.0) for name in ("slope", "shift")
+    jnp.where(i < steps - 1, params[name][jnp.minimum(i, steps - 2)], 0.0)
+    for name in ("slope", "shift")
   )
   return (2 * sigma - 1) / ((1 - sigma) ** 2 + sigma**2) * x + slope * x + shift
 
@@ -53,7 +57,10 @@ def step_costs(params, policy: Policy, schedule, rolled) -> jax.Array:
 
   def one(i, x):
     rows, time = jnp.full(SAMPLES, i), jnp.full(SAMPLES, schedule.model_time[i])
-    new, old = (distribution(policy, schedule, rows, x, velocity(p, x, time)) for p in (params, no_correction(policy.steps)))
+    new, old = (
+      distribution(policy, schedule, rows, x, velocity(p, x, time))
+      for p in (params, no_correction(policy.steps))
+    )
     return jnp.square((new.mean - old.mean)[:, 0] / new.std) / 2
 
   return jax.vmap(one)(rolled.step_index, rolled.latents[:-1])
@@ -62,8 +69,14 @@ def step_costs(params, policy: Policy, schedule, rolled) -> jax.Array:
 @functools.cache
 def train(steps: int, reward: str, costs_in_returns: bool, seed: int = 0) -> dict:
   """The corrections after training."""
-  policy, schedule, start = policy_of(steps), schedules.flow_schedule(steps, 1.0), no_correction(steps)
-  settings = Objective(1e-4, "recompute", "all", 1.0, False, BETA, "exact", 1, SAMPLES * (steps - 1), 0.0)
+  policy, schedule, start = (
+    policy_of(steps),
+    schedules.flow_schedule(steps, 1.0),
+    no_correction(steps),
+  )
+  settings = Objective(
+    1e-4, "recompute", "all", 1.0, False, BETA, "exact", 1, SAMPLES * (steps - 1), 0.0
+  )
   optimizer = optax.adam(optax.cosine_decay_schedule(RATE, ITERATIONS))
 
   def iteration(train_state, key):
@@ -81,7 +94,9 @@ def train(steps: int, reward: str, costs_in_returns: bool, seed: int = 0) -> dic
     latents, log_probs = rolled.latents[:, None], rolled.log_probs[:, None]  # one lane
     batch = Batch(rolled.step_index, latents, log_probs, owners, advantage, jnp.ones((1, SAMPLES)))
     keys = (jax.random.split(step_key, SAMPLES), shuffle_key)
-    return update(velocity, schedule, policy, settings, optimizer, train_state, start, batch, keys)[0], None
+    return update(velocity, schedule, policy, settings, optimizer, train_state, start, batch, keys)[
+      0
+    ], None
 
   def run(key):
     first = state.create(start, optimizer, 0.0, {})
@@ -91,7 +106,9 @@ def train(steps: int, reward: str, costs_in_returns: bool, seed: int = 0) -> dic
 
 
 def compose(steps) -> tuple[float, float, float]:
-  """Affine Gaussian steps (factor, shift, variance) one after the other: (factor, shift, variance) of x_0 given x_T."""
+  """Affine Gaussian steps (factor, shift, variance) one after the other: (factor, shift, variance)
+  of x_0 given x_T.
+  """
   factor, shift, variance = 1.0, 0.0, 0.0
   for a, b, v in steps:
     factor, shift, variance = a * factor, a * shift + b, a**2 * variance + v
@@ -99,7 +116,9 @@ def compose(steps) -> tuple[float, float, float]:
 
 
 def reference_chain(n: int) -> tuple[float, float, float]:
-  """The uncorrected sampler: dx = (v - eta^2 / 2 score) dt + eta dw with v = c x, score = -(x + (1 - sigma) v) / sigma."""
+  """The uncorrected sampler: dx = (v - eta^2 / 2 score) dt + eta dw with v = c x, score = -(x + (1
+  - sigma) v) / sigma.
+  """
   steps, sigma = [], np.linspace(1, 0, n + 1)
   for i in range(n):
     c, d = (2 * sigma[i] - 1) / ((1 - sigma[i]) ** 2 + sigma[i] ** 2), 1 / n
@@ -109,8 +128,15 @@ def reference_chain(n: int) -> tuple[float, float, float]:
 
 
 def policy_chain(params, n: int) -> tuple[float, float, float]:
-  """The trained sampler, as the project draws it: affine in x, so two values of x tell everything."""
-  policy, schedule, probe, steps = policy_of(n), schedules.flow_schedule(n, 1.0), jnp.array([[0.0], [1.0]]), []
+  """The trained sampler, as the project draws it: affine in x, so two values of x tell
+  everything.
+  """
+  policy, schedule, probe, steps = (
+    policy_of(n),
+    schedules.flow_schedule(n, 1.0),
+    jnp.array([[0.0], [1.0]]),
+    [],
+  )
   for i in range(n):
     output = velocity(params, probe, jnp.full(2, schedule.model_time[i]))
     if i < n - 1:
@@ -124,7 +150,9 @@ def policy_chain(params, n: int) -> tuple[float, float, float]:
 def densities(chain) -> np.ndarray:
   """p(x_0 | x_T) on the grid, `[x_T, x_0]`."""
   factor, shift, variance = chain
-  return np.exp(-((X[None] - factor * X_T[:, None] - shift) ** 2) / (2 * variance)) / np.sqrt(2 * np.pi * variance)
+  return np.exp(-((X[None] - factor * X_T[:, None] - shift) ** 2) / (2 * variance)) / np.sqrt(
+    2 * np.pi * variance
+  )
 
 
 def optimum(n: int, reward: str, beta: float) -> np.ndarray:
@@ -142,9 +170,13 @@ def test_the_reference_chain_is_the_projects_sampler():
   np.testing.assert_allclose(policy_chain(no_correction(8), 8), reference_chain(8), atol=1e-5)
 
 
-@pytest.mark.parametrize("steps, reward, costs_in_returns, bound", [(8, "linear", False, 0.02), (20, "curved", True, 0.04)])
+@pytest.mark.parametrize(
+  "steps, reward, costs_in_returns, bound", [(8, "linear", False, 0.02), (20, "curved", True, 0.04)]
+)
 def test_training_ends_at_the_optimum(steps, reward, costs_in_returns, bound):
-  """The bound is a tenth (linear: a twentieth) of the distance at the start; another beta's optimum is far outside it."""
+  """The bound is a tenth (linear: a twentieth) of the distance at the start; another beta's optimum
+  is far outside it.
+  """
   trained = densities(policy_chain(train(steps, reward, costs_in_returns), steps))
   assert distance(densities(reference_chain(steps)), optimum(steps, reward, BETA)) > 0.35
   assert distance(trained, optimum(steps, reward, BETA)) < bound
@@ -153,7 +185,8 @@ def test_training_ends_at_the_optimum(steps, reward, costs_in_returns, bound):
 
 
 def test_a_penalty_on_visited_states_alone_is_weaker():
-  """With a curved reward the plain update, whose returns know nothing of later KLs, stops elsewhere: a known property, not the
-  aim. The returns of the test above are what tells the two apart."""
+  """With a curved reward the plain update, whose returns know nothing of later KLs, stops
+  elsewhere: a known property, not the aim. The returns of the test above are what tells the two
+    apart."""
   trained = densities(policy_chain(train(20, "curved", False), 20))
   assert 0.06 < distance(trained, optimum(20, "curved", BETA)) < 0.13

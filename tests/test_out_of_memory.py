@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import pytest
 from tiny_checkpoint import ROOT, overrides, tiny_config
 
-from dancegrpo_jax import ahead, inventory, main, plan
-from dancegrpo_jax.runtime import checkpoint, out_of_memory, topologies
-from dancegrpo_jax.runtime.flops import Flops
+from dancegrpo_jax import main
+from dancegrpo_jax.checkpoints import store
+from dancegrpo_jax.compilation import ahead
+from dancegrpo_jax.devices import chips, out_of_memory
+from dancegrpo_jax.plan import inventory, planning
+from dancegrpo_jax.plan.flops import Flops
 
 GiB = 2**30
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
@@ -22,49 +25,61 @@ TEXTS = {
   "GPU": (
     "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes.\nBufferAssignment"
     " OOM Debugging.\nBufferAssignment stats:\n             parameter allocation:  372.76MiB",
-    4770354232, None,
+    4770354232,
+    None,
   ),
   "GPU, newer": (
-    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.3GiB.", 12.3 * GiB, None,
+    "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12.3GiB.",
+    12.3 * GiB,
+    None,
   ),
   "GPU, a request": (
     "RESOURCE_EXHAUSTED: Failed to allocate request for 6.27GiB (6727663616B) on device ordinal 0",
-    6.27 * GiB, None,
+    6.27 * GiB,
+    None,
   ),
   "GPU, allocator": (
     "Allocator (GPU_0_bfc) ran out of memory trying to allocate 4.49GiB with freed_by_count=0.",
-    4.49 * GiB, None,
+    4.49 * GiB,
+    None,
   ),
   "GPU, no number": (
-    "INTERNAL: Failed to load in-memory CUBIN: CUDA_ERROR_OUT_OF_MEMORY", None, None,
+    "INTERNAL: Failed to load in-memory CUBIN: CUDA_ERROR_OUT_OF_MEMORY",
+    None,
+    None,
   ),
   "TPU, compiling": (
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm."
     " Used 21.95G of 15.48G hbm. Exceeded hbm capacity by 6.47G.\n\nTotal hbm usage >= 22.47G:\n"
     "    reserved        530.00M",
-    21.95 * GiB, 15.48 * GiB,
+    21.95 * GiB,
+    15.48 * GiB,
   ),
   "TPU, a buffer": (
     "RESOURCE_EXHAUSTED: Error allocating device buffer: Attempting to allocate 15.65G. That was"
     " not possible. There are 11.08G free.; (0x0x0_HBM0)",
-    15.65 * GiB, 11.08 * GiB,
+    15.65 * GiB,
+    11.08 * GiB,
   ),
   "TPU, a program": (
     "RESOURCE_EXHAUSTED: Attempting to reserve 6.48G at the bottom of memory. That was not"
     " possible. There are 6.78G free, 0B reserved, and 3.33G reservable.",
-    6.48 * GiB, 6.78 * GiB,
+    6.48 * GiB,
+    6.78 * GiB,
   ),
   "TPU, a kernel's memory": (
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space vmem."
     " Used 32.42M of 16.00M vmem. Exceeded vmem capacity by 16.42M",
-    None, None,
+    None,
+    None,
   ),
   "CPU": ("RESOURCE_EXHAUSTED: Out of memory allocating 123456 bytes.", 123456, None),
   "CPU, downstream": (
     "INTERNAL: Error dispatching computation: Out of memory allocating 4398046511104 bytes.",
-    4398046511104, None,
+    4398046511104,
+    None,
   ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", TEXTS)
@@ -178,8 +193,10 @@ def process(module: str, *flags: str) -> list[str]:
 def test_a_rollout_that_is_too_large(tiny_models, tmp_path):
   """Four million samples at once."""
   changes = {
-    "rollout__samples_per_prompt": 2**20, "rollout__chunk": 2**22, "optimizer__microbatch": 2**20,
-  }  # fmt: skip
+    "rollout__samples_per_prompt": 2**20,
+    "rollout__chunk": 2**22,
+    "optimizer__microbatch": 2**20,
+  }
   flags = [f"--config.{word}" for word in overrides(tiny_models, **changes)]
   (line,) = process("main", *flags, f"--workdir={tmp_path / 'run'}")
   assert line.startswith("error: rollout ran out of memory: it asked for "), line
@@ -231,7 +248,7 @@ def test_an_update_that_is_too_large_leaves_the_last_checkpoint(
   assert line.startswith("error: update ran out of memory: it asked for 4.00 TiB, this machine has")
   assert "optimizer.microbatch (now 16)" in line
   assert line.endswith("; the last good checkpoint is that of iteration 1")
-  assert checkpoint.latest(workdir / "checkpoints") == 1
+  assert store.latest(workdir / "checkpoints") == 1
   assert len((workdir / "metrics.jsonl").read_text().splitlines()) == 1
 
 
@@ -244,6 +261,6 @@ def test_plan_reads_the_same_texts():
 
   lowered = SimpleNamespace(lower=lambda: SimpleNamespace(compile=refuse))
   call = inventory.Call("update", SimpleNamespace(trace=lambda *_: lowered), (), 3)
-  row = plan.compile_call(call, 1000, Flops(5.0), topologies.CHIPS["TPU v5 lite"], 1)
+  row = planning.compile_call(call, 1000, Flops(5.0), chips.CHIPS["TPU v5 lite"], 1)
   assert row.peak == pytest.approx(wanted + 1000)
   assert row.problem.startswith("RESOURCE_EXHAUSTED: XLA:TPU")

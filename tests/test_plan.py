@@ -1,4 +1,6 @@
-"""The plan of a tiny run on local devices: table, JSON and exit codes; what it plans for is what train loads. Needs no libtpu."""
+"""The plan of a tiny run on local devices: table, JSON and exit codes; what it plans for is what
+train loads. Needs no libtpu.
+"""
 
 import importlib.util
 import json
@@ -7,16 +9,17 @@ from typing import NamedTuple
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 from test_flops import TPU_TEXT
 from tiny_checkpoint import ROOT, overrides, tiny_config
 
-from dancegrpo_jax import inventory, loading, plan, scoring
+from dancegrpo_jax.assembly import loading, reward_builders
+from dancegrpo_jax.devices import chips, sharding
+from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.models import attention
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import flops as counter
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime import plans, topologies
-from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.plan import __main__ as command
+from dancegrpo_jax.plan import flops, inventory, planning, table, topologies
+from dancegrpo_jax.settings import command_line, config_file
 
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
 PROGRAMS = ["encode", "decode", "features clip", "score clip", "join", "advantages"]
@@ -34,39 +37,48 @@ def flags(folders, **changes) -> list[str]:
 
 @pytest.fixture(scope="module")
 def planned(tiny_models, tmp_path_factory):
-  """(exit code, what was printed, the JSON file) of a run on 8 devices, without what compiles long."""
+  """(exit code, what was printed, the JSON file) of a run on 8 devices, without what compiles
+  long.
+  """
   out = tmp_path_factory.mktemp("plan") / "deep" / "plan.json"
   said = []
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr("builtins.print", lambda *words, **_: said.append(" ".join(map(str, words))))
-    code = plan.main([*flags(tiny_models), f"--out={out}", f"--only={','.join(PROGRAMS)}"])
+    code = command.main([*flags(tiny_models), f"--out={out}", f"--only={','.join(PROGRAMS)}"])
   return code, "\n".join(said), json.loads(out.read_text())
 
 
 def test_every_program_has_a_row(planned):
   code, text, result = planned
   assert code == 0 and [row["name"] for row in result["rows"]] == PROGRAMS
-  table = [line for line in text.splitlines() if line.startswith("| ")]
-  assert len(table) == 2 + len(PROGRAMS) and len({len(line) for line in table}) == 1
+  lines = [line for line in text.splitlines() if line.startswith("| ")]
+  assert len(lines) == 2 + len(PROGRAMS) and len({len(line) for line in lines}) == 1
   assert "Whether it fits: unknown" in text  # a CPU
   assert "Not compiled: rollout, update, sample, show decode, show encode, show score clip." in text
-  assert "4 prompts x 4 samples = 16 images, in 1 chunks of 16; 16 of them x 3 of 3 steps = 48 transitions" in text
+  assert (
+    "4 prompts x 4 samples = 16 images, in 1 chunks of 16; 16 of them x 3 of 3 steps = 48"
+    " transitions" in text
+  )
   assert "1 optimizer steps of 3 microbatches of 16 (8 lanes on 8 devices)" in text
   assert result["images"] == 16 and result["devices"] == 8 and result["hours"] is None
   for row in result["rows"]:
-    assert row["peak"] >= row["arguments"] > 0 and row["compile_seconds"] > 0 and not row["uncounted"]
+    assert (
+      row["peak"] >= row["arguments"] > 0 and row["compile_seconds"] > 0 and not row["uncounted"]
+    )
 
 
 @pytest.fixture(scope="module")
 def taken(tiny_models):
   """(config, mesh) of the run on one device, and its inventory."""
   config = inventory.without_weights(tiny_config(tiny_models))
-  mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   return config, mesh, inventory.take(config, mesh, 8, 0)
 
 
 def test_calls_in_a_run(taken):
-  """1 chunk an iteration; features of 8 prompts, 4 at once; the grid at the start, the end and whenever evaluation.every says."""
+  """1 chunk an iteration; features of 8 prompts, 4 at once; the grid at the start, the end and
+  whenever evaluation.every says.
+  """
   times = {call.name: call.times for call in taken[2].calls}
   assert set(times) == {*PROGRAMS, *SLOW, *SHOWN}
   once = ("rollout", "decode", "score clip", "join", "update", "encode")
@@ -78,22 +90,32 @@ def test_calls_in_a_run(taken):
 
 
 def test_flops_are_the_network_s(taken):
-  """A rollout calls the network once for each of 16 samples at 4 steps, the update 3 of them once forward, twice backward."""
+  """A rollout calls the network once for each of 16 samples at 4 steps, the update 3 of them once
+  forward, twice backward.
+  """
   config, mesh, _ = taken
-  flops = plan.counts(config, mesh, 8, 0, ["rollout", "update"])
+  flops = planning.counts(config, mesh, 8, 0, ["rollout", "update"])
   one = flops["rollout"].total / (16 * 4)
-  assert 2.9 < flops["update"].total / (16 * 3 * one) < 3.1  # the first layer's input has no gradient
+  assert (
+    2.9 < flops["update"].total / (16 * 3 * one) < 3.1
+  )  # the first layer's input has no gradient
 
 
 def test_what_is_planned_is_what_is_loaded(tiny_models):
-  """Shapes, dtypes and shardings of the outline and of the loaded model agree, of rewards too; no weights are read for it."""
+  """Shapes, dtypes and shardings of the outline and of the loaded model agree, of rewards too; no
+  weights are read for it.
+  """
   rules = (("text_encoder/.*/fc1/kernel", ("...", "fsdp")), (".*", ()))
   rewards = ((".*/encoder/.*/kernel", (None, "fsdp")), (".*", ()))
-  config = tiny_config(tiny_models, mesh__data=1, mesh__fsdp=8, mesh__rules=rules, mesh__reward_rules=rewards)
-  mesh = meshes.make_mesh(config.mesh)
+  config = tiny_config(
+    tiny_models, mesh__data=1, mesh__fsdp=8, mesh__rules=rules, mesh__reward_rules=rewards
+  )
+  mesh = sharding.make_mesh(config.mesh)
   outline = inventory.outline(inventory.without_weights(config), mesh)
   with jax.set_mesh(mesh):
-    loaded = loading.load(config, loading.build_pipeline(config), scoring.build_rewards(config), mesh)
+    loaded = loading.load(
+      config, loading.build_pipeline(config), reward_builders.build_rewards(config), mesh
+    )
   for name in ("frozen", "trainable", "reward_params"):
     mine, theirs = getattr(outline, name), getattr(loaded, name)
     assert jax.tree.structure(mine) == jax.tree.structure(theirs)
@@ -112,91 +134,131 @@ def test_what_stays_in_memory():
   assert inventory.kept_bytes(taken, inventory.Call("x", print, ({"a": leaf},), 1)) == 12
 
 
-def row(name: str, peak: float, problem: str = "") -> plans.Row:
-  return plans.Row(name, 1, 1.0, 1.0, peak, 1.0, (), 0.0, 0.0, 1.0, 0.5, 0.1, problem)
+def row(name: str, peak: float, problem: str = "") -> table.Row:
+  return table.Row(name, 1, 1.0, 1.0, peak, 1.0, (), 0.0, 0.0, 1.0, 0.5, 0.1, problem)
 
 
 def test_what_does_not_fit_says_which_field(monkeypatch, capsys, tiny_models):
-  rows = [row("update", 20.0 * 2**30), row("decode", 3.0 * 2**30), row("rollout", 8.0 * 2**30, "out of memory")]
-  lines = plans.problems(rows, 16.0 * 2**30)
-  assert len(lines) == 2 and "update needs 20.00 of 16.00 GiB" in lines[0] and "optimizer.microbatch" in lines[0]
+  rows = [
+    row("update", 20.0 * 2**30),
+    row("decode", 3.0 * 2**30),
+    row("rollout", 8.0 * 2**30, "out of memory"),
+  ]
+  lines = table.problems(rows, 16.0 * 2**30)
+  assert (
+    len(lines) == 2
+    and "update needs 20.00 of 16.00 GiB" in lines[0]
+    and "optimizer.microbatch" in lines[0]
+  )
   assert "rollout needs" in lines[1] and "rollout.chunk" in lines[1] and "out of memory" in lines[1]
-  assert plans.problems(rows[:2], 0.0) == []  # nothing is known
-  full = topologies.Chip("tiny", 1000.0, 1e12, 1e9, 1e9)
-  monkeypatch.setattr(topologies, "chip_of", lambda device: full)
-  assert plan.main([*flags(tiny_models), "--only=advantages"]) == 1
+  assert table.problems(rows[:2], 0.0) == []  # nothing is known
+  full = chips.Chip("tiny", 1000.0, 1e12, 1e9, 1e9)
+  monkeypatch.setattr(chips, "chip_of", lambda device: full)
+  assert command.main([*flags(tiny_models), "--only=advantages"]) == 1
   text = capsys.readouterr().out
-  assert "advantages needs" in text and "fits." not in text and "Not compiled: encode, rollout" in text
+  assert (
+    "advantages needs" in text and "fits." not in text and "Not compiled: encode, rollout" in text
+  )
 
 
 @pytest.mark.parametrize(
   "kind, peak",
   [
-    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H200", 989e12), ("NVIDIA A100-SXM4-80GB", 312e12),
-    ("NVIDIA H100 PCIe", 756e12), ("NVIDIA GeForce RTX 4090", 0.0),
+    ("NVIDIA H100 80GB HBM3", 989e12),
+    ("NVIDIA H200", 989e12),
+    ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA GeForce RTX 4090", 0.0),
   ],
-)  # fmt: skip
+)
 def test_a_gpu_offers_what_jax_has_taken_of_it(kind, peak):
   """What `memory_stats()` of a GPU has; peaks of NVIDIA's data sheets, 0 for what isn't known."""
   stats = {"bytes_limit": 78_000_000_000, "bytes_in_use": 5, "pool_bytes": 78_000_000_000}
   device = SimpleNamespace(device_kind=kind, platform="gpu", memory_stats=lambda: stats)
-  assert topologies.chip_of(device) == topologies.Chip(kind, 78e9, peak, 0.0, 0.0)
+  assert chips.chip_of(device) == chips.Chip(kind, 78e9, peak, 0.0, 0.0)
   device.memory_stats = lambda: None  # as with XLA_PYTHON_CLIENT_ALLOCATOR=platform
-  assert topologies.chip_of(device).memory == 0.0
+  assert chips.chip_of(device).memory == 0.0
 
 
 def test_a_plan_for_a_gpu_has_no_times(monkeypatch, capsys, tiny_models, tmp_path):
   """The path of a GPU, which a CPU compiles for; columns that hold nothing are left out."""
-  gpu = topologies.Chip("NVIDIA H100 80GB HBM3", 78e9, 989e12, 0.0, 0.0)
-  monkeypatch.setattr(topologies, "chip_of", lambda device: gpu)
+  gpu = chips.Chip("NVIDIA H100 80GB HBM3", 78e9, 989e12, 0.0, 0.0)
+  monkeypatch.setattr(chips, "chip_of", lambda device: gpu)
   out = tmp_path / "plan.json"
-  assert plan.main([*flags(tiny_models), "--only=decode,advantages", f"--out={out}"]) == 0
+  assert command.main([*flags(tiny_models), "--only=decode,advantages", f"--out={out}"]) == 0
   text, result = capsys.readouterr().out, json.loads(out.read_text())
   head = next(line for line in text.splitlines() if line.startswith("| program"))
   names = [name.strip() for name in head.strip("| ").split("|")]
   assert names[:7] == [
-    "program", "calls", "arguments GiB", "temporaries GiB", "peak GiB", "of HBM", "TFLOP",
-  ]  # fmt: skip
+    "program",
+    "calls",
+    "arguments GiB",
+    "temporaries GiB",
+    "peak GiB",
+    "of HBM",
+    "TFLOP",
+  ]
   assert not {"compute s", "network s", "MFU"} & set(names)
   assert "What was compiled fits." in text and "Estimate" not in text
   assert result["memory"] == 78e9 and result["hours"] is None
 
 
 def test_a_file_is_completed_by_later_calls():
-  base = {"digest": "a", "topology": "", "versions": {}, "effort": 0.0, "memory": 0.0, "iterations": 1}
+  base = {
+    "digest": "a",
+    "topology": "",
+    "versions": {},
+    "effort": 0.0,
+    "memory": 0.0,
+    "iterations": 1,
+  }
   base["programs"] = ["encode", "update"]
   first = base | {"rows": [row("update", 1.0)._asdict()]}
   second = base | {"rows": [row("encode", 2.0)._asdict()]}
-  assert plans.concluded(first)["left_out"] == ["encode"] and plans.concluded(first)["hours"] is None
-  whole = plans.concluded(plans.merged(first, second))
-  assert [r["name"] for r in whole["rows"]] == ["encode", "update"] and whole["left_out"] == [] and whole["hours"] == 3.0 / 3600
+  assert (
+    table.concluded(first)["left_out"] == ["encode"] and table.concluded(first)["hours"] is None
+  )
+  whole = table.concluded(table.merged(first, second))
+  assert (
+    [r["name"] for r in whole["rows"]] == ["encode", "update"]
+    and whole["left_out"] == []
+    and whole["hours"] == 3.0 / 3600
+  )
   with pytest.raises(ConfigError, match=r"--out holds another plan \(digest differ\)"):
-    plans.merged(first, second | {"digest": "b"})
+    table.merged(first, second | {"digest": "b"})
 
 
 def test_what_is_compiled_outlasts_an_interruption(monkeypatch, tiny_models, tmp_path):
-  compile_call, out = plan.compile_call, tmp_path / "plan.json"
+  compile_call, out = planning.compile_call, tmp_path / "plan.json"
 
   def interrupted(call, *arguments):
     if call.name == "join":
       raise KeyboardInterrupt
     return compile_call(call, *arguments)
 
-  monkeypatch.setattr(plan, "compile_call", interrupted)
+  monkeypatch.setattr(planning, "compile_call", interrupted)
   with pytest.raises(KeyboardInterrupt):
-    plan.main([*flags(tiny_models), "--only=encode,join,advantages", f"--out={out}"])
+    command.main([*flags(tiny_models), "--only=encode,join,advantages", f"--out={out}"])
   assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["encode"]
-  monkeypatch.setattr(plan, "compile_call", compile_call)
-  plan.main([*flags(tiny_models), "--only=join,advantages", f"--out={out}"])
-  assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["encode", "join", "advantages"]
+  monkeypatch.setattr(planning, "compile_call", compile_call)
+  command.main([*flags(tiny_models), "--only=join,advantages", f"--out={out}"])
+  assert [row["name"] for row in json.loads(out.read_text())["rows"]] == [
+    "encode",
+    "join",
+    "advantages",
+  ]
 
 
 def test_a_quick_compilation_promises_no_times(tiny_models, tmp_path, capsys, monkeypatch):
-  monkeypatch.setattr(topologies, "chip_of", lambda device: topologies.Chip("tiny", 1e12, 1e12, 1e9, 1e9))  # has times
+  monkeypatch.setattr(
+    chips, "chip_of", lambda device: chips.Chip("tiny", 1e12, 1e12, 1e9, 1e9)
+  )  # has times
   times = {}
   for effort in ("0", "-1"):
     out = tmp_path / f"plan{effort}.json"
-    code = plan.main([*flags(tiny_models), "--only=advantages", f"--effort={effort}", f"--out={out}"])
+    code = command.main(
+      [*flags(tiny_models), "--only=advantages", f"--effort={effort}", f"--out={out}"]
+    )
     if code == 2:  # a compiler without the option says so
       assert effort == "-1" and "no such option; use --effort=0" in capsys.readouterr().err
       return
@@ -209,28 +271,42 @@ def test_a_quick_compilation_promises_no_times(tiny_models, tmp_path, capsys, mo
 def test_a_file_of_another_plan_is_kept(tiny_models, tmp_path, capsys):
   """...and nothing is compiled before that is found."""
   out = tmp_path / "plan.json"
-  assert plan.main([*flags(tiny_models), "--only=join", f"--out={out}"]) == 0
+  assert command.main([*flags(tiny_models), "--only=join", f"--out={out}"]) == 0
   before = out.read_bytes()
   capsys.readouterr()
-  assert plan.main([*flags(tiny_models), "--only=advantages", "--config.seed=9", f"--out={out}"]) == 2
+  assert (
+    command.main([*flags(tiny_models), "--only=advantages", "--config.seed=9", f"--out={out}"]) == 2
+  )
   said = capsys.readouterr()
-  assert "digest differ" in said.err and "compiled in" not in said.out and out.read_bytes() == before
+  assert (
+    "digest differ" in said.err and "compiled in" not in said.out and out.read_bytes() == before
+  )
 
 
-def test_a_folder_that_is_not_ours_matters_where_it_is_written_to(tiny_models, tmp_path, capsys, monkeypatch):
+def test_a_folder_that_is_not_ours_matters_where_it_is_written_to(
+  tiny_models, tmp_path, capsys, monkeypatch
+):
   """Permissions are a stand-in's: root may write anywhere."""
-  monkeypatch.setattr(configs, "os", SimpleNamespace(access=lambda *_: False, W_OK=2))
-  assert plan.main([*flags(tiny_models), "--only=join"]) == 0
-  assert plan.main([*flags(tiny_models), "--only=join", f"--out={tmp_path / 'new' / 'plan.json'}"]) == 2
+  monkeypatch.setattr(command_line, "os", SimpleNamespace(access=lambda *_: False, W_OK=2))
+  assert command.main([*flags(tiny_models), "--only=join"]) == 0
+  assert (
+    command.main(
+      [*flags(tiny_models), "--only=join", f"--out={tmp_path / 'new' / 'planning.json'}"]
+    )
+    == 2
+  )
   (line,) = capsys.readouterr().err.splitlines()
-  assert f"no permission to write into {tmp_path}; use another" in line and not (tmp_path / "new").exists()
+  assert (
+    f"no permission to write into {tmp_path}; use another" in line
+    and not (tmp_path / "new").exists()
+  )
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"rows": '])
 def test_a_file_that_is_no_plan_is_kept(text, tiny_models, tmp_path, capsys):
   out = tmp_path / "plan.json"
   out.write_text(text)
-  assert plan.main([*flags(tiny_models), "--only=join", f"--out={out}"]) == 2
+  assert command.main([*flags(tiny_models), "--only=join", f"--out={out}"]) == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert f"--out={out}: holds no plan; remove it" in line and out.read_text() == text
 
@@ -246,25 +322,31 @@ class Allotted(NamedTuple):
 
 
 def test_times_and_memory_of_a_compiled_program():
-  """By hand, of test_flops' text: 1637 cycles; 16 gathers of 256 bytes and 16 all-reduces of 64, both ways, a reduce-scatter of
-  512, and a gather of 128 in parts; a kernel at half of the peak."""
-  chip = topologies.Chip("tiny", 1e12, flops=4000.0, clock=100.0, network=50.0)
-  call, flops = inventory.Call("update", print, (), 3), counter.Flops(8000.0)
-  row = plan.row_of(call, 10000, flops, 6000.0, chip, 2, TPU_TEXT, Allotted())
+  """By hand, of test_flops' text: 1637 cycles; 16 gathers of 256 bytes and 16 all-reduces of 64,
+  both ways, a reduce-scatter of 512, and a gather of 128 in parts; a kernel at half of the peak."""
+  chip = chips.Chip("tiny", 1e12, flops=4000.0, clock=100.0, network=50.0)
+  call, counted = inventory.Call("update", print, (), 3), flops.Flops(8000.0)
+  row = planning.row_of(call, 10000, counted, 6000.0, chip, 2, TPU_TEXT, Allotted())
   moved = 16 * 256 + 16 * 2 * 64 + 512 + 128
   assert row.collective == moved and row.network_seconds == pytest.approx(moved / 50)
   assert row.compute_seconds == pytest.approx(1637 / 100 + 6000 / 2 / 2000)
   assert row.seconds == pytest.approx(row.compute_seconds + row.network_seconds)
   assert row.mfu == pytest.approx(8000 / 2 / 4000 / row.seconds)
-  assert row.peak == 10000 + 1000 + (300 - 200) + 50 + 7 and (row.arguments, row.temporaries) == (1000, 50)
-  assert plan.row_of(call, 0, flops, 0.0, chip._replace(clock=0.0), 2, TPU_TEXT, Allotted()).seconds is None
+  assert row.peak == 10000 + 1000 + (300 - 200) + 50 + 7 and (row.arguments, row.temporaries) == (
+    1000,
+    50,
+  )
+  assert (
+    planning.row_of(call, 0, flops, 0.0, chip._replace(clock=0.0), 2, TPU_TEXT, Allotted()).seconds
+    is None
+  )
 
 
 def test_estimates():
   rows = [row("rollout", 1.0)._replace(times=20), row("sample", 1.0)._replace(times=2)]
-  assert plans.iteration_seconds(rows, 10) == 3.0  # the rollout twice, 1.5 s each; the grid not
-  assert plans.hours(rows) == pytest.approx(22 * 1.5 / 3600)
-  assert plans.hours([row("x", 1.0)._replace(compute_seconds=None)]) is None
+  assert table.iteration_seconds(rows, 10) == 3.0  # the rollout twice, 1.5 s each; the grid not
+  assert table.hours(rows) == pytest.approx(22 * 1.5 / 3600)
+  assert table.hours([row("x", 1.0)._replace(compute_seconds=None)]) is None
 
 
 @pytest.mark.parametrize(
@@ -282,47 +364,66 @@ def test_estimates():
   ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(extra, words, tiny_models, capsys, monkeypatch):
-  monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
-  assert plan.main([*flags(tiny_models), *extra]) == 2
+  monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+  assert command.main([*flags(tiny_models), *extra]) == 2
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 1 and lines[0].startswith("error: ")
   for word in words:
     assert word in lines[0]
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5p", "foo", "v5p:3x3x3x3", "h100", "h100:0", "h100:2x4", "h101:8"])
+@pytest.mark.parametrize(
+  "name", ["v9:2x2", "v5p", "foo", "v5p:3x3x3x3", "h100", "h100:0", "h100:2x4", "h101:8"]
+)
 def test_a_topology_that_nobody_knows(name, monkeypatch):
-  monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: "installed")
+  monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: "installed")
   with pytest.raises(ConfigError) as caught:
     topologies.devices(name)
   assert f"--topology={name}: unknown" in str(caught.value) and "v5p:4x4x4" in str(caught.value)
   assert "h100:8" in str(caught.value)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (requirements-tpu.txt)")
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu is not installed (requirements-tpu.txt)",
+)
 def test_a_shape_that_libtpu_refuses():
   with pytest.raises(ConfigError, match="libtpu refuses it"):
     topologies.devices("v5p:3x3x3")
   assert len(topologies.devices("v5p:2x2x1")) == 4
 
 
-@pytest.mark.skipif(not has_cuda_compiler(), reason="JAX's CUDA plugin is not installed (requirements-gpu.txt)")
+@pytest.mark.skipif(
+  not has_cuda_compiler(), reason="JAX's CUDA plugin is not installed (requirements-gpu.txt)"
+)
 def test_a_gpu_s_attention_compiles_without_one():
-  """FLUX's joint attention at 720x720, 2537 tokens, forward and backward, over two cards: cuDNN's kernels are in the program."""
+  """FLUX's joint attention at 720x720, 2537 tokens, forward and backward, over two cards: cuDNN's
+  kernels are in the program.
+  """
   cards = topologies.devices("h100:2")
-  chip = topologies.chip_of(cards[0])
+  chip = chips.chip_of(cards[0])
   assert (len(cards), chip.flops, round(chip.memory / 2**30)) == (2, 989e12, 73)
-  mesh = meshes.make_mesh(configs.ConfigDict({"data": 2, "fsdp": 1, "tensor": 1}), cards)
-  x = jax.ShapeDtypeStruct((2, 2537, 24, 128), "bfloat16", sharding=meshes.batch_sharding(mesh))
+  mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 1, "tensor": 1}), cards)
+  x = jax.ShapeDtypeStruct((2, 2537, 24, 128), "bfloat16", sharding=sharding.batch_sharding(mesh))
   with jax.set_mesh(mesh):
     assert attention.place() == attention.Place("gpu", (9, 0))
-    gradient = jax.grad(lambda q, k, v: attention.attention(q, k, v).astype("float32").sum(), (0, 1, 2))
+    gradient = jax.grad(
+      lambda q, k, v: attention.attention(q, k, v).astype("float32").sum(), (0, 1, 2)
+    )
     text = jax.jit(gradient).lower(x, x, x).compile().as_text()
-  assert "__cudnn$fmhaSoftmax" in text and "__cudnn$fmhaSoftmaxBackward" in text and "all-gather" not in text
+  assert (
+    "__cudnn$fmhaSoftmax" in text
+    and "__cudnn$fmhaSoftmaxBackward" in text
+    and "all-gather" not in text
+  )
 
 
-@pytest.mark.parametrize("name", ["sd_hps_clip", "sd_pick", "sd_aesthetic", "flux_hps", "flux_hps_lora", "flux_hps_clip"])
+@pytest.mark.parametrize(
+  "name", ["sd_hps_clip", "sd_pick", "sd_aesthetic", "flux_hps", "flux_hps_lora", "flux_hps_clip"]
+)
 def test_the_configs_networks_are_described_here(name):
   """No download is needed to plan them."""
-  config = inventory.without_weights(configs.load(str(ROOT / "configs" / f"{name}.py")))
-  assert config.model.checkpoint.startswith("random:") and "assets/published" in config.model.checkpoint
+  config = inventory.without_weights(config_file.load(str(ROOT / "configs" / f"{name}.py")))
+  assert (
+    config.model.checkpoint.startswith("random:") and "assets/published" in config.model.checkpoint
+  )

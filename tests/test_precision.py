@@ -1,4 +1,6 @@
-"""model.matmul_precision reaches every product and convolution of every program, gradients and loops included."""
+"""model.matmul_precision reaches every product and convolution of every program, gradients and
+loops included.
+"""
 
 from collections import Counter
 
@@ -6,8 +8,8 @@ import jax
 import pytest
 from tiny_checkpoint import tiny_config
 
-from dancegrpo_jax import inventory
-from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.plan import inventory
 
 
 def precisions(jaxpr) -> Counter:
@@ -28,10 +30,12 @@ def precisions(jaxpr) -> Counter:
 @pytest.mark.parametrize("precision, asked", [("highest", "HIGHEST"), ("default", "None")])
 def test_every_product_asks_for_it(tiny_models, precision, asked):
   config = inventory.without_weights(tiny_config(tiny_models, model__matmul_precision=precision))
-  mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   with jax.set_mesh(mesh):
     calls = inventory.take(config, mesh, 8, 0).calls
-    found = {call.name: precisions(call.program.trace(*call.arguments).jaxpr.jaxpr) for call in calls}
+    found = {
+      call.name: precisions(call.program.trace(*call.arguments).jaxpr.jaxpr) for call in calls
+    }
   for name in ("encode", "rollout", "sample", "decode", "features clip", "score clip", "update"):
     assert set(found[name]) == {asked} and found[name][asked] > 3, (name, found[name])
   assert found["update"][asked] > 2.5 * found["rollout"][asked]  # forward and backward
@@ -39,7 +43,9 @@ def test_every_product_asks_for_it(tiny_models, precision, asked):
 
 def test_what_the_user_set_in_jax_holds_where_the_config_says_default(tiny_models):
   config = inventory.without_weights(tiny_config(tiny_models, model__matmul_precision="default"))
-  mesh = meshes.make_mesh(config.mesh, jax.devices()[:1])
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   with jax.set_mesh(mesh), jax.default_matmul_precision("tensorfloat32"):
-    decode = next(call for call in inventory.take(config, mesh, 8, 0).calls if call.name == "decode")
+    decode = next(
+      call for call in inventory.take(config, mesh, 8, 0).calls if call.name == "decode"
+    )
     assert set(precisions(decode.program.trace(*decode.arguments).jaxpr.jaxpr)) == {"HIGH"}

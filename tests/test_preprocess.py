@@ -1,4 +1,6 @@
-"""Preprocessing of images against PIL, transformers and torch, on sizes that are square, not square, larger, smaller and odd."""
+"""Preprocessing of images against PIL, transformers and torch, on sizes that are square, not
+square, larger, smaller and odd.
+"""
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,14 +36,21 @@ def torch_resize(pixels: np.ndarray, h: int, w: int) -> torch.Tensor:
   return torch.nn.functional.interpolate(planes, size=(h, w), mode="bicubic", antialias=True)
 
 
-def assert_close(actual: np.ndarray, expected: np.ndarray, most: float, mean: float = np.inf) -> None:
+def assert_close(
+  actual: np.ndarray, expected: np.ndarray, most: float, mean: float = np.inf
+) -> None:
   assert actual.shape == expected.shape and actual.dtype == np.float32
   difference = np.abs(actual - expected)
-  assert difference.max() <= most and difference.mean() <= mean, (difference.max(), difference.mean())
+  assert difference.max() <= most and difference.mean() <= mean, (
+    difference.max(),
+    difference.mean(),
+  )
 
 
 def keys(x: np.ndarray, a: float, n: int) -> np.ndarray:
-  """The first axis to n samples by Keys' cubic in float64, widened by the scale where it shrinks."""
+  """The first axis to n samples by Keys' cubic in float64, widened by the scale where it
+  shrinks.
+  """
   m = len(x)
   scale = m / n
   t = np.abs(np.arange(m)[None] + 0.5 - (np.arange(n)[:, None] + 0.5) * scale) / max(scale, 1)
@@ -51,7 +60,9 @@ def keys(x: np.ndarray, a: float, n: int) -> np.ndarray:
 
 
 def test_the_coefficient_is_a_half():
-  """torch with antialiasing and PIL both take a = -0.5; the -0.75 of torch without it would be 100 times further off."""
+  """torch with antialiasing and PIL both take a = -0.5; the -0.75 of torch without it would be 100
+  times further off.
+  """
   picture = pictures(61, 100)[0]
   x = picture.astype(np.float32) / 255
   half, three = (keys(keys(x, a, 40).swapaxes(0, 1), a, 150).swapaxes(0, 1) for a in (-0.5, -0.75))
@@ -59,7 +70,9 @@ def test_the_coefficient_is_a_half():
   assert np.abs(theirs - half).max() < 1e-4 < 1e-2 < np.abs(theirs - three).max()
   mild = (64 + picture / 2).astype(np.uint8)  # far from 0 and 255, where PIL clamps
   resized = np.asarray(Image.fromarray(mild).resize((150, 40), Image.Resampling.BICUBIC)) / 255
-  half, three = (keys(keys(mild / 255, a, 40).swapaxes(0, 1), a, 150).swapaxes(0, 1) for a in (-0.5, -0.75))
+  half, three = (
+    keys(keys(mild / 255, a, 40).swapaxes(0, 1), a, 150).swapaxes(0, 1) for a in (-0.5, -0.75)
+  )
   assert np.abs(resized - half).max() < 1.5 / 255 < 8 / 255 < np.abs(resized - three).max()
   mine = p.resize(jnp.asarray(x)[None], 40, 150, eight_bit=False)
   assert np.abs(np.asarray(mine)[0] - theirs).max() < 2e-5
@@ -70,17 +83,25 @@ def test_shortest_as_transformers(h, w):
   """CLIP, PickScore and aesthetic: CLIPImageProcessor on 8-bit images."""
   processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)()
   images = pictures(h, w)
-  theirs = processor(list(images), input_data_format="channels_last", return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+  theirs = processor(list(images), input_data_format="channels_last", return_tensors="np")[
+    "pixel_values"
+  ].transpose(0, 2, 3, 1)
   assert_close(ours(images / 255, p.Preprocessing(SIZE)), theirs, 3e-2, 1e-4)
 
 
 @pytest.mark.parametrize("h, w", SIZES)
 def test_pixels_that_were_never_8_bit(h, w):
-  """Generated pixels are floats, which a reference that goes through files rounds first: the bounds hold all the same."""
-  images = np.clip(pictures(h, w) / 255 + np.random.default_rng(1).uniform(-0.5, 0.5, (2, h, w, 3)) / 255, 0, 1)
+  """Generated pixels are floats, which a reference that goes through files rounds first: the bounds
+  hold all the same.
+  """
+  images = np.clip(
+    pictures(h, w) / 255 + np.random.default_rng(1).uniform(-0.5, 0.5, (2, h, w, 3)) / 255, 0, 1
+  )
   processor = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)()
   files = np.round(images * 255).astype(np.uint8)
-  theirs = processor(list(files), input_data_format="channels_last", return_tensors="np")["pixel_values"].transpose(0, 2, 3, 1)
+  theirs = processor(list(files), input_data_format="channels_last", return_tensors="np")[
+    "pixel_values"
+  ].transpose(0, 2, 3, 1)
   assert_close(ours(images, p.Preprocessing(SIZE)), theirs, 3e-2, 4e-3)
 
 
@@ -102,7 +123,9 @@ def test_longest_as_hpsv2(h, w):
   scale = SIZE / max(h, w)
   nh, nw = round(h * scale), round(w * scale)
   left, top = (SIZE - nw) // 2, (SIZE - nh) // 2
-  padded = torch.nn.functional.pad(torch_resize(images, nh, nw), (left, SIZE - nw - left, top, SIZE - nh - top))
+  padded = torch.nn.functional.pad(
+    torch_resize(images, nh, nw), (left, SIZE - nw - left, top, SIZE - nh - top)
+  )
   mean, std = (torch.tensor(x).reshape(1, 3, 1, 1) for x in (p.MEAN, p.STD))
   theirs = ((padded - mean) / std).permute(0, 2, 3, 1).numpy()
   assert_close(ours(images, p.Preprocessing(SIZE, "longest", eight_bit=False)), theirs, 2e-3)
@@ -118,7 +141,10 @@ def test_open_clip_paths(h, w):
     (p.Preprocessing(SIZE, "shortest", "round"), (nw, nh), (left, top, left + SIZE, top + SIZE)),
     (p.Preprocessing(SIZE, "squash"), (SIZE, SIZE), (0, 0, SIZE, SIZE)),
   ):
-    theirs = [np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BICUBIC).crop(box)) / 255 for x in images]
+    theirs = [
+      np.asarray(Image.fromarray(x).resize(size, Image.Resampling.BICUBIC).crop(box)) / 255
+      for x in images
+    ]
     assert_close(ours(images / 255, how), normalised(np.stack(theirs)), 3e-2, 1e-4)
 
 
@@ -129,7 +155,9 @@ def test_odd_margins_are_rounded_as_each_library_does():
   floor, even = (ours(x, p.Preprocessing(224, crop=crop)) for crop in ("floor", "round"))
   assert (floor[0, :, 0] > 0).all() and (even[0, :, 0] < 0).all()
   one = np.random.default_rng(0).random((1, 225, 224, 3), np.float32)
-  np.testing.assert_array_equal(*(ours(one, p.Preprocessing(224, crop=crop)) for crop in ("floor", "round")))
+  np.testing.assert_array_equal(
+    *(ours(one, p.Preprocessing(224, crop=crop)) for crop in ("floor", "round"))
+  )
 
 
 def test_images_of_the_right_size_pass_untouched():
@@ -139,13 +167,26 @@ def test_images_of_the_right_size_pass_untouched():
 
 
 def test_published_files_are_read():
-  old = {"size": 224, "crop_size": 224, "resample": 3, "image_mean": list(p.MEAN), "image_std": list(p.STD)}
+  old = {
+    "size": 224,
+    "crop_size": 224,
+    "resample": 3,
+    "image_mean": list(p.MEAN),
+    "image_std": list(p.STD),
+  }
   new = old | {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
   assert p.from_transformers(old, 224) == p.from_transformers(new, 224) == p.Preprocessing(224)
   vision = {"model_cfg": {"vision_cfg": {"image_size": 224}}}
   assert p.from_open_clip(vision) == p.Preprocessing(224, crop="round")
-  said = {"mean": list(p.MEAN), "std": list(p.STD), "interpolation": "bicubic", "resize_mode": "squash"}
-  assert p.from_open_clip(vision | {"preprocess_cfg": said}) == p.Preprocessing(224, "squash", "round")
+  said = {
+    "mean": list(p.MEAN),
+    "std": list(p.STD),
+    "interpolation": "bicubic",
+    "resize_mode": "squash",
+  }
+  assert p.from_open_clip(vision | {"preprocess_cfg": said}) == p.Preprocessing(
+    224, "squash", "round"
+  )
 
 
 @pytest.mark.parametrize(
@@ -159,4 +200,9 @@ def test_other_preprocessing_is_refused(config, message):
   with pytest.raises(ValueError, match=message):
     p.from_transformers(config, 224)
   with pytest.raises(ValueError, match="interpolation = 'bilinear'"):
-    p.from_open_clip({"model_cfg": {"vision_cfg": {"image_size": 224}}, "preprocess_cfg": {"interpolation": "bilinear"}})
+    p.from_open_clip(
+      {
+        "model_cfg": {"vision_cfg": {"image_size": 224}},
+        "preprocess_cfg": {"interpolation": "bilinear"},
+      }
+    )

@@ -1,4 +1,6 @@
-"""The command that makes the embedded models, on four emoji and three steps a stage: what it writes loads, and it resumes."""
+"""The command that makes the embedded models, on four emoji and three steps a stage: what it writes
+loads, and it resumes.
+"""
 
 import pathlib
 
@@ -8,8 +10,8 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 
-from dancegrpo_jax import pretrain
 from dancegrpo_jax.data import emoji
+from dancegrpo_jax.pretrain import __main__
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FONT = ROOT / "tests/fixtures/emoji_subset.ttf"
@@ -17,7 +19,9 @@ CONFIG = f"--config={ROOT / 'configs' / 'emoji_pretrain.py'}:tiny"
 
 
 def command(folder: pathlib.Path, *flags: str) -> int:
-  return pretrain.main([CONFIG, f"--workdir={folder / 'work'}", f"--out={folder / 'out'}", f"--font={FONT}", *flags])
+  return __main__.main(
+    [CONFIG, f"--workdir={folder / 'work'}", f"--out={folder / 'out'}", f"--font={FONT}", *flags]
+  )
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +29,8 @@ def cache(tmp_path_factory):
   """A compilation cache, so that a stage compiles once in this file."""
   names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   before = {name: getattr(jax.config, name) for name in names}
-  compilation_cache.reset_cache()  # JAX looks for a folder at the first compilation of a process alone
+  # JAX looks for a folder at the first compilation of a process alone
+  compilation_cache.reset_cache()
   for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.0)):
     jax.config.update(name, value)
   yield
@@ -39,7 +44,11 @@ def made(tmp_path_factory, cache):
   """All stages in one go."""
   whole = emoji.pairs
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(emoji, "pairs", lambda split, names=("red apple", "star", "frog", "ghost"): whole(split, names))
+    patch.setattr(
+      emoji,
+      "pairs",
+      lambda split, names=("red apple", "star", "frog", "ghost"): whole(split, names),
+    )
     folder = tmp_path_factory.mktemp("pretrain")
     assert command(folder) == 0
     yield folder
@@ -48,13 +57,23 @@ def made(tmp_path_factory, cache):
 def test_what_it_writes_loads_in_diffusers_and_transformers(made):
   diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
-  pipeline = diffusers.StableDiffusionPipeline.from_pretrained(made / "out/emoji-sd", dtype=torch.float32)
+  pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
+    made / "out/emoji-sd", dtype=torch.float32
+  )
   pipeline.set_progress_bar_config(disable=True)
-  (image,) = pipeline("a star on a red background", height=32, width=32, num_inference_steps=2, output_type="np").images
+  (image,) = pipeline(
+    "a star on a red background", height=32, width=32, num_inference_steps=2, output_type="np"
+  ).images
   assert image.shape == (32, 32, 3) and np.isfinite(image).all()
   flux = diffusers.FluxPipeline.from_pretrained(made / "out/emoji-flux", torch_dtype=torch.float32)
   flux.set_progress_bar_config(disable=True)
-  settings = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 0.0, "max_sequence_length": 12}
+  settings = {
+    "height": 32,
+    "width": 32,
+    "num_inference_steps": 2,
+    "guidance_scale": 0.0,
+    "max_sequence_length": 12,
+  }
   (image,) = flux("a star on a red background", **settings, output_type="np").images
   assert image.shape == (32, 32, 3) and np.isfinite(image).all()
   clip = transformers.CLIPModel.from_pretrained(made / "out/emoji-clip")

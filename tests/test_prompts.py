@@ -26,7 +26,11 @@ def test_text_file(tmp_path):
 
 
 def test_json_list(tmp_path):
-  rows = ["a dog", {"prompt": "two cats", "negative_prompt": "dog", "metadata": {"count": 2}}, {"prompt": "# 1"}]
+  rows = [
+    "a dog",
+    {"prompt": "two cats", "negative_prompt": "dog", "metadata": {"count": 2}},
+    {"prompt": "# 1"},
+  ]
   path = write(tmp_path, "p.json", json.dumps(rows))
   assert read_prompts(path, "blurry") == [
     Example(0, "a dog", "blurry"),
@@ -44,10 +48,16 @@ BAD = {
   "none.json": ("[]", "has no prompts"),
   "object.json": ('{"prompt": "a"}', "holds a dict; it must be a list"),
   "number.json": ('["a", 3]', "entry 1 is a int; it must be a string or an object"),
-  "field.json": ('[{"prompt": "a", "negative": "b"}]', "entry 0 has unknown fields negative; known are prompt, negative_prompt"),
+  "field.json": (
+    '[{"prompt": "a", "negative": "b"}]',
+    "entry 0 has unknown fields negative; known are prompt, negative_prompt",
+  ),
   "missing.json": ('[{"metadata": {}}]', "entry 0: prompt must be a string, not None"),
   "blank.json": ('["a", " "]', "entry 1: prompt is empty; remove"),
-  "negative.json": ('[{"prompt": "a", "negative_prompt": null}]', "negative_prompt must be a string, not None"),
+  "negative.json": (
+    '[{"prompt": "a", "negative_prompt": null}]',
+    "negative_prompt must be a string, not None",
+  ),
   "metadata.json": ('[{"prompt": "a", "metadata": 3}]', "metadata must be an object, not 3"),
 }
 
@@ -96,7 +106,9 @@ def test_each_epoch_has_a_new_order_and_every_prompt():
 
 
 def test_seeds_differ():
-  orders = {tuple(ids(prompt_batches(EXAMPLES, 10, seed, True)[0])) for seed in (0, 1, 2, -1, 2**40 + 7)}
+  orders = {
+    tuple(ids(prompt_batches(EXAMPLES, 10, seed, True)[0])) for seed in (0, 1, 2, -1, 2**40 + 7)
+  }
   assert len(orders) == 5
 
 
@@ -106,7 +118,9 @@ def test_no_prompt_is_twice_in_a_batch_and_none_is_forgotten():
   assert all(len(set(batch)) == 4 for batch in drawn)
   counts = collections.Counter(sum(drawn, []))
   assert set(counts) == set(range(10))
-  assert min(counts.values()) > 85 and max(counts.values()) < 155  # 120 expected, std 5.3 (2 of 10 dropped an epoch)
+  assert (
+    min(counts.values()) > 85 and max(counts.values()) < 155
+  )  # 120 expected, std 5.3 (2 of 10 dropped an epoch)
 
 
 def test_in_order():
@@ -116,5 +130,8 @@ def test_in_order():
 
 @pytest.mark.parametrize("count", [0, 11])
 def test_count_out_of_range(count):
-  with pytest.raises(ValueError, match=f"prompts_per_iteration is {count}, .* from 1 to the number of prompts, 10: lower it"):
+  with pytest.raises(
+    ValueError,
+    match=f"prompts_per_iteration is {count}, .* from 1 to the number of prompts, 10: lower it",
+  ):
     prompt_batches(EXAMPLES, count, 0, True)

@@ -1,4 +1,6 @@
-"""The remote reward against real server processes on 127.0.0.1: the reference server, and ones that misbehave."""
+"""The remote reward against real server processes on 127.0.0.1: the reference server, and ones that
+misbehave.
+"""
 
 import contextlib
 import socket
@@ -36,7 +38,8 @@ def short(pixels, prompts, metadata):
   return [1.0]
 """
 
-# Answers what its argument says, byte for byte; "fails first" answers 503 twice and then well; "trickles" never ends.
+# Answers what its argument says, byte for byte; "fails first" answers 503 twice and then well;
+# "trickles" never ends.
 RUDE = """
 import http.server, sys, time
 kind, seen = sys.argv[1], []
@@ -68,7 +71,13 @@ server.serve_forever()
 @contextlib.contextmanager
 def process(*arguments, cwd=None):
   """(url, process) of a server that says `listening on URL` first; it is ended afterwards."""
-  child = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=cwd)
+  child = subprocess.Popen(
+    [sys.executable, *arguments],
+    stdout=subprocess.PIPE,
+    stderr=subprocess.DEVNULL,
+    text=True,
+    cwd=cwd,
+  )
   try:
     line = child.stdout.readline()
     assert line.startswith("listening on "), line
@@ -93,11 +102,17 @@ def rude(kind):
 
 
 def reward(url, timeout=20.0, retries=0, format="npz", pauses=None):
-  return remote.build(url, timeout, retries, format, pause=(pauses if pauses is not None else []).append)
+  return remote.build(
+    url, timeout, retries, format, pause=(pauses if pauses is not None else []).append
+  )
 
 
 def ask(reward, prompts=("a", "bb"), pixels=None, metadata=None):
-  pixels = np.random.default_rng(0).random((len(prompts), 6, 5, 3), np.float32) if pixels is None else pixels
+  pixels = (
+    np.random.default_rng(0).random((len(prompts), 6, 5, 3), np.float32)
+    if pixels is None
+    else pixels
+  )
   examples = [Example(i, prompt, metadata=metadata) for i, prompt in enumerate(prompts)]
   return reward.score(Media(pixels), examples)["remote"]
 
@@ -119,14 +134,18 @@ def test_scores_come_back_in_order(tmp_path, format):
 def test_video_goes_as_npz(tmp_path):
   video = np.random.default_rng(0).random((2, 3, 6, 5, 3), np.float32)
   with reference(tmp_path, "brightness") as (url, _):
-    np.testing.assert_allclose(ask(reward(url), pixels=video), video.mean((1, 2, 3, 4)) + [1, 2], atol=2e-3)
+    np.testing.assert_allclose(
+      ask(reward(url), pixels=video), video.mean((1, 2, 3, 4)) + [1, 2], atol=2e-3
+    )
     with pytest.raises(remote.RemoteError, match="format png sends images, not video.*use npz"):
       ask(reward(url, format="png"), pixels=video)
 
 
 def test_single_failures_are_nan_alone(tmp_path):
   pixels = np.full((4, 4, 4, 3), 0.5, np.float32)
-  pixels[3, 0, 0, 0] = np.nan  # the generator's own failure: no score, whatever the server says of it
+  pixels[3, 0, 0, 0] = (
+    np.nan
+  )  # the generator's own failure: no score, whatever the server says of it
   with reference(tmp_path, "nulls") as (url, _):
     scores = ask(reward(url), ("good", "bad", "odd", "good"), pixels)
   np.testing.assert_array_equal(scores, np.array([1, np.nan, np.nan, np.nan], np.float32))
@@ -137,14 +156,26 @@ def test_a_failed_batch_is_nan_in_the_loop_and_said_once(tmp_path):
   with reference(tmp_path, "broken") as (url, _):
     pixels, examples = np.zeros((3, 4, 4, 3), np.float32), [Example(i, "x") for i in range(3)]
     scores = scoring.host_scores(reward(url), pixels, examples, said.append)
-  assert list(scores) == ["remote"] and np.isnan(scores["remote"]).all() and scores["remote"].shape == (3,)
+  assert (
+    list(scores) == ["remote"]
+    and np.isnan(scores["remote"]).all()
+    and scores["remote"].shape == (3,)
+  )
   (line,) = said
-  assert "reward remote failed for 3 samples" in line and url in line and "status 500" in line and "no model" in line
+  assert (
+    "reward remote failed for 3 samples" in line
+    and url in line
+    and "status 500" in line
+    and "no model" in line
+  )
 
 
 def test_an_error_of_the_server_is_tried_again(tmp_path):
   pauses = []
-  with reference(tmp_path, "broken") as (url, _), pytest.raises(remote.RemoteError, match="status 500: .*no model.*attempts: 4"):
+  with (
+    reference(tmp_path, "broken") as (url, _),
+    pytest.raises(remote.RemoteError, match="status 500: .*no model.*attempts: 4"),
+  ):
     ask(reward(url, retries=3, pauses=pauses))
   assert pauses == [0.5, 1.0, 2.0]
 
@@ -156,7 +187,9 @@ def test_a_retry_can_succeed():
   assert pauses == [0.5, 1.0]
 
 
-@pytest.mark.parametrize("server", [lambda path: reference(path, "slow"), lambda path: rude("trickles")])
+@pytest.mark.parametrize(
+  "server", [lambda path: reference(path, "slow"), lambda path: rude("trickles")]
+)
 def test_a_slow_server_times_out(tmp_path, server):
   """One that doesn't answer, and one that sends a byte now and then for ever."""
   with server(tmp_path) as (url, _):
@@ -169,7 +202,9 @@ def test_a_slow_server_times_out(tmp_path, server):
 def test_a_server_that_is_not_there():
   with socket.socket() as held:
     held.bind(("127.0.0.1", 0))  # taken, but nobody listens
-    with pytest.raises(remote.RemoteError, match="http://127.0.0.1:.*ConnectionRefusedError.*attempts: 3"):
+    with pytest.raises(
+      remote.RemoteError, match="http://127.0.0.1:.*ConnectionRefusedError.*attempts: 3"
+    ):
       ask(reward(f"http://127.0.0.1:{held.getsockname()[1]}/", retries=2))
 
 
@@ -194,7 +229,10 @@ def test_a_malformed_answer(kind):
 
 def test_a_refusal_is_final():
   pauses = []
-  with rude("refuses") as (url, _), pytest.raises(remote.RemoteError, match="status 403: .*who are you"):
+  with (
+    rude("refuses") as (url, _),
+    pytest.raises(remote.RemoteError, match="status 403: .*who are you"),
+  ):
     ask(reward(url, retries=3, pauses=pauses))
   assert not pauses
 
@@ -205,7 +243,10 @@ def test_a_number_that_is_not_finite_failed():
 
 
 def test_too_few_scores(tmp_path):
-  with reference(tmp_path, "short") as (url, _), pytest.raises(remote.RemoteError, match="1 scores for 2 samples"):
+  with (
+    reference(tmp_path, "short") as (url, _),
+    pytest.raises(remote.RemoteError, match="1 scores for 2 samples"),
+  ):
     ask(reward(url))
 
 
@@ -222,4 +263,6 @@ def test_too_few_scores(tmp_path):
 )
 def test_a_mistake_in_the_section_is_named(change, message):
   with pytest.raises(ValueError, match=message):
-    remote.build(**{"url": "http://127.0.0.1:1/", "timeout": 1.0, "retries": 0, "format": "png"} | change)
+    remote.build(
+      **{"url": "http://127.0.0.1:1/", "timeout": 1.0, "retries": 0, "format": "png"} | change
+    )

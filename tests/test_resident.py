@@ -7,24 +7,25 @@ import numpy as np
 import pytest
 from tiny_checkpoint import ROOT, overrides
 
-from dancegrpo_jax import inventory, loading, main, resident
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime import topologies
-from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax import main
+from dancegrpo_jax.assembly import loading, resident
+from dancegrpo_jax.devices import chips, sharding
+from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.plan import inventory
+from dancegrpo_jax.settings import config_file
 
-GPU = topologies.Chip("80 GB", 80e9, 0.0, 0.0, 0.0)
+GPU = chips.Chip("80 GB", 80e9, 0.0, 0.0, 0.0)
 
 
 def stand_ins(config, count: int) -> jax.sharding.Mesh:
   """A mesh of as many devices; nothing is put on them, so any may stand in."""
-  devices = np.resize(np.array(jax.devices()), meshes.axis_sizes(config.mesh, count))
-  return jax.sharding.Mesh(devices, meshes.AXES)
+  devices = np.resize(np.array(jax.devices()), sharding.axis_sizes(config.mesh, count))
+  return jax.sharding.Mesh(devices, sharding.AXES)
 
 
 def described(name: str, *changes: str):
   """The config of a published recipe, without weights."""
-  return inventory.without_weights(configs.load(str(ROOT / "configs" / f"{name}.py"), changes))
+  return inventory.without_weights(config_file.load(str(ROOT / "configs" / f"{name}.py"), changes))
 
 
 def abstract(config, count: int):
@@ -57,12 +58,14 @@ def test_what_full_flux_keeps(flux):
   assert one["average"] == one["KL reference"] == 0
   eight = resident.device_bytes(config, *abstract(config, 8))
   assert eight["optimizer"] == pytest.approx(one["optimizer"] / 8, rel=1e-2)
-  cached = resident.device_bytes(config, *abstract(config, 1), without=("text_encoder", "text_encoder_2"))
+  cached = resident.device_bytes(
+    config, *abstract(config, 1), without=("text_encoder", "text_encoder_2")
+  )
   assert cached["frozen weights"] == pytest.approx(2 * 83.8e6, rel=2e-3)
 
 
 def test_full_flux_is_refused_on_one_gpu_and_taken_on_eight(flux, monkeypatch):
-  monkeypatch.setattr(topologies, "chip_of", lambda device: GPU)
+  monkeypatch.setattr(chips, "chip_of", lambda device: GPU)
   config = flux
   with pytest.raises(ConfigError) as caught:
     require_room(config, 1)
@@ -75,11 +78,11 @@ def test_full_flux_is_refused_on_one_gpu_and_taken_on_eight(flux, monkeypatch):
 
 
 def test_adapters_fit_on_one_gpu(monkeypatch):
-  monkeypatch.setattr(topologies, "chip_of", lambda device: GPU)
+  monkeypatch.setattr(chips, "chip_of", lambda device: GPU)
   lora = described("flux_hps_lora")
   require_room(lora, 1)
   small = GPU._replace(memory=24e9)
-  monkeypatch.setattr(topologies, "chip_of", lambda device: small)
+  monkeypatch.setattr(chips, "chip_of", lambda device: small)
   with pytest.raises(ConfigError, match=r"has 22\.35 .*frozen weights 31\.") as caught:
     require_room(lora, 1)
   assert "lora.rank" not in str(caught.value)  # it has adapters already
@@ -87,12 +90,14 @@ def test_adapters_fit_on_one_gpu(monkeypatch):
 
 def test_one_microbatch_needs_no_sum_and_a_penalty_and_an_average_are_copies(tiny_models):
   changes = {"optimizer__microbatch": 48, "objective__kl__weight": 0.1, "ema__decay": 0.9}
-  config = configs.load(
+  config = config_file.load(
     f"{ROOT / 'configs' / 'emoji_clip.py'}:tiny", overrides(tiny_models, **changes)
   )
   config = inventory.without_weights(config)
   model = inventory.outline(config, stand_ins(config, 1))
-  kept = resident.device_bytes(config, model, loading.abstract_state(config, model, stand_ins(config, 1), 1))
+  kept = resident.device_bytes(
+    config, model, loading.abstract_state(config, model, stand_ins(config, 1), 1)
+  )
   assert kept["trained weights"] > 0
   for copy in ("gradients", "average", "KL reference"):
     assert kept[copy] == kept["trained weights"], copy
@@ -100,8 +105,8 @@ def test_one_microbatch_needs_no_sum_and_a_penalty_and_an_average_are_copies(tin
 
 def test_train_asks_before_it_reads_weights(tiny_models, tmp_path, monkeypatch, capsys):
   """Through the command; where nothing is known of the memory, as of a CPU, nothing is asked."""
-  tiny = topologies.Chip("tiny", 1e6, 0.0, 0.0, 0.0)
-  monkeypatch.setattr(topologies, "chip_of", lambda device: tiny)
+  tiny = chips.Chip("tiny", 1e6, 0.0, 0.0, 0.0)
+  monkeypatch.setattr(chips, "chip_of", lambda device: tiny)
   monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("weights are read"))
   flags = [f"--config.{word}" for word in overrides(tiny_models)]
   config = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"

@@ -1,4 +1,6 @@
-"""Rewards: CLIP against transformers, path by path; a Python function and its mistakes; the size of a JPEG against PIL."""
+"""Rewards: CLIP against transformers, path by path; a Python function and its mistakes; the size of
+a JPEG against PIL.
+"""
 
 import io
 import sys
@@ -11,31 +13,37 @@ from PIL import Image
 from tiny_checkpoint import PROMPTS, tiny_config
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-from dancegrpo_jax import loading, scoring
+from dancegrpo_jax.assembly import loading, reward_builders
+from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.rewards import callable as python_function
 from dancegrpo_jax.rewards import compressibility
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime.config import ConfigError
 from dancegrpo_jax.types import Example, Media
 
 EXAMPLES = [Example(i, text) for i, text in enumerate(PROMPTS[:4])]
 
 
 def pictures(height: int, width: int) -> np.ndarray:
-  """Smooth waves with some noise, uint8 `[4, height, width, 3]`: what an 8-bit image processor takes without rounding."""
+  """Smooth waves with some noise, uint8 `[4, height, width, 3]`: what an 8-bit image processor
+  takes without rounding.
+  """
   rng = np.random.default_rng(height)
   y, x = np.mgrid[:height, :width]
   waves = [[np.sin(x / (3 + i) + y / (5 + c) + i) for c in range(3)] for i in range(4)]
-  values = 128 + 90 * np.array(waves).transpose(0, 2, 3, 1) + rng.normal(0, 10, (4, height, width, 3))
+  values = (
+    128 + 90 * np.array(waves).transpose(0, 2, 3, 1) + rng.normal(0, 10, (4, height, width, 3))
+  )
   return np.clip(np.round(values), 0, 255).astype(np.uint8)
 
 
 @pytest.fixture(scope="module")
 def clip(tiny_models):
-  """`(pixels) -> scores` and `(pixels) -> embeddings` of our CLIP reward, with its weights loaded."""
+  """`(pixels) -> scores` and `(pixels) -> embeddings` of our CLIP reward, with its weights
+  loaded.
+  """
   config = tiny_config(tiny_models)
-  mesh = meshes.make_mesh(config.mesh)
-  rewards = scoring.build_rewards(config)
+  mesh = sharding.make_mesh(config.mesh)
+  rewards = reward_builders.build_rewards(config)
   model = loading.load(config, loading.build_pipeline(config), rewards, mesh)
   reward, params = rewards["clip"], model.reward_params["clip"]
   assert reward.kind == "device" and reward.name == "clip"
@@ -51,30 +59,40 @@ def reference(tiny_models):
   """The same by transformers, from the same folder: processor, tokenizer, model."""
   model = CLIPModel.from_pretrained(tiny_models.clip).eval()
   processor = CLIPImageProcessor.from_pretrained(tiny_models.clip)
-  tokens = CLIPTokenizer.from_pretrained(tiny_models.clip)(list(PROMPTS[:4]), padding="max_length", return_tensors="pt")
+  tokens = CLIPTokenizer.from_pretrained(tiny_models.clip)(
+    list(PROMPTS[:4]), padding="max_length", return_tensors="pt"
+  )
 
   @torch.no_grad()
   def run(images: np.ndarray):
-    pixels = processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")["pixel_values"]
+    pixels = processor(images=[Image.fromarray(image) for image in images], return_tensors="pt")[
+      "pixel_values"
+    ]
     output = model(input_ids=tokens["input_ids"], pixel_values=pixels)
     return (output.image_embeds * output.text_embeds).sum(-1).numpy(), output.image_embeds.numpy()
 
   return run
 
 
-@pytest.mark.parametrize("size, tolerance", [
-  ((32, 32), 1e-5),  # the tower's own size: nothing is resized, so that only float32 round-off is left
-  ((48, 80), 5e-4),  # PIL resizes in 8 bits: half a level of 255 in each pass
-  ((120, 70), 5e-4),
-  ((64, 64), 5e-4),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "size, tolerance",
+  [
+    # the tower's own size: nothing is resized, so that only float32 round-off is left
+    ((32, 32), 1e-5),
+    ((48, 80), 5e-4),  # PIL resizes in 8 bits: half a level of 255 in each pass
+    ((120, 70), 5e-4),
+    ((64, 64), 5e-4),
+  ],
+)
 def test_clip_score_is_that_of_transformers(clip, reference, size, tolerance):
   score, embed = clip
   images = pictures(*size)
   pixels = np.float32(images) / 255
   expected, embeddings = reference(images)
   actual = np.asarray(score(pixels))
-  assert actual.shape == (4,) and actual.dtype == np.float32 and np.ptp(expected) > 50 * tolerance  # they tell images apart
+  assert (
+    actual.shape == (4,) and actual.dtype == np.float32 and np.ptp(expected) > 50 * tolerance
+  )  # they tell images apart
   np.testing.assert_allclose(actual, expected, atol=tolerance)
   np.testing.assert_allclose(embed(pixels), embeddings, atol=tolerance)
   np.testing.assert_allclose(np.linalg.norm(embed(pixels), axis=1), 1.0, rtol=1e-5)
@@ -119,32 +137,46 @@ def test_python_function_gets_what_it_needs():
 
 def test_python_function_of_a_video():
   reward = python_function.build(f"{__name__}:brightness")
-  (scores,) = reward.score(Media(np.full((2, 3, 4, 4, 3), 0.5, np.float32), 8.0), EXAMPLES[:2]).values()
+  (scores,) = reward.score(
+    Media(np.full((2, 3, 4, 4, 3), 0.5, np.float32), 8.0), EXAMPLES[:2]
+  ).values()
   np.testing.assert_allclose(scores, [0.5, 0.5])
 
 
-@pytest.mark.parametrize("name, words", [
-  ("no_such_module_here:f", ["no_such_module_here", "importable"]),
-  (f"{__name__}:no_such_function", ["no_such_function", "module:function"]),
-  (f"{__name__}:of_one_argument", ["of_one_argument", "(pixels, prompts, metadata)"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "name, words",
+  [
+    ("no_such_module_here:f", ["no_such_module_here", "importable"]),
+    (f"{__name__}:no_such_function", ["no_such_function", "module:function"]),
+    (f"{__name__}:of_one_argument", ["of_one_argument", "(pixels, prompts, metadata)"]),
+  ],
+)
 def test_python_function_that_can_t_be_used(name, words):
   with pytest.raises(ValueError) as error:
     python_function.build(name)
   text = str(error.value)
-  assert "\n" not in text and text.startswith("config.reward.terms") and all(word in text for word in words), text
+  assert (
+    "\n" not in text
+    and text.startswith("config.reward.terms")
+    and all(word in text for word in words)
+  ), text
   with pytest.raises(ConfigError, match="config.reward.terms"):  # what a command makes of it
-    scoring.build_rewards(tiny_config(reward__terms=((name, 1.0),)))
+    reward_builders.build_rewards(tiny_config(reward__terms=((name, 1.0),)))
 
 
-@pytest.mark.parametrize("source, words", [
-  ("score = 1", ["score", "(pixels, prompts, metadata)"]),
-  ("import no_such_dependency\ndef score(a, b, c): pass", ["no_such_dependency"]),
-  ("def score(a, b, c): return a\nthis is no python", ["line 2"]),
-  ("raise RuntimeError('no GPU here')", ["no GPU here"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "source, words",
+  [
+    ("score = 1", ["score", "(pixels, prompts, metadata)"]),
+    ("import no_such_dependency\ndef score(a, b, c): pass", ["no_such_dependency"]),
+    ("def score(a, b, c): return a\nthis is no python", ["line 2"]),
+    ("raise RuntimeError('no GPU here')", ["no GPU here"]),
+  ],
+)
 def test_module_that_can_t_be_used(tmp_path, monkeypatch, source, words):
-  """Whatever is wrong with the user's module, it is a line about the config, before anything runs."""
+  """Whatever is wrong with the user's module, it is a line about the config, before anything
+  runs.
+  """
   (tmp_path / "scorer_of_a_user.py").write_text(source)
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, "scorer_of_a_user", raising=False)

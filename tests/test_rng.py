@@ -1,4 +1,6 @@
-"""Noise is a function of (seed, stream, iteration, prompt, sample, step) alone: never of the batch or the devices."""
+"""Noise is a function of (seed, stream, iteration, prompt, sample, step) alone: never of the batch
+or the devices.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -6,8 +8,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.runtime import mesh as mesh_lib
-from dancegrpo_jax.runtime import rng
+from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.rl import rng
 
 SHAPE = (8, 8, 4)
 PROMPT = np.repeat(np.arange(4), 4)  # 4 prompts x 4 samples
@@ -16,8 +18,12 @@ SAMPLE = np.tile(np.arange(4), 4)
 
 @jax.jit(static_argnames="shared")
 def draw(iteration, prompt, sample, step, shared):
-  initial = rng.initial_noise(rng.stream(0, "initial"), iteration, prompt, sample, shared=shared, shape=SHAPE)
-  return initial, rng.step_noise(rng.stream(0, "step"), iteration, prompt, sample, step, shape=SHAPE)
+  initial = rng.initial_noise(
+    rng.stream(0, "initial"), iteration, prompt, sample, shared=shared, shape=SHAPE
+  )
+  return initial, rng.step_noise(
+    rng.stream(0, "step"), iteration, prompt, sample, step, shape=SHAPE
+  )
 
 
 def whole(shared=False, iteration=3, step=2):
@@ -27,7 +33,9 @@ def whole(shared=False, iteration=3, step=2):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("rows", [1, 3, 4, 8])
 def test_noise_is_bitwise_independent_of_the_batch_split(shared, rows):
-  parts = [draw(3, PROMPT[i : i + rows], SAMPLE[i : i + rows], 2, shared) for i in range(0, 16, rows)]
+  parts = [
+    draw(3, PROMPT[i : i + rows], SAMPLE[i : i + rows], 2, shared) for i in range(0, 16, rows)
+  ]
   for expected, part in zip(whole(shared), zip(*parts)):
     np.testing.assert_array_equal(np.concatenate(part), expected)
 
@@ -35,12 +43,12 @@ def test_noise_is_bitwise_independent_of_the_batch_split(shared, rows):
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("rows", [16, 8])
 def test_noise_is_bitwise_independent_of_the_devices(shared, rows):
-  mesh = mesh_lib.make_mesh(ConfigDict({"data": 4, "fsdp": 2, "tensor": 1}))
-  sharding = mesh_lib.batch_sharding(mesh)
+  mesh = sharding.make_mesh(ConfigDict({"data": 4, "fsdp": 2, "tensor": 1}))
+  split = sharding.batch_sharding(mesh)
   with jax.set_mesh(mesh):
     parts = []
     for i in range(0, 16, rows):
-      prompt, sample = (jax.device_put(x[i : i + rows], sharding) for x in (PROMPT, SAMPLE))
+      prompt, sample = (jax.device_put(x[i : i + rows], split) for x in (PROMPT, SAMPLE))
       part = draw(3, prompt, sample, 2, shared)
       assert len(part[1].sharding.device_set) == 8 and not part[1].sharding.is_fully_replicated
       parts.append(jax.tree.map(np.asarray, part))
@@ -66,21 +74,28 @@ def test_every_index_and_stream_matters():
   flat = np.concatenate([noise.reshape(16, -1) for noise in draws])
   distinct = len(np.unique(flat, axis=0))
   assert distinct == 16 * 5 + 4  # all samples of all draws differ but those of a shared group
-  assert not np.array_equal(jax.random.key_data(rng.stream(0, "a")), jax.random.key_data(rng.stream(1, "a")))
+  assert not np.array_equal(
+    jax.random.key_data(rng.stream(0, "a")), jax.random.key_data(rng.stream(1, "a"))
+  )
 
 
 def test_noise_is_standard_normal():
   noise = np.concatenate([noise.ravel() for noise in whole()])
-  assert abs(noise.mean()) < 5 / np.sqrt(noise.size) and abs(noise.std() - 1) < 5 / np.sqrt(2 * noise.size)
+  assert abs(noise.mean()) < 5 / np.sqrt(noise.size) and abs(noise.std() - 1) < 5 / np.sqrt(
+    2 * noise.size
+  )
 
 
 def test_a_stream_is_the_same_in_every_version():
-  # zlib.crc32(b"initial_noise") folded into threefry's key(42), computed once on JAX 0.10.2: a change loses reproducibility
+  # zlib.crc32(b"initial_noise") folded into threefry's key(42), computed once on JAX 0.10.2: a
+  # change loses reproducibility
   assert jax.random.key_data(rng.stream(42, "initial_noise")).tolist() == [1191323504, 2054587545]
 
 
 def test_indices_are_ordered():
   key = rng.stream(0, "x")
-  assert (jax.random.key_data(rng.derive(key, 1, 2)) != jax.random.key_data(rng.derive(key, 2, 1))).any()
+  assert (
+    jax.random.key_data(rng.derive(key, 1, 2)) != jax.random.key_data(rng.derive(key, 2, 1))
+  ).any()
   keys = rng.sample_keys(key, 1, jnp.arange(3))
   assert (jax.random.key_data(keys[2]) == jax.random.key_data(rng.derive(key, 1, 2))).all()

@@ -1,4 +1,6 @@
-"""The rollout against closed forms (the tables of the transitions' papers, in float64) and against diffusers' schedulers."""
+"""The rollout against closed forms (the tables of the transitions' papers, in float64) and against
+diffusers' schedulers.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -11,12 +13,23 @@ from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.rl.rollout import Policy, Rollout, rollout
 
 STEPS, BATCH, SHAPE = 10, 3, (4, 2)
-STABLE_DIFFUSION = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+STABLE_DIFFUSION = {
+  "num_train_timesteps": 1000,
+  "beta_start": 0.00085,
+  "beta_end": 0.012,
+  "beta_schedule": "scaled_linear",
+}
 # prediction, kind, noise level: every stochastic step of both paradigms
 POLICIES = [
-  ("velocity", "flow", 0.7), ("velocity", "dance", 0.3), ("velocity", "cps", 0.8),
-  ("epsilon", "ddim", 1.0), ("epsilon", "ddim", 0.5), ("epsilon", "dance", 0.3), ("epsilon", "cps", 0.6), ("v", "ddim", 1.0),
-]  # fmt: skip
+  ("velocity", "flow", 0.7),
+  ("velocity", "dance", 0.3),
+  ("velocity", "cps", 0.8),
+  ("epsilon", "ddim", 1.0),
+  ("epsilon", "ddim", 0.5),
+  ("epsilon", "dance", 0.3),
+  ("epsilon", "cps", 0.6),
+  ("v", "ddim", 1.0),
+]
 
 
 def make_policy(prediction="velocity", kind="flow", noise_level=0.7, **changes) -> Policy:
@@ -29,7 +42,7 @@ def grid(prediction: str, steps: int = STEPS) -> schedules.Schedule:
     return schedules.flow_schedule(steps, 1.0)
   return schedules.diffusion_schedule(
     steps, **STABLE_DIFFUSION, spacing="leading", steps_offset=1, set_alpha_to_one=False
-  )  # fmt: skip
+  )
 
 
 def network(seed: int = 0):
@@ -49,7 +62,9 @@ def network(seed: int = 0):
 def draw(seed: int = 1, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
   """Initial noise and the noise of every step."""
   rng = np.random.default_rng(seed)
-  return rng.standard_normal((BATCH, *SHAPE)).astype(np.float32), rng.standard_normal((steps, BATCH, *SHAPE)).astype(np.float32)
+  return rng.standard_normal((BATCH, *SHAPE)).astype(np.float32), rng.standard_normal(
+    (steps, BATCH, *SHAPE)
+  ).astype(np.float32)
 
 
 def run(policy: Policy, start=0, seed: int = 1, denoise=None, noise=None) -> Rollout:
@@ -57,7 +72,12 @@ def run(policy: Policy, start=0, seed: int = 1, denoise=None, noise=None) -> Rol
   steps = jnp.asarray(steps if noise is None else noise)
   function = jax.jit(
     lambda initial: rollout(
-      denoise or network(), grid(policy.prediction, policy.steps), policy, start, initial, lambda i: steps[i]
+      denoise or network(),
+      grid(policy.prediction, policy.steps),
+      policy,
+      start,
+      initial,
+      lambda i: steps[i],
     )
   )
   return jax.tree.map(np.asarray, function(initial))
@@ -86,7 +106,9 @@ def gaussian(prediction: str, kind: str, level: float, x, output, here, there, f
     return alpha2 * x0 + np.sqrt(sigma2**2 - std**2) * eps, std
   if prediction != "velocity":  # arXiv 2505.07818, eq. (7), in z = x / alpha
     eta, eta2 = sigma / alpha, sigma2 / alpha2
-    return alpha2 * (x / alpha + (1 + level**2) * eps * (eta2 - eta)), level * alpha2 * np.sqrt(eta**2 - eta2**2)
+    return alpha2 * (x / alpha + (1 + level**2) * eps * (eta2 - eta)), level * alpha2 * np.sqrt(
+      eta**2 - eta2**2
+    )
   dt, score = sigma2 - sigma, -eps / sigma
   if kind == "flow":  # arXiv 2505.05470
     level = level * np.sqrt(sigma / (1 - (sigma if sigma < 1 else first_sigma)))
@@ -113,7 +135,9 @@ def test_every_state_is_mean_plus_std_times_noise(prediction, kind, level):
     mean, std = gaussian(prediction, kind, level, np.float64(x), output, at[k], at[k + 1], at[1][1])
     np.testing.assert_allclose(rolled.latents[k + 1], mean + std * np.float64(noise[k]), atol=2e-5)
     # the density of a Gaussian at mean + std * noise, averaged over the dimensions
-    expected = -np.square(np.float64(noise[k])).mean((1, 2)) / 2 - np.log(std) - np.log(2 * np.pi) / 2
+    expected = (
+      -np.square(np.float64(noise[k])).mean((1, 2)) / 2 - np.log(std) - np.log(2 * np.pi) / 2
+    )
     np.testing.assert_allclose(rolled.log_probs[k], expected, atol=1e-4)
   x = rolled.latents[-1]
   output = np.float64(denoise(jnp.asarray(x), jnp.broadcast_to(schedule.model_time[steps], BATCH)))
@@ -128,18 +152,24 @@ def test_sum_reduction_is_the_density_of_all_dimensions():
 
 
 def test_last_step_kinds():
-  """x0hat: what the network takes the clean sample for. sde: the last step is the policy's too, and the last state the sample."""
+  """x0hat: what the network takes the clean sample for. sde: the last step is the policy's too, and
+  the last state the sample.
+  """
   schedule, denoise = grid("epsilon"), network()
   rolled = run(make_policy("epsilon", "ddim", 1.0, last_step="x0hat"))
   x, (alpha, sigma) = np.float64(rolled.latents[-1]), points(schedule)[-2]
-  output = np.float64(denoise(jnp.asarray(rolled.latents[-1]), jnp.broadcast_to(schedule.model_time[-2], BATCH)))
+  output = np.float64(
+    denoise(jnp.asarray(rolled.latents[-1]), jnp.broadcast_to(schedule.model_time[-2], BATCH))
+  )
   np.testing.assert_allclose(rolled.sample, (x - sigma * output) / alpha, atol=2e-5)
   rolled = run(make_policy("epsilon", "ddim", 1.0, last_step="sde", window=STEPS))
   np.testing.assert_array_equal(rolled.sample, rolled.latents[-1])
   assert rolled.log_probs.shape == (STEPS, BATCH) and (rolled.log_probs != 0).all()
 
 
-@pytest.mark.parametrize("prediction, kind, level", [("velocity", "flow", 0.7), ("epsilon", "ddim", 1.0)])
+@pytest.mark.parametrize(
+  "prediction, kind, level", [("velocity", "flow", 0.7), ("epsilon", "ddim", 1.0)]
+)
 @pytest.mark.parametrize("start", [0, 3, 7])
 def test_window_is_stochastic_inside_and_deterministic_outside(prediction, kind, level, start):
   policy, denoise = make_policy(prediction, kind, level, window=2), network()
@@ -151,7 +181,9 @@ def test_window_is_stochastic_inside_and_deterministic_outside(prediction, kind,
     inside = start <= i < start + 2
     kept += [x] if start <= i <= start + 2 else []
     output = np.float64(denoise(jnp.float32(x), jnp.broadcast_to(schedule.model_time[i], BATCH)))
-    mean, std = gaussian(prediction, kind if inside else "ode", level, x, output, at[i], at[i + 1], at[1][1])
+    mean, std = gaussian(
+      prediction, kind if inside else "ode", level, x, output, at[i], at[i + 1], at[1][1]
+    )
     x = mean + std * np.float64(noise[i])
   np.testing.assert_allclose(rolled.latents, kept, atol=1e-4)
   np.testing.assert_allclose(rolled.sample, x, atol=1e-4)
@@ -180,8 +212,12 @@ def test_a_traced_start_compiles_once_for_all_windows():
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_trajectory_is_that_of_diffusers(eta):
-  """Stable Diffusion's grid, 10 steps: eta 0 is `window = 0`; with eta 1 every step takes the same noise, the last one too."""
-  scheduler = DDIMScheduler(**STABLE_DIFFUSION, steps_offset=1, set_alpha_to_one=False, clip_sample=False)
+  """Stable Diffusion's grid, 10 steps: eta 0 is `window = 0`; with eta 1 every step takes the same
+  noise, the last one too.
+  """
+  scheduler = DDIMScheduler(
+    **STABLE_DIFFUSION, steps_offset=1, set_alpha_to_one=False, clip_sample=False
+  )
   scheduler.set_timesteps(STEPS)
   denoise, (initial, noise) = network(), draw()
   np.testing.assert_array_equal(grid("epsilon").model_time[:-1], scheduler.timesteps.numpy())
@@ -189,7 +225,11 @@ def test_ddim_trajectory_is_that_of_diffusers(eta):
   for i, time in enumerate(scheduler.timesteps):
     output = np.array(denoise(jnp.asarray(x.numpy()), jnp.full(BATCH, float(time))))
     x = scheduler.step(
-      torch.from_numpy(output), time, x, eta=eta, variance_noise=torch.from_numpy(noise[i]) if eta else None
+      torch.from_numpy(output),
+      time,
+      x,
+      eta=eta,
+      variance_noise=torch.from_numpy(noise[i]) if eta else None,
     ).prev_sample
     states.append(x.numpy())
   if eta:
@@ -197,7 +237,11 @@ def test_ddim_trajectory_is_that_of_diffusers(eta):
     np.testing.assert_allclose(rolled.latents, states, atol=1e-5 * np.abs(states).max())
   else:
     rolled = run(make_policy("epsilon", "ddim", 1.0, window=0))
-    assert rolled.latents.shape[0] == 1 and rolled.log_probs.shape == (0, BATCH) and rolled.step_index.shape == (0,)
+    assert (
+      rolled.latents.shape[0] == 1
+      and rolled.log_probs.shape == (0, BATCH)
+      and rolled.step_index.shape == (0,)
+    )
   np.testing.assert_allclose(rolled.sample, states[-1], atol=1e-5 * np.abs(states[-1]).max())
 
 
@@ -237,7 +281,12 @@ def test_dpm_solver_outside_the_window_starts_anew_after_it():
   """arXiv 2211.01095, algorithm 2, with the multistep history cut by the window's noise."""
   start, width = 3, 2
   policy = make_policy(outside="dpm++", window=width)
-  rolled, (initial, noise), denoise, schedule = run(policy, start), draw(), network(), grid("velocity")
+  rolled, (initial, noise), denoise, schedule = (
+    run(policy, start),
+    draw(),
+    network(),
+    grid("velocity"),
+  )
   at, x, previous = points(schedule), np.float64(initial), None
   with np.errstate(divide="ignore"):
     logs = [np.log(alpha) - np.log(sigma) for alpha, sigma in at]
@@ -253,7 +302,11 @@ def test_dpm_solver_outside_the_window_starts_anew_after_it():
     if previous is not None and np.isfinite(h):  # the last step, to sigma = 0, is of first order
       m_prev, h_prev = previous
       estimate = m + (m - m_prev) * h / (2 * h_prev) if np.isfinite(h_prev) else m
-    x = sigma2 / sigma * x - alpha2 * np.expm1(-h) * estimate if np.isfinite(h) else alpha2 * m + sigma2 / sigma * (x - alpha * m)
+    x = (
+      sigma2 / sigma * x - alpha2 * np.expm1(-h) * estimate
+      if np.isfinite(h)
+      else alpha2 * m + sigma2 / sigma * (x - alpha * m)
+    )
     previous = (m, h)
   np.testing.assert_allclose(rolled.sample, x, atol=1e-4)
   euler = run(policy._replace(outside="ode"), start)

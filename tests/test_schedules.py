@@ -6,38 +6,64 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from dancegrpo_jax.diffusion.schedules import diffusion_schedule, flow_schedule, point, resolution_shift
+from dancegrpo_jax.diffusion.schedules import (
+  diffusion_schedule,
+  flow_schedule,
+  point,
+  resolution_shift,
+)
 
 SD = {"num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012}
 FLUX = {"base_tokens": 256, "max_tokens": 4096, "base_shift": 0.5, "max_shift": 1.15}
 
 
-def sd_schedule(steps, beta_schedule="scaled_linear", spacing="leading", steps_offset=1, set_alpha_to_one=False):
+def sd_schedule(
+  steps, beta_schedule="scaled_linear", spacing="leading", steps_offset=1, set_alpha_to_one=False
+):
   return diffusion_schedule(
-    steps, beta_schedule=beta_schedule, spacing=spacing, steps_offset=steps_offset, set_alpha_to_one=set_alpha_to_one, **SD
+    steps,
+    beta_schedule=beta_schedule,
+    spacing=spacing,
+    steps_offset=steps_offset,
+    set_alpha_to_one=set_alpha_to_one,
+    **SD,
   )
 
 
 @pytest.mark.parametrize("beta_schedule", ["scaled_linear", "linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("spacing, offset", [("leading", 1), ("leading", 0), ("trailing", 0), ("linspace", 0)])
+@pytest.mark.parametrize(
+  "spacing, offset", [("leading", 1), ("leading", 0), ("trailing", 0), ("linspace", 0)]
+)
 @pytest.mark.parametrize("to_one", [False, True])
 def test_grid_is_that_of_diffusers(beta_schedule, spacing, offset, to_one):
   theirs = DDIMScheduler(
-    beta_schedule=beta_schedule, timestep_spacing=spacing, steps_offset=offset, set_alpha_to_one=to_one, **SD
+    beta_schedule=beta_schedule,
+    timestep_spacing=spacing,
+    steps_offset=offset,
+    set_alpha_to_one=to_one,
+    **SD,
   )
   for steps in (1, 3, 10, 50):
     theirs.set_timesteps(steps)
     ours = sd_schedule(steps, beta_schedule, spacing, offset, to_one)
     np.testing.assert_array_equal(ours.model_time[:-1], theirs.timesteps.numpy())
-    alpha_bar = torch.cat([theirs.alphas_cumprod[theirs.timesteps], theirs.final_alpha_cumprod[None]]).double().numpy()
-    np.testing.assert_allclose(np.square(ours.alpha, dtype=np.float64), alpha_bar, rtol=5e-5)  # theirs is a float32 product
+    alpha_bar = (
+      torch.cat([theirs.alphas_cumprod[theirs.timesteps], theirs.final_alpha_cumprod[None]])
+      .double()
+      .numpy()
+    )
+    np.testing.assert_allclose(
+      np.square(ours.alpha, dtype=np.float64), alpha_bar, rtol=5e-5
+    )  # theirs is a float32 product
     np.testing.assert_allclose(np.square(ours.sigma, dtype=np.float64), 1 - alpha_bar, atol=2e-6)
 
 
 def test_stable_diffusion_grid():
   schedule = sd_schedule(50)
   np.testing.assert_array_equal(schedule.model_time[:-1], np.arange(981, 0, -20))
-  assert float(schedule.sigma[-1]) == pytest.approx(0.00085**0.5, rel=1e-5)  # alpha_bar[0] = 1 - beta_start
+  assert float(schedule.sigma[-1]) == pytest.approx(
+    0.00085**0.5, rel=1e-5
+  )  # alpha_bar[0] = 1 - beta_start
   assert schedule.alpha.dtype == schedule.sigma.dtype == schedule.model_time.dtype == np.float32
 
 

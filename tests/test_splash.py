@@ -1,4 +1,6 @@
-"""The TPU's attention kernel against xla's, in Pallas's interpreter; what it computes on a TPU is not shown here."""
+"""The TPU's attention kernel against xla's, in Pallas's interpreter; what it computes on a TPU is
+not shown here.
+"""
 
 import importlib.util
 
@@ -6,16 +8,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.models import splash
 from dancegrpo_jax.models.attention import attention
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime import topologies
+from dancegrpo_jax.plan import topologies
 
 
 def draw(queries: int, keys: int, batch: int = 1, heads: int = 2, dtype=jnp.float32):
-  shapes = ((batch, queries, heads, 128), (batch, keys, heads, 128), (batch, keys, heads, 128), (batch, queries, heads, 128))
+  shapes = (
+    (batch, queries, heads, 128),
+    (batch, keys, heads, 128),
+    (batch, keys, heads, 128),
+    (batch, queries, heads, 128),
+  )
   return [jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate(shapes)]
 
 
@@ -35,20 +42,26 @@ def both(q, k, v, weight, kernel="splash", **options):
 
 @pytest.mark.parametrize("queries, keys", [(150, 150), (130, 40)])
 def test_equals_xla_with_its_gradients(queries, keys):
-  """float32: round-off of sums of up to 256 terms. 150 and 130 tokens are padded to 256, 40 keys to 128."""
+  """float32: round-off of sums of up to 256 terms. 150 and 130 tokens are padded to 256, 40 keys to
+  128.
+  """
   for mine, theirs in zip(*both(*draw(queries, keys))):
     assert np.abs(mine - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
 def test_half_precision():
-  """bfloat16 has steps of 1/256 relative to a value; the two round their weights at different points."""
+  """bfloat16 has steps of 1/256 relative to a value; the two round their weights at different
+  points.
+  """
   for mine, theirs in zip(*both(*draw(140, 140, dtype=jnp.bfloat16))):
     assert np.abs(mine - theirs).max() <= 2e-2 * np.abs(theirs).max()
 
 
 def test_on_a_mesh_under_remat_and_scan():
-  """Each device computes its own samples: the same numbers as without a mesh, and no collective but the result's."""
-  mesh = meshes.make_mesh(configs.ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
+  """Each device computes its own samples: the same numbers as without a mesh, and no collective but
+  the result's.
+  """
+  mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
   q, k, v, _ = draw(130, 130, batch=8, heads=1)
 
   def blocks(q, k, v):
@@ -60,12 +73,18 @@ def test_on_a_mesh_under_remat_and_scan():
 
   alone = jax.jit(gradient)(q, k, v)
   with jax.set_mesh(mesh):
-    split = meshes.batch_sharding(mesh)
-    program = jax.jit(gradient, out_shardings=split).lower(*(jax.device_put(x, split) for x in (q, k, v))).compile()
+    split = sharding.batch_sharding(mesh)
+    program = (
+      jax.jit(gradient, out_shardings=split)
+      .lower(*(jax.device_put(x, split) for x in (q, k, v)))
+      .compile()
+    )
     text = program.as_text()
     together = program(*(jax.device_put(x, split) for x in (q, k, v)))
   assert not any(word in text for word in ("all-gather(", "all-reduce(", "all-to-all("))
-  assert np.abs(np.asarray(together) - np.asarray(alone)).max() <= 1e-5 * np.abs(np.asarray(alone)).max()
+  assert (
+    np.abs(np.asarray(together) - np.asarray(alone)).max() <= 1e-5 * np.abs(np.asarray(alone)).max()
+  )
 
 
 def test_lengths_are_padded_to_the_registers():
@@ -74,7 +93,9 @@ def test_lengths_are_padded_to_the_registers():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_key_lengths_and_causal_masks(causal):
-  """Samples with 1, 37 and all 140 valid keys; what lies behind them is far too large to go unnoticed."""
+  """Samples with 1, 37 and all 140 valid keys; what lies behind them is far too large to go
+  unnoticed.
+  """
   q, k, v, weight = draw(140, 140, batch=3)
   lengths = jnp.array([1, 37, 140])
   beyond = (jnp.arange(140)[None, :] >= lengths[:, None])[..., None, None]
@@ -83,12 +104,21 @@ def test_key_lengths_and_causal_masks(causal):
     assert np.abs(mine - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (requirements-tpu.txt)")
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu is not installed (requirements-tpu.txt)",
+)
 @pytest.mark.parametrize("heads, dim, kernel", [(24, 128, True), (8, 40, False)])
 def test_auto_compiles_for_a_tpu(heads, dim, kernel):
-  """Forward and backward of FLUX's attention at 720x720, and of Stable Diffusion's, with the TPU compiler: from this CPU."""
-  mesh = meshes.make_mesh(configs.ConfigDict({"data": 1, "fsdp": 4, "tensor": 1}), topologies.devices("v5e:2x2"))
-  x = jax.ShapeDtypeStruct((4, 2025 + 512, heads, dim), jnp.bfloat16, sharding=meshes.batch_sharding(mesh))
+  """Forward and backward of FLUX's attention at 720x720, and of Stable Diffusion's, with the TPU
+  compiler: from this CPU.
+  """
+  mesh = sharding.make_mesh(
+    ConfigDict({"data": 1, "fsdp": 4, "tensor": 1}), topologies.devices("v5e:2x2")
+  )
+  x = jax.ShapeDtypeStruct(
+    (4, 2025 + 512, heads, dim), jnp.bfloat16, sharding=sharding.batch_sharding(mesh)
+  )
   with jax.set_mesh(mesh):
     gradient = jax.grad(lambda q, k, v: attention(q, k, v).astype(jnp.float32).sum(), (0, 1, 2))
     text = jax.jit(gradient).lower(x, x, x).compile().as_text()

@@ -20,7 +20,9 @@ def folder(tmp_path):
 
 def test_words_are_pieces_and_the_rest_is_spelled(folder):
   pieces = [piece for piece, _ in vocabulary(CAPTIONS)]
-  assert pieces[:8] == ["<pad>", "</s>", "<unk>", "▁a", "▁cat", "▁red", "▁blue", "▁boat"] and len(set(pieces)) == len(pieces)
+  assert pieces[:8] == ["<pad>", "</s>", "<unk>", "▁a", "▁cat", "▁red", "▁blue", "▁boat"] and len(
+    set(pieces)
+  ) == len(pieces)
   rows = load_t5_tokenizer(folder)(TEXTS, 8)
   assert rows.shape == (7, 8) and rows.dtype == np.int32
   spelled = [" ".join(pieces[i] for i in row) for row in rows]

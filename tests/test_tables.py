@@ -1,4 +1,6 @@
-"""The tables against the inventories of published files (fixtures/tensors: config.json as published, name<TAB>shape)."""
+"""The tables against the inventories of published files (fixtures/tensors: config.json as
+published, name<TAB>shape).
+"""
 
 import functools
 import gzip
@@ -11,11 +13,14 @@ import jax
 import numpy as np
 import pytest
 
-from dancegrpo_jax.convert.core import ConversionError, Mapping, Spec, expected_sources, plan
+from dancegrpo_jax.checkpoints.mapping import Mapping, Spec, expected_sources, plan
+from dancegrpo_jax.checkpoints.tables import TABLES
+from dancegrpo_jax.checkpoints.tables.clip import OPEN_CLIP
+from dancegrpo_jax.checkpoints.tables.rows import tree_path
+from dancegrpo_jax.checkpoints.weights import specs
 from dancegrpo_jax.convert.shapes import abstract_params, class_name
-from dancegrpo_jax.convert.tables import OPEN_CLIP, TABLES, tree_path
+from dancegrpo_jax.errors import ConversionError
 from dancegrpo_jax.models import clip, flux, t5
-from dancegrpo_jax.runtime.weights import specs
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tensors"
 F32 = np.dtype(np.float32)
@@ -56,13 +61,22 @@ def parameters(name: str, scan: bool = False) -> dict[str, Spec]:
     return specs(abstract_params(config(name)))
   kind = class_name(config(name))
   if kind == "FluxTransformer2DModel":
-    network, arguments = flux.from_json(config(name), scan_blocks=True), [np.zeros((1, 2, 2, 16)), np.zeros(1)]
-    arguments += [np.zeros((1, 1, network.joint_attention_dim)), np.zeros((1, network.pooled_projection_dim))]
+    network, arguments = (
+      flux.from_json(config(name), scan_blocks=True),
+      [np.zeros((1, 2, 2, 16)), np.zeros(1)],
+    )
+    arguments += [
+      np.zeros((1, 1, network.joint_attention_dim)),
+      np.zeros((1, network.pooled_projection_dim)),
+    ]
     arguments = [x.astype(np.float32) for x in arguments + [np.zeros(1)] * network.guidance_embeds]
   elif kind == "T5EncoderModel":
     network, arguments = t5.from_json(config(name), scan_blocks=True), [np.zeros((1, 1), np.int32)]
   elif kind == "CLIPTextModel":
-    network, arguments = clip.ClipText.from_json(config(name), scan_layers=True), [np.zeros((1, 1), np.int32)]
+    network, arguments = (
+      clip.ClipText.from_json(config(name), scan_layers=True),
+      [np.zeros((1, 1), np.int32)],
+    )
   else:
     network = clip.Clip.from_json(config(name), scan_layers=True)
     arguments = [np.zeros((1, 1), np.int32), np.zeros((1, 224, 224, 3), np.float32)]
@@ -70,11 +84,17 @@ def parameters(name: str, scan: bool = False) -> dict[str, Spec]:
 
 
 def planned(name: str, file: str, scan: bool = False) -> Mapping:
-  """The plan, after a check that nothing is left on either side (but a tied weight's second name)."""
+  """The plan, after a check that nothing is left on either side (but a tied weight's second
+  name).
+  """
   table = TABLES[class_name(config(name))]
   mapping = plan(table, inventory(file), parameters(name, scan))
-  assert set(mapping.by_source) == set(inventory(file)) - set(dict(table.copies)) and all(mapping.by_target.values())
-  assert all(bool(blocks) != (name in mapping.buffers) for name, blocks in mapping.by_source.items())
+  assert set(mapping.by_source) == set(inventory(file)) - set(dict(table.copies)) and all(
+    mapping.by_target.values()
+  )
+  assert all(
+    bool(blocks) != (name in mapping.buffers) for name, blocks in mapping.by_source.items()
+  )
   return mapping
 
 
@@ -94,35 +114,63 @@ def test_published_names_of_fluxs_text_encoders_are_mapped(name):
   assert not planned(name, f"{name}.published").buffers
 
 
-@pytest.mark.parametrize("name, file, last", [
-  ("flux-dev", "flux-dev", "transformer_blocks/attn/add_q_proj/kernel: transformer_blocks.18.attn.add_q_proj.weight"),
-  ("flux-schnell", "flux-schnell", "single_transformer_blocks/proj_mlp/bias: single_transformer_blocks.37.proj_mlp.bias"),
-  ("flux-t5", "flux-t5.published",
-   "encoder/block/layer_1/DenseReluDense/wi_1/kernel: encoder.block.23.layer.1.DenseReluDense.wi_1.weight"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "name, file, last",
+  [
+    (
+      "flux-dev",
+      "flux-dev",
+      "transformer_blocks/attn/add_q_proj/kernel: transformer_blocks.18.attn.add_q_proj.weight",
+    ),
+    (
+      "flux-schnell",
+      "flux-schnell",
+      "single_transformer_blocks/proj_mlp/bias: single_transformer_blocks.37.proj_mlp.bias",
+    ),
+    (
+      "flux-t5",
+      "flux-t5.published",
+      "encoder/block/layer_1/DenseReluDense/wi_1/kernel:"
+      " encoder.block.23.layer.1.DenseReluDense.wi_1.weight",
+    ),
+  ],
+)
 def test_stacked_blocks_are_mapped(name, file, last):
   path, tensor = last.split(": ")
-  blocks = sorted(planned(name, file, scan=True).by_target[path], key=lambda block: block.target_box)
+  blocks = sorted(
+    planned(name, file, scan=True).by_target[path], key=lambda block: block.target_box
+  )
   assert blocks[-1].source == tensor and len(blocks) == int(re.search(r"\d+", tensor)[0]) + 1
-  assert {n: s.shape for n, s in expected_sources(TABLES[class_name(config(name))], parameters(name, True)).items()} == {
-    n: s.shape for n, s in inventory(file).items()
-  }
+  assert {
+    n: s.shape
+    for n, s in expected_sources(TABLES[class_name(config(name))], parameters(name, True)).items()
+  } == {n: s.shape for n, s in inventory(file).items()}
 
 
 def test_either_name_of_t5s_embedding_and_a_whole_t5():
-  """Files hold the tied matrix under one name, the other or both; the decoder of a full T5 is left out."""
+  """Files hold the tied matrix under one name, the other or both; the decoder of a full T5 is left
+  out.
+  """
   table, tensors, targets = TABLES["T5EncoderModel"], inventory("flux-t5"), parameters("flux-t5")
   shared, copy = "shared.weight", "encoder.embed_tokens.weight"
   assert copy not in plan(table, tensors, targets).sources
   other = {name: spec for name, spec in tensors.items() if name != shared}
-  assert [block.source for block in plan(table, other, targets).by_target["shared/embedding"]] == [copy]
-  whole = tensors | {name: tensors[shared] for name in ("decoder.embed_tokens.weight", "lm_head.weight")}
+  assert [block.source for block in plan(table, other, targets).by_target["shared/embedding"]] == [
+    copy
+  ]
+  whole = tensors | {
+    name: tensors[shared] for name in ("decoder.embed_tokens.weight", "lm_head.weight")
+  }
   assert plan(table, whole, targets).sources.keys() == tensors.keys() - {copy}
   with pytest.raises(ConversionError, match="shared/embedding .* is not in the checkpoint"):
-    plan(table, {name: spec for name, spec in tensors.items() if name not in (shared, copy)}, targets)
+    plan(
+      table, {name: spec for name, spec in tensors.items() if name not in (shared, copy)}, targets
+    )
 
 
-@pytest.mark.parametrize("name", ["sd14-vae", "sd21-vae", "sd14-text", "sd21-text", "clip-l", "clip-h"])
+@pytest.mark.parametrize(
+  "name", ["sd14-vae", "sd21-vae", "sd14-text", "sd21-text", "clip-l", "clip-h"]
+)
 def test_published_names_are_mapped(name):
   buffers = planned(name, f"{name}.published").buffers
   assert len(buffers) == {"text": 1, "vae": 0}.get(name[5:], 2)
@@ -142,28 +190,50 @@ def test_stacked_layers_are_mapped(name):
 @pytest.mark.parametrize("scan", [False, True])
 def test_open_clip_names_are_mapped(scan):
   mapping = plan(OPEN_CLIP, inventory("clip-h.open_clip"), parameters("clip-h", scan))
-  assert set(mapping.by_source) == set(inventory("clip-h.open_clip")) and all(mapping.by_source.values())
+  assert set(mapping.by_source) == set(inventory("clip-h.open_clip")) and all(
+    mapping.by_source.values()
+  )
   assert len(mapping.by_source["transformer.resblocks.3.attn.in_proj_weight"]) == 3
-  assert {n: s.shape for n, s in expected_sources(OPEN_CLIP, parameters("clip-h", scan)).items()} == {
-    n: s.shape for n, s in inventory("clip-h.open_clip").items()
-  }
+  assert {
+    n: s.shape for n, s in expected_sources(OPEN_CLIP, parameters("clip-h", scan)).items()
+  } == {n: s.shape for n, s in inventory("clip-h.open_clip").items()}
 
 
-@pytest.mark.parametrize("name, file", [
-  ("sd14-unet", "sd14-unet"), ("sd21-unet", "sd21-unet"), ("sd14-vae", "sd14-vae"), ("sd21-vae", "sd21-vae"),
-  ("sd14-text", "sd14-text.published"), ("sd21-text", "sd21-text.published"), ("clip-l", "clip-l.published"),
-  ("flux-dev", "flux-dev"), ("flux-schnell", "flux-schnell"), ("flux-vae", "flux-vae"),
-  ("flux-t5", "flux-t5.published"), ("flux-text", "flux-text.published"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "name, file",
+  [
+    ("sd14-unet", "sd14-unet"),
+    ("sd21-unet", "sd21-unet"),
+    ("sd14-vae", "sd14-vae"),
+    ("sd21-vae", "sd21-vae"),
+    ("sd14-text", "sd14-text.published"),
+    ("sd21-text", "sd21-text.published"),
+    ("clip-l", "clip-l.published"),
+    ("flux-dev", "flux-dev"),
+    ("flux-schnell", "flux-schnell"),
+    ("flux-vae", "flux-vae"),
+    ("flux-t5", "flux-t5.published"),
+    ("flux-text", "flux-text.published"),
+  ],
+)
 def test_names_and_shapes_of_exported_files(name, file):
-  """Today's names, but with the prefix that the published text encoders have, which all versions of transformers read."""
-  wanted = {tensor: spec for tensor, spec in inventory(file).items() if not tensor.endswith("position_ids")}
+  """Today's names, but with the prefix that the published text encoders have, which all versions of
+  transformers read.
+  """
+  wanted = {
+    tensor: spec for tensor, spec in inventory(file).items() if not tensor.endswith("position_ids")
+  }
   assert expected_sources(TABLES[class_name(config(name))], parameters(name)) == wanted
 
 
 def test_old_attention_names_of_the_autoencoder():
   mapping = planned("sd14-vae", "sd14-vae.published")
-  for old, new in (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out_0")):
+  for old, new in (
+    ("query", "to_q"),
+    ("key", "to_k"),
+    ("value", "to_v"),
+    ("proj_attn", "to_out_0"),
+  ):
     (block,) = mapping.by_source[f"decoder.mid_block.attentions.0.{old}.weight"]
     assert block.target == f"decoder/mid_block/attentions_0/{new}/kernel"
 
@@ -172,10 +242,14 @@ def test_conv_and_linear_projections_do_not_mix():
   """The one difference between the two UNets that a table could paper over."""
   with pytest.raises(ConversionError) as caught:
     plan(TABLES["UNet2DConditionModel"], inventory("sd14-unet"), parameters("sd21-unet"))
-  assert "mid_block.attentions.0.proj_in.weight [1280, 1280, 1, 1] does not fit" in str(caught.value)
+  assert "mid_block.attentions.0.proj_in.weight [1280, 1280, 1, 1] does not fit" in str(
+    caught.value
+  )
 
 
 def test_paths_follow_the_torch_names():
   assert tree_path("down_blocks.0.resnets.1.conv1") == "down_blocks_0/resnets_1/conv1"
-  assert tree_path("transformer_blocks.{k}.attn1.to_out.0") == "transformer_blocks_{k}/attn1/to_out_0"
+  assert (
+    tree_path("transformer_blocks.{k}.attn1.to_out.0") == "transformer_blocks_{k}/attn1/to_out_0"
+  )
   assert tree_path("ff.net.0.proj") == "ff/net_0/proj"

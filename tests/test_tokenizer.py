@@ -1,4 +1,6 @@
-"""The captions' BPE: transformers' CLIPTokenizer loads the written folder as it is and gives the same ids."""
+"""The captions' BPE: transformers' CLIPTokenizer loads the written folder as it is and gives the
+same ids.
+"""
 
 import json
 import pathlib
@@ -42,7 +44,10 @@ def test_files(folder):
   vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
   assert len(vocab) <= 1000 and sorted(vocab.values()) == list(range(len(vocab)))
   assert vocab["<|startoftext|>"] == len(vocab) - 2 and vocab["<|endoftext|>"] == len(vocab) - 1
-  assert 2 not in (vocab["<|startoftext|>"], vocab["<|endoftext|>"])  # transformers' legacy pooling looks for eos 2
+  assert 2 not in (
+    vocab["<|startoftext|>"],
+    vocab["<|endoftext|>"],
+  )  # transformers' legacy pooling looks for eos 2
 
 
 def test_transformers_gives_the_same_ids(folder, clip_tokenizer):
@@ -73,7 +78,9 @@ def test_every_caption_fits_and_reads_back(folder, clip_tokenizer):
 def test_unseen_text_becomes_bytes_never_unknown(clip_tokenizer):
   text = "ünïcodé 漢字 quixotic"
   ids = clip_tokenizer(text).input_ids
-  assert ids.count(clip_tokenizer.eos_token_id) == 1 and ids[-1] == clip_tokenizer.eos_token_id  # unk is eos too
+  assert (
+    ids.count(clip_tokenizer.eos_token_id) == 1 and ids[-1] == clip_tokenizer.eos_token_id
+  )  # unk is eos too
   assert clip_tokenizer.decode(ids, skip_special_tokens=True).strip() == text
 
 
@@ -93,17 +100,26 @@ def test_training_is_deterministic(folder, tmp_path):
   for path in folder.iterdir():
     assert (tmp_path / path.name).read_bytes() == path.read_bytes()
   code = f"import sys; from dancegrpo_jax.data import tokenizer; tokenizer.write_tokenizer({CAPTIONS!r}, sys.argv[1])"
-  subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)  # nor does another process differ
+  subprocess.run(
+    [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True
+  )  # nor does another process differ
   for path in folder.iterdir():
     assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
 def test_bpe_by_hand():
-  """Two merges by hand: "ab</w>" is in both words (2x), then "c" + "ab</w>"; with one merge of room only the first."""
+  """Two merges by hand: "ab</w>" is in both words (2x), then "c" + "ab</w>"; with one merge of room
+  only the first.
+  """
   two = tokenizer.train_tokenizer(["ab cab ab"], length=8, size=516)
-  assert two.encode("ab cab").tokens == ["<|startoftext|>", "ab</w>", "cab</w>"] + ["<|endoftext|>"] * 5
+  assert (
+    two.encode("ab cab").tokens == ["<|startoftext|>", "ab</w>", "cab</w>"] + ["<|endoftext|>"] * 5
+  )
   one = tokenizer.train_tokenizer(["ab cab ab"], length=8, size=515)
-  assert one.encode("ab cab").tokens == ["<|startoftext|>", "ab</w>", "c", "ab</w>"] + ["<|endoftext|>"] * 4
+  assert (
+    one.encode("ab cab").tokens
+    == ["<|startoftext|>", "ab</w>", "c", "ab</w>"] + ["<|endoftext|>"] * 4
+  )
 
 
 def test_pad_token_of_its_own(folder, tmp_path):
@@ -111,7 +127,13 @@ def test_pad_token_of_its_own(folder, tmp_path):
   for path in folder.iterdir():
     (tmp_path / path.name).write_bytes(path.read_bytes())
   config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-  added = {"content": "!", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+  added = {
+    "content": "!",
+    "lstrip": False,
+    "normalized": False,
+    "rstrip": False,
+    "single_word": False,
+  }
   (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "pad_token": added}))
   special = json.loads((tmp_path / "special_tokens_map.json").read_text())
   (tmp_path / "special_tokens_map.json").write_text(json.dumps({**special, "pad_token": added}))

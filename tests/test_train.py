@@ -1,6 +1,8 @@
-"""Whole runs on the tiny model, through the command: metrics, files, compilations, resuming, chunks, rewards that fail.
+"""Whole runs on the tiny model, through the command: metrics, files, compilations, resuming,
+chunks, rewards that fail.
 
-Every run is `main` in this process, on 8 devices. The first one compiles; the others find most programs in its compilation cache.
+Every run is `main` in this process, on 8 devices. The first one compiles; the others find most
+programs in its compilation cache.
 """
 
 import io
@@ -20,24 +22,48 @@ import numpy as np
 import pytest
 from tiny_checkpoint import ROOT, overrides, tiny_config
 
-from dancegrpo_jax import ahead, main, programs, train
+from dancegrpo_jax import main, programs, train
+from dancegrpo_jax.checkpoints import store
+from dancegrpo_jax.compilation import ahead
+from dancegrpo_jax.data import prompts
+from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.report import metrics
+from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl import lanes
-from dancegrpo_jax.runtime import checkpoint, metrics
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime.clock import Clock
 
 ITERATIONS, PROMPTS, GROUP, CHUNK = 4, 4, 8, 8
 SAMPLES, RATE, CLIP_RANGE = PROMPTS * GROUP, 2e-4, 1e-3
 METRICS = {  # what every iteration must say, at least
-  "reward/mean", "reward/std", "reward/min", "reward/max", "reward/failed", "group/std_mean", "group/zero_variance",
-  "advantage/abs_mean", "ratio/mean", "ratio/min", "ratio/max", "ratio/drift_max", "clip_fraction", "approx_kl", "grad_norm",
-  "learning_rate", "time/encode", "time/rollout", "time/decode", "time/reward", "time/update", "images_per_second",
-}  # fmt: skip
+  "reward/mean",
+  "reward/std",
+  "reward/min",
+  "reward/max",
+  "reward/failed",
+  "group/std_mean",
+  "group/zero_variance",
+  "advantage/abs_mean",
+  "ratio/mean",
+  "ratio/min",
+  "ratio/max",
+  "ratio/drift_max",
+  "clip_fraction",
+  "approx_kl",
+  "grad_norm",
+  "learning_rate",
+  "time/encode",
+  "time/rollout",
+  "time/decode",
+  "time/reward",
+  "time/update",
+  "images_per_second",
+}
 PROGRAMS = ("encode", "rollout", "sample", "decode", "advantages", "update")
 
 
 class Call(NamedTuple):
-  """A call of a program: its name, how many programs had been compiled before it, and the shapes of the update's arguments."""
+  """A call of a program: its name, how many programs had been compiled before it, and the shapes of
+  the update's arguments.
+  """
 
   name: str
   compilations: int
@@ -73,19 +99,36 @@ def compilations():
 
 @pytest.fixture(scope="module")
 def flags(tiny_models, program_cache, compilations):
-  """`(**changes) -> argv`: everything that a state can hold is on (average, warm-up, per-prompt statistics)."""
+  """`(**changes) -> argv`: everything that a state can hold is on (average, warm-up, per-prompt
+  statistics).
+  """
   settings = {
-    "iterations": ITERATIONS, "data__prompts_per_iteration": PROMPTS, "rollout__samples_per_prompt": GROUP,
-    "rollout__chunk": CHUNK, "optimizer__updates_per_iteration": 2, "optimizer__warmup_steps": 3, "optimizer__weight_decay": 0.0,
-    "ema__decay": 0.9, "advantage__history__size": 32, "advantage__history__min_count": 16, "checkpoint__every": 2,
-    "checkpoint__keep": 3, "evaluation__every": 2, "logging__compilation_cache": program_cache,
-    "reward__terms": (("clip", 1.0), ("compressibility", 0.5)), "reward__combine": "rewards",
-    "optimizer__learning_rate": RATE, "objective__clip_range": CLIP_RANGE,
-  }  # fmt: skip
+    "iterations": ITERATIONS,
+    "data__prompts_per_iteration": PROMPTS,
+    "rollout__samples_per_prompt": GROUP,
+    "rollout__chunk": CHUNK,
+    "optimizer__updates_per_iteration": 2,
+    "optimizer__warmup_steps": 3,
+    "optimizer__weight_decay": 0.0,
+    "ema__decay": 0.9,
+    "advantage__history__size": 32,
+    "advantage__history__min_count": 16,
+    "checkpoint__every": 2,
+    "checkpoint__keep": 3,
+    "evaluation__every": 2,
+    "logging__compilation_cache": program_cache,
+    "reward__terms": (("clip", 1.0), ("compressibility", 0.5)),
+    "reward__combine": "rewards",
+    "optimizer__learning_rate": RATE,
+    "objective__clip_range": CLIP_RANGE,
+  }
 
   def argv(**changes) -> list[str]:
     words = overrides(tiny_models, **settings | changes)
-    return [f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny", *(f"--config.{word}" for word in words)]
+    return [
+      f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny",
+      *(f"--config.{word}" for word in words),
+    ]
 
   return argv
 
@@ -106,7 +149,11 @@ def execute(argv: list[str], workdir: Path) -> Run:
 
     def watch(name, function):
       def call(*arguments):
-        calls.append(Call(name, len(COMPILATIONS), jax.tree.map(shape, arguments) if name == "update" else None))
+        calls.append(
+          Call(
+            name, len(COMPILATIONS), jax.tree.map(shape, arguments) if name == "update" else None
+          )
+        )
         return function(*arguments)
 
       return call
@@ -121,7 +168,14 @@ def execute(argv: list[str], workdir: Path) -> Run:
       code = main.main([*argv, f"--workdir={workdir}"])
     except Exception as error:  # a defect: the test that is about it shows it, the others go on
       code = error
-  return Run(workdir, code, time.monotonic() - start, metrics.read(workdir), calls, built[0] if built else None)
+  return Run(
+    workdir,
+    code,
+    time.monotonic() - start,
+    metrics.read(workdir),
+    calls,
+    built[0] if built else None,
+  )
 
 
 @pytest.fixture(scope="module")
@@ -147,19 +201,31 @@ def test_metrics_of_every_iteration(straight):
   for row in straight.rows:
     assert set(row) >= METRICS
     assert all(np.isfinite(value) for value in row.values()), row
-    zero = ("ratio/drift_max", "reward/clip/failed", "reward/compressibility/failed", "reward/failed", "optimizer/skipped_total")
+    zero = (
+      "ratio/drift_max",
+      "reward/clip/failed",
+      "reward/compressibility/failed",
+      "reward/failed",
+      "optimizer/skipped_total",
+    )
     assert {name: row[name] for name in zero} == dict.fromkeys(zero, 0)
-    assert 0 < row["ratio/rollout_drift_max"] <= 3e-6  # the rollout's own log-probs, in float32 on a CPU: not exact
+    assert (
+      0 < row["ratio/rollout_drift_max"] <= 3e-6
+    )  # the rollout's own log-probs, in float32 on a CPU: not exact
     assert row["reward/min"] <= row["reward/mean"] <= row["reward/max"] and row["reward/std"] > 0
     assert row["grad_norm"] > 0 and row["group/std_mean"] > 0
     total = row["reward/clip/mean"] + 0.5 * row["reward/compressibility/mean"]
     np.testing.assert_allclose(row["reward/mean"], total, rtol=1e-5)
   # 2 optimizer steps an iteration, warm-up over 3 of them: the rate of an iteration's first step
-  np.testing.assert_allclose([row["learning_rate"] * 3 / RATE for row in straight.rows], [1, 3, 3, 3], rtol=1e-6)
+  np.testing.assert_allclose(
+    [row["learning_rate"] * 3 / RATE for row in straight.rows], [1, 3, 3, 3], rtol=1e-6
+  )
 
 
 def test_held_out_prompts_are_scored_on_the_way(straight):
-  """After every second iteration: fixed training prompts, held-out ones, and what the first are ahead."""
+  """After every second iteration: fixed training prompts, held-out ones, and what the first are
+  ahead.
+  """
   for done in range(1, ITERATIONS + 1):
     row, folder = straight.rows[done - 1], straight.workdir / "samples" / f"iteration_{done:06d}"
     assert ("evaluation/score" in row) == folder.is_dir() == (done % 2 == 0)
@@ -168,19 +234,25 @@ def test_held_out_prompts_are_scored_on_the_way(straight):
       assert len(stored["scores"]) == len(stored["held_out"]) == 2  # evaluation.prompts
       np.testing.assert_allclose(row["evaluation/score"], np.mean(stored["scores"]), rtol=1e-5)
       np.testing.assert_allclose(row["evaluation/held_out"], np.mean(stored["held_out"]), rtol=1e-5)
-      np.testing.assert_allclose(row["evaluation/gap"], row["evaluation/score"] - row["evaluation/held_out"], atol=1e-6)
+      np.testing.assert_allclose(
+        row["evaluation/gap"], row["evaluation/score"] - row["evaluation/held_out"], atol=1e-6
+      )
 
 
 def test_times_add_up_to_no_more_than_the_clock_on_the_wall(straight):
   for row in straight.rows:
-    parts = sum(value for key, value in row.items() if key.startswith("time/") and key != "time/total")
+    parts = sum(
+      value for key, value in row.items() if key.startswith("time/") and key != "time/total"
+    )
     np.testing.assert_allclose(parts, row["time/total"], rtol=1e-6)
     np.testing.assert_allclose(row["images_per_second"] * row["time/total"], SAMPLES, rtol=1e-6)
   assert sum(row["time/total"] for row in straight.rows) <= straight.seconds
 
 
 def test_an_iteration_is_not_charged_for_the_update_before_it():
-  """The loop dispatches ahead: an iteration begins while the last one's update still runs, whose time is that one's alone."""
+  """The loop dispatches ahead: an iteration begins while the last one's update still runs, whose
+  time is that one's alone.
+  """
   slow = SimpleNamespace(block_until_ready=lambda: time.sleep(0.3))
   with ThreadPoolExecutor(1) as pool:
     begin, clocks = time.monotonic(), []
@@ -193,12 +265,25 @@ def test_an_iteration_is_not_charged_for_the_update_before_it():
 
 def test_files_of_a_workdir(straight, halves):
   names = {path.name for path in straight.workdir.iterdir()}
-  assert names >= {"config.json", "metrics.jsonl", "checkpoints", "samples", "tensorboard", "report.html"}
-  assert checkpoint.steps(straight.workdir / "checkpoints") == [2, 4]
+  assert names >= {
+    "config.json",
+    "metrics.jsonl",
+    "checkpoints",
+    "samples",
+    "tensorboard",
+    "report.html",
+  }
+  assert store.steps(straight.workdir / "checkpoints") == [2, 4]
   assert {path.name for path in (straight.workdir / "samples").iterdir()} == {
-    "iteration_000000", "iteration_000002", "iteration_000004", "extremes_000002", "extremes_000004",
-  }  # fmt: skip
-  assert len(list((straight.workdir / "samples" / "iteration_000000").glob("*.png"))) == 2  # evaluation.prompts
+    "iteration_000000",
+    "iteration_000002",
+    "iteration_000004",
+    "extremes_000002",
+    "extremes_000004",
+  }
+  assert (
+    len(list((straight.workdir / "samples" / "iteration_000000").glob("*.png"))) == 2
+  )  # evaluation.prompts
   assert json.loads((straight.workdir / "config.json").read_text())["iterations"] == ITERATIONS
   assert list((straight.workdir / "tensorboard").glob("*tfevents*"))
   page = (straight.workdir / "report.html").read_text()
@@ -216,23 +301,37 @@ def test_compilation_cache_fills(straight, program_cache):
 
 
 def test_every_program_is_compiled_before_the_first_iteration(straight):
-  """The loop calls compiled programs: the jitted ones are never called, and nothing at all is compiled after two iterations."""
+  """The loop calls compiled programs: the jitted ones are never called, and nothing at all is
+  compiled after two iterations.
+  """
   jitted = jax.tree.leaves(straight.programs._asdict())
   assert len(jitted) == 9 and all(function._cache_size() == 0 for function in jitted)
   ends = [call.compilations for call in straight.calls if call.name == "update"]
   assert len(ends) == ITERATIONS
-  later = {call.compilations for call in straight.calls if call.name != "sample" and call.compilations > ends[1]}
+  later = {
+    call.compilations
+    for call in straight.calls
+    if call.name != "sample" and call.compilations > ends[1]
+  }
   assert not later
 
 
 def test_no_device_fetches_trajectories(straight):
-  """Of the real UNet's update: nothing as large as a sample's latents moves between devices, only sums of gradients."""
+  """Of the real UNet's update: nothing as large as a sample's latents moves between devices, only
+  sums of gradients.
+  """
   arguments = next(call.arguments for call in straight.calls if call.name == "update")
   with jax.set_mesh(arguments[0].step.sharding.mesh):
     text = straight.programs.update.lower(*arguments).compile().as_text()
   assert "all-reduce" in text
-  moves = re.findall(r"= (.*?) (?:all-gather|all-to-all|collective-permute|collective-broadcast)[\w.-]*\(", text)
-  shapes = [[int(n) for n in dims.split(",") if n] for move in moves for dims in re.findall(r"\[([\d,]*)\]", move)]
+  moves = re.findall(
+    r"= (.*?) (?:all-gather|all-to-all|collective-permute|collective-broadcast)[\w.-]*\(", text
+  )
+  shapes = [
+    [int(n) for n in dims.split(",") if n]
+    for move in moves
+    for dims in re.findall(r"\[([\d,]*)\]", move)
+  ]
   assert not [shape for shape in shapes if np.prod(shape) >= 8 * 8 * 4]
 
 
@@ -242,43 +341,69 @@ def test_no_device_fetches_trajectories(straight):
 def stored(run: Run, iteration: int) -> dict:
   """Every field of a checkpoint, on the host."""
   state = next(call.arguments for call in run.calls if call.name == "update")[0]
-  return jax.device_get(checkpoint.restore(run.workdir / "checkpoints", state, iteration).state._asdict())
+  return jax.device_get(
+    store.restore(run.workdir / "checkpoints", state, iteration).state._asdict()
+  )
 
 
 def test_resumed_equals_straight_bit_for_bit(straight, halves):
   assert [run.code for run in halves] == [0, 0]
   assert [call.name for call in halves[1].calls].count("update") == ITERATIONS // 2
   expected, actual = (stored(run, ITERATIONS) for run in (straight, halves[1]))
-  assert all(jax.tree.leaves(expected[field]) for field in ("trainable", "opt_state", "ema", "prompt_stats"))
+  assert all(
+    jax.tree.leaves(expected[field]) for field in ("trainable", "opt_state", "ema", "prompt_stats")
+  )
   assert expected["step"] == 2 * ITERATIONS
   for field, value in expected.items():
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual[field]), jax.tree.leaves(value), strict=True):
+    for (path, a), b in zip(
+      jax.tree_util.tree_leaves_with_path(actual[field]), jax.tree.leaves(value), strict=True
+    ):
       np.testing.assert_array_equal(a, b, err_msg=f"{field} {jax.tree_util.keystr(path)}")
   timed = ("time/", "images_per_second")
-  rows = [[{k: v for k, v in row.items() if not k.startswith(timed)} for row in run.rows] for run in (straight, halves[1])]
+  rows = [
+    [{k: v for k, v in row.items() if not k.startswith(timed)} for row in run.rows]
+    for run in (straight, halves[1])
+  ]
   assert rows[0] == rows[1]
   before = jax.tree.leaves(stored(straight, ITERATIONS // 2)["trainable"])
   assert all((a != b).any() for a, b in zip(before, jax.tree.leaves(expected["trainable"])))
   (stats,) = expected["prompt_stats"].values()
-  assert stats.count.sum() == ITERATIONS * SAMPLES and (stats.values != 0).any()  # rewards of every iteration
+  assert (
+    stats.count.sum() == ITERATIONS * SAMPLES and (stats.values != 0).any()
+  )  # rewards of every iteration
 
 
 def test_cached_embeddings_change_nothing(straight, flags, tmp_path):
-  """Trained from a cache, without a text encoder in memory: the same bits as by the encoder in the loop."""
+  """Trained from a cache, without a text encoder in memory: the same bits as by the encoder in the
+  loop.
+  """
   run = execute(flags(data__cache_embeddings=True), tmp_path / "run")
-  assert run.code == 0 and "encode" in {call.name for call in straight.calls} - {call.name for call in run.calls}
-  frozen = [set(next(call.arguments for call in r.calls if call.name == "update")[1]) for r in (run, straight)]
+  assert run.code == 0 and "encode" in {call.name for call in straight.calls} - {
+    call.name for call in run.calls
+  }
+  frozen = [
+    set(next(call.arguments for call in r.calls if call.name == "update")[1])
+    for r in (run, straight)
+  ]
   assert frozen == [{"decoder"}, {"decoder", "text_encoder"}]
   jax.tree.map(np.testing.assert_array_equal, stored(run, ITERATIONS), stored(straight, ITERATIONS))
   for ours, theirs in zip(run.rows, straight.rows, strict=True):
-    computed = [key for key in theirs if not key.startswith(("time/", "images_per_second", "evaluation/"))]
+    computed = [
+      key for key in theirs if not key.startswith(("time/", "images_per_second", "evaluation/"))
+    ]
     assert [ours[key] for key in computed] == [theirs[key] for key in computed]
-    shown = [key for key in theirs if key.startswith("evaluation/")]  # encoded in batches of another size
-    np.testing.assert_allclose([ours[key] for key in shown], [theirs[key] for key in shown], atol=1e-5)
+    shown = [
+      key for key in theirs if key.startswith("evaluation/")
+    ]  # encoded in batches of another size
+    np.testing.assert_allclose(
+      [ours[key] for key in shown], [theirs[key] for key in shown], atol=1e-5
+    )
 
 
 def snapshot(folder: Path) -> dict:
-  return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+  return {
+    path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+  }
 
 
 def test_a_finished_run_says_so_and_changes_nothing(straight, flags, capsys):
@@ -291,7 +416,9 @@ def test_a_finished_run_says_so_and_changes_nothing(straight, flags, capsys):
 
 def test_a_changed_field_is_refused_by_name(straight, flags, capsys):
   before = snapshot(straight.workdir)
-  argv = flags(objective__clip_range=0.5, optimizer__learning_rate=1e-3, iterations=9, rollout__chunk=16)
+  argv = flags(
+    objective__clip_range=0.5, optimizer__learning_rate=1e-3, iterations=9, rollout__chunk=16
+  )
   refused, errors = execute(argv, straight.workdir), capsys.readouterr().err
   assert refused.code == 2 and not refused.calls
   assert f"config.objective.clip_range: {CLIP_RANGE} -> 0.5" in errors
@@ -314,30 +441,52 @@ def test_iterations_may_grow(straight, flags, capsys):
 
 def test_deal_is_the_same_samples_to_each_lane():
   chunks = lanes.deal(24, 8, 4)
-  assert chunks.tolist() == [[0, 1, 6, 7, 12, 13, 18, 19], [2, 3, 8, 9, 14, 15, 20, 21], [4, 5, 10, 11, 16, 17, 22, 23]]
+  assert chunks.tolist() == [
+    [0, 1, 6, 7, 12, 13, 18, 19],
+    [2, 3, 8, 9, 14, 15, 20, 21],
+    [4, 5, 10, 11, 16, 17, 22, 23],
+  ]
   np.testing.assert_array_equal(lanes.deal(24, 24, 4)[0], np.arange(24))
 
 
 @pytest.fixture(scope="module")
 def collected(tiny_models, program_cache, tmp_path_factory):
-  """The first iteration's samples and scores, in chunks of 32 (all) and of 8, half a group of 16."""
+  """The first iteration's samples and scores, in chunks of 32 (all) and of 8, half a group of
+  16.
+  """
   results = {}
   for chunk in (32, 8):
-    changes = {"data__prompts_per_iteration": 2, "rollout__samples_per_prompt": 16, "rollout__chunk": chunk}
+    changes = {
+      "data__prompts_per_iteration": 2,
+      "rollout__samples_per_prompt": 16,
+      "rollout__chunk": chunk,
+    }
     config = tiny_config(tiny_models, **changes, logging__compilation_cache=program_cache)
-    mesh = meshes.make_mesh(config.mesh)
+    mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), ThreadPoolExecutor(1) as pool:
-      examples = train.read_examples(config)
+      examples = prompts.read_examples(config)
       session, state = train.prepare(
-        config, tmp_path_factory.mktemp("chunks"), examples, mesh, 0, metrics.Progress(1, stream=io.StringIO())
+        config,
+        tmp_path_factory.mktemp("chunks"),
+        examples,
+        mesh,
+        0,
+        metrics.Progress(1, stream=io.StringIO()),
       )
       seen = train.collect(session, state.trainable, 0, Clock(pool), pool, print, keep_pixels=True)
       assert len(seen.rollouts) == 32 // chunk
       order = np.argsort(lanes.deal(32, chunk, config.mesh.lanes).reshape(-1))
       latents = np.concatenate([rollout.latents for rollout in seen.rollouts], 1)[:, order]
       results[chunk] = latents, np.asarray(seen.scores["clip"]), seen.pixels
-      answers = [False] * (32 // chunk - 1) + [True]  # before the last chunk: the iteration is given up there
-      assert train.collect(session, state.trainable, 0, Clock(pool), pool, print, stop=lambda: answers.pop(0)) is None  # noqa: B023
+      answers = [False] * (32 // chunk - 1) + [
+        True
+      ]  # before the last chunk: the iteration is given up there
+      assert (
+        train.collect(
+          session, state.trainable, 0, Clock(pool), pool, print, stop=lambda: answers.pop(0)
+        )
+        is None
+      )  # noqa: B023
       assert answers == []
   return results
 
@@ -351,7 +500,9 @@ def test_chunks_change_no_reward(collected):
 
 
 def test_a_group_may_be_larger_than_a_chunk(collected):
-  """The best and the worst sample of the first group are shown: its pixels are kept, in however many chunks they came."""
+  """The best and the worst sample of the first group are shown: its pixels are kept, in however
+  many chunks they came.
+  """
   np.testing.assert_allclose(collected[8][2], collected[32][2], atol=1e-4)
 
 
@@ -377,7 +528,9 @@ def score(pixels, prompts, metadata):
 
 @pytest.fixture(scope="module")
 def host(straight, flags, tmp_path_factory):
-  """A run on a reward of the user's own, which at first cannot tell samples apart, then fails in part, then for good."""
+  """A run on a reward of the user's own, which at first cannot tell samples apart, then fails in
+  part, then for good.
+  """
   folder = tmp_path_factory.mktemp("host")
   (folder / "scorer_of_a_run.py").write_text(REWARD)
   with pytest.MonkeyPatch.context() as patch:
@@ -386,7 +539,12 @@ def host(straight, flags, tmp_path_factory):
     for name, stream in streams.items():
       patch.setattr(f"sys.{name}", stream)
     terms = (("scorer_of_a_run:score", 1.0),)
-    changes = {"iterations": 6, "checkpoint__every": 1, "evaluation__every": 0, "logging__profile_steps": (2, 5)}
+    changes = {
+      "iterations": 6,
+      "checkpoint__every": 1,
+      "evaluation__every": 0,
+      "logging__profile_steps": (2, 5),
+    }
     run = execute(flags(reward__terms=terms, **changes), folder / "run")
     import scorer_of_a_run
 
@@ -396,11 +554,20 @@ def host(straight, flags, tmp_path_factory):
 def test_a_reward_of_ones_own_gets_pixels_prompts_and_metadata(host):
   run, calls, _, _ = host
   for pixels, texts, metadata in calls:
-    assert isinstance(pixels, np.ndarray) and pixels.shape == (len(texts), 32, 32, 3) and pixels.dtype == np.float32
+    assert (
+      isinstance(pixels, np.ndarray)
+      and pixels.shape == (len(texts), 32, 32, 3)
+      and pixels.dtype == np.float32
+    )
     assert pixels.min() >= 0 and pixels.max() <= 1
     assert all(isinstance(text, str) for text in texts) and metadata == [None] * len(texts)
-  assert [len(texts) for _, texts, _ in calls[:-1]] == [4, *[CHUNK] * (len(calls) - 2)]  # first the 2 + 2 fixed prompts
-  for _, texts, _ in calls[1 : 1 + SAMPLES // CHUNK]:  # a chunk takes a sample from each of 8 lanes, two of which are a group
+  assert [len(texts) for _, texts, _ in calls[:-1]] == [
+    4,
+    *[CHUNK] * (len(calls) - 2),
+  ]  # first the 2 + 2 fixed prompts
+  for _, texts, _ in calls[
+    1 : 1 + SAMPLES // CHUNK
+  ]:  # a chunk takes a sample from each of 8 lanes, two of which are a group
     assert len(set(texts)) == PROMPTS and texts[::2] == texts[1::2]
   second = calls[1 + SAMPLES // CHUNK : 1 + 2 * SAMPLES // CHUNK]
   kept = np.concatenate([np.delete(pixels.mean((1, 2, 3)), 3) for pixels, _, _ in second])
@@ -409,9 +576,13 @@ def test_a_reward_of_ones_own_gets_pixels_prompts_and_metadata(host):
 
 
 def test_constant_rewards_leave_the_policy_alone(host):
-  """...so that the second optimizer step's ratio compares the recomputed old log-probs with the training pass, on the UNet."""
+  """...so that the second optimizer step's ratio compares the recomputed old log-probs with the
+  training pass, on the UNet.
+  """
   row = host[0].rows[0]
-  assert row["group/zero_variance"] == 1 and row["advantage/abs_mean"] == 0 and row["grad_norm"] == 0
+  assert (
+    row["group/zero_variance"] == 1 and row["advantage/abs_mean"] == 0 and row["grad_norm"] == 0
+  )
   assert row["ratio/drift_max"] == 0
   assert abs(row["ratio/min"] - 1) <= 3e-6 and abs(row["ratio/max"] - 1) <= 3e-6
 
@@ -428,7 +599,9 @@ def test_too_many_failed_rewards_do(host):
   assert "ConnectionError: the scorer is down" in output
   (line,) = errors.splitlines()
   assert line.startswith("error: ") and "reward.max_failed = 0.5" in line
-  assert checkpoint.latest(run.workdir / "checkpoints") == 2  # saved after the second iteration, before the third
+  assert (
+    store.latest(run.workdir / "checkpoints") == 2
+  )  # saved after the second iteration, before the third
   assert re.search(r"last good checkpoint is that of iteration 2\b", line), line
 
 
@@ -450,7 +623,9 @@ def test_the_profiler_is_never_left_on(host):
 
 
 def test_resuming_inside_the_profiler_s_window():
-  """The first iteration of the window is past, so no trace was started: nothing to stop, and no reason to crash."""
+  """The first iteration of the window is past, so no trace was started: nothing to stop, and no
+  reason to crash.
+  """
   train.stop_profile(tiny_config(logging__profile_steps=(1, 2)), 2, None)
 
 
@@ -467,22 +642,36 @@ def score(pixels, prompts, metadata):
 """
 
 
-def test_sigterm_in_a_rollout_gives_the_iteration_up_and_saves_the_last(straight, flags, tmp_path, monkeypatch, capsys):
-  """It comes with the first scores of the third iteration, whose update, minutes long elsewhere, isn't waited for."""
+def test_sigterm_in_a_rollout_gives_the_iteration_up_and_saves_the_last(
+  straight, flags, tmp_path, monkeypatch, capsys
+):
+  """It comes with the first scores of the third iteration, whose update, minutes long elsewhere,
+  isn't waited for.
+  """
   (tmp_path / "scorer_that_ends.py").write_text(SIGNAL)
   monkeypatch.syspath_prepend(tmp_path)
-  changes = {"reward__terms": (("scorer_that_ends:score", 1.0),), "checkpoint__every": 100, "evaluation__every": 0}
+  changes = {
+    "reward__terms": (("scorer_that_ends:score", 1.0),),
+    "checkpoint__every": 100,
+    "evaluation__every": 0,
+  }
   run = execute(flags(**changes), tmp_path / "run")
   assert run.code == 0 and "stopped by SIGTERM: 2 iterations are saved" in capsys.readouterr().out
-  assert checkpoint.latest(run.workdir / "checkpoints") == 2 and [row["iteration"] for row in run.rows] == [0, 1]
+  assert store.latest(run.workdir / "checkpoints") == 2 and [
+    row["iteration"] for row in run.rows
+  ] == [0, 1]
   assert [call.name for call in run.calls].count("update") == 2
   again = execute(flags(**changes, iterations=3), tmp_path / "run")
   assert again.code == 0 and [row["iteration"] for row in again.rows] == [0, 1, 2]
   assert [call.name for call in again.calls].count("update") == 1
 
 
-def test_sigterm_while_the_devices_finish_a_rollout_comes_before_the_update(straight, flags, tmp_path, monkeypatch, capsys):
-  """All of the third iteration's chunks are queued by then, and nothing on the host waits for them but the question itself."""
+def test_sigterm_while_the_devices_finish_a_rollout_comes_before_the_update(
+  straight, flags, tmp_path, monkeypatch, capsys
+):
+  """All of the third iteration's chunks are queued by then, and nothing on the host waits for them
+  but the question itself.
+  """
   put_together, times = ahead.put_together, []
 
   def signalled(scores):
@@ -497,13 +686,18 @@ def test_sigterm_while_the_devices_finish_a_rollout_comes_before_the_update(stra
 
     def join(scores, order):
       joined = compiled.join(scores, order)
-      queued = jax.jit(lambda x: jax.pure_callback(signalled, x, x), out_shardings=joined["clip"].sharding)
+      queued = jax.jit(
+        lambda x: jax.pure_callback(signalled, x, x), out_shardings=joined["clip"].sharding
+      )
       return joined | {"clip": queued(joined["clip"])}
 
     return compiled._replace(join=join)
 
   monkeypatch.setattr(ahead, "put_together", slow)
-  run = execute(flags(reward__terms=(("clip", 1.0),), checkpoint__every=100, evaluation__every=0), tmp_path / "run")
+  run = execute(
+    flags(reward__terms=(("clip", 1.0),), checkpoint__every=100, evaluation__every=0),
+    tmp_path / "run",
+  )
   assert run.code == 0 and "stopped by SIGTERM: 2 iterations are saved" in capsys.readouterr().out
   assert len(times) == 3 and [call.name for call in run.calls].count("update") == 2
 
@@ -516,6 +710,14 @@ def test_too_many_skipped_steps_stop_a_run(tmp_path):
     clock = Clock(pool)
     clock.phase("update", jnp.zeros(()))
     train.flush(config, tmp_path, train.Pending(0, values, clock), writer, progress)
-    with pytest.raises(train.RunError, match=r"optimizer.max_skipped = 3.*no checkpoint.*optimizer.learning_rate"):
-      train.flush(config, tmp_path, train.Pending(1, values | {"optimizer/skipped_total": 4.0}, clock), writer, progress)
+    with pytest.raises(
+      train.RunError, match=r"optimizer.max_skipped = 3.*no checkpoint.*optimizer.learning_rate"
+    ):
+      train.flush(
+        config,
+        tmp_path,
+        train.Pending(1, values | {"optimizer/skipped_total": 4.0}, clock),
+        writer,
+        progress,
+      )
   assert len(metrics.read(tmp_path)) == 2

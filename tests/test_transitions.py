@@ -1,4 +1,6 @@
-"""Steps, log-prob and KL: golden values worked out in float64, diffusers' DDIM, and convergence on Gaussian data."""
+"""Steps, log-prob and KL: golden values worked out in float64, diffusers' DDIM, and convergence on
+Gaussian data.
+"""
 
 import functools
 
@@ -10,7 +12,13 @@ import torch
 from diffusers import DDIMScheduler
 
 from dancegrpo_jax.diffusion import predictions, transitions
-from dancegrpo_jax.diffusion.schedules import Point, Schedule, diffusion_schedule, flow_schedule, point
+from dancegrpo_jax.diffusion.schedules import (
+  Point,
+  Schedule,
+  diffusion_schedule,
+  flow_schedule,
+  point,
+)
 from dancegrpo_jax.diffusion.transitions import Transition, empty_history
 
 KINDS_BY_TYPE = [("velocity", k) for k in ("dance", "flow", "ddim", "cps")] + [
@@ -27,7 +35,9 @@ def flow_point(sigma, sigma_next):
 
 
 def vp_point(alpha_bar, alpha_bar_next):
-  return Point(*f32(alpha_bar**0.5, (1 - alpha_bar) ** 0.5, alpha_bar_next**0.5, (1 - alpha_bar_next) ** 0.5))
+  return Point(
+    *f32(alpha_bar**0.5, (1 - alpha_bar) ** 0.5, alpha_bar_next**0.5, (1 - alpha_bar_next) ** 0.5)
+  )
 
 
 def flow_step(kind, noise_level, x=0.3, v=-0.5, sigma=0.7, sigma_next=0.62):
@@ -83,17 +93,29 @@ def test_kl(kind, noise_level, mode, value):
   def at(reduce, copies):
     steps = [flow_step(kind, noise_level, v=v) for v in (-0.5, -0.45)]
     policy, reference = (Transition(jnp.full(copies, step.mean), step.std) for step in steps)
-    output, reference_output = jnp.full(copies, -0.5, jnp.float32), jnp.full(copies, -0.45, jnp.float32)
+    output, reference_output = (
+      jnp.full(copies, -0.5, jnp.float32),
+      jnp.full(copies, -0.45, jnp.float32),
+    )
     return transitions.kl(
-      mode, kind=kind, prediction_type="velocity", reduce=reduce, point=flow_point(0.7, 0.62), transition=policy,
-      reference=reference, output=output, reference_output=reference_output,
-    )  # fmt: skip
+      mode,
+      kind=kind,
+      prediction_type="velocity",
+      reduce=reduce,
+      point=flow_point(0.7, 0.62),
+      transition=policy,
+      reference=reference,
+      output=output,
+      reference_output=reference_output,
+    )
 
   close(at("mean", (2, 3)), value, rel=5e-5)  # means .33 that differ by .004 in float32
   close(at("sum", (2, 3)), 6 * value if mode == "exact" else value, rel=5e-5)
 
 
-@pytest.mark.parametrize("kind, noise_level, value", [("dance", 0.3, 1.047898593), ("flow", 0.7, -0.223048197)])
+@pytest.mark.parametrize(
+  "kind, noise_level, value", [("dance", 0.3, 1.047898593), ("flow", 0.7, -0.223048197)]
+)
 def test_log_prob_of_one_std(kind, noise_level, value):
   got = flow_step(kind, noise_level)
   policy = Transition(jnp.full((2, 2), got.mean), got.std)
@@ -160,14 +182,27 @@ def test_diffusion_steps(kind, noise_level, mean, std):
 
 def sd_schedule(steps):
   return diffusion_schedule(
-    steps, num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", spacing="leading",
-    steps_offset=1, set_alpha_to_one=False,
-  )  # fmt: skip
+    steps,
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    spacing="leading",
+    steps_offset=1,
+    set_alpha_to_one=False,
+  )
 
 
 def test_ddim_std_on_the_stable_diffusion_grid():
   schedule, x = sd_schedule(50), jnp.float32(0.3)
-  for time, std in ((981, 0.4545), (581, 0.3229), (181, 0.1771), (41, 0.0999), (21, 0.0395), (1, 0.0206)):
+  for time, std in (
+    (981, 0.4545),
+    (581, 0.3229),
+    (181, 0.1771),
+    (41, 0.0999),
+    (21, 0.0395),
+    (1, 0.0206),
+  ):
     at = point(schedule, (981 - time) // 20)
     got = transitions.transition("ddim", "epsilon", 1.0, at, x, predictions.Prediction(x, x))
     assert float(got.std) == pytest.approx(std, abs=6e-5)
@@ -178,18 +213,31 @@ def test_ddim_std_on_the_stable_diffusion_grid():
 def test_ddim_against_diffusers(prediction_type, theirs, eta):
   steps = 10
   scheduler = DDIMScheduler(
-    num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading",
-    steps_offset=1, set_alpha_to_one=False, clip_sample=False, prediction_type=theirs,
-  )  # fmt: skip
+    num_train_timesteps=1000,
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    timestep_spacing="leading",
+    steps_offset=1,
+    set_alpha_to_one=False,
+    clip_sample=False,
+    prediction_type=theirs,
+  )
   scheduler.set_timesteps(steps)
   schedule, random = sd_schedule(steps), np.random.default_rng(0)
   for i in (0, 4, steps - 1):
     x, output, noise = random.standard_normal((3, 4, 8, 8)).astype(np.float32)
     want = scheduler.step(
-      torch.tensor(output), int(scheduler.timesteps[i]), torch.tensor(x), eta=eta, variance_noise=torch.tensor(noise)
+      torch.tensor(output),
+      int(scheduler.timesteps[i]),
+      torch.tensor(x),
+      eta=eta,
+      variance_noise=torch.tensor(noise),
     ).prev_sample.numpy()
     at = point(schedule, i)
-    prediction = predictions.from_output(prediction_type, jnp.asarray(x), jnp.asarray(output), at.alpha, at.sigma)
+    prediction = predictions.from_output(
+      prediction_type, jnp.asarray(x), jnp.asarray(output), at.alpha, at.sigma
+    )
     got = transitions.transition("ddim", prediction_type, eta, at, jnp.asarray(x), prediction)
     assert np.abs(got.mean + got.std * noise - want).max() <= 2e-5 * np.abs(want).max()
 
@@ -204,7 +252,9 @@ def test_noise_level_0_is_the_ode(prediction_type, kind):
   for i in range(10):
     at = point(schedule, i)
     prediction = predictions.from_output(prediction_type, x, output, at.alpha, at.sigma)
-    got, want = (transitions.transition(k, prediction_type, 0.0, at, x, prediction) for k in (kind, "ode"))
+    got, want = (
+      transitions.transition(k, prediction_type, 0.0, at, x, prediction) for k in (kind, "ode")
+    )
     np.testing.assert_allclose(got.mean, want.mean, atol=1e-6 * np.abs(prediction.x0).max())
     assert float(got.std) == 0.0
 
@@ -218,25 +268,35 @@ def test_x0hat_and_eps_recompose_the_sample(prediction_type, kind):
 
 
 def test_one_deterministic_step_covers_both_paradigms():
-  """z' = z + output (eta' - eta), with z = x / alpha, eta = sigma / alpha (epsilon), or z = x, eta = t (flow)."""
+  """z' = z + output (eta' - eta), with z = x / alpha, eta = sigma / alpha (epsilon), or z = x, eta
+  = t (flow).
+  """
   x, output = jax.random.normal(jax.random.key(2), (2, 16))
   for prediction_type, at in (("epsilon", vp_point(0.3, 0.5)), ("velocity", flow_point(0.7, 0.62))):
     a, s, a_next, s_next = (np.float64(value) for value in at)
-    scale, scale_next, eta, eta_next = (a, a_next, s / a, s_next / a_next) if prediction_type == "epsilon" else (1, 1, s, s_next)
+    scale, scale_next, eta, eta_next = (
+      (a, a_next, s / a, s_next / a_next) if prediction_type == "epsilon" else (1, 1, s, s_next)
+    )
     want = scale_next * (np.float64(x) / scale + np.float64(output) * (eta_next - eta))
     prediction = predictions.from_output(prediction_type, x, output, at.alpha, at.sigma)
-    np.testing.assert_allclose(transitions.transition("ode", prediction_type, 0.0, at, x, prediction).mean, want, atol=2e-6)
+    np.testing.assert_allclose(
+      transitions.transition("ode", prediction_type, 0.0, at, x, prediction).mean, want, atol=2e-6
+    )
 
 
 def gaussian_output(prediction_type, g, alpha, sigma):
-  """The exact output for x0 ~ N(0, g^2) at x = 1: E[eps | x] or E[eps - x0 | x], both linear in x."""
+  """The exact output for x0 ~ N(0, g^2) at x = 1: E[eps | x] or E[eps - x0 | x], both linear in
+  x.
+  """
   total = alpha**2 * g**2 + sigma**2
   return sigma / total if prediction_type == "epsilon" else (sigma - alpha * g**2) / total
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "prediction_type", "noise_level"))
 def final_variance(kind, prediction_type, noise_level, schedule, variance):
-  """Variance at the grid's end: steps are linear in x, so a unit sample gives each step's factor."""
+  """Variance at the grid's end: steps are linear in x, so a unit sample gives each step's
+  factor.
+  """
 
   def body(carry, i):
     x, variance, history = carry
@@ -258,7 +318,9 @@ def flow_error(kind, noise_level, steps, start=1.0):
   return abs(float(final_variance(kind, "velocity", noise_level, schedule, variance)) - 0.25)
 
 
-@pytest.mark.parametrize("kind, noise_level, start", [("ode", 0.0, 1.0), ("dance", 0.3, 1.0), ("flow", 0.7, 0.9)])
+@pytest.mark.parametrize(
+  "kind, noise_level, start", [("ode", 0.0, 1.0), ("dance", 0.3, 1.0), ("flow", 0.7, 0.9)]
+)
 def test_variance_error_of_flow_samplers_halves(kind, noise_level, start):
   errors = [flow_error(kind, noise_level, steps, start) for steps in (50, 100, 200, 400)]
   assert errors[0] < 0.05
@@ -280,14 +342,21 @@ def test_variance_error_of_dance_on_a_variance_preserving_schedule_halves(noise_
     alpha, sigma = np.cos(angle), np.sin(angle)
     schedule = Schedule(*(jnp.asarray(v, jnp.float32) for v in (angle, alpha, sigma)))
     variance, end = (alpha**2 * 0.25 + sigma**2)[[0, -1]]
-    errors.append(abs(float(final_variance("dance", "epsilon", noise_level, schedule, jnp.float32(variance))) - end))
+    errors.append(
+      abs(
+        float(final_variance("dance", "epsilon", noise_level, schedule, jnp.float32(variance)))
+        - end
+      )
+    )
   for coarse, fine in zip(errors, errors[1:], strict=False):
     assert 1.7 <= coarse / fine <= 2.3, errors
 
 
 @pytest.mark.parametrize("kind", ["ode", "dance", "flow", "ddim", "cps", "x0hat", "dpm++"])
 def test_flow_is_finite_at_both_ends(kind):
-  """Under jit, values and gradients, at sigma = 1 (lambda = -inf, no 1 - t) and at the step to sigma = 0."""
+  """Under jit, values and gradients, at sigma = 1 (lambda = -inf, no 1 - t) and at the step to
+  sigma = 0.
+  """
   schedule = flow_schedule(4, 3.0)
 
   @jax.jit
@@ -301,11 +370,20 @@ def test_flow_is_finite_at_both_ends(kind):
       reference = Transition(got.mean + 0.1, got.std)
       options = {"kind": kind, "prediction_type": "velocity", "reduce": "mean", "point": at}
       total += transitions.log_prob(got, x, "mean")
-      total += transitions.kl("exact", transition=got, reference=reference, output=output, reference_output=output, **options)
+      total += transitions.kl(
+        "exact",
+        transition=got,
+        reference=reference,
+        output=output,
+        reference_output=output,
+        **options,
+      )
       x = got.mean
     return total + jnp.sum(x), history
 
-  (value, history), gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(jnp.float32(0.4), jnp.ones(3))
+  (value, history), gradient = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+    jnp.float32(0.4), jnp.ones(3)
+  )
   assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((value, history, gradient)))
 
 
@@ -346,13 +424,22 @@ def test_samples_of_a_batch_may_be_at_different_steps(kind):
 
 
 def test_mean_ratio_under_the_mean_reduction():
-  """E[ratio] = exp(-m/2 + m/(2 dim)) under the old policy, m = mean((mean_new - mean_old)^2) / std^2."""
+  """E[ratio] = exp(-m/2 + m/(2 dim)) under the old policy, m = mean((mean_new - mean_old)^2) /
+  std^2.
+  """
   dim, std = 4, 0.3
-  old, new = Transition(jnp.zeros(dim), jnp.float32(std)), Transition(jnp.full(dim, 0.15), jnp.float32(std))
+  old, new = (
+    Transition(jnp.zeros(dim), jnp.float32(std)),
+    Transition(jnp.full(dim, 0.15), jnp.float32(std)),
+  )
   x_next = std * jax.random.normal(jax.random.key(3), (200_000, dim))
-  log_ratio = jax.vmap(lambda x: transitions.log_prob(new, x, "mean") - transitions.log_prob(old, x, "mean"))(x_next)
+  log_ratio = jax.vmap(
+    lambda x: transitions.log_prob(new, x, "mean") - transitions.log_prob(old, x, "mean")
+  )(x_next)
   m = 0.25
-  assert float(jnp.mean(jnp.exp(log_ratio))) == pytest.approx(np.exp(-m / 2 + m / (2 * dim)), abs=2e-3)
+  assert float(jnp.mean(jnp.exp(log_ratio))) == pytest.approx(
+    np.exp(-m / 2 + m / (2 * dim)), abs=2e-3
+  )
 
 
 @pytest.mark.parametrize(
@@ -361,7 +448,10 @@ def test_mean_ratio_under_the_mean_reduction():
     (lambda: transitions.check_kind("euler", "velocity"), "sampler kind is 'euler'"),
     (lambda: transitions.check_kind("flow", "epsilon"), "'flow' needs a velocity network"),
     (lambda: flow_step("dpm++", 0.0), "use step"),
-    (lambda: predictions.from_output("noise", *f32(0.3, 0.3, 0.3, 0.3)), "prediction type is 'noise'"),
+    (
+      lambda: predictions.from_output("noise", *f32(0.3, 0.3, 0.3, 0.3)),
+      "prediction type is 'noise'",
+    ),
     (lambda: transitions.log_prob(flow_step("dance", 0.3), jnp.float32(0), "median"), "median"),
     (lambda: transitions.check_kl("reverse", "dance", "velocity"), "KL mode is 'reverse'"),
     (lambda: transitions.check_kl("no_dt", "cps", "velocity"), "'no_dt' needs"),

@@ -1,4 +1,6 @@
-"""Checkpoint folders: what is accepted, what is said when they are broken, sharded reading, atomic writing, `inspect`."""
+"""Checkpoint folders: what is accepted, what is said when they are broken, sharded reading, atomic
+writing, `inspect`.
+"""
 
 import json
 import os
@@ -14,11 +16,11 @@ import pytest
 import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dancegrpo_jax.convert import safetensors_io
+from dancegrpo_jax.checkpoints import safetensors_io, weights
+from dancegrpo_jax.checkpoints.mapping import Spec
 from dancegrpo_jax.convert.__main__ import main
-from dancegrpo_jax.convert.core import ConversionError, Spec
 from dancegrpo_jax.convert.shapes import abstract_params
-from dancegrpo_jax.runtime import weights
+from dancegrpo_jax.errors import ConversionError
 
 CONFIG = {
   "architectures": ["CLIPTextModel"],
@@ -72,9 +74,13 @@ def test_file_is_what_the_reference_library_writes(folder, tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_files(folder, params, abstract, tmp_path, dtype):
-  """Written, read lazily, cast on the way; exported again from float32 with the dtypes of the file it came from."""
+  """Written, read lazily, cast on the way; exported again from float32 with the dtypes of the file
+  it came from.
+  """
   weights.save(tmp_path / "half", "CLIPTextModel", params, dtype=dtype)
-  assert {spec.dtype for spec in safetensors_io.header(tmp_path / "half" / "model.safetensors").values()} == {np.dtype(dtype)}
+  assert {
+    spec.dtype for spec in safetensors_io.header(tmp_path / "half" / "model.safetensors").values()
+  } == {np.dtype(dtype)}
   loaded = weights.load(tmp_path / "half", "CLIPTextModel", abstract)
   same(loaded, jax.tree.map(lambda x: x.astype(dtype).astype(np.float32), params))
   kept = weights.load(tmp_path / "half", "CLIPTextModel", abstract, dtype=dtype)
@@ -84,11 +90,15 @@ def test_half_precision_files(folder, params, abstract, tmp_path, dtype):
 
 
 def test_published_names_and_buffers_come_back(folder, params, abstract, tmp_path):
-  """Names without the prefix, and position_ids: a file exported `like` another has all of its tensors, bit for bit."""
+  """Names without the prefix, and position_ids: a file exported `like` another has all of its
+  tensors, bit for bit.
+  """
   (tmp_path / "other").mkdir()
   other = {name.removeprefix("text_model."): value for name, value in tensors(folder).items()}
   other["embeddings.position_ids"] = np.arange(8)[None]
-  safetensors.numpy.save_file(other, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"})
+  safetensors.numpy.save_file(
+    other, tmp_path / "other" / "model.safetensors", metadata={"format": "pt"}
+  )
   loaded = weights.load(tmp_path / "other", "CLIPTextModel", abstract)
   same(loaded, params)
   again = weights.save(tmp_path / "again", "CLIPTextModel", loaded, like=tmp_path / "other")
@@ -101,23 +111,35 @@ def shard(folder: Path, index: str, mark: str = "") -> None:
   halves = {f"model-0000{k + 1}-of-00002{mark}.safetensors": names[k::2] for k in range(2)}
   for file, part in halves.items():
     safetensors.numpy.save_file({name: tensors(folder)[name] for name in part}, folder / file)
-  (folder / index).write_text(json.dumps({"weight_map": {name: file for file, part in halves.items() for name in part}}))
+  (folder / index).write_text(
+    json.dumps({"weight_map": {name: file for file, part in halves.items() for name in part}})
+  )
   (folder / "model.safetensors").unlink()
 
 
 @pytest.mark.parametrize(
-  "index", ["model.safetensors.index.json", "model.safetensors.index.fp16.json", "diffusion_pytorch_model.safetensors.index.json"]
+  "index",
+  [
+    "model.safetensors.index.json",
+    "model.safetensors.index.fp16.json",
+    "diffusion_pytorch_model.safetensors.index.json",
+  ],
 )
 def test_sharded_files(folder, params, abstract, index):
   shard(folder, index)
   same(weights.load(folder, "CLIPTextModel", abstract), params)
   (folder / "model-00002-of-00002.safetensors").unlink()
-  with pytest.raises(ConversionError, match="names shards that are not there: model-00002-of-00002.safetensors; get it with"):
+  with pytest.raises(
+    ConversionError,
+    match="names shards that are not there: model-00002-of-00002.safetensors; get it with",
+  ):
     weights.load(folder, "CLIPTextModel", abstract)
 
 
 def test_variants(folder, params, abstract):
-  """The full file is preferred unless the variant is asked for; a folder with the variant alone works too."""
+  """The full file is preferred unless the variant is asked for; a folder with the variant alone
+  works too.
+  """
   half = {name: value.astype(np.float16) for name, value in tensors(folder).items()}
   safetensors.numpy.save_file(half, folder / "model.fp16.safetensors")
   same(weights.load(folder, "CLIPTextModel", abstract), params)
@@ -130,7 +152,9 @@ def test_variants(folder, params, abstract):
 def test_sharded_reading(folder, params, abstract, monkeypatch):
   """Eight devices, four slices: each is read once, nothing else is."""
   mesh = jax.make_mesh((4, 2), ("fsdp", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-  shardings = jax.tree.map(lambda s: NamedSharding(mesh, PartitionSpec(*[None] * (len(s.shape) - 1), "fsdp")), abstract)
+  shardings = jax.tree.map(
+    lambda s: NamedSharding(mesh, PartitionSpec(*[None] * (len(s.shape) - 1), "fsdp")), abstract
+  )
   reads = []
   read = safetensors_io.Reader.read
 
@@ -142,7 +166,11 @@ def test_sharded_reading(folder, params, abstract, monkeypatch):
   monkeypatch.setattr(safetensors_io.Reader, "read", counted)
   loaded = weights.load(folder, "CLIPTextModel", abstract, shardings)
   same(loaded, params)
-  jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(x.sharding)), loaded, shardings)
+  jax.tree.map(
+    lambda x, s: x.sharding.is_equivalent_to(s, x.ndim) or pytest.fail(str(x.sharding)),
+    loaded,
+    shardings,
+  )
   assert sum(size for _, size in reads) == sum(x.nbytes for x in jax.tree.leaves(params))
   whole = dict.fromkeys(name for name, _ in reads)
   assert len(reads) == 4 * len(whole)
@@ -155,7 +183,11 @@ def test_sharded_reading(folder, params, abstract, monkeypatch):
 def test_stacked_layers_are_exported_one_by_one(folder, params):
   stacked = dict(params)
   layers = stacked.pop("encoder")
-  stacked["encoder"] = {"layers": jax.tree.map(lambda *x: jax.numpy.stack(x), *(layers[f"layers_{i}"] for i in range(2)))}
+  stacked["encoder"] = {
+    "layers": jax.tree.map(
+      lambda *x: jax.numpy.stack(x), *(layers[f"layers_{i}"] for i in range(2))
+    )
+  }
   file = weights.save(folder.parent / "stacked", "CLIPTextModel", stacked)
   assert file.read_bytes() == (folder / "model.safetensors").read_bytes()
 
@@ -182,10 +214,14 @@ def broken(folder: Path, how: str) -> None:
   [
     (
       "empty folder",
-      "no weights; expected diffusion_pytorch_model.safetensors or model.safetensors .* found config.json; get it with",
+      "no weights; expected diffusion_pytorch_model.safetensors or model.safetensors .* found"
+      " config.json; get it with",
     ),
     ("pickled", r"pickled weights only \(pytorch_model.bin\)"),
-    ("truncated", "model.safetensors: truncated or not a safetensors file .* get it with `hf download"),
+    (
+      "truncated",
+      "model.safetensors: truncated or not a safetensors file .* get it with `hf download",
+    ),
     ("empty file", "truncated or not a safetensors file"),
     ("web page", "truncated or not a safetensors file"),
     ("index", "model.safetensors.index.json: not an index"),
@@ -211,14 +247,20 @@ def test_missing_folder_config_and_table(folder, abstract):
 
 def test_misfits_name_the_folder_and_everything(folder, abstract):
   bad = tensors(folder)
-  bad["text_model.encoder.layers.1.mlp.fc3.bias"] = bad.pop("text_model.encoder.layers.1.mlp.fc1.bias")
+  bad["text_model.encoder.layers.1.mlp.fc3.bias"] = bad.pop(
+    "text_model.encoder.layers.1.mlp.fc1.bias"
+  )
   bad["text_model.final_layer_norm.bias"] = bad["text_model.final_layer_norm.bias"][:3]
   safetensors.numpy.save_file(bad, folder / "model.safetensors")
   with pytest.raises(ConversionError) as caught:
     weights.load(folder, "CLIPTextModel", abstract)
   text = str(caught.value)
   assert text.startswith(f"{folder}: CLIPTextModel: 3 problems")
-  assert "fc3.bias" in text and "encoder/layers_1/mlp/fc1/bias" in text and "final_layer_norm.bias [3]" in text
+  assert (
+    "fc3.bias" in text
+    and "encoder/layers_1/mlp/fc1/bias" in text
+    and "final_layer_norm.bias [3]" in text
+  )
 
 
 def test_writing_is_atomic(folder):
@@ -228,35 +270,59 @@ def test_writing_is_atomic(folder):
     raise KeyboardInterrupt
 
   with pytest.raises(KeyboardInterrupt):
-    safetensors_io.write(folder / "model.safetensors", {"a": Spec((2,), np.dtype(np.float32))}, fails)
+    safetensors_io.write(
+      folder / "model.safetensors", {"a": Spec((2,), np.dtype(np.float32))}, fails
+    )
   with pytest.raises(ConversionError, match="announced"):
-    safetensors_io.write(folder / "model.safetensors", {"a": Spec((2,), np.dtype(np.float32))}, lambda name: np.zeros(3))
+    safetensors_io.write(
+      folder / "model.safetensors",
+      {"a": Spec((2,), np.dtype(np.float32))},
+      lambda name: np.zeros(3),
+    )
   assert (folder / "model.safetensors").read_bytes() == before
   assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
 
 
 def test_inspect_a_pipeline(folder, capsys):
   root = folder.parent
-  index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+  index = {
+    "_class_name": "StableDiffusionPipeline",
+    "text_encoder": ["transformers", "CLIPTextModel"],
+  }
   index |= {"scheduler": ["diffusers", "DDIMScheduler"], "safety_checker": [None, None]}
   (root / "model_index.json").write_text(json.dumps(index))
   assert main(["inspect", str(root)]) == 0
   out = capsys.readouterr().out
   assert f"# {folder} (CLIPTextModel): 36 tensors, 36 parameters" in out
-  assert "text_model.encoder.layers.0.mlp.fc1.weight\t[32, 16]\tfloat32\tencoder/layers_0/mlp/fc1/kernel" in out
+  assert (
+    "text_model.encoder.layers.0.mlp.fc1.weight\t[32, 16]\tfloat32\tencoder/layers_0/mlp/fc1/kernel"
+    in out
+  )
   assert "# scheduler (DDIMScheduler): not a network" in out
   # Problems of several networks come together.
-  index["vae"], index["unet"] = ["diffusers", "AutoencoderKL"], ["diffusers", "UNet2DConditionModel"]
+  index["vae"], index["unet"] = (
+    ["diffusers", "AutoencoderKL"],
+    ["diffusers", "UNet2DConditionModel"],
+  )
   (root / "model_index.json").write_text(json.dumps(index))
   (root / "unet").mkdir()
-  (root / "unet" / "config.json").write_text(json.dumps({"_class_name": "UNet2DConditionModel", "act_fn": "relu"}))
-  safetensors.numpy.save_file(tensors(folder) | {"text_model.more": np.zeros(2)}, folder / "model.safetensors")
+  (root / "unet" / "config.json").write_text(
+    json.dumps({"_class_name": "UNet2DConditionModel", "act_fn": "relu"})
+  )
+  safetensors.numpy.save_file(
+    tensors(folder) | {"text_model.more": np.zeros(2)}, folder / "model.safetensors"
+  )
   assert main(["inspect", str(root)]) == 2
   captured = capsys.readouterr()
   assert "text_model.more\t[2]\tfloat64\t(nowhere)" in captured.out
   assert captured.err.startswith("3 problems:")
   assert all(
-    part in captured.err for part in ("unexpected tensor text_model.more", f"{root / 'vae'}/config.json", "act_fn='relu'")
+    part in captured.err
+    for part in (
+      "unexpected tensor text_model.more",
+      f"{root / 'vae'}/config.json",
+      "act_fn='relu'",
+    )
   )
 
 
@@ -265,15 +331,20 @@ def test_inspect_says_what_is_wrong_in_one_line(tmp_path):
   (tmp_path / "notes.txt").write_text("")
   command = [sys.executable, "-m", "dancegrpo_jax.convert", "inspect", str(tmp_path)]
   root = Path(__file__).parents[1]
-  done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)})
+  done = subprocess.run(
+    command, capture_output=True, text=True, cwd=root, env=os.environ | {"PYTHONPATH": str(root)}
+  )
   assert done.returncode == 2 and done.stdout == ""
-  assert re.fullmatch(r"error: .*: not a checkpoint folder; expected model_index.json .*; found: notes.txt\n", done.stderr)
+  assert re.fullmatch(
+    r"error: .*: not a checkpoint folder; expected model_index.json .*; found: notes.txt\n",
+    done.stderr,
+  )
 
 
 MEMORY = """
 import sys, numpy as np, jax
 from dancegrpo_jax.convert.shapes import abstract_params
-from dancegrpo_jax.runtime import weights
+from dancegrpo_jax.checkpoints import weights
 def status(key):
   return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
 config = {"architectures": ["CLIPTextModel"], "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 18}
@@ -291,7 +362,9 @@ else:
 
 
 @pytest.mark.full_size
-@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
+@pytest.mark.skipif(
+  not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc"
+)
 def test_peak_memory_of_a_gigabyte(tmp_path):
   root = Path(__file__).parents[1]
   ratio = ""

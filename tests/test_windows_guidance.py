@@ -16,7 +16,9 @@ def config(size=4, mode="fixed", start=0, stride=1, interval=25):
 
 
 def starts(config_window, policy_steps, iterations):
-  at = jax.jit(lambda iteration: windows.window(config_window, policy_steps, iteration, jax.random.key(0)))
+  at = jax.jit(
+    lambda iteration: windows.window(config_window, policy_steps, iteration, jax.random.key(0))
+  )
   return [int(at(iteration)) for iteration in iterations]
 
 
@@ -32,8 +34,26 @@ def test_sliding_window_moves_and_wraps():
 
 
 def test_sliding_window_stops_at_the_end_before_it_wraps():
-  assert starts(config(mode="sliding", stride=2, interval=1), 9, range(9)) == [0, 2, 4, 5, 0, 2, 4, 5, 0]
-  assert starts(config(mode="sliding", start=3, stride=3, interval=1), 9, range(7)) == [3, 5, 0, 3, 5, 0, 3]
+  assert starts(config(mode="sliding", stride=2, interval=1), 9, range(9)) == [
+    0,
+    2,
+    4,
+    5,
+    0,
+    2,
+    4,
+    5,
+    0,
+  ]
+  assert starts(config(mode="sliding", start=3, stride=3, interval=1), 9, range(7)) == [
+    3,
+    5,
+    0,
+    3,
+    5,
+    0,
+    3,
+  ]
   assert starts(config(mode="sliding", size=0, interval=1), 9, range(3)) == [0, 0, 0]
 
 
@@ -99,7 +119,9 @@ def test_scale_1_needs_no_negative_branch_and_others_do():
 
 def test_gradients_flow_through_both_branches():
   def loss(positive, negative):
-    return jnp.sum(guidance.classifier_free(denoise, 5.0)(BATCH, TIME, Conditioning(positive, negative)))
+    return jnp.sum(
+      guidance.classifier_free(denoise, 5.0)(BATCH, TIME, Conditioning(positive, negative))
+    )
 
   positive, negative = jax.grad(loss, argnums=(0, 1))(POSITIVE, NEGATIVE)
   np.testing.assert_allclose(positive["bias"], np.full((2, 2), 5.0))

@@ -1,8 +1,10 @@
-"""Models for tests of whole programs: checkpoint folders as small as the networks allow, and a model of a few lines.
+"""Models for tests of whole programs: checkpoint folders as small as the networks allow, and a
+model of a few lines.
 
-`write_models` makes a Stable Diffusion folder in diffusers' layout (32x32 pixels, 8x8 latents) and a CLIP folder in transformers'
-layout, random. Every tensor is drawn, those that training starts at zero or one too: a network whose last layer is zero
-would hide whatever comes before it. `toy_programs` has the programs of a run around a network that compiles in no time.
+`write_models` makes a Stable Diffusion folder in diffusers' layout (32x32 pixels, 8x8 latents) and
+a CLIP folder in transformers' layout, random. Every tensor is drawn, those that training starts at
+zero or one too: a network whose last layer is zero would hide whatever comes before it.
+`toy_programs` has the programs of a run around a network that compiles in no time.
 """
 
 from pathlib import Path
@@ -13,58 +15,122 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from dancegrpo_jax import loading, programs, stages
+from dancegrpo_jax import programs
+from dancegrpo_jax.assembly import loading
+from dancegrpo_jax.checkpoints import weights
 from dancegrpo_jax.convert.shapes import abstract_params
 from dancegrpo_jax.data import t5_tokenizer, tokenizer
+from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.pipelines.base import Pipeline
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime import weights
+from dancegrpo_jax.pretrain import stages
+from dancegrpo_jax.rl.state import init_state
+from dancegrpo_jax.settings import config_file
 from dancegrpo_jax.types import Conditioning
 
 ROOT = Path(__file__).parent.parent
-PROMPTS = tuple(f"a {colour} {thing}" for thing in ("cat", "apple", "boat", "house") for colour in ("red", "blue"))
+PROMPTS = tuple(
+  f"a {colour} {thing}" for thing in ("cat", "apple", "boat", "house") for colour in ("red", "blue")
+)
 SIZE, TOKENS = 32, 8  # pixels; length of a tokenised prompt
 
 TOWER = {
-  "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "layer_norm_eps": 1e-5,
+  "hidden_size": 16,
+  "intermediate_size": 32,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+  "layer_norm_eps": 1e-5,
   "hidden_act": "quick_gelu",
-}  # fmt: skip
+}
 UNET = {
-  "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "block_out_channels": (16, 32),
-  "down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2,  # attention in the middle: quick to compile
-  "layers_per_block": 1, "cross_attention_dim": 16, "attention_head_dim": 2, "norm_num_groups": 8, "norm_eps": 1e-5,
-  "act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "sample_size": 8,
-}  # fmt: skip
+  "_class_name": "UNet2DConditionModel",
+  "in_channels": 4,
+  "out_channels": 4,
+  "block_out_channels": (16, 32),
+  # attention in the middle: quick to compile
+  "down_block_types": ("DownBlock2D",) * 2,
+  "up_block_types": ("UpBlock2D",) * 2,
+  "layers_per_block": 1,
+  "cross_attention_dim": 16,
+  "attention_head_dim": 2,
+  "norm_num_groups": 8,
+  "norm_eps": 1e-5,
+  "act_fn": "silu",
+  "flip_sin_to_cos": True,
+  "freq_shift": 0,
+  "sample_size": 8,
+}
 VAE = {
-  "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "down_block_types": ("DownEncoderBlock2D",) * 3,
-  "up_block_types": ("UpDecoderBlock2D",) * 3, "block_out_channels": (8, 8, 8), "layers_per_block": 1, "latent_channels": 4,
-  "norm_num_groups": 4, "act_fn": "silu", "sample_size": SIZE, "scaling_factor": 0.5,
-}  # fmt: skip
+  "_class_name": "AutoencoderKL",
+  "in_channels": 3,
+  "out_channels": 3,
+  "down_block_types": ("DownEncoderBlock2D",) * 3,
+  "up_block_types": ("UpDecoderBlock2D",) * 3,
+  "block_out_channels": (8, 8, 8),
+  "layers_per_block": 1,
+  "latent_channels": 4,
+  "norm_num_groups": 4,
+  "act_fn": "silu",
+  "sample_size": SIZE,
+  "scaling_factor": 0.5,
+}
 SCHEDULER = {
-  "_class_name": "DDIMScheduler", "num_train_timesteps": 1000, "beta_start": 0.00085, "beta_end": 0.012,
-  "beta_schedule": "scaled_linear", "set_alpha_to_one": False, "steps_offset": 1, "clip_sample": False,
-  "prediction_type": "epsilon", "timestep_spacing": "leading",
-}  # fmt: skip
+  "_class_name": "DDIMScheduler",
+  "num_train_timesteps": 1000,
+  "beta_start": 0.00085,
+  "beta_end": 0.012,
+  "beta_schedule": "scaled_linear",
+  "set_alpha_to_one": False,
+  "steps_offset": 1,
+  "clip_sample": False,
+  "prediction_type": "epsilon",
+  "timestep_spacing": "leading",
+}
 
 
 FLUX = {
-  "_class_name": "FluxTransformer2DModel", "patch_size": 1, "in_channels": 16, "num_layers": 2, "num_single_layers": 2,
-  "attention_head_dim": 8, "num_attention_heads": 2, "joint_attention_dim": 24, "pooled_projection_dim": 16,
-  "guidance_embeds": True, "axes_dims_rope": (2, 2, 4),
-}  # fmt: skip
+  "_class_name": "FluxTransformer2DModel",
+  "patch_size": 1,
+  "in_channels": 16,
+  "num_layers": 2,
+  "num_single_layers": 2,
+  "attention_head_dim": 8,
+  "num_attention_heads": 2,
+  "joint_attention_dim": 24,
+  "pooled_projection_dim": 16,
+  "guidance_embeds": True,
+  "axes_dims_rope": (2, 2, 4),
+}
 FLUX_VAE = VAE | {"use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1159}
 T5 = {
-  "architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 2, "num_heads": 2,
-  "feed_forward_proj": "gated-gelu", "layer_norm_epsilon": 1e-6, "tie_word_embeddings": False, "pad_token_id": 0,
-}  # fmt: skip
+  "architectures": ["T5EncoderModel"],
+  "model_type": "t5",
+  "d_model": 24,
+  "d_kv": 8,
+  "d_ff": 40,
+  "num_layers": 2,
+  "num_heads": 2,
+  "feed_forward_proj": "gated-gelu",
+  "layer_norm_epsilon": 1e-6,
+  "tie_word_embeddings": False,
+  "pad_token_id": 0,
+}
 FLOW = {  # FLUX.1-dev's
-  "_class_name": "FlowMatchEulerDiscreteScheduler", "base_image_seq_len": 256, "base_shift": 0.5, "max_image_seq_len": 4096,
-  "max_shift": 1.15, "num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": True,
-}  # fmt: skip
+  "_class_name": "FlowMatchEulerDiscreteScheduler",
+  "base_image_seq_len": 256,
+  "base_shift": 0.5,
+  "max_image_seq_len": 4096,
+  "max_shift": 1.15,
+  "num_train_timesteps": 1000,
+  "shift": 3.0,
+  "use_dynamic_shifting": True,
+}
+
+
 class Folders(NamedTuple):
-  """Where the tiny models lie: a diffusers folder, a CLIPModel folder, and a prompts file with the 8 of `PROMPTS`."""
+  """Where the tiny models lie: a diffusers folder, a CLIPModel folder, and a prompts file with the
+  8 of `PROMPTS`.
+  """
 
   model: Path
   clip: Path
@@ -94,31 +160,50 @@ def write_network(folder: Path, config_json: dict, seed: int) -> None:
 
 def write_models(root: Path) -> Folders:
   """Writes both folders and the prompts file under `root`."""
-  model, clip, prompts = folders = Folders(root / "tiny-sd", root / "tiny-clip", root / "prompts.txt")
+  model, clip, prompts = folders = Folders(
+    root / "tiny-sd", root / "tiny-clip", root / "prompts.txt"
+  )
   for folder in (model / "tokenizer", clip):
     tokenizer.write_tokenizer(list(PROMPTS), str(folder), length=TOKENS, size=560)
   text = {**TOWER, "max_position_embeddings": TOKENS, **stages.token_ids(model / "tokenizer")}
   write_network(model / "unet", UNET, seed=1)
   write_network(model / "vae", VAE, seed=2)
-  write_network(model / "text_encoder", {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **text}, seed=3)
+  write_network(
+    model / "text_encoder",
+    {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **text},
+    seed=3,
+  )
   stages.write_json(model / "scheduler" / "scheduler_config.json", SCHEDULER)
   stages.write_json(model / "model_index.json", stages.model_index())
   vision = {**TOWER, "image_size": SIZE, "patch_size": 8, "num_channels": 3}
-  both = {"text_config": {**text, "projection_dim": 12}, "vision_config": {**vision, "projection_dim": 12}}
-  write_network(clip, {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 12, **both}, seed=4)
+  both = {
+    "text_config": {**text, "projection_dim": 12},
+    "vision_config": {**vision, "projection_dim": 12},
+  }
+  write_network(
+    clip,
+    {"architectures": ["CLIPModel"], "model_type": "clip", "projection_dim": 12, **both},
+    seed=4,
+  )
   stages.write_json(clip / "preprocessor_config.json", stages.clip_preprocessor(SIZE))
   prompts.write_text("\n".join(PROMPTS) + "\n")
   return folders
 
 
 def write_flux(folder: Path, scheduler: dict = FLOW, **transformer) -> Path:
-  """Writes a FLUX folder in diffusers' layout, with changes of its transformer's config; returns it."""
+  """Writes a FLUX folder in diffusers' layout, with changes of its transformer's config; returns
+  it.
+  """
   tokenizer.write_tokenizer(list(PROMPTS), str(folder / "tokenizer"), length=TOKENS, size=560)
   t5_tokenizer.write_t5_tokenizer(list(PROMPTS), str(folder / "tokenizer_2"), length=TOKENS)
   text = {**TOWER, "max_position_embeddings": TOKENS, **stages.token_ids(folder / "tokenizer")}
   write_network(folder / "transformer", FLUX | transformer, seed=1)
   write_network(folder / "vae", FLUX_VAE, seed=2)
-  write_network(folder / "text_encoder", {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **text}, seed=3)
+  write_network(
+    folder / "text_encoder",
+    {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **text},
+    seed=3,
+  )
   vocabulary = len(t5_tokenizer.vocabulary(list(PROMPTS)))
   write_network(folder / "text_encoder_2", T5 | {"vocab_size": vocabulary}, seed=4)
   stages.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -127,40 +212,68 @@ def write_flux(folder: Path, scheduler: dict = FLOW, **transformer) -> Path:
 
 
 def overrides(folders: Folders | None = None, **changes) -> list[str]:
-  """configs/emoji_clip.py:tiny as flags, on the tiny models and cut further; `changes` by dotted key, with `__` for the dot."""
+  """configs/emoji_clip.py:tiny as flags, on the tiny models and cut further; `changes` by dotted
+  key, with `__` for the dot.
+  """
   values = {
-    "data.prompts_per_iteration": 4, "rollout.samples_per_prompt": 4, "rollout.chunk": 16, "sampler.steps": 4,
-    "evaluation.steps": 2, "evaluation.prompts": 2, "optimizer.microbatch": 16, "optimizer.updates_per_iteration": 1,
-    "optimizer.warmup_steps": 0, "objective.timesteps": "all", "logging.tensorboard": False, "sampler.window.size": 0,
-  }  # fmt: skip
+    "data.prompts_per_iteration": 4,
+    "rollout.samples_per_prompt": 4,
+    "rollout.chunk": 16,
+    "sampler.steps": 4,
+    "evaluation.steps": 2,
+    "evaluation.prompts": 2,
+    "optimizer.microbatch": 16,
+    "optimizer.updates_per_iteration": 1,
+    "optimizer.warmup_steps": 0,
+    "objective.timesteps": "all",
+    "logging.tensorboard": False,
+    "sampler.window.size": 0,
+  }
   if folders:
-    values |= {"model.checkpoint": folders.model, "reward.clip.checkpoint": folders.clip, "data.prompts": folders.prompts}
+    values |= {
+      "model.checkpoint": folders.model,
+      "reward.clip.checkpoint": folders.clip,
+      "data.prompts": folders.prompts,
+    }
   values |= {key.replace("__", "."): value for key, value in changes.items()}
   return [f"{key}={value}" for key, value in values.items()]
 
 
 def tiny_config(folders: Folders | None = None, **changes):
   """The config of `overrides`."""
-  return configs.load(f"{ROOT / 'configs' / 'emoji_clip.py'}:tiny", overrides(folders, **changes))
+  return config_file.load(
+    f"{ROOT / 'configs' / 'emoji_clip.py'}:tiny", overrides(folders, **changes)
+  )
 
 
 TOY_SHAPE = (4, 4, 2)
 
 
 def toy_pipeline() -> Pipeline:
-  """One hidden layer as the denoiser, letters as tokens, Stable Diffusion's grid; nothing to load."""
+  """One hidden layer as the denoiser, letters as tokens, Stable Diffusion's grid; nothing to
+  load.
+  """
 
   def denoise(params, x, time, rows):
     weights = params["denoiser"]
-    hidden = x.reshape(len(x), -1) @ weights["first"] + rows @ weights["prompt"] + jnp.sin(time[:, None] / 99) * weights["time"]
+    hidden = (
+      x.reshape(len(x), -1) @ weights["first"]
+      + rows @ weights["prompt"]
+      + jnp.sin(time[:, None] / 99) * weights["time"]
+    )
     return (jnp.tanh(hidden) @ weights["last"]).reshape(x.shape)
 
   def schedule(steps: int, shift: float) -> schedules.Schedule:
-    numbers = {key: SCHEDULER[key] for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "steps_offset")}
+    numbers = {
+      key: SCHEDULER[key]
+      for key in ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "steps_offset")
+    }
     return schedules.diffusion_schedule(steps, spacing="leading", set_alpha_to_one=False, **numbers)
 
   return Pipeline(
-    tokenize=lambda texts: np.array([[ord(letter) for letter in f"{text:8.8}"] for text in texts], np.int32),
+    tokenize=lambda texts: np.array(
+      [[ord(letter) for letter in f"{text:8.8}"] for text in texts], np.int32
+    ),
     encode=lambda params, tokens: jnp.sin(tokens.astype(jnp.float32)),
     denoise=denoise,
     decode=lambda params, latents: jax.nn.sigmoid(jnp.repeat(latents[..., :1], 3, axis=-1)),
@@ -168,7 +281,7 @@ def toy_pipeline() -> Pipeline:
     prediction="epsilon",
     latent_shape=TOY_SHAPE,
     components={},
-  )  # fmt: skip
+  )
 
 
 class Toy(NamedTuple):
@@ -182,23 +295,49 @@ class Toy(NamedTuple):
 
 
 def toy_programs(devices, **changes) -> Toy:
-  """The programs of `tiny_config` (4 prompts x 4 samples, 4 steps) around the toy pipeline, on these devices."""
+  """The programs of `tiny_config` (4 prompts x 4 samples, 4 steps) around the toy pipeline, on
+  these devices.
+  """
   config, pipeline = tiny_config(mesh__data=len(devices), **changes), toy_pipeline()
-  mesh, size, rng = meshes.make_mesh(config.mesh, devices), int(np.prod(TOY_SHAPE)), np.random.default_rng(0)
+  mesh, size, rng = (
+    sharding.make_mesh(config.mesh, devices),
+    int(np.prod(TOY_SHAPE)),
+    np.random.default_rng(0),
+  )
   with jax.set_mesh(mesh):
-    whole = meshes.replicated(mesh)
-    drawn = {name: rng.standard_normal(shape) / np.sqrt(shape[0]) for name, shape in {
-      "first": (size, 32), "prompt": (8, 32), "time": (1, 32), "last": (32, size),
-    }.items()}  # fmt: skip
-    params = {"denoiser": {name: jax.device_put(value.astype(np.float32), whole) for name, value in drawn.items()}}
+    whole = sharding.replicated(mesh)
+    drawn = {
+      name: rng.standard_normal(shape) / np.sqrt(shape[0])
+      for name, shape in {
+        "first": (size, 32),
+        "prompt": (8, 32),
+        "time": (1, 32),
+        "last": (32, size),
+      }.items()
+    }
+    params = {
+      "denoiser": {
+        name: jax.device_put(value.astype(np.float32), whole) for name, value in drawn.items()
+      }
+    }
     model = loading.Model(pipeline, {}, params, {}, {}, jax.tree.map(lambda _: whole, params))
     shardings = loading.state_shardings(config, model, len(PROMPTS), mesh)
     compiled = programs.build(config, pipeline, {}, mesh, shardings)
-    init = programs.init_state(config, len(PROMPTS), shardings)
+    init = init_state(config, len(PROMPTS), shardings)
     tokens = pipeline.tokenize(PROMPTS[:4])
     positive = compiled.encode({}, tokens)
-    negative = None if config.sampler.guidance_scale == 1 else compiled.encode({}, pipeline.tokenize([""] * 4))
-  return Toy(mesh, compiled, params, Conditioning(positive, negative), lambda: init(jax.tree.map(jnp.copy, params)))
+    negative = (
+      None
+      if config.sampler.guidance_scale == 1
+      else compiled.encode({}, pipeline.tokenize([""] * 4))
+    )
+  return Toy(
+    mesh,
+    compiled,
+    params,
+    Conditioning(positive, negative),
+    lambda: init(jax.tree.map(jnp.copy, params)),
+  )
 
 
 def assert_trees_equal(actual, expected) -> None:
@@ -210,5 +349,8 @@ def assert_trees_equal(actual, expected) -> None:
 
 def relative_error(actual, expected) -> float:
   """max |a - b| / max |b| over all leaves of two trees together."""
-  pairs = [(np.asarray(a, np.float64), np.asarray(b, np.float64)) for a, b in zip(*map(jax.tree.leaves, (actual, expected)))]
+  pairs = [
+    (np.asarray(a, np.float64), np.asarray(b, np.float64))
+    for a, b in zip(*map(jax.tree.leaves, (actual, expected)))
+  ]
   return max(np.abs(a - b).max() for a, b in pairs) / max(np.abs(b).max() for _, b in pairs)

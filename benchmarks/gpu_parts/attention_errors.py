@@ -41,9 +41,11 @@ def compare(say, name: str, sizes: tuple) -> None:
   value_xla, gradient_xla = errors(both("xla", causal)(*qkv, weight), exact)
   cells = {
     "kernel": measure.text(kernel),
-    "value": measure.number(value), "gradient": measure.number(gradient),
-    "value by xla": measure.number(value_xla), "gradient by xla": measure.number(gradient_xla),
-  }  # fmt: skip
+    "value": measure.number(value),
+    "gradient": measure.number(gradient),
+    "value by xla": measure.number(value_xla),
+    "gradient by xla": measure.number(gradient_xla),
+  }
   say.cells(name, cells, note=f"batch of {batch}")
 
 

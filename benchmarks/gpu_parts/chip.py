@@ -1,6 +1,6 @@
 """What the chip offers to any program: a large bf16 product, and a large copy."""
 
-from dancegrpo_jax.runtime import topologies
+from dancegrpo_jax.devices import chips
 from gpu_parts import measure
 
 CALLS = (
@@ -29,7 +29,7 @@ def run(context) -> None:
   a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.bfloat16) for i in (0, 1))
   product = jax.jit(jnp.matmul)
   found = rate(lambda: product(a, b), 2 * size**3 / 1e12)
-  peak = topologies.gpu_peak(device.device_kind)
+  peak = chips.gpu_peak(device.device_kind)
   share = (
     f"{found['value'] * 1e12 / peak:.0%} of the data sheet's {peak / 1e12:.0f}" if peak else ""
   )

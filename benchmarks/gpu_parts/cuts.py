@@ -10,7 +10,7 @@ import json
 import shutil
 from pathlib import Path
 
-from dancegrpo_jax.runtime import config as configs
+from dancegrpo_jax.settings import config_file
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {"sd": "sd_hps.py:1gpu", "flux": "flux_hps_lora.py:1gpu"}
@@ -25,26 +25,39 @@ RANDOM = {
 # and the end show one with 2 steps, and lanes are as many as a chunk has rows: what decodes and
 # scores it is there already.
 SHARED = {
-  "iterations": 2, "data.prompts_per_iteration": 1, "data.held_out": "",
-  "evaluation.every": 0, "evaluation.prompts": 1,
-  "evaluation.steps": 2, "objective.timesteps": "random", "optimizer.updates_per_iteration": 2,
-  "logging.tensorboard": False, "reward.hps.tokenizer": "assets/random-clip",
-}  # fmt: skip
+  "iterations": 2,
+  "data.prompts_per_iteration": 1,
+  "data.held_out": "",
+  "evaluation.every": 0,
+  "evaluation.prompts": 1,
+  "evaluation.steps": 2,
+  "objective.timesteps": "random",
+  "optimizer.updates_per_iteration": 2,
+  "logging.tensorboard": False,
+  "reward.hps.tokenizer": "assets/random-clip",
+}
 CUTS = {
-  "sd": SHARED | {
-    "rollout.samples_per_prompt": 16, "rollout.chunk": 16,
-    "optimizer.microbatch": 16, "mesh.lanes": 16,
+  "sd": SHARED
+  | {
+    "rollout.samples_per_prompt": 16,
+    "rollout.chunk": 16,
+    "optimizer.microbatch": 16,
+    "mesh.lanes": 16,
     "objective.timestep_fraction": 0.082,
   },
-  "flux": SHARED | {
-    "rollout.samples_per_prompt": 8, "rollout.chunk": 8, "optimizer.microbatch": 8, "mesh.lanes": 8,
+  "flux": SHARED
+  | {
+    "rollout.samples_per_prompt": 8,
+    "rollout.chunk": 8,
+    "optimizer.microbatch": 8,
+    "mesh.lanes": 8,
     "objective.timestep_fraction": 0.37,
   },
-}  # fmt: skip
+}
 TINY_CUT = {"iterations": 2, "logging.tensorboard": False}
 
 
-def config_file(model: str, tiny: bool) -> str:
+def preset_of(model: str, tiny: bool) -> str:
   """FILE:preset of a model, for one card."""
   return str(ROOT / "configs" / (TINY if tiny else CONFIGS)[model])
 
@@ -70,7 +83,7 @@ def flags(model: str, tiny: bool, folder: Path) -> list[str]:
   """The same as flags of `main`."""
   changes = overrides(model, tiny, folder)
   return [
-    f"--config={config_file(model, tiny)}",
+    f"--config={preset_of(model, tiny)}",
     *(f"--config.{key}={value}" for key, value in changes.items()),
   ]
 
@@ -81,7 +94,9 @@ def load(model: str, tiny: bool, folder: Path, **changes):
   words = overrides(model, tiny, folder) | {
     key.replace("__", "."): value for key, value in changes.items()
   }
-  return configs.load(config_file(model, tiny), [f"{key}={value}" for key, value in words.items()])
+  return config_file.load(
+    preset_of(model, tiny), [f"{key}={value}" for key, value in words.items()]
+  )
 
 
 def describe(model: str, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Random weights made on the device: those of FLUX and T5 are 33 GB, which a host would draw for
 minutes and then send.
 
-Distributions are those of `runtime.weights.draw`; the numbers are others.
+Distributions are those of `checkpoints.weights.draw`; the numbers are others.
 """
 
 import zlib
@@ -53,7 +53,7 @@ _drawers: dict = {}
 
 
 def draw(abstract_params, shardings=None, seed: int = 0):
-  """As `runtime.weights.draw`, in its place."""
+  """As `checkpoints.weights.draw`, in its place."""
   flat = flatten_dict(abstract_params, sep="/")
   placed = (
     flatten_dict(shardings, sep="/")
@@ -78,6 +78,6 @@ def draw(abstract_params, shardings=None, seed: int = 0):
 
 def install() -> None:
   """Makes `random:` checkpoints of this process be drawn so."""
-  from dancegrpo_jax.runtime import weights
+  from dancegrpo_jax.checkpoints import weights
 
   weights.draw = draw

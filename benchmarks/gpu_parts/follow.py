@@ -39,9 +39,12 @@ def rows(
   with log.open("w") as output:
     start = time.perf_counter()
     process = subprocess.Popen(
-      [sys.executable, *command, f"--workdir={workdir}"], cwd=ROOT, stdout=output, stderr=output,
+      [sys.executable, *command, f"--workdir={workdir}"],
+      cwd=ROOT,
+      stdout=output,
+      stderr=output,
       env=os.environ | (environment or {}),
-    )  # fmt: skip
+    )
     try:
       while seen < count:
         ended = process.poll() is not None

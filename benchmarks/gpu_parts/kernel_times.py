@@ -76,6 +76,7 @@ def kernels_of(profile) -> list[tuple[str, float]]:
     warnings.simplefilter("ignore", DeprecationWarning)  # of the stats' own type
     return [
       (event.name, event.duration_ns * 1e-9)
-      for line in lines for event in line.events
+      for line in lines
+      for event in line.events
       if not event.name.startswith(("while", "call", "cond")) and "hlo_op" in dict(event.stats)
-    ]  # fmt: skip
+    ]

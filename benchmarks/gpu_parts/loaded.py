@@ -7,10 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dancegrpo_jax import inventory, plan, programs, train
+from dancegrpo_jax import programs
+from dancegrpo_jax.compilation import cache
+from dancegrpo_jax.data import prompts
+from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.plan import inventory, planning
 from dancegrpo_jax.rl import lanes
-from dancegrpo_jax.runtime import cache, validation
-from dancegrpo_jax.runtime import mesh as meshes
+from dancegrpo_jax.rl.state import init_state
+from dancegrpo_jax.settings import checks
 from gpu_parts import cuts, drawing
 
 
@@ -36,7 +40,7 @@ class Loaded(NamedTuple):
   def counts(self, names: list[str]) -> dict[str, float]:
     """FLOPs of a call of the named programs, as `plan` counts them."""
     full = {name: self.calls[name].name for name in names}
-    found = plan.counts(self.config, self.mesh, self.examples, 0, list(full.values()))
+    found = planning.counts(self.config, self.mesh, self.examples, 0, list(full.values()))
     return {name: found[full[name]].total for name in names}
 
 
@@ -51,11 +55,11 @@ def load(context, **changes) -> Loaded:
   config = inventory.without_weights(
     cuts.load(context.argument, context.tiny, context.folder, **changes)
   )
-  examples = len(train.read_examples(config))
+  examples = len(prompts.read_examples(config))
   devices = jax.devices()[:1]
-  validation.validate(config, num_devices=1, num_examples=examples)
+  checks.validate(config, num_devices=1, num_examples=examples)
   context.say.device(devices[0].device_kind)
-  mesh = meshes.make_mesh(config.mesh, devices)
+  mesh = sharding.make_mesh(config.mesh, devices)
   taken = inventory.take(config, mesh, examples, 0)
   calls = {call.name.split()[0]: call for call in taken.calls}
   return Loaded(config, mesh, taken, calls, state(config, taken, examples, calls), examples)
@@ -70,7 +74,7 @@ def state(config, taken: inventory.Inventory, examples: int, calls: dict) -> Any
     trainable = {"lora": programs.init_adapters(config, adapters, shardings.trainable["lora"])}
   else:
     trainable = {name: placed(tree) for name, tree in abstract.trainable.items()}
-  return programs.init_state(config, examples, shardings)(trainable)
+  return init_state(config, examples, shardings)(trainable)
 
 
 def placed(tree: Any) -> Any:

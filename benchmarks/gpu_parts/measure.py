@@ -7,9 +7,12 @@ from typing import Any
 
 
 def timed(
-  call: Callable[[], Any], wait: Callable[[Any], Any], count: int = 5, seconds: float = 12.0,
+  call: Callable[[], Any],
+  wait: Callable[[Any], Any],
+  count: int = 5,
+  seconds: float = 12.0,
   least: int = 2,
-) -> list[float]:  # fmt: skip
+) -> list[float]:
   """Seconds of each of some calls that have been made once before.
 
   Args:

@@ -3,7 +3,7 @@
 import jax
 
 from dancegrpo_jax.rl import timesteps
-from dancegrpo_jax.runtime import validation
+from dancegrpo_jax.settings import checks
 from gpu_parts import loaded
 
 
@@ -35,7 +35,7 @@ class Work:
   def __init__(self, config):
     branches = 1 + (config.sampler.guidance_scale != 1.0)
     samples = config.data.prompts_per_iteration * config.rollout.samples_per_prompt
-    policy = config.sampler.window.size or validation.policy_steps(config)
+    policy = config.sampler.window.size or checks.policy_steps(config)
     trained = samples * timesteps.count(
       config.objective.timesteps, config.objective.timestep_fraction, policy
     )

@@ -61,10 +61,12 @@ def inputs(model: str, made: torch.nn.Module, tiny: bool, rows: int, dtype: torc
     "hidden_states": torch.randn(rows, side * side, said.in_channels, **given),
     "encoder_hidden_states": torch.randn(rows, tokens, said.joint_attention_dim, **given),
     "pooled_projections": torch.randn(rows, said.pooled_projection_dim, **given),
-    "timestep": time, "guidance": torch.full((rows,), 3.5, **given),
-    "img_ids": places.reshape(-1, 3), "txt_ids": torch.zeros(tokens, 3, device=device()),
+    "timestep": time,
+    "guidance": torch.full((rows,), 3.5, **given),
+    "img_ids": places.reshape(-1, 3),
+    "txt_ids": torch.zeros(tokens, 3, device=device()),
     "return_dict": False,
-  }  # fmt: skip
+  }
 
 
 def channels_last(given: dict) -> dict:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import jax
 
-from dancegrpo_jax.runtime import topologies
+from dancegrpo_jax.devices import chips
 from gpu_parts import loaded, measure
 from gpu_parts.ours import Ours, Work
 
@@ -46,10 +46,13 @@ class Side:
     from gpu_parts import peer_models
 
     self.peer, self.say, self.model, self.tiny = (
-      peer_models, context.say, context.argument, context.tiny,
-    )  # fmt: skip
+      peer_models,
+      context.say,
+      context.argument,
+      context.tiny,
+    )
     self.ours, self.work = ours, Work(made.config)
-    self.peak_flops = topologies.gpu_peak(made.mesh.devices.flat[0].device_kind)
+    self.peak_flops = chips.gpu_peak(made.mesh.devices.flat[0].device_kind)
     row = flops["rollout"] / (self.work.steps * self.work.chunk_rows)
     old = self.work.old_passes * self.work.microbatch_rows * row
     self.forward_flops = self.work.chunk_rows * row

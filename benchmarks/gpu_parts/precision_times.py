@@ -11,10 +11,13 @@ def run(context) -> None:
   config = f"configs/{name}.py" + ":tiny" * context.tiny
   for precision in ("highest", "default"):
     command = [
-      "-m", "dancegrpo_jax.main", f"--config={config}", f"--config.iterations={ITERATIONS}",
+      "-m",
+      "dancegrpo_jax.main",
+      f"--config={config}",
+      f"--config.iterations={ITERATIONS}",
       f"--config.model.matmul_precision={precision}",
       f"--config.logging.compilation_cache={context.cache}",
-    ]  # fmt: skip
+    ]
     found = [row for _, row in follow.rows(command, context.folder / precision, ITERATIONS)]
     speeds = [row["images_per_second"] for row in found[1:]]
     drift = max(row["ratio/rollout_drift_max"] for row in found)

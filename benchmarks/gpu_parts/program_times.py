@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
-from dancegrpo_jax import inventory, plan
-from dancegrpo_jax.runtime import topologies
+from dancegrpo_jax.devices import chips
+from dancegrpo_jax.plan import inventory, planning
 from gpu_parts import loaded, measure
 
 _found = threading.local()  # whether this thread's last program was in the cache
@@ -59,11 +59,11 @@ class Program:
 
 def planned(run: loaded.Loaded, call: inventory.Call, compiled) -> float:
   """Bytes of the device's memory by plan's row: what stays, arguments, temporaries."""
-  from dancegrpo_jax.runtime import flops
+  from dancegrpo_jax.plan import flops
 
   kept, memory = inventory.kept_bytes(run.inventory, call), compiled.memory_analysis()
-  chip = topologies.chip_of(run.mesh.devices.flat[0])
-  return plan.row_of(call, kept, flops.Flops(0.0), 0.0, chip, 1, "", memory).peak
+  chip = chips.chip_of(run.mesh.devices.flat[0])
+  return planning.row_of(call, kept, flops.Flops(0.0), 0.0, chip, 1, "", memory).peak
 
 
 def peak_so_far() -> dict:
@@ -78,7 +78,7 @@ def peak_so_far() -> dict:
 def told(run: loaded.Loaded, say, name: str, times: list[float], flops: dict[str, float]) -> None:
   """A program's times, and its share of the peak where that is known."""
   say.row(name, time=measure.spread(times, "s"), **peak_so_far())
-  peak = topologies.gpu_peak(run.mesh.devices.flat[0].device_kind)
+  peak = chips.gpu_peak(run.mesh.devices.flat[0].device_kind)
   if peak:
     say.row(name, MFU=measure.percent(flops[name] / peak / measure.median(times)))
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 PROGRAMS = ("rollout", "decode", "score", "update")
 KINDS = ("attention", "convolution", "product", "element-wise", "reduction", "copy", "other")
 NAMES = {"sd": "Stable Diffusion v1.4", "flux": "FLUX.1-dev, LoRA"}
-# Queries, keys, heads, width of a head, batch, whether causal: every attention for which docs/gpus.md
-# names cudnn.
+# Queries, keys, heads, width of a head, batch, whether causal: every attention for which
+# docs/gpus.md names cudnn.
 ATTENTIONS = {
   "SD self, 4096 tokens, 8 x 40": (4096, 4096, 8, 40, 2, False),
   "SD self, 1024 tokens, 8 x 80": (1024, 1024, 8, 80, 4, False),
@@ -27,7 +27,7 @@ _RUNS = (
   "emoji_clip:tiny, ratio/drift_max",
   "emoji_clip:tiny, the same command twice",
   "emoji_clip:tiny, against the CPU",
-)  # fmt: skip
+)
 _STARTS = {
   name: (f"{name}: cold", f"{name}: programs cached") for name in ("emoji_clip", "emoji_flow_clip")
 }
@@ -122,24 +122,43 @@ CHIP = Part(
   ("bf16 product", "copy, bytes read and written"),
 )
 ATTENTION = Part(
-  "correctness-attention", "gpu_parts.attention_errors", "", 75,
+  "correctness-attention",
+  "gpu_parts.attention_errors",
+  "",
+  75,
   "Attention in bfloat16 against float32: the largest error over the largest number",
-  ("kernel", "value", "gradient", "value by xla", "gradient by xla"), tuple(ATTENTIONS),
-)  # fmt: skip
+  ("kernel", "value", "gradient", "value by xla", "gradient by xla"),
+  tuple(ATTENTIONS),
+)
 RUNS = Part(
   "correctness-runs", "gpu_parts.run_errors", "", 150, "Runs that must agree", ("result",), _RUNS
 )
 PRECISION = Part(
-  "precision-emoji_clip", "gpu_parts.precision_times", "emoji_clip", 120,
-  "Precision of float32 products, `emoji_clip.py`", ("afterwards", "rollout drift"),
+  "precision-emoji_clip",
+  "gpu_parts.precision_times",
+  "emoji_clip",
+  120,
+  "Precision of float32 products, `emoji_clip.py`",
+  ("afterwards", "rollout drift"),
   ("emoji_clip: highest", "emoji_clip: default"),
-)  # fmt: skip
+)
 # In the order in which they run. With little time left the last ones are lost.
 ALL = (
-  CHIP, ATTENTION, _programs("flux", 190), _programs("sd", 280), _start("emoji_clip", 110),
-  _peer("sd", 150), _peer("flux", 170), _kernels("flux", 70), _kernels("sd", 80),
-  _main("flux", 100), _main("sd", 110), PRECISION, RUNS, _start("emoji_flow_clip", 90),
-)  # fmt: skip
+  CHIP,
+  ATTENTION,
+  _programs("flux", 190),
+  _programs("sd", 280),
+  _start("emoji_clip", 110),
+  _peer("sd", 150),
+  _peer("flux", 170),
+  _kernels("flux", 70),
+  _kernels("sd", 80),
+  _main("flux", 100),
+  _main("sd", 110),
+  PRECISION,
+  RUNS,
+  _start("emoji_flow_clip", 90),
+)
 DEFAULT = ("chip", "programs-flux", "programs-sd", "start-emoji_clip", "peer-sd")
 DEFAULT_SECONDS, ALL_SECONDS = 6 * 60, 9 * 60  # of all parts together
 LEAST = 12  # seconds: a part isn't begun with less

@@ -130,9 +130,13 @@ def _tail(log: Path, lines: int = 12) -> str:
 
 
 def run(
-  parts: tuple[Part, ...], total: float, cache: Path, tiny: bool, say: Callable[[str], None],
+  parts: tuple[Part, ...],
+  total: float,
+  cache: Path,
+  tiny: bool,
+  say: Callable[[str], None],
   keep: Callable[[str, dict], None],
-) -> None:  # fmt: skip
+) -> None:
   """All parts, until the time is up; `keep(name, result)` is called when a part has ended.
 
   A part has its own budget, and more where there is more time than all of them ask for.

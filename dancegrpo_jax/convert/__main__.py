@@ -1,13 +1,15 @@
 """Command: checkpoints out, in, and looked into.
 
     python -m dancegrpo_jax.convert inspect FOLDER
-    python -m dancegrpo_jax.convert export --config=... --checkpoint=runs/x --out=DIR [--part=denoiser|lora] [--weights=ema|raw]
+    python -m dancegrpo_jax.convert export --config=... --checkpoint=runs/x --out=DIR
+    [--part=denoiser|lora] [--weights=ema|raw]
     python -m dancegrpo_jax.convert import --config=... --out=DIR
 
-inspect: every tensor's name, shape, dtype and parameter, and all that does not fit. FOLDER is a diffusers pipeline
-(model_index.json) or one network's folder (config.json and safetensors). export: a trained model as a diffusers folder,
-or its adapters as a LoRA file.
-import: the config's base model as an Orbax tree, for repeated starts; `config.model.checkpoint` takes it.
+inspect: every tensor's name, shape, dtype and parameter, and all that does not fit. FOLDER is a
+diffusers pipeline (model_index.json) or one network's folder (config.json and safetensors). export:
+a trained model as a diffusers folder, or its adapters as a LoRA file.
+import: the config's base model as an Orbax tree, for repeated starts; `config.model.checkpoint`
+takes it.
 """
 
 import argparse
@@ -15,11 +17,13 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dancegrpo_jax.convert.core import ConversionError, describe, match
+from dancegrpo_jax import errors
+from dancegrpo_jax.checkpoints import weights
+from dancegrpo_jax.checkpoints.mapping import describe, match
+from dancegrpo_jax.checkpoints.tables import TABLES
 from dancegrpo_jax.convert.shapes import NETWORKS, abstract_params, class_name
-from dancegrpo_jax.convert.tables import TABLES
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import weights
+from dancegrpo_jax.errors import ConversionError
+from dancegrpo_jax.settings import command_line
 
 
 def components(folder: Path) -> tuple[list[Path], list[str]]:
@@ -31,13 +35,27 @@ def components(folder: Path) -> tuple[list[Path], list[str]]:
   if (folder / "config.json").is_file():
     return [folder], []
   if not (folder / "model_index.json").is_file():
-    found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
+    found = (
+      ", ".join(sorted(path.name for path in folder.iterdir()))
+      if folder.is_dir()
+      else "no such folder"
+    )
     expected = "model_index.json (a diffusers pipeline) or config.json (one network)"
-    raise ConversionError(f"{folder}: not a checkpoint folder; expected {expected}; found: {found or 'nothing'}")
+    raise ConversionError(
+      f"{folder}: not a checkpoint folder; expected {expected}; found: {found or 'nothing'}"
+    )
   index = weights.read_config(folder, "model_index.json")
-  parts = {name: value[1] for name, value in index.items() if isinstance(value, list) and len(value) == 2 and value[1]}
+  parts = {
+    name: value[1]
+    for name, value in index.items()
+    if isinstance(value, list) and len(value) == 2 and value[1]
+  }
   known = [folder / name for name, kind in parts.items() if kind in NETWORKS]
-  return known, [f"{name} ({kind}): not a network that is converted" for name, kind in parts.items() if kind not in NETWORKS]
+  return known, [
+    f"{name} ({kind}): not a network that is converted"
+    for name, kind in parts.items()
+    if kind not in NETWORKS
+  ]
 
 
 def inspect(args: argparse.Namespace) -> int:
@@ -64,7 +82,9 @@ def inspect(args: argparse.Namespace) -> int:
   for line in skipped:
     print(f"# {line}")
   if problems:
-    print(f"{len(problems)} problem{'s' * (len(problems) > 1)}:", *problems, sep="\n  ", file=sys.stderr)
+    print(
+      f"{len(problems)} problem{'s' * (len(problems) > 1)}:", *problems, sep="\n  ", file=sys.stderr
+    )
   return 2 if problems else 0
 
 
@@ -75,25 +95,38 @@ def export(argv: Sequence[str]) -> None:
     parser.add_argument("--checkpoint", required=True, help="a workdir, or its checkpoints/ folder")
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
     parser.add_argument(
-      "--part", default="", choices=("", "pipeline", "denoiser", "lora"),
-      help="all of it, the trained network (with adapters merged in), or adapters alone, the default where they were trained",
-    )  # fmt: skip
-    parser.add_argument("--weights", default="", choices=("", "ema", "raw"), help="default: averaged where the run kept them")
+      "--part",
+      default="",
+      choices=("", "pipeline", "denoiser", "lora"),
+      help="all of it, the trained network (with adapters merged in), or adapters alone, the"
+      " default where they were trained",
+    )
+    parser.add_argument(
+      "--weights",
+      default="",
+      choices=("", "ema", "raw"),
+      help="default: averaged where the run kept them",
+    )
 
-  line = configs.parse_argv(argv, "Write a trained model as a diffusers folder.", add_flags)
+  line = command_line.parse_argv(argv, "Write a trained model as a diffusers folder.", add_flags)
   from dancegrpo_jax.convert import folders  # after the flags: a misspelt one is answered at once
 
-  _converted(lambda: folders.export(
-    line.config, line.flags.checkpoint, Path(line.flags.out), line.flags.part, line.flags.weights
-  ))  # fmt: skip
+  _converted(
+    lambda: folders.export(
+      line.config, line.flags.checkpoint, Path(line.flags.out), line.flags.part, line.flags.weights
+    )
+  )
 
 
 def import_checkpoint(argv: Sequence[str]) -> None:
   """Reads the flags of `import` and runs it. ConfigError as `folders.import_checkpoint`."""
-  line = configs.parse_argv(
-    argv, "Write a base model as an Orbax tree.",
-    lambda parser: parser.add_argument("--out", required=True, help="folder to write; must not exist"),
-  )  # fmt: skip
+  line = command_line.parse_argv(
+    argv,
+    "Write a base model as an Orbax tree.",
+    lambda parser: parser.add_argument(
+      "--out", required=True, help="folder to write; must not exist"
+    ),
+  )
   from dancegrpo_jax.convert import folders
 
   _converted(lambda: folders.import_checkpoint(line.config, Path(line.flags.out)))
@@ -103,7 +136,7 @@ def _converted(run: Callable[[], None]) -> None:
   try:
     run()
   except ConversionError as error:
-    raise configs.ConfigError(str(error)) from error
+    raise errors.ConfigError(str(error)) from error
 
 
 WITH_CONFIG = {"export": export, "import": import_checkpoint}
@@ -113,12 +146,18 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs one subcommand; returns the exit code (2 after a mistake)."""
   argv = sys.argv[1:] if argv is None else argv
   if argv and argv[0] in WITH_CONFIG:
-    return configs.exit_on_mistake(lambda: WITH_CONFIG[argv[0]](argv[1:]))
-  parser = argparse.ArgumentParser(prog="python -m dancegrpo_jax.convert", description="Checkpoints out, in, and looked into.")
+    return command_line.exit_on_mistake(lambda: WITH_CONFIG[argv[0]](argv[1:]))
+  parser = argparse.ArgumentParser(
+    prog="python -m dancegrpo_jax.convert", description="Checkpoints out, in, and looked into."
+  )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   commands.add_parser("export", help="a trained model as a diffusers folder; see export --help")
-  commands.add_parser("import", help="a base model as an Orbax tree, for repeated starts; see import --help")
-  command = commands.add_parser("inspect", help="a checkpoint's tensors, where they go, and what does not fit")
+  commands.add_parser(
+    "import", help="a base model as an Orbax tree, for repeated starts; see import --help"
+  )
+  command = commands.add_parser(
+    "inspect", help="a checkpoint's tensors, where they go, and what does not fit"
+  )
   command.add_argument("folder", help="a diffusers pipeline, or one network's folder")
   command.add_argument("--variant", default="", help="which files to prefer, for example fp16")
   command.set_defaults(run=inspect)

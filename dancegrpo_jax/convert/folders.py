@@ -1,4 +1,5 @@
-"""Whole checkpoint folders: a trained model written for diffusers, and a base model written once as an Orbax tree.
+"""Whole checkpoint folders: a trained model written for diffusers, and a base model written once as
+an Orbax tree.
 
 Both appear under their name when they are complete, and neither ever replaces anything.
 """
@@ -13,15 +14,15 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import components, loading, sampling
-from dancegrpo_jax.convert.safetensors_io import find_files
-from dancegrpo_jax.convert.tables import TABLES
+from dancegrpo_jax.assembly import loading, sampling
+from dancegrpo_jax.checkpoints import components, hub, store, weights
+from dancegrpo_jax.checkpoints.safetensors_io import find_files
+from dancegrpo_jax.checkpoints.tables import TABLES
+from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.models import lora
 from dancegrpo_jax.pipelines.base import Component, Pipeline
-from dancegrpo_jax.runtime import checkpoint, hub, validation, weights
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.settings import checks, command_line
 from dancegrpo_jax.types import PyTree
 
 INDEX = "model_index.json"
@@ -35,38 +36,53 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
     config: of the run.
     name: a workdir, or a folder of checkpoints; the last one is taken.
     out: where to; must not exist, or be empty.
-    part: "pipeline": the trained network with the base's other folders, for diffusers' `from_pretrained`;
-      "denoiser": its folder alone, for the network's own `from_pretrained`;
-      "lora": the adapters as pytorch_lora_weights.safetensors, for `load_lora_weights` on the base's pipeline;
-      "": "lora" where the run trained adapters, which the others merge into the weights, else "pipeline".
+    part: "pipeline": the trained network with the base's other folders, for diffusers'
+      `from_pretrained`; "denoiser": its folder alone, for the network's own `from_pretrained`;
+      "lora": the adapters as pytorch_lora_weights.safetensors, for `load_lora_weights` on the
+      base's pipeline; "": "lora" where the run trained adapters, which the others merge into the
+      weights, else "pipeline".
     kind: "ema", "raw", or "" for the averaged weights where the checkpoint keeps them.
 
   Raises:
     ConfigError: `out` is taken, or a checkpoint can't be used.
   """
   check_free(out)
-  validation.validate(config, num_devices=jax.device_count())
+  checks.validate(config, num_devices=jax.device_count())
   part = part or ("lora" if config.lora.rank else "pipeline")
   if part == "lora" and not config.lora.rank:
-    raise ConfigError("--part=lora: this config trains every weight (lora.rank = 0); use pipeline or denoiser")
+    raise ConfigError(
+      "--part=lora: this config trains every weight (lora.rank = 0); use pipeline or denoiser"
+    )
   sampling.check_lora(config, name)
   base = loading.checkpoint_folder(config)
   if part == "pipeline" and not (base / INDEX).is_file():
-    raise ConfigError(f"{base}: has no {INDEX}, so the pipeline's class is unknown; export it with --part=denoiser")
-  pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh)
+    raise ConfigError(
+      f"{base}: has no {INDEX}, so the pipeline's class is unknown; export it with --part=denoiser"
+    )
+  pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   component = pipeline.components["denoiser"]
   shardings = loading.shardings_of(config, pipeline, mesh)
   trainable = pipeline.trainable
   abstract = component.abstract if pipeline.adapters is None else pipeline.adapters
   _note_base(config, name)
   with jax.set_mesh(mesh), written(out) as folder:
-    trained = sampling.restore_weights(name, {trainable: components.placed(abstract, shardings[trainable])}, kind)[trainable]
+    trained = sampling.restore_weights(
+      name, {trainable: components.placed(abstract, shardings[trainable])}, kind
+    )[trainable]
     if part == "lora":
-      weights.save_lora(folder, component.table, lora.scaled(trained, loading.lora_of(config).scale))
+      weights.save_lora(
+        folder, component.table, lora.scaled(trained, loading.lora_of(config).scale)
+      )
     else:
       target = folder if part == "denoiser" else folder / component.folder
       whole = _whole(config, pipeline, trained, shardings)
-      weights.save(target, component.table, whole, weights.read_config(base / component.folder), dtype="float32")
+      weights.save(
+        target,
+        component.table,
+        whole,
+        weights.read_config(base / component.folder),
+        dtype="float32",
+      )
     if part == "pipeline":
       _copy_files(config, base, folder)
       for key, other in pipeline.components.items():
@@ -76,25 +92,34 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
   print(f"{part} of {name}: {out}")
 
 
-def _whole(config: ConfigDict, pipeline: Pipeline, trained: PyTree, shardings: dict[str, PyTree]) -> PyTree:
-  """The denoiser's parameters: what was trained, or the base that it was trained over with the adapters merged in."""
+def _whole(
+  config: ConfigDict, pipeline: Pipeline, trained: PyTree, shardings: dict[str, PyTree]
+) -> PyTree:
+  """The denoiser's parameters: what was trained, or the base that it was trained over with the
+  adapters merged in.
+  """
   if pipeline.adapters is None:
     return trained
   location, model = loading.model_location(config), config.model
   base = components.read_component(
-    location, pipeline.components["denoiser"], shardings["denoiser"], model.variant, model.allow_pickle
+    location,
+    pipeline.components["denoiser"],
+    shardings["denoiser"],
+    model.variant,
+    model.allow_pickle,
   )
   return lora.merged(base, trained, loading.lora_of(config).scale)
 
 
 def import_checkpoint(config: ConfigDict, out: Path) -> None:
-  """Reads config.model.checkpoint and writes all its networks as one Orbax tree beside its JSON files and tokenizers.
+  """Reads config.model.checkpoint and writes all its networks as one Orbax tree beside its JSON
+  files and tokenizers.
 
   `config.model.checkpoint` takes the folder; dtypes are those of this config. Errors as `export`.
   """
   check_free(out)
-  validation.validate(config, num_devices=jax.device_count())
-  pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh)
+  checks.validate(config, num_devices=jax.device_count())
+  pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   shardings, location = loading.shardings_of(config, pipeline, mesh), loading.model_location(config)
   with jax.set_mesh(mesh), written(out) as folder:
     trees = {
@@ -103,7 +128,7 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
       )
       for key, component in pipeline.components.items()
     }
-    with checkpoint.Saver(folder / hub.ORBAX, keep=1) as saver:
+    with store.Saver(folder / hub.ORBAX, keep=1) as saver:
       saver.save(0, trees, {"checkpoint": config.model.checkpoint})
     base = loading.checkpoint_folder(config)
     _copy_files(config, base, folder)
@@ -117,15 +142,19 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
 def check_free(out: Path) -> None:
   """ConfigError where a folder can't be written under this name."""
   if out.is_dir() and any(out.iterdir()):
-    raise ConfigError(f"--out={out}: exists and is not empty; name a new folder, or remove it first")
+    raise ConfigError(
+      f"--out={out}: exists and is not empty; name a new folder, or remove it first"
+    )
   if out.exists() and not out.is_dir():
     raise ConfigError(f"--out={out}: is a file; name a new folder")
-  configs.require_writable(f"--out={out}", out)
+  command_line.require_writable(f"--out={out}", out)
 
 
 @contextlib.contextmanager
 def written(out: Path) -> Iterator[Path]:
-  """A temporary folder beside `out` that gets its name when the block ends well, and vanishes when it does not."""
+  """A temporary folder beside `out` that gets its name when the block ends well, and vanishes when
+  it does not.
+  """
   temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
   temporary.mkdir(parents=True)
   try:
@@ -136,10 +165,15 @@ def written(out: Path) -> Iterator[Path]:
 
 
 def _note_base(config: ConfigDict, name: str) -> None:
-  """A line where the run's base has another name than the config's: the folders copied must be of the same model."""
-  ran_with = checkpoint.read_meta(sampling.checkpoints(name))["config"]["model"]["checkpoint"]
+  """A line where the run's base has another name than the config's: the folders copied must be of
+  the same model.
+  """
+  ran_with = store.read_meta(sampling.checkpoints(name))["config"]["model"]["checkpoint"]
   if ran_with != config.model.checkpoint:
-    print(f"note: {name} was trained from {ran_with!r}; the rest is taken from {config.model.checkpoint!r}")
+    print(
+      f"note: {name} was trained from {ran_with!r}; the rest is taken from"
+      f" {config.model.checkpoint!r}"
+    )
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -148,7 +182,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
-  """The base's folders without networks of ours: scheduler, tokenizer, and what else its index names (as feature_extractor)."""
+  """The base's folders without networks of ours: scheduler, tokenizer, and what else its index
+  names (as feature_extractor).
+  """
   layout = hub.layout_of(loading.FAMILIES[config.model.family])
   names = {str(Path(file).parent) for file in (*layout.files, *layout.tokenizer_files)}
   if (base / INDEX).is_file():
@@ -158,15 +194,21 @@ def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
       shutil.copytree(base / name, folder / name)  # follows the links of the hub's cache
 
 
-def _copy_network(config: ConfigDict, base: Path, component: Component, sharding, target: Path) -> None:
-  """A frozen network: its weight file as it is, under the plain name; from anything but one file, read and written anew."""
+def _copy_network(
+  config: ConfigDict, base: Path, component: Component, sharding, target: Path
+) -> None:
+  """A frozen network: its weight file as it is, under the plain name; from anything but one file,
+  read and written anew.
+  """
   location = loading.model_location(config)
   stored = not hub.is_random(location) and any((base / component.folder).glob("*.safetensors"))
   files = find_files(base / component.folder, config.model.variant) if stored else []
   if len(files) == 1:
     _copy(files[0], target / f"{TABLES[component.table].file}.safetensors")
   else:  # shards, pickles, an Orbax tree, random ones
-    tree = components.read_component(location, component, sharding, config.model.variant, config.model.allow_pickle)
+    tree = components.read_component(
+      location, component, sharding, config.model.variant, config.model.allow_pickle
+    )
     weights.save(target, component.table, tree)
   for path in (base / component.folder).iterdir():
     if path.is_file() and not path.name.endswith(_WEIGHTS) and ".index." not in path.name:
@@ -174,7 +216,9 @@ def _copy_network(config: ConfigDict, base: Path, component: Component, sharding
 
 
 def _write_index(base: Path, folder: Path) -> None:
-  """model_index.json without the parts whose folders aren't there: the hub's safety checker isn't fetched, for example."""
+  """model_index.json without the parts whose folders aren't there: the hub's safety checker isn't
+  fetched, for example.
+  """
   index = weights.read_config(base, INDEX)
   for name, value in index.items():
     if isinstance(value, list) and not (folder / name).is_dir():

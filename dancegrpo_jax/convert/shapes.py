@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from dancegrpo_jax.convert.core import ConversionError
+from dancegrpo_jax.errors import ConversionError
 from dancegrpo_jax.models import autoencoder, clip, flux, t5, unet
 from dancegrpo_jax.types import PyTree
 
@@ -16,9 +16,18 @@ def _unet(config: dict) -> tuple:
 
 def _flux(config: dict) -> tuple:
   network = flux.from_json(config)
-  latents, text = jnp.zeros((1, 2, 2, network.in_channels // 4)), jnp.zeros((1, 1, network.joint_attention_dim))
+  latents, text = (
+    jnp.zeros((1, 2, 2, network.in_channels // 4)),
+    jnp.zeros((1, 1, network.joint_attention_dim)),
+  )
   guidance = jnp.zeros(1) if network.guidance_embeds else None
-  return network, (latents, jnp.zeros(1), text, jnp.zeros((1, network.pooled_projection_dim)), guidance)
+  return network, (
+    latents,
+    jnp.zeros(1),
+    text,
+    jnp.zeros((1, network.pooled_projection_dim)),
+    guidance,
+  )
 
 
 def _autoencoder(config: dict) -> tuple:
@@ -65,7 +74,9 @@ NETWORKS = {
 
 
 def class_name(config: dict) -> str:
-  """The network's class: diffusers' `_class_name` or transformers' first `architectures`; "" if the file names none."""
+  """The network's class: diffusers' `_class_name` or transformers' first `architectures`; "" if the
+  file names none.
+  """
   return config.get("_class_name") or (config.get("architectures") or [""])[0]
 
 
@@ -82,4 +93,6 @@ def abstract_params(config: dict) -> PyTree:
     network, arguments = NETWORKS[name](config)
     return jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]
   except (ValueError, KeyError, TypeError) as error:
-    raise ConversionError(f"{name}: config.json does not describe a network that is implemented: {error}") from error
+    raise ConversionError(
+      f"{name}: config.json does not describe a network that is implemented: {error}"
+    ) from error

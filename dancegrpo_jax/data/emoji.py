@@ -1,8 +1,9 @@
 """Text to emoji: a small captioned picture set drawn from the Noto Color Emoji font (OFL 1.1).
 
-160 emoji on 8 background colours make 1280 (name, colour) pairs; one colour of every name is held out of training.
-Each pair has as many variants as asked for, which differ by a small shift and scale of the glyph. Everything is a
-function of (name, colour, variant): nothing depends on the order or the number of calls.
+160 emoji on 8 background colours make 1280 (name, colour) pairs; one colour of every name is held
+out of training. Each pair has as many variants as asked for, which differ by a small shift and
+scale of the glyph. Everything is a function of (name, colour, variant): nothing depends on the
+order or the number of calls.
 
     python -m dancegrpo_jax.data.emoji --write-prompts=assets/prompts
     python -m dancegrpo_jax.data.emoji --sheet=sheet.png
@@ -16,12 +17,14 @@ import zlib
 
 import numpy as np
 
-FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"  # where Debian's fonts-noto-color-emoji puts it
+# where Debian's fonts-noto-color-emoji puts it
+FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 STRIKE = 109  # the only bitmap size in the font, pixels an em
 CANVAS = (136, 128)  # width and height of a bitmap of that strike, pixels
 MAX_SHIFT = 1.0 / 32  # of the picture's size, each way
 SCALES = (0.9, 1.0)  # of the fitted glyph, which fills FILL of the picture
-FILL = 0.875  # the longer side of the fitted glyph, as a share of the picture; with any shift it still fits
+# the longer side of the fitted glyph, as a share of the picture; with any shift it still fits
+FILL = 0.875
 SUPERSAMPLE = 4  # composited this much larger than asked for, then averaged down
 
 COLOURS = {
@@ -35,8 +38,9 @@ COLOURS = {
   "white": (252, 252, 252),
 }
 
-# "name codepoint", best known first. Chosen by eye on a contact sheet at 32x32: no flags, no skin tones, no two alike.
-# Every name reads well after "a", and no name but "red apple" has a word that is also a background colour.
+# "name codepoint", best known first. Chosen by eye on a contact sheet at 32x32: no flags, no skin
+# tones, no two alike. Every name reads well after "a", and no name but "red apple" has a word that
+# is also a background colour.
 TABLE = """
 dog 1f436, cat 1f431, red apple 1f34e, banana 1f34c, car 1f697, love heart 2764, star 2b50, smiling face 1f600, lion 1f981
 pig 1f437, panda 1f43c, frog 1f438, pizza 1f355, hamburger 1f354, strawberry 1f353, sunflower 1f33b, house 1f3e0, rocket 1f680
@@ -63,7 +67,9 @@ helicopter 1f681, sailboat 26f5
 
 
 def _parse(table: str) -> dict[str, int]:
-  rows = (row.strip().rpartition(" ") for line in table.split("\n") if line for row in line.split(","))
+  rows = (
+    row.strip().rpartition(" ") for line in table.split("\n") if line for row in line.split(",")
+  )
   return {name: int(codepoint, 16) for name, _, codepoint in rows}
 
 
@@ -75,11 +81,13 @@ def caption(name: str, colour: str) -> str:
   return f"a {name} on a {colour} background"
 
 
-def held_out(names: tuple[str, ...] = NAMES, colours: tuple[str, ...] = tuple(COLOURS)) -> set[tuple[str, str]]:
+def held_out(
+  names: tuple[str, ...] = NAMES, colours: tuple[str, ...] = tuple(COLOURS)
+) -> set[tuple[str, str]]:
   """One (name, colour) pair a name, never trained on; each colour is held out equally often.
 
-  The colour steps by 3 from name to name, and by one more after each round of colours, so that neighbours in the table
-  (often alike) miss different colours.
+  The colour steps by 3 from name to name, and by one more after each round of colours, so that
+  neighbours in the table (often alike) miss different colours.
   """
   count = len(colours)
   return {(name, colours[(3 * i + i // count) % count]) for i, name in enumerate(names)}
@@ -99,7 +107,9 @@ def pairs(split: str, names: tuple[str, ...] = NAMES) -> list[tuple[str, str]]:
   if unknown:
     raise ValueError(f"not in the emoji table: {', '.join(sorted(unknown))}")
   out = held_out()
-  return [(n, c) for n in NAMES if n in names for c in COLOURS if ((n, c) in out) == (split == "held_out")]
+  return [
+    (n, c) for n in NAMES if n in names for c in COLOURS if ((n, c) in out) == (split == "held_out")
+  ]
 
 
 def pair_id(name: str, colour: str) -> int:
@@ -116,12 +126,15 @@ def check_font(font_path: str) -> None:
   """
   if not os.path.isfile(font_path):
     raise FileNotFoundError(
-      f"emoji font not found: {font_path}; install the Debian package fonts-noto-color-emoji, or name a copy of"
+      f"emoji font not found: {font_path}; install the Debian package fonts-noto-color-emoji, or"
+      " name a copy of"
       " NotoColorEmoji.ttf (the bitmap build) with --font=PATH or EMOJI_FONT=PATH"
     )
   with open(font_path, "rb") as file:
     if b"CBDT" not in file.read(1024):  # the table directory, at the start of the file
-      raise ValueError(f"{font_path} has no colour bitmaps: use the CBDT build of NotoColorEmoji.ttf")
+      raise ValueError(
+        f"{font_path} has no colour bitmaps: use the CBDT build of NotoColorEmoji.ttf"
+      )
 
 
 @functools.lru_cache(maxsize=512)
@@ -137,17 +150,26 @@ def _glyph(font_path: str, codepoint: int):
   try:
     font = ImageFont.truetype(font_path, STRIKE)
   except OSError as error:
-    raise ValueError(f"{font_path} has no bitmaps of {STRIKE} pixels: use NotoColorEmoji.ttf, the CBDT build") from error
+    raise ValueError(
+      f"{font_path} has no bitmaps of {STRIKE} pixels: use NotoColorEmoji.ttf, the CBDT build"
+    ) from error
   picture = Image.new("RGBA", CANVAS)
   ImageDraw.Draw(picture).text((0, 0), chr(codepoint), font=font, embedded_color=True)
   box = picture.getchannel("A").getbbox()
   if box is None:
     raise ValueError(f"{font_path} has no glyph for U+{codepoint:X}")
-  return picture.crop(box).convert("RGBa")  # premultiplied, so that resizing bleeds no colour from clear pixels
+  return picture.crop(box).convert(
+    "RGBa"
+  )  # premultiplied, so that resizing bleeds no colour from clear pixels
 
 
 def render(
-  font_path: str, codepoint: int, size: int, colour: tuple[int, int, int], shift: tuple[float, float], scale: float
+  font_path: str,
+  codepoint: int,
+  size: int,
+  colour: tuple[int, int, int],
+  shift: tuple[float, float],
+  scale: float,
 ) -> np.ndarray:
   """Draws one glyph on a plain background.
 
@@ -171,13 +193,18 @@ def render(
   glyph = glyph.resize((width, height), Image.Resampling.LANCZOS).convert("RGBA")
   picture = Image.new("RGBA", (large, large), (*colour, 255))
   layer = Image.new("RGBA", picture.size)
-  layer.paste(glyph, (round((large - width) / 2 + shift[0] * large), round((large - height) / 2 + shift[1] * large)))
+  layer.paste(
+    glyph,
+    (round((large - width) / 2 + shift[0] * large), round((large - height) / 2 + shift[1] * large)),
+  )
   picture.alpha_composite(layer)
   return np.asarray(picture.convert("RGB").resize((size, size), Image.Resampling.BOX))
 
 
 def jitter(name: str, colour: str, variant: int) -> tuple[tuple[float, float], float]:
-  """Shift (shares of the size) and scale of one variant; variant 0 is centred and of middle scale."""
+  """Shift (shares of the size) and scale of one variant; variant 0 is centred and of middle
+  scale.
+  """
   if variant == 0:
     return (0.0, 0.0), sum(SCALES) / 2
   rng = np.random.default_rng([zlib.crc32(f"{name}/{colour}".encode()), variant])
@@ -204,45 +231,67 @@ def load_arrays(
     names: only these.
 
   Returns:
-    Images uint8 `[n, size, size, 3]` with n = pairs * variants, n captions, and pair ids int32 `[n]`.
+    Images uint8 `[n, size, size, 3]` with n = pairs * variants, n captions, and pair ids int32
+    `[n]`.
   """
   check_font(font)
-  rows = [(name, colour, variant) for name, colour in pairs(split, names) for variant in range(variants)]
+  rows = [
+    (name, colour, variant) for name, colour in pairs(split, names) for variant in range(variants)
+  ]
   images = np.stack([draw(font, name, colour, size, variant) for name, colour, variant in rows])
   ids = np.array([pair_id(name, colour) for name, colour, _ in rows], np.int32)
   return images, [caption(name, colour) for name, colour, _ in rows], ids
 
 
 def run_pairs(count: int = 16) -> list[tuple[str, str]]:
-  """The prompts of the default run: the best-known names, one training pair each, every colour equally often."""
+  """The prompts of the default run: the best-known names, one training pair each, every colour
+  equally often.
+  """
   colours = tuple(COLOURS)
-  return [(name, colours[(3 * i + i // len(colours) + 6) % len(colours)]) for i, name in enumerate(NAMES[:count])]
+  return [
+    (name, colours[(3 * i + i // len(colours) + 6) % len(colours)])
+    for i, name in enumerate(NAMES[:count])
+  ]
 
 
 def write_prompts(folder: str) -> None:
-  """Writes emoji_train.txt, emoji_held_out.txt and emoji_run.txt, one caption a line, into `folder`."""
+  """Writes emoji_train.txt, emoji_held_out.txt and emoji_run.txt, one caption a line, into
+  `folder`.
+  """
   os.makedirs(folder, exist_ok=True)
   lists = {"train": pairs("train"), "held_out": pairs("held_out"), "run": run_pairs()}
   for name, rows in lists.items():
-    with open(os.path.join(folder, f"emoji_{name}.txt"), "w", encoding="utf-8", newline="\n") as file:
+    with open(
+      os.path.join(folder, f"emoji_{name}.txt"), "w", encoding="utf-8", newline="\n"
+    ) as file:
       file.writelines(caption(*pair) + "\n" for pair in rows)
 
 
 def contact_sheet(font_path: str, size: int, columns: int = 16) -> np.ndarray:
-  """Every name once, the colours in turn, uint8 `[rows * size, columns * size, 3]`: to be looked at."""
+  """Every name once, the colours in turn, uint8 `[rows * size, columns * size, 3]`: to be looked
+  at.
+  """
   colours = tuple(COLOURS)
-  tiles = [draw(font_path, name, colours[i % len(colours)], size, 0) for i, name in enumerate(NAMES)]
+  tiles = [
+    draw(font_path, name, colours[i % len(colours)], size, 0) for i, name in enumerate(NAMES)
+  ]
   tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
-  return np.concatenate([np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)])
+  return np.concatenate(
+    [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)]
+  )
 
 
 def main() -> int:
   """The command. Returns the exit code: 2 for a missing or unfit font, with one line on stderr."""
-  parser = argparse.ArgumentParser(prog="python -m dancegrpo_jax.data.emoji", description="the text-to-emoji data set")
+  parser = argparse.ArgumentParser(
+    prog="python -m dancegrpo_jax.data.emoji", description="the text-to-emoji data set"
+  )
   parser.add_argument("--write-prompts", metavar="DIR", help="write the three prompt lists")
   parser.add_argument("--sheet", metavar="PNG", help="draw every emoji once")
   parser.add_argument("--size", type=int, default=32, help="of the sheet's pictures, pixels")
-  parser.add_argument("--font", default=os.environ.get("EMOJI_FONT", FONT), help="NotoColorEmoji.ttf (CBDT build)")
+  parser.add_argument(
+    "--font", default=os.environ.get("EMOJI_FONT", FONT), help="NotoColorEmoji.ttf (CBDT build)"
+  )
   args = parser.parse_args()
   if not (args.write_prompts or args.sheet):
     parser.error("nothing to do: give --write-prompts=DIR or --sheet=PNG")

@@ -1,15 +1,24 @@
-"""Prompts: read from a text file, a JSON list or a TFDS data set, and dealt out in batches by iteration number."""
+"""Prompts: read from a text file, a JSON list or a TFDS data set, and dealt out in batches by
+iteration number.
+"""
 
 import importlib
 import json
 import os
 
+from ml_collections import ConfigDict
+
+from dancegrpo_jax.data import prompts
+from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.types import Example
 
 FIELDS = ("prompt", "negative_prompt", "metadata")  # of an object in a .json list
 TFDS_FIELDS = ("prompt", "caption")  # the first of these that a data set has
 # TFDS data sets of this project -> the module that makes them; its `builder` registers the name.
-BUILDERS = {"emoji": "dancegrpo_jax.data.emoji_dataset", "hpdv2_prompts": "dancegrpo_jax.data.hpdv2_prompts"}
+BUILDERS = {
+  "emoji": "dancegrpo_jax.data.emoji_dataset",
+  "hpdv2_prompts": "dancegrpo_jax.data.hpdv2_prompts",
+}
 
 
 def read_prompts(path: str, negative_prompt: str = "") -> list[Example]:
@@ -17,10 +26,13 @@ def read_prompts(path: str, negative_prompt: str = "") -> list[Example]:
 
   Args:
     path: one of
-      - a text file, UTF-8, one prompt a line; blank lines and lines that start with "#" are skipped;
-      - a .json file: a list of strings, or of objects with prompt, negative_prompt (optional), metadata (optional);
-      - "tfds:NAME[/CONFIG][#SPLIT]": the prompt or caption feature of a prepared TFDS data set in ArrayRecord format,
-        repeated texts once (a prompt data set of pictures has several of each); the split is train unless named.
+      - a text file, UTF-8, one prompt a line; blank lines and lines that start with "#" are
+        skipped;
+      - a .json file: a list of strings, or of objects with prompt, negative_prompt (optional),
+        metadata (optional);
+      - "tfds:NAME[/CONFIG][#SPLIT]": the prompt or caption feature of a prepared TFDS data set in
+        ArrayRecord format, repeated texts once (a prompt data set of pictures has several of each);
+        the split is train unless named.
     negative_prompt: of the prompts that have none of their own.
 
   Returns:
@@ -37,25 +49,39 @@ def read_prompts(path: str, negative_prompt: str = "") -> list[Example]:
     lines = (line.strip() for line in _read_text(path).split("\n"))
     rows = [{"prompt": line} for line in lines if line and not line.startswith("#")]
   if not rows:
-    raise ValueError(f"prompts file {path} has no prompts: write one a line (lines that start with # are comments)")
+    raise ValueError(
+      f"prompts file {path} has no prompts: write one a line (lines that start with # are comments)"
+    )
   return [
-    Example(i, row["prompt"], row.get("negative_prompt", negative_prompt), None, row.get("metadata"))
+    Example(
+      i, row["prompt"], row.get("negative_prompt", negative_prompt), None, row.get("metadata")
+    )
     for i, row in enumerate(rows)
   ]
 
 
 def _read_text(path: str) -> str:
   try:
-    with open(path, encoding="utf-8-sig") as file:  # -sig: editors on Windows put a byte-order mark first
+    with open(
+      path, encoding="utf-8-sig"
+    ) as file:  # -sig: editors on Windows put a byte-order mark first
       return file.read()
   except (FileNotFoundError, NotADirectoryError) as error:
-    raise ValueError(f"prompts file not found: {path} (from {os.getcwd()}); set data.prompts to an existing file") from error
+    raise ValueError(
+      f"prompts file not found: {path} (from {os.getcwd()}); set data.prompts to an existing file"
+    ) from error
   except IsADirectoryError as error:
-    raise ValueError(f"prompts file {path} is a folder; set data.prompts to a text or .json file") from error
+    raise ValueError(
+      f"prompts file {path} is a folder; set data.prompts to a text or .json file"
+    ) from error
   except PermissionError as error:
-    raise ValueError(f"prompts file {path} can't be read: no permission; chmod it or name another") from error
+    raise ValueError(
+      f"prompts file {path} can't be read: no permission; chmod it or name another"
+    ) from error
   except UnicodeDecodeError as error:
-    raise ValueError(f"prompts file {path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -t UTF-8") from error
+    raise ValueError(
+      f"prompts file {path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -t UTF-8"
+    ) from error
 
 
 def _read_json(path: str) -> list[dict]:
@@ -63,11 +89,15 @@ def _read_json(path: str) -> list[dict]:
     rows = json.loads(_read_text(path) or "[]")
   except json.JSONDecodeError as error:
     raise ValueError(
-      f"prompts file {path} is not valid JSON: {error.msg} at line {error.lineno}, column {error.colno};"
+      f"prompts file {path} is not valid JSON: {error.msg} at line {error.lineno}, column"
+      f" {error.colno};"
       " correct it, or use a .txt file"
     ) from error
   if not isinstance(rows, list):
-    raise ValueError(f"prompts file {path} holds a {type(rows).__name__}; it must be a list of strings or of objects")
+    raise ValueError(
+      f"prompts file {path} holds a {type(rows).__name__}; it must be a list of strings or of"
+      " objects"
+    )
   return [_check_row(path, i, row) for i, row in enumerate(rows)]
 
 
@@ -76,10 +106,14 @@ def _check_row(path: str, i: int, row) -> dict:
   row = {"prompt": row} if isinstance(row, str) else row
   where = f"prompts file {path}, entry {i}"
   if not isinstance(row, dict):
-    raise ValueError(f"{where} is a {type(row).__name__}; it must be a string or an object with a prompt")
+    raise ValueError(
+      f"{where} is a {type(row).__name__}; it must be a string or an object with a prompt"
+    )
   unknown = sorted(set(row) - set(FIELDS))
   if unknown:
-    raise ValueError(f"{where} has unknown fields {', '.join(unknown)}; known are {', '.join(FIELDS)}")
+    raise ValueError(
+      f"{where} has unknown fields {', '.join(unknown)}; known are {', '.join(FIELDS)}"
+    )
   for field in ("prompt", "negative_prompt"):
     if not isinstance(row.get(field, "" if field != "prompt" else None), str):
       raise ValueError(f"{where}: {field} must be a string, not {row.get(field)!r}")
@@ -99,32 +133,42 @@ def _read_tfds(source: str) -> list[str]:
   if module:
     importlib.import_module(f"{module}.builder")
   try:
-    builder = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))  # TFDS itself reads it at import alone
+    builder = tfds.builder(
+      name, data_dir=os.environ.get("TFDS_DATA_DIR")
+    )  # TFDS itself reads it at import alone
     data = builder.as_data_source(
       split=split or "train",
-      decoders={k: tfds.decode.SkipDecoding() for k in builder.info.features if k not in TFDS_FIELDS},
+      decoders={
+        k: tfds.decode.SkipDecoding() for k in builder.info.features if k not in TFDS_FIELDS
+      },
     )
   except Exception as error:  # TFDS has a dozen kinds, of many lines each
     reason = str(error).strip().split("\n")[0][:200]
     how = f" with `python -m {module}`" if module else ""
     raise ValueError(
-      f"prompts source {source} can't be opened ({reason}); prepare it as ArrayRecord files first{how}, and set TFDS_DATA_DIR"
+      f"prompts source {source} can't be opened ({reason}); prepare it as ArrayRecord files"
+      f" first{how}, and set TFDS_DATA_DIR"
     ) from error
   field = next((field for field in TFDS_FIELDS if field in builder.info.features), None)
   if field is None:
     known = ", ".join(builder.info.features)
-    raise ValueError(f"prompts source {source} has no feature {' or '.join(TFDS_FIELDS)}, only {known}; name another")
+    raise ValueError(
+      f"prompts source {source} has no feature {' or '.join(TFDS_FIELDS)}, only {known}; name"
+      " another"
+    )
   texts = (data[i][field] for i in range(len(data)))
   return list(dict.fromkeys(text.decode() if isinstance(text, bytes) else text for text in texts))
 
 
 def prompt_batches(examples: list[Example], prompts_per_iteration: int, seed: int, shuffle: bool):
-  """The prompts of every iteration: `batches[iteration]` is a list of `prompts_per_iteration` different examples.
+  """The prompts of every iteration: `batches[iteration]` is a list of `prompts_per_iteration`
+  different examples.
 
-  Random access: a batch depends on the seed and the iteration alone, so that a resumed run needs no iterator state, and
-  every host of a pod computes the same batch. Shuffled, each epoch has a new order, and what is left at its end that
-  fills no batch is dropped, because a batch over two epochs could hold one prompt twice. In order (`shuffle` false), the
-  list goes round and nothing is dropped.
+  Random access: a batch depends on the seed and the iteration alone, so that a resumed run needs no
+  iterator state, and every host of a pod computes the same batch. Shuffled, each epoch has a new
+  order, and what is left at its end that fills no batch is dropped, because a batch over two epochs
+  could hold one prompt twice. In order (`shuffle` false), the list goes round and nothing is
+  dropped.
 
   Args:
     examples: the whole list.
@@ -142,10 +186,31 @@ def prompt_batches(examples: list[Example], prompts_per_iteration: int, seed: in
 
   if not 1 <= prompts_per_iteration <= len(examples):
     raise ValueError(
-      f"data.prompts_per_iteration is {prompts_per_iteration}, but must be from 1 to the number of prompts, {len(examples)}:"
+      f"data.prompts_per_iteration is {prompts_per_iteration}, but must be from 1 to the number"
+      f" of prompts, {len(examples)}:"
       " lower it, or give more prompts"
     )
   dataset = grain.MapDataset.source(examples).seed(seed % 2**32)
   if shuffle:
-    return dataset.shuffle().batch(prompts_per_iteration, drop_remainder=True, batch_fn=list).repeat()
+    return (
+      dataset.shuffle().batch(prompts_per_iteration, drop_remainder=True, batch_fn=list).repeat()
+    )
   return dataset.repeat().batch(prompts_per_iteration, batch_fn=list)
+
+
+def read_examples(config: ConfigDict) -> list[Example]:
+  """The training prompts. ConfigError naming the file and the remedy."""
+  try:
+    return prompts.read_prompts(config.data.prompts, config.data.negative_prompt)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+
+
+def read_held_out(config: ConfigDict) -> list[Example]:
+  """The prompts of data.held_out, [] where it is "". ConfigError as `read_examples`."""
+  if not config.data.held_out:
+    return []
+  try:
+    return prompts.read_prompts(config.data.held_out, config.data.negative_prompt)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error

@@ -1,8 +1,10 @@
-"""CLIP's byte-level BPE: trained on captions, written in the layout of transformers' CLIPTokenizer, and read again.
+"""CLIP's byte-level BPE: trained on captions, written in the layout of transformers' CLIPTokenizer,
+and read again.
 
-The vocabulary is laid out as OpenAI's: 256 bytes, the same 256 ending a word, the merges, <|startoftext|>,
-<|endoftext|>. Every byte is there, so that any text has a tokenisation and nothing becomes the unknown token.
-Reading works on Stable Diffusion's own tokenizer folder too, without transformers.
+The vocabulary is laid out as OpenAI's: 256 bytes, the same 256 ending a word, the merges,
+<|startoftext|>, <|endoftext|>. Every byte is there, so that any text has a tokenisation and nothing
+becomes the unknown token. Reading works on Stable Diffusion's own tokenizer folder too, without
+transformers.
 """
 
 import json
@@ -14,11 +16,15 @@ import numpy as np
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
 # OpenAI's pattern: contractions, runs of letters, single digits, runs of anything else
-PATTERN = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+PATTERN = (
+  r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+)
 
 
 def _split(tokenizer):
-  """Sets how text is normalised and cut into words, as transformers' CLIPTokenizer does. Returns the tokenizer."""
+  """Sets how text is normalised and cut into words, as transformers' CLIPTokenizer does. Returns
+  the tokenizer.
+  """
   from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
   tokenizer.normalizer = normalizers.Sequence(
@@ -35,28 +41,37 @@ def _split(tokenizer):
 
 
 def _build(vocab: dict[str, int], merges: list[tuple[str, str]], length: int):
-  """A tokenizer that puts bos and eos around a text and cuts and pads it (with eos, at the end) to `length`."""
+  """A tokenizer that puts bos and eos around a text and cuts and pads it (with eos, at the end) to
+  `length`.
+  """
   from tokenizers import AddedToken, Tokenizer, models, processors
 
   model = models.BPE(vocab=vocab, merges=merges, end_of_word_suffix=WORD_END, unk_token=EOS)
   tokenizer = _split(Tokenizer(model))
-  tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (BOS, EOS)])
+  tokenizer.add_special_tokens(
+    [AddedToken(token, special=True, normalized=False) for token in (BOS, EOS)]
+  )
   bos, eos = ((token, vocab[token]) for token in (BOS, EOS))
-  tokenizer.post_processor = processors.RobertaProcessing(eos, bos, trim_offsets=False, add_prefix_space=False)
+  tokenizer.post_processor = processors.RobertaProcessing(
+    eos, bos, trim_offsets=False, add_prefix_space=False
+  )
   tokenizer.enable_truncation(length)
   tokenizer.enable_padding(length=length, pad_id=vocab[EOS], pad_token=EOS)
   return tokenizer
 
 
 def _train_merges(captions: list[str], count: int) -> list[tuple[str, str]]:
-  """The first `count` merges of byte-pair encoding on the captions' words (fewer when every word is one token)."""
+  """The first `count` merges of byte-pair encoding on the captions' words (fewer when every word is
+  one token).
+  """
   from tokenizers import Tokenizer, models, trainers
   from tokenizers.pre_tokenizers import ByteLevel
 
   tokenizer = _split(Tokenizer(models.BPE(end_of_word_suffix=WORD_END)))
   alphabet = sorted(ByteLevel.alphabet())
-  # Among equally frequent pairs the trainer takes the one with the smallest ids, and numbers the word-ending letters in
-  # the order of a hash table, new in each process. Giving them their ids first, as special tokens, makes it repeatable.
+  # Among equally frequent pairs the trainer takes the one with the smallest ids, and numbers the
+  # word-ending letters in the order of a hash table, new in each process. Giving them their ids
+  # first, as special tokens, makes it repeatable.
   ends = [letter + WORD_END for letter in alphabet]
   trainer = trainers.BpeTrainer(
     vocab_size=2 * len(alphabet) + count,
@@ -89,26 +104,39 @@ def train_tokenizer(captions: list[str], length: int = 16, size: int = 1000):
   entries = letters + [letter + WORD_END for letter in letters]
   room = size - len(entries) - 2
   if room < 0:
-    raise ValueError(f"tokenizer size {size} is too small: the bytes, bos and eos alone are {len(entries) + 2}")
+    raise ValueError(
+      f"tokenizer size {size} is too small: the bytes, bos and eos alone are {len(entries) + 2}"
+    )
   merges = _train_merges(captions, room)
   entries += [first + second for first, second in merges] + [BOS, EOS]
   vocab = {token: i for i, token in enumerate(dict.fromkeys(entries))}
   tokenizer = _build(vocab, merges, length)
   for text, encoding in zip(captions, tokenizer.encode_batch(captions), strict=True):
     if encoding.overflowing:
-      raise ValueError(f"caption needs more than {length} tokens: {text!r}; shorten it or raise the tokenizer's length")
+      raise ValueError(
+        f"caption needs more than {length} tokens: {text!r}; shorten it or raise the tokenizer's"
+        " length"
+      )
   return tokenizer
 
 
 def write_tokenizer(captions: list[str], folder: str, length: int = 16, size: int = 1000):
-  """Trains on captions and writes vocab.json, merges.txt, tokenizer_config.json and special_tokens_map.json.
+  """Trains on captions and writes vocab.json, merges.txt, tokenizer_config.json and
+  special_tokens_map.json.
 
-  transformers' CLIPTokenizer loads the folder as it is. Arguments, result and errors are `train_tokenizer`'s.
+  transformers' CLIPTokenizer loads the folder as it is. Arguments, result and errors are
+  `train_tokenizer`'s.
   """
   tokenizer = train_tokenizer(captions, length, size)
   model = json.loads(tokenizer.to_str())["model"]
   special = {
-    token: {"content": text, "lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
+    token: {
+      "content": text,
+      "lstrip": False,
+      "normalized": False,
+      "rstrip": False,
+      "single_word": False,
+    }
     for token, text in (("bos_token", BOS), ("eos_token", EOS), ("unk_token", EOS))
   }
   config = {
@@ -139,10 +167,12 @@ def _write_json(path: str, value) -> None:
 
 
 def load_tokenizer(folder: str) -> Callable[[list[str]], np.ndarray]:
-  """The tokenizer of a CLIPTokenizer folder, of this project or of Stable Diffusion, through transformers.
+  """The tokenizer of a CLIPTokenizer folder, of this project or of Stable Diffusion, through
+  transformers.
 
   Returns:
-    texts -> ids int32 `[texts, model_max_length]`: bos, text, eos, padding; long texts are cut and keep eos.
+    texts -> ids int32 `[texts, model_max_length]`: bos, text, eos, padding; long texts are cut and
+    keep eos.
 
   Raises:
     FileNotFoundError: naming the file that is missing.
@@ -159,10 +189,15 @@ def load_tokenizer(folder: str) -> Callable[[list[str]], np.ndarray]:
   tokenizer = CLIPTokenizer.from_pretrained(folder)
   length = tokenizer.model_max_length
   if not 0 < length <= 10_000:
-    raise ValueError(f"{folder}/tokenizer_config.json: model_max_length {length!r} can't be used; set the text tower's length")
+    raise ValueError(
+      f"{folder}/tokenizer_config.json: model_max_length {length!r} can't be used; set the text"
+      " tower's length"
+    )
 
   def encode(texts: list[str]) -> np.ndarray:
-    rows = tokenizer(list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="np")
+    rows = tokenizer(
+      list(texts), padding="max_length", truncation=True, max_length=length, return_tensors="np"
+    )
     return rows["input_ids"].astype(np.int32)
 
   return encode

@@ -1,4 +1,6 @@
-"""Classifier-free guidance (arXiv 2207.12598): both branches in one call of the denoiser, gradients through both."""
+"""Classifier-free guidance (arXiv 2207.12598): both branches in one call of the denoiser, gradients
+through both.
+"""
 
 from collections.abc import Callable
 
@@ -8,28 +10,41 @@ from jaxtyping import Array, Float
 
 from dancegrpo_jax.types import Conditioning, PyTree
 
-Denoise = Callable[[Float[Array, "batch *shape"], Float[Array, "batch"], PyTree], Float[Array, "batch *shape"]]
-GuidedDenoise = Callable[[Float[Array, "batch *shape"], Float[Array, "batch"], Conditioning], Float[Array, "batch *shape"]]
+Denoise = Callable[
+  [Float[Array, "batch *shape"], Float[Array, "batch"], PyTree], Float[Array, "batch *shape"]
+]
+GuidedDenoise = Callable[
+  [Float[Array, "batch *shape"], Float[Array, "batch"], Conditioning], Float[Array, "batch *shape"]
+]
 
 
 def guide(
-  positive_output: Float[Array, "*shape"], negative_output: Float[Array, "*shape"], scale: float | int
+  positive_output: Float[Array, "*shape"],
+  negative_output: Float[Array, "*shape"],
+  scale: float | int,
 ) -> Float[Array, "*shape"]:
   """negative + scale (positive - negative), in float32."""
-  positive_output, negative_output = positive_output.astype(jnp.float32), negative_output.astype(jnp.float32)
+  positive_output, negative_output = (
+    positive_output.astype(jnp.float32),
+    negative_output.astype(jnp.float32),
+  )
   return negative_output + scale * (positive_output - negative_output)
 
 
 def _weave(a: Array, b: Array) -> Array:
-  """Rows of both in turn. Joined end to end, a batch split over devices would have to move between them."""
+  """Rows of both in turn. Joined end to end, a batch split over devices would have to move between
+  them.
+  """
   return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
 
 def classifier_free(denoise: Denoise, scale: float | int) -> GuidedDenoise:
-  """Wraps `denoise(x [B, ...], model_time [B], rows) -> output` into `guided(x, model_time, Conditioning) -> output`.
+  """Wraps `denoise(x [B, ...], model_time [B], rows) -> output` into `guided(x, model_time,
+  Conditioning) -> output`.
 
-  One call on the doubled batch, both branches of a sample side by side; every leaf of `Conditioning.positive` and `.negative`
-  has B rows. A scale of 1 is the positive branch alone, at the cost of one.
+  One call on the doubled batch, both branches of a sample side by side; every leaf of
+  `Conditioning.positive` and `.negative` has B rows. A scale of 1 is the positive branch alone, at
+  the cost of one.
 
   Raises:
     ValueError: when called without a negative branch and a scale other than 1.
@@ -40,7 +55,10 @@ def classifier_free(denoise: Denoise, scale: float | int) -> GuidedDenoise:
 
   def guided(x, model_time, conditioning):
     if conditioning.negative is None:
-      raise ValueError(f"guidance scale {scale} needs a negative branch, the conditioning has none; set the scale to 1")
+      raise ValueError(
+        f"guidance scale {scale} needs a negative branch, the conditioning has none; set the"
+        " scale to 1"
+      )
     rows = jax.tree.map(_weave, conditioning.positive, conditioning.negative)
     output = denoise(_weave(x, x), _weave(model_time, model_time), rows)
     output = output.reshape(-1, 2, *output.shape[1:])

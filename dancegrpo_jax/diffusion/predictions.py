@@ -1,6 +1,7 @@
 """What a network output means: an estimate of the clean sample and of the noise.
 
-Everything is float32, whatever the network computes in. Functions are elementwise; alpha and sigma are scalars.
+Everything is float32, whatever the network computes in. Functions are elementwise; alpha and sigma
+are scalars.
 """
 
 from typing import NamedTuple
@@ -19,13 +20,17 @@ class Prediction(NamedTuple):
 
 
 def from_output(
-  kind: str, x: Float[Array, "*shape"], output: Float[Array, "*shape"], alpha: ScalarLike, sigma: ScalarLike
+  kind: str,
+  x: Float[Array, "*shape"],
+  output: Float[Array, "*shape"],
+  alpha: ScalarLike,
+  sigma: ScalarLike,
 ) -> Prediction:
   """Turns a network output at noisy sample `x` into a `Prediction`.
 
   Args:
-    kind: "epsilon" (the noise; alpha must not be 0), "v" (alpha eps - sigma x0, arXiv 2202.00512; alpha^2 + sigma^2 = 1) or
-      "velocity" (eps - x0, rectified flow; alpha + sigma = 1).
+    kind: "epsilon" (the noise; alpha must not be 0), "v" (alpha eps - sigma x0, arXiv 2202.00512;
+      alpha^2 + sigma^2 = 1) or "velocity" (eps - x0, rectified flow; alpha + sigma = 1).
     x: the noisy sample.
     output: what the network returned.
     alpha: factor of the clean sample at this time.

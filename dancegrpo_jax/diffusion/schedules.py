@@ -1,8 +1,8 @@
 """Sampling grids: at which noise levels a sample is denoised.
 
-A grid runs from noisy to clean and has N + 1 points for N network calls: call i goes from point i to point i + 1, and the
-last point is where sampling ends. Everywhere x = alpha * x0 + sigma * eps. Grids are computed in float64 on the host and
-stored in float32.
+A grid runs from noisy to clean and has N + 1 points for N network calls: call i goes from point i
+to point i + 1, and the last point is where sampling ends. Everywhere x = alpha * x0 + sigma * eps.
+Grids are computed in float64 on the host and stored in float32.
 """
 
 from typing import NamedTuple
@@ -30,7 +30,9 @@ class Schedule(NamedTuple):
 
 
 class Point(NamedTuple):
-  """One step of a grid: from (alpha, sigma) to (alpha_next, sigma_next), the primed symbols of the equations."""
+  """One step of a grid: from (alpha, sigma) to (alpha_next, sigma_next), the primed symbols of the
+  equations.
+  """
 
   alpha: Float[Array, "*batch"]
   sigma: Float[Array, "*batch"]
@@ -39,7 +41,9 @@ class Point(NamedTuple):
 
 
 def point(schedule: Schedule, i: Int[Array, "*batch"] | int) -> Point:
-  """Step `i` of `schedule`, 0 <= i < N; `i` may be traced (an index out of range is clamped there, as JAX does)."""
+  """Step `i` of `schedule`, 0 <= i < N; `i` may be traced (an index out of range is clamped there,
+  as JAX does).
+  """
   return Point(schedule.alpha[i], schedule.sigma[i], schedule.alpha[i + 1], schedule.sigma[i + 1])
 
 
@@ -54,10 +58,12 @@ def diffusion_schedule(
   steps_offset: int,
   set_alpha_to_one: bool,
 ) -> Schedule:
-  """Grid of a variance-preserving diffusion model (alpha^2 + sigma^2 = 1), named as in diffusers' `DDIMScheduler`.
+  """Grid of a variance-preserving diffusion model (alpha^2 + sigma^2 = 1), named as in diffusers'
+  `DDIMScheduler`.
 
-  A step ends at the next point of the grid. (diffusers steps by `num_train_timesteps // steps` instead, which is the same for
-  leading spacing, and for trailing spacing where `steps` divides `num_train_timesteps`.)
+  A step ends at the next point of the grid. (diffusers steps by `num_train_timesteps // steps`
+  instead, which is the same for leading spacing, and for trailing spacing where `steps` divides
+  `num_train_timesteps`.)
 
   Args:
     steps: N, network calls a sample.
@@ -81,26 +87,35 @@ def diffusion_schedule(
 def flow_schedule(steps: int, shift: float, num_train_timesteps: int = 1000) -> Schedule:
   """Grid of a rectified-flow model: alpha = 1 - sigma, sigma from 1 to 0.
 
-  sigma = k s / (1 + (k - 1) s) with s = linspace(1, 0, N + 1) and the time shift k (arXiv 2403.03206, eq. 23). The model time
-  is sigma * num_train_timesteps, not truncated to an integer.
+  sigma = k s / (1 + (k - 1) s) with s = linspace(1, 0, N + 1) and the time shift k (arXiv
+  2403.03206, eq. 23). The model time is sigma * num_train_timesteps, not truncated to an integer.
 
   Raises:
     ValueError: fewer than one step, or a shift that isn't positive.
   """
   if steps < 1 or shift <= 0:
-    raise ValueError(f"a flow grid needs steps >= 1 and shift > 0, got steps={steps}, shift={shift}")
+    raise ValueError(
+      f"a flow grid needs steps >= 1 and shift > 0, got steps={steps}, shift={shift}"
+    )
   s = np.linspace(1.0, 0.0, steps + 1)
   sigma = shift * s / (1.0 + (shift - 1.0) * s)
   return _schedule(sigma * num_train_timesteps, 1.0 - sigma, sigma)
 
 
 def resolution_shift(
-  tokens: int, *, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float, kind: str = "exponential"
+  tokens: int,
+  *,
+  base_tokens: int,
+  max_tokens: int,
+  base_shift: float,
+  max_shift: float,
+  kind: str = "exponential",
 ) -> float:
-  """The time shift k of `flow_schedule` for a sample of this many tokens (FLUX.1-dev's, named as in its scheduler's config).
+  """The time shift k of `flow_schedule` for a sample of this many tokens (FLUX.1-dev's, named as in
+  its scheduler's config).
 
-  mu is linear in the tokens, `base_shift` at `base_tokens` and `max_shift` at `max_tokens`; k = exp(mu), or mu itself where
-  `kind` is "linear".
+  mu is linear in the tokens, `base_shift` at `base_tokens` and `max_shift` at `max_tokens`; k =
+  exp(mu), or mu itself where `kind` is "linear".
 
   Raises:
     ValueError: an unknown kind.
@@ -115,7 +130,9 @@ def _schedule(model_time, alpha, sigma) -> Schedule:
   return Schedule(*(jnp.asarray(values, jnp.float32) for values in (model_time, alpha, sigma)))
 
 
-def _betas(num_train_timesteps: int, beta_start: float, beta_end: float, beta_schedule: str) -> np.ndarray:
+def _betas(
+  num_train_timesteps: int, beta_start: float, beta_end: float, beta_schedule: str
+) -> np.ndarray:
   if beta_schedule == "linear":
     return np.linspace(beta_start, beta_end, num_train_timesteps)
   if beta_schedule == "scaled_linear":
@@ -124,27 +141,43 @@ def _betas(num_train_timesteps: int, beta_start: float, beta_end: float, beta_sc
     edges = np.arange(num_train_timesteps + 1) / num_train_timesteps
     alpha_bar = np.cos((edges + 0.008) / 1.008 * np.pi / 2) ** 2
     return np.minimum(1.0 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
-  raise ValueError(f"beta_schedule is {beta_schedule!r}, must be one of {', '.join(BETA_SCHEDULES)}")
+  raise ValueError(
+    f"beta_schedule is {beta_schedule!r}, must be one of {', '.join(BETA_SCHEDULES)}"
+  )
 
 
-def alphas_cumprod(num_train_timesteps: int, beta_start: float, beta_end: float, beta_schedule: str) -> np.ndarray:
-  """alpha_bar of every training time, float64 `[num_train_timesteps]`; arguments as in `diffusion_schedule`."""
+def alphas_cumprod(
+  num_train_timesteps: int, beta_start: float, beta_end: float, beta_schedule: str
+) -> np.ndarray:
+  """alpha_bar of every training time, float64 `[num_train_timesteps]`; arguments as in
+  `diffusion_schedule`.
+  """
   return np.cumprod(1.0 - _betas(num_train_timesteps, beta_start, beta_end, beta_schedule))
 
 
-def _training_times(steps: int, num_train_timesteps: int, spacing: str, steps_offset: int) -> np.ndarray:
+def _training_times(
+  steps: int, num_train_timesteps: int, spacing: str, steps_offset: int
+) -> np.ndarray:
   """The N training times of the grid, decreasing."""
   if not 1 <= steps <= num_train_timesteps:
-    raise ValueError(f"steps is {steps}, must lie between 1 and num_train_timesteps = {num_train_timesteps}")
+    raise ValueError(
+      f"steps is {steps}, must lie between 1 and num_train_timesteps = {num_train_timesteps}"
+    )
   if spacing == "leading":
     times = np.arange(steps)[::-1] * (num_train_timesteps // steps) + steps_offset
   elif spacing == "trailing":
-    times = np.round(num_train_timesteps - np.arange(steps) * (num_train_timesteps / steps)).astype(int) - 1
+    times = (
+      np.round(num_train_timesteps - np.arange(steps) * (num_train_timesteps / steps)).astype(int)
+      - 1
+    )
   elif spacing == "linspace":
     times = np.round(np.linspace(0, num_train_timesteps - 1, steps)).astype(int)[::-1]
   else:
     raise ValueError(f"spacing is {spacing!r}, must be one of {', '.join(SPACINGS)}")
   if times[0] >= num_train_timesteps:
     last = num_train_timesteps - 1
-    raise ValueError(f"steps={steps} with steps_offset={steps_offset} starts at time {times[0]}, beyond the chain's {last}")
+    raise ValueError(
+      f"steps={steps} with steps_offset={steps_offset} starts at time {times[0]}, beyond the"
+      f" chain's {last}"
+    )
   return times

@@ -1,4 +1,5 @@
-"""The SDE window (MixGRPO, arXiv 2507.21802): which steps of an iteration are stochastic and trained.
+"""The SDE window (MixGRPO, arXiv 2507.21802): which steps of an iteration are stochastic and
+trained.
 
 The width is static, the start is a traced scalar, so one compiled program serves every position.
 """
@@ -13,17 +14,25 @@ MODES = ("fixed", "sliding", "random")
 
 
 def size(config_window: Any, policy_steps: int) -> int:
-  """K, the window's static width in steps; a configured size of 0 means every policy step, whatever its start.
+  """K, the window's static width in steps; a configured size of 0 means every policy step, whatever
+  its start.
 
   Raises:
     ValueError: a window that is wider than the policy or starts where it doesn't fit.
   """
   width = config_window.size or policy_steps
   if not 1 <= width <= policy_steps:
-    raise ValueError(f"window.size is {config_window.size}, must lie between 0 and the {policy_steps} policy steps")
-  if config_window.size and config_window.mode != "random" and not 0 <= config_window.start <= policy_steps - width:
     raise ValueError(
-      f"window.start is {config_window.start}, must lie between 0 and {policy_steps - width} for {width} of {policy_steps} steps"
+      f"window.size is {config_window.size}, must lie between 0 and the {policy_steps} policy steps"
+    )
+  if (
+    config_window.size
+    and config_window.mode != "random"
+    and not 0 <= config_window.start <= policy_steps - width
+  ):
+    raise ValueError(
+      f"window.start is {config_window.start}, must lie between 0 and {policy_steps - width} for"
+      f" {width} of {policy_steps} steps"
     )
   return width
 
@@ -33,9 +42,10 @@ def window(
 ) -> Int[Array, ""]:
   """First step of the window in this iteration, 0 <= start <= policy_steps - K.
 
-  fixed: `start`. random: uniform over all positions, new each iteration. sliding: `start` at iteration 0, `stride` further each
-  `interval` iterations; a move that would leave the grid stops at the last position, so that the last steps are trained
-  too, and the move after that wraps to 0.
+  fixed: `start`. random: uniform over all positions, new each iteration. sliding: `start` at
+    iteration 0, `stride` further each
+  `interval` iterations; a move that would leave the grid stops at the last position, so that the
+  last steps are trained too, and the move after that wraps to 0.
 
   Args:
     config_window: has size, mode, start, stride and interval (the config's sampler.window).
@@ -52,15 +62,23 @@ def window(
   if config_window.mode == "random":
     return jax.random.randint(key, (), 0, last + 1, jnp.int32)
   if config_window.mode == "sliding":
-    return _sliding(min(config_window.start, last), config_window.stride, config_window.interval, last, iteration)
+    return _sliding(
+      min(config_window.start, last), config_window.stride, config_window.interval, last, iteration
+    )
   raise ValueError(f"window.mode is {config_window.mode!r}, must be one of {', '.join(MODES)}")
 
 
-def _sliding(start: int, stride: int, interval: int, last: int, iteration: Int[Array, ""] | int) -> Int[Array, ""]:
+def _sliding(
+  start: int, stride: int, interval: int, last: int, iteration: Int[Array, ""] | int
+) -> Int[Array, ""]:
   if stride < 1 or interval < 1:
-    raise ValueError(f"window.stride and window.interval must be at least 1, got {stride} and {interval}")
+    raise ValueError(
+      f"window.stride and window.interval must be at least 1, got {stride} and {interval}"
+    )
   moves = jnp.asarray(iteration, jnp.int32) // interval
   first_round = -(-(last - start) // stride) + 1  # positions from `start` to `last`
   full_round = -(-last // stride) + 1  # positions from 0 to `last`
-  position = jnp.where(moves < first_round, start + stride * moves, stride * ((moves - first_round) % full_round))
+  position = jnp.where(
+    moves < first_round, start + stride * moves, stride * ((moves - first_round) % full_round)
+  )
   return jnp.minimum(position, last)

@@ -1,4 +1,6 @@
-"""The head of LAION's aesthetic predictor v2. Dense layers alone: the published network has no activation between them."""
+"""The head of LAION's aesthetic predictor v2. Dense layers alone: the published network has no
+activation between them.
+"""
 
 import flax.linen as nn
 import jax
@@ -15,6 +17,9 @@ class Head(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b"]:
     for number, width in LAYERS.items():
-      # the product of five matrices: a TPU's default bfloat16 passes would cost a hundredth of a point
-      x = nn.Dense(width, precision=jax.lax.Precision.HIGHEST, dtype=jnp.float32, name=f"layers_{number}")(x)
+      # the product of five matrices: a TPU's default bfloat16 passes would cost a hundredth of a
+      # point
+      x = nn.Dense(
+        width, precision=jax.lax.Precision.HIGHEST, dtype=jnp.float32, name=f"layers_{number}"
+      )(x)
     return x[:, 0]

@@ -48,19 +48,21 @@ def kernel(impl: str, place: Place, shape: Shape, plain: bool) -> str:
   """Which implementation computes an attention: xla | cudnn | splash.
 
   | kernel | asked for by             | platform | capability | dtype             | head size            |
-  | ------ | ------------------------ | -------- | ---------- | ----------------- | -------------------- |
+  | ------ | ------------------------ | -------- | ---------- | ----------------- |
+  -------------------- |
   | cudnn  | cudnn, or auto on a GPU  | gpu      | 8.x        | bfloat16, float16 | multiple of 8 to 128 |
   | cudnn  | cudnn, or auto on a GPU  | gpu      | 9.x        | bfloat16, float16 | multiple of 8 to 256 |
   | cudnn  | cudnn, or auto on a GPU  | gpu      | 10 and up  | bfloat16, float16 | multiple of 8 to 128 |
   | splash | splash, or auto on a TPU | any      | any        | any               | multiple of 128      |
   | xla    | everything else          |          |            |                   |                      |
 
-  Lengths of queries and keys don't decide: both kernels get them padded (`_cudnn`, models/splash.py). Whether a gradient is
-  taken doesn't decide either, so that rollout and update always share a kernel; this is why the heads of 10.x end at 128.
+  Lengths of queries and keys don't decide: both kernels get them padded (`_cudnn`,
+  models/splash.py). Whether a gradient is taken doesn't decide either, so that rollout and update
+  always share a kernel; this is why the heads of 10.x end at 128.
 
-  The limits of cudnn are those of JAX's own check (jax/_src/cudnn/fused_attention_stablehlo.py, 0.10 to 0.11) and of NVIDIA's
-  support matrix (https://docs.nvidia.com/cudnn/operations/Attention, 9.18): heads above 128 have a backward pass on Hopper,
-  and not in every version on later chips.
+  The limits of cudnn are those of JAX's own check (jax/_src/cudnn/fused_attention_stablehlo.py,
+  0.10 to 0.11) and of NVIDIA's support matrix (https://docs.nvidia.com/cudnn/operations/Attention,
+  9.18): heads above 128 have a backward pass on Hopper, and not in every version on later chips.
 
   Args:
     impl: what the config asks for: auto | xla | cudnn | splash.
@@ -101,26 +103,41 @@ def attention(
     mask: True where a query may look.
     bias: added to the logits.
     scale: of the products; None = d**-0.5.
-    impl: xla | cudnn | splash | auto (what suits the devices); `kernel` has the table. Where a kernel that was asked for by name
-      can't compute this attention, xla does, and the log says so once.
+    impl: xla | cudnn | splash | auto (what suits the devices); `kernel` has the table. Where a
+      kernel that was asked for by name can't compute this attention, xla does, and the log says so
+      once.
   """
-  shape = Shape(queries=q.shape[1], keys=k.shape[1], heads=q.shape[2], head_dim=q.shape[3], dtype=q.dtype.name)
+  shape = Shape(
+    queries=q.shape[1], keys=k.shape[1], heads=q.shape[2], head_dim=q.shape[3], dtype=q.dtype.name
+  )
   scale = shape.head_dim**-0.5 if scale is None else scale
   key_lengths = None if key_lengths is None else key_lengths.astype(jnp.int32)
   where = place()
   plain = mask is None and bias is None
   chosen = kernel(impl=impl, place=where, shape=shape, plain=plain)
   if chosen == "cudnn":
-    return per_device.attend(functools.partial(_cudnn, causal=causal, scale=scale), q, k, v, key_lengths)
+    return per_device.attend(
+      functools.partial(_cudnn, causal=causal, scale=scale), q, k, v, key_lengths
+    )
   if chosen == "splash":
     from dancegrpo_jax.models import splash  # here: Pallas takes a second to import
 
     interpret = where.platform != "tpu"
-    return splash.attention(q, k, v, scale, key_lengths=key_lengths, causal=causal, interpret=interpret)
+    return splash.attention(
+      q, k, v, scale, key_lengths=key_lengths, causal=causal, interpret=interpret
+    )
   if impl not in ("auto", "xla"):
     _warn_once(impl, shape.dtype, shape.head_dim, plain)
   return jax.nn.dot_product_attention(
-    q, k, v, bias, mask, scale=scale, is_causal=causal, key_value_seq_lengths=key_lengths, implementation="xla"
+    q,
+    k,
+    v,
+    bias,
+    mask,
+    scale=scale,
+    is_causal=causal,
+    key_value_seq_lengths=key_lengths,
+    implementation="xla",
   )
 
 
@@ -135,8 +152,9 @@ def _cudnn(
 ) -> Float[Array, "b n h d"]:
   """cuDNN's fused attention on one device, for any length.
 
-  JAX (0.10 to 0.11) refuses odd lengths wherever a gradient is taken, with or without a bias. An odd length is therefore padded
-  by one, and the kernel is told the true lengths; the padded query's result is cut off.
+  JAX (0.10 to 0.11) refuses odd lengths wherever a gradient is taken, with or without a bias. An
+  odd length is therefore padded by one, and the kernel is told the true lengths; the padded query's
+  result is cut off.
   """
   batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
   lengths = {}
@@ -161,15 +179,17 @@ _fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 def place() -> Place:
   """Where the program that is being traced will run.
 
-  The mesh's devices say it, which aren't this machine's where plan.py compiles for others. A machine's GPUs are taken to be of
-  one kind.
+  The mesh's devices say it, which aren't this machine's where plan.py compiles for others. A
+  machine's GPUs are taken to be of one kind.
   """
   device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
   name = jax.default_backend() if device is None else device.platform
   name = {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
   if name != "gpu":
     return Place(name)
-  return Place(name, capability_of(jax.local_devices()[0] if jax.default_backend() == "gpu" else device))
+  return Place(
+    name, capability_of(jax.local_devices()[0] if jax.default_backend() == "gpu" else device)
+  )
 
 
 # Of cards that plan.py compiles for without having them, by their device_kind.
@@ -188,7 +208,9 @@ def _warn_once(asked: str, dtype: str, head_dim: int, plain: bool) -> None:
   """Says once for each kind of attention that the kernel that was asked for can't compute it."""
   what = "" if plain else ", a mask or a bias"
   # A warning, which Python shows where nobody has set up logging.
-  logging.getLogger(__name__).warning("attention: xla in place of %s for %s, heads of %d%s", asked, dtype, head_dim, what)
+  logging.getLogger(__name__).warning(
+    "attention: xla in place of %s for %s, heads of %d%s", asked, dtype, head_dim, what
+  )
 
 
 class Attention(nn.Module):
@@ -201,7 +223,9 @@ class Attention(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n c"], context: Float[Array, "b m k"] | None = None) -> Float[Array, "b n c"]:
+  def __call__(
+    self, x: Float[Array, "b n c"], context: Float[Array, "b m k"] | None = None
+  ) -> Float[Array, "b n c"]:
     context = x if context is None else context
     channels = x.shape[-1]
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -228,7 +252,9 @@ class FeedForward(nn.Module):
 
 
 class Projection(nn.Module):
-  """The projection in front of a feed-forward's activation; a module of its own because its weights are named `net.0.proj`."""
+  """The projection in front of a feed-forward's activation; a module of its own because its weights
+  are named `net.0.proj`.
+  """
 
   features: int
   dtype: Dtype = jnp.float32
@@ -240,7 +266,9 @@ class Projection(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-  """diffusers' BasicTransformerBlock: self-attention, cross-attention, feed-forward, each pre-normed."""
+  """diffusers' BasicTransformerBlock: self-attention, cross-attention, feed-forward, each
+  pre-normed.
+  """
 
   heads: int
   impl: str = "auto"
@@ -248,15 +276,23 @@ class TransformerBlock(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n c"], context: Float[Array, "b m k"]) -> Float[Array, "b n c"]:
+  def __call__(
+    self, x: Float[Array, "b n c"], context: Float[Array, "b m k"]
+  ) -> Float[Array, "b n c"]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    x = x + Attention(self.heads, impl=self.impl, name="attn1", **types)(LayerNorm(name="norm1", **types)(x))
-    x = x + Attention(self.heads, impl=self.impl, name="attn2", **types)(LayerNorm(name="norm2", **types)(x), context)
+    x = x + Attention(self.heads, impl=self.impl, name="attn1", **types)(
+      LayerNorm(name="norm1", **types)(x)
+    )
+    x = x + Attention(self.heads, impl=self.impl, name="attn2", **types)(
+      LayerNorm(name="norm2", **types)(x), context
+    )
     return x + FeedForward(name="ff", **types)(LayerNorm(name="norm3", **types)(x))
 
 
 class Transformer2D(nn.Module):
-  """diffusers' Transformer2DModel: transformer blocks over the pixels of a feature map, with a residual around them."""
+  """diffusers' Transformer2DModel: transformer blocks over the pixels of a feature map, with a
+  residual around them.
+  """
 
   heads: int
   layers: int
@@ -267,7 +303,9 @@ class Transformer2D(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w c"], context: Float[Array, "b m k"]) -> Float[Array, "b h w c"]:
+  def __call__(
+    self, x: Float[Array, "b h w c"], context: Float[Array, "b m k"]
+  ) -> Float[Array, "b h w c"]:
     b, h, w, c = x.shape
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     y = GroupNorm(self.groups, 1e-6, name="norm", **types)(x)
@@ -276,7 +314,9 @@ class Transformer2D(nn.Module):
     else:
       y = Conv(c, size=1, padding=0, name="proj_in", **types)(y).reshape(b, h * w, c)
     for i in range(self.layers):
-      y = TransformerBlock(self.heads, impl=self.impl, name=f"transformer_blocks_{i}", **types)(y, context)
+      y = TransformerBlock(self.heads, impl=self.impl, name=f"transformer_blocks_{i}", **types)(
+        y, context
+      )
     if self.linear_projection:
       y = Dense(c, name="proj_out", **types)(y).reshape(b, h, w, c)
     else:

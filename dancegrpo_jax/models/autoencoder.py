@@ -6,7 +6,15 @@ from jaxtyping import Array, Float
 
 from dancegrpo_jax.models.attention import attention
 from dancegrpo_jax.models.config import from_config
-from dancegrpo_jax.models.layers import Conv, Dense, Downsample, Dtype, GroupNorm, ResnetBlock, Upsample
+from dancegrpo_jax.models.layers import (
+  Conv,
+  Dense,
+  Downsample,
+  Dtype,
+  GroupNorm,
+  ResnetBlock,
+  Upsample,
+)
 from dancegrpo_jax.types import PyTree
 
 _NEUTRAL = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
@@ -23,9 +31,13 @@ class AttentionBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    y = GroupNorm(self.groups, _EPSILON, name="group_norm", **types)(x).reshape(x.shape[0], -1, x.shape[-1])
+    y = GroupNorm(self.groups, _EPSILON, name="group_norm", **types)(x).reshape(
+      x.shape[0], -1, x.shape[-1]
+    )
     # One head as wide as the feature map: no fused kernel takes it.
-    q, k, v = (Dense(x.shape[-1], name=name, **types)(y)[:, :, None, :] for name in ("to_q", "to_k", "to_v"))
+    q, k, v = (
+      Dense(x.shape[-1], name=name, **types)(y)[:, :, None, :] for name in ("to_q", "to_k", "to_v")
+    )
     y = Dense(x.shape[-1], name="to_out_0", **types)(attention(q, k, v, impl="xla")[:, :, 0, :])
     return x + y.reshape(x.shape)
 
@@ -102,7 +114,9 @@ class Encoder(nn.Module):
     x = Conv(self.widths[0], name="conv_in", **types)(x)
     for i, width in enumerate(self.widths):
       last = i == len(self.widths) - 1
-      x = EncoderBlock(width, self.layers, self.groups, not last, name=f"down_blocks_{i}", **types)(x)
+      x = EncoderBlock(width, self.layers, self.groups, not last, name=f"down_blocks_{i}", **types)(
+        x
+      )
     x = MidBlock(self.groups, self.mid_attention, name="mid_block", **types)(x)
     x = nn.silu(GroupNorm(self.groups, _EPSILON, name="conv_norm_out", **types)(x))
     return Conv(2 * self.latent_channels, name="conv_out", **types)(x)
@@ -126,15 +140,19 @@ class Decoder(nn.Module):
     x = MidBlock(self.groups, self.mid_attention, name="mid_block", **types)(x)
     for i, width in enumerate(reversed(self.widths)):
       last = i == len(self.widths) - 1
-      x = DecoderBlock(width, self.layers + 1, self.groups, not last, name=f"up_blocks_{i}", **types)(x)
+      x = DecoderBlock(
+        width, self.layers + 1, self.groups, not last, name=f"up_blocks_{i}", **types
+      )(x)
     x = nn.silu(GroupNorm(self.groups, _EPSILON, name="conv_norm_out", **types)(x))
     return Conv(self.out_channels, name="conv_out", **types)(x)
 
 
 class AutoencoderKL(nn.Module):
-  """Variational autoencoder; the fields are the keys of its config.json. Pixels here are in [-1, 1].
+  """Variational autoencoder; the fields are the keys of its config.json. Pixels here are in [-1,
+  1].
 
-  Latents that leave `encode` and enter `decode` are the network's own; the pipeline applies scaling and shift.
+  Latents that leave `encode` and enter `decode` are the network's own; the pipeline applies scaling
+  and shift.
   """
 
   in_channels: int = 3
@@ -163,7 +181,9 @@ class AutoencoderKL(nn.Module):
     if self.use_post_quant_conv:
       self.post_quant_conv = Conv(self.latent_channels, size=1, padding=0, **types)
 
-  def encode(self, pixels: Float[Array, "b h w c"]) -> tuple[Float[Array, "b h2 w2 z"], Float[Array, "b h2 w2 z"]]:
+  def encode(
+    self, pixels: Float[Array, "b h w c"]
+  ) -> tuple[Float[Array, "b h2 w2 z"], Float[Array, "b h2 w2 z"]]:
     """Mean and log-variance (clipped to [-30, 20]) of the latents."""
     moments = self.encoder(pixels)
     if self.use_quant_conv:
@@ -180,20 +200,27 @@ class AutoencoderKL(nn.Module):
     return self.decode(self.encode(pixels)[0])
 
 
-def pixels_of(network: AutoencoderKL, params: PyTree, latents: Float[Array, "b h w z"]) -> Float[Array, "b h2 w2 c"]:
+def pixels_of(
+  network: AutoencoderKL, params: PyTree, latents: Float[Array, "b h w z"]
+) -> Float[Array, "b h2 w2 c"]:
   """Pixels in [0, 1], float32, of latents in the denoiser's scale."""
   own = latents / network.scaling_factor + network.shift_factor
   pixels = network.apply({"params": params}, own.astype(network.dtype), method="decode")
   return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
 
 
-def from_json(config_json: dict, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32) -> AutoencoderKL:
+def from_json(
+  config_json: dict, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32
+) -> AutoencoderKL:
   """The network of a published vae/config.json.
 
   Raises:
     ValueError: a key asks for what is not implemented.
   """
-  for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+  for key, kind in (
+    ("down_block_types", "DownEncoderBlock2D"),
+    ("up_block_types", "UpDecoderBlock2D"),
+  ):
     other = set(config_json.get(key, (kind,))) - {kind}
     if other:
       raise ValueError(f"AutoencoderKL: {key} holds {sorted(other)}; only {kind} is implemented")

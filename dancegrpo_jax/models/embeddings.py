@@ -1,4 +1,6 @@
-"""What a denoiser is told besides its latents: numbers as sinusoids, and the layers that they go through."""
+"""What a denoiser is told besides its latents: numbers as sinusoids, and the layers that they go
+through.
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -7,7 +9,9 @@ from jaxtyping import Array, Float
 from dancegrpo_jax.models.layers import Dense, Dtype
 
 
-def sinusoid(time: Float[Array, "b"], width: int, flip_sin_to_cos: bool, shift: int | float) -> Float[Array, "b w"]:
+def sinusoid(
+  time: Float[Array, "b"], width: int, flip_sin_to_cos: bool, shift: int | float
+) -> Float[Array, "b w"]:
   """Sinusoidal embedding of the exact float model time, float32."""
   half = width // 2
   frequency = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))

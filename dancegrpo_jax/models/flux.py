@@ -1,9 +1,10 @@
 """FluxTransformer2DModel, FLUX.1's denoiser, in diffusers' layout and names.
 
-Text and image tokens go through "double" blocks, with weights of their own and one attention over both, then joined through
-"single" blocks. Latents are unpacked ones, `[b, h, w, c]`; the network makes tokens of their 2x2 squares. Time, guidance and the
-pooled text modulate every norm; positions enter as rotations of queries and keys (RoPE, arXiv 2104.09864), one part of a head an
-axis. The residual is in `dtype`; norms, modulation and rotations are computed in float32.
+Text and image tokens go through "double" blocks, with weights of their own and one attention over
+both, then joined through "single" blocks. Latents are unpacked ones, `[b, h, w, c]`; the network
+makes tokens of their 2x2 squares. Time, guidance and the pooled text modulate every norm; positions
+enter as rotations of queries and keys (RoPE, arXiv 2104.09864), one part of a head an axis. The
+residual is in `dtype`; norms, modulation and rotations are computed in float32.
 """
 
 from collections.abc import Callable
@@ -24,11 +25,15 @@ _EPSILON = 1e-6  # every norm of the network
 _THETA = 10000.0  # of the rotations
 _SINUSOIDS = 256  # width of the embedded time and guidance
 
-Rotation = tuple[Float[Array, "tokens pairs"], Float[Array, "tokens pairs"]]  # cosines and sines, one a pair of a head's entries
+Rotation = tuple[
+  Float[Array, "tokens pairs"], Float[Array, "tokens pairs"]
+]  # cosines and sines, one a pair of a head's entries
 
 
 def pack(latents: Float[Array, "b h w c"]) -> Float[Array, "b n p"]:
-  """A token for every 2x2 square, row by row; its entries are ordered (channel, row, column). `h` and `w` are even."""
+  """A token for every 2x2 square, row by row; its entries are ordered (channel, row, column). `h`
+  and `w` are even.
+  """
   b, h, w, c = latents.shape
   squares = latents.reshape(b, h // 2, 2, w // 2, 2, c)
   return squares.transpose(0, 1, 3, 5, 2, 4).reshape(b, h // 2 * (w // 2), 4 * c)
@@ -42,15 +47,22 @@ def unpack(tokens: Float[Array, "b n p"], height: int, width: int) -> Float[Arra
 
 
 def positions(text_tokens: int, rows: int, columns: int) -> np.ndarray:
-  """(0, row, column) of every token, text first: `[text_tokens + rows * columns, 3]`. All text stands at the origin."""
-  image = np.stack(np.meshgrid([0], np.arange(rows), np.arange(columns), indexing="ij"), axis=-1).reshape(-1, 3)
+  """(0, row, column) of every token, text first: `[text_tokens + rows * columns, 3]`. All text
+  stands at the origin.
+  """
+  image = np.stack(
+    np.meshgrid([0], np.arange(rows), np.arange(columns), indexing="ij"), axis=-1
+  ).reshape(-1, 3)
   return np.concatenate([np.zeros((text_tokens, 3), np.int64), image])
 
 
 def rotation(ids: np.ndarray, widths: tuple[int, ...]) -> Rotation:
-  """The angles of positions `[n, axes]`, `widths[a]` entries of a head for axis a. Computed on the host in float64."""
+  """The angles of positions `[n, axes]`, `widths[a]` entries of a head for axis a. Computed on the
+  host in float64.
+  """
   angles = [
-    ids[:, axis, None] * _THETA ** (-np.arange(0, width, 2, dtype=np.float64) / width) for axis, width in enumerate(widths)
+    ids[:, axis, None] * _THETA ** (-np.arange(0, width, 2, dtype=np.float64) / width)
+    for axis, width in enumerate(widths)
   ]
   angle = np.concatenate(angles, axis=-1)
   return jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
@@ -74,16 +86,22 @@ class Modulation(nn.Module):
   @nn.compact
   def __call__(self, conditioning: Float[Array, "b d"]) -> list[Array]:
     width = self.parts * conditioning.shape[-1]
-    y = Dense(width, name="linear", dtype=self.dtype, param_dtype=self.param_dtype)(nn.silu(conditioning))
+    y = Dense(width, name="linear", dtype=self.dtype, param_dtype=self.param_dtype)(
+      nn.silu(conditioning)
+    )
     return jnp.split(y.astype(jnp.float32)[:, None, :], self.parts, axis=-1)
 
 
-def modulate(x: Float[Array, "b n d"], shift: Float[Array, "b 1 d"], scale: Float[Array, "b 1 d"]) -> Float[Array, "b n d"]:
+def modulate(
+  x: Float[Array, "b n d"], shift: Float[Array, "b 1 d"], scale: Float[Array, "b 1 d"]
+) -> Float[Array, "b n d"]:
   """A norm whose scale and shift come from the conditioning; the result has the dtype of `x`."""
   return (standardise(x, _EPSILON) * (1.0 + scale) + shift).astype(x.dtype)
 
 
-def gated(x: Float[Array, "b n d"], gate: Float[Array, "b 1 d"], branch: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+def gated(
+  x: Float[Array, "b n d"], gate: Float[Array, "b 1 d"], branch: Float[Array, "b n d"]
+) -> Float[Array, "b n d"]:
   """x + gate * branch, in the dtype of `x`."""
   return (x.astype(jnp.float32) + gate * branch.astype(jnp.float32)).astype(x.dtype)
 
@@ -107,15 +125,21 @@ class FeedForward(nn.Module):
 
 
 class _Attention(nn.Module):
-  """What the attentions of both kinds of block share: heads of queries, keys and values, rotated products."""
+  """What the attentions of both kinds of block share: heads of queries, keys and values, rotated
+  products.
+  """
 
   heads: int
   impl: str = "auto"
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
-  def project(self, x: Float[Array, "b n d"], names: tuple[str, str, str], norms: tuple[str, str]) -> list[Array]:
-    """Queries, keys and values `[b, n, h, d]` from layers of these names; queries and keys are normed head by head."""
+  def project(
+    self, x: Float[Array, "b n d"], names: tuple[str, str, str], norms: tuple[str, str]
+  ) -> list[Array]:
+    """Queries, keys and values `[b, n, h, d]` from layers of these names; queries and keys are
+    normed head by head.
+    """
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     shape = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
     q, k, v = (Dense(x.shape[-1], name=name, **types)(x).reshape(shape) for name in names)
@@ -131,7 +155,9 @@ _ADDED = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_adde
 
 
 class JointAttention(_Attention):
-  """One attention over text and image, each with projections of its own. Returns the text's and the image's part."""
+  """One attention over text and image, each with projections of its own. Returns the text's and the
+  image's part.
+  """
 
   @nn.compact
   def __call__(
@@ -141,7 +167,9 @@ class JointAttention(_Attention):
     both = zip(self.project(text, *_ADDED), self.project(image, *_OWN))
     y = self.attend(*(jnp.concatenate(parts, axis=1) for parts in both), by)
     tokens, width = text.shape[1:]
-    return Dense(width, name="to_add_out", **types)(y[:, :tokens]), Dense(width, name="to_out_0", **types)(y[:, tokens:])
+    return Dense(width, name="to_add_out", **types)(y[:, :tokens]), Dense(
+      width, name="to_out_0", **types
+    )(y[:, tokens:])
 
 
 class SelfAttention(_Attention):
@@ -153,7 +181,9 @@ class SelfAttention(_Attention):
 
 
 class DoubleBlock(nn.Module):
-  """diffusers' FluxTransformerBlock, in the (carry, output) form of nn.scan; the carry is (text, image)."""
+  """diffusers' FluxTransformerBlock, in the (carry, output) form of nn.scan; the carry is (text,
+  image).
+  """
 
   heads: int
   impl: str = "auto"
@@ -161,7 +191,9 @@ class DoubleBlock(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, streams: tuple[Array, Array], conditioning: Float[Array, "b d"], by: Rotation) -> tuple:
+  def __call__(
+    self, streams: tuple[Array, Array], conditioning: Float[Array, "b d"], by: Rotation
+  ) -> tuple:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     suffixes = ("_context", "")  # of text and image
     parts = [Modulation(6, name=f"norm1{suffix}", **types)(conditioning) for suffix in suffixes]
@@ -175,7 +207,9 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-  """diffusers' FluxSingleTransformerBlock: attention and feed-forward side by side, over text and image as one sequence."""
+  """diffusers' FluxSingleTransformerBlock: attention and feed-forward side by side, over text and
+  image as one sequence.
+  """
 
   heads: int
   impl: str = "auto"
@@ -183,7 +217,9 @@ class SingleBlock(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"], conditioning: Float[Array, "b d"], by: Rotation) -> tuple:
+  def __call__(
+    self, x: Float[Array, "b n d"], conditioning: Float[Array, "b d"], by: Rotation
+  ) -> tuple:
     types, width = {"dtype": self.dtype, "param_dtype": self.param_dtype}, x.shape[-1]
     shift, scale, gate = Modulation(3, name="norm", **types)(conditioning)
     y = modulate(x, shift, scale)
@@ -194,7 +230,9 @@ class SingleBlock(nn.Module):
 
 
 class Embeddings(nn.Module):
-  """The conditioning `[b, d]`: time, pooled text and, where the model is guidance-distilled, guidance."""
+  """The conditioning `[b, d]`: time, pooled text and, where the model is guidance-distilled,
+  guidance.
+  """
 
   features: int
   dtype: Dtype = jnp.float32
@@ -205,7 +243,9 @@ class Embeddings(nn.Module):
     self, time: Float[Array, "b"], pooled: Float[Array, "b p"], guidance: Float[Array, "b"] | None
   ) -> Float[Array, "b d"]:
     def embed(name: str, x: Array) -> Array:
-      return TimeEmbedding(self.features, name=name, dtype=self.dtype, param_dtype=self.param_dtype)(x.astype(self.dtype))
+      return TimeEmbedding(
+        self.features, name=name, dtype=self.dtype, param_dtype=self.param_dtype
+      )(x.astype(self.dtype))
 
     y = embed("timestep_embedder", sinusoid(time, _SINUSOIDS, True, 0))
     if guidance is not None:
@@ -214,10 +254,12 @@ class Embeddings(nn.Module):
 
 
 class FluxTransformer2DModel(nn.Module):
-  """Predicts the velocity (noise minus clean sample). The fields are the keys of the published config.json.
+  """Predicts the velocity (noise minus clean sample). The fields are the keys of the published
+  config.json.
 
-  With `scan_blocks` the blocks of a kind are stacked on axis 0 of `transformer_blocks` and `single_transformer_blocks`, and one
-  is compiled; else they are in `transformer_blocks_0`, `transformer_blocks_1` ...
+  With `scan_blocks` the blocks of a kind are stacked on axis 0 of `transformer_blocks` and
+  `single_transformer_blocks`, and one is compiled; else they are in `transformer_blocks_0`,
+  `transformer_blocks_1` ...
   """
 
   in_channels: int = 64
@@ -242,7 +284,9 @@ class FluxTransformer2DModel(nn.Module):
     cls = nn.remat(cls, prevent_cse=not self.scan_blocks) if self.remat else cls
     if self.scan_blocks:
       axes = {"params": 0, "lora": 0}
-      stack = nn.scan(cls, variable_axes=axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=count)
+      stack = nn.scan(
+        cls, variable_axes=axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=count
+      )
       return lambda carry, *fixed: stack(*args, name=name)(carry, *fixed)[0]
 
     def one_by_one(carry, *fixed):
@@ -268,23 +312,34 @@ class FluxTransformer2DModel(nn.Module):
       time: 0 .. 1000 as a float.
       text: T5's states.
       pooled: CLIP's pooled text.
-      guidance: the scale that the model was distilled to obey; given if and only if `guidance_embeds`.
+      guidance: the scale that the model was distilled to obey; given if and only if
+        `guidance_embeds`.
 
     Raises:
       ValueError: guidance is missing, or not taken.
     """
     if (guidance is not None) != self.guidance_embeds:
-      raise ValueError(f"FluxTransformer2DModel: guidance_embeds is {self.guidance_embeds}, but guidance is {guidance}")
-    types, width = {"dtype": self.dtype, "param_dtype": self.param_dtype}, self.num_attention_heads * self.attention_head_dim
+      raise ValueError(
+        f"FluxTransformer2DModel: guidance_embeds is {self.guidance_embeds}, but guidance is"
+        f" {guidance}"
+      )
+    types, width = (
+      {"dtype": self.dtype, "param_dtype": self.param_dtype},
+      self.num_attention_heads * self.attention_head_dim,
+    )
     height, columns = latents.shape[1:3]
     by = rotation(positions(text.shape[1], height // 2, columns // 2), self.axes_dims_rope)
     image = Dense(width, name="x_embedder", **types)(pack(latents))
     text = Dense(width, name="context_embedder", **types)(text)
     conditioning = Embeddings(width, name="time_text_embed", **types)(time, pooled, guidance)
 
-    text, image = self.blocks(DoubleBlock, self.num_layers, "transformer_blocks")((text, image), conditioning, by)
+    text, image = self.blocks(DoubleBlock, self.num_layers, "transformer_blocks")(
+      (text, image), conditioning, by
+    )
     x = jnp.concatenate([text, image], axis=1)
-    x = self.blocks(SingleBlock, self.num_single_layers, "single_transformer_blocks")(x, conditioning, by)
+    x = self.blocks(SingleBlock, self.num_single_layers, "single_transformer_blocks")(
+      x, conditioning, by
+    )
 
     scale, shift = Modulation(2, name="norm_out", **types)(conditioning)
     y = modulate(x[:, text.shape[1] :], shift, scale)
@@ -305,13 +360,25 @@ def from_json(
   Raises:
     ValueError: a key asks for what is not implemented, or the rotations don't make up a head.
   """
-  options = {"dtype": dtype, "param_dtype": param_dtype, "scan_blocks": scan_blocks, "remat": remat, "impl": impl}
+  options = {
+    "dtype": dtype,
+    "param_dtype": param_dtype,
+    "scan_blocks": scan_blocks,
+    "remat": remat,
+    "impl": impl,
+  }
   network = from_config(FluxTransformer2DModel, config_json, _NEUTRAL, **options)
-  if sum(network.axes_dims_rope) != network.attention_head_dim or any(width % 2 for width in network.axes_dims_rope):
+  if sum(network.axes_dims_rope) != network.attention_head_dim or any(
+    width % 2 for width in network.axes_dims_rope
+  ):
     raise ValueError(
-      f"FluxTransformer2DModel: axes_dims_rope {network.axes_dims_rope} must be even and sum to attention_head_dim"
+      f"FluxTransformer2DModel: axes_dims_rope {network.axes_dims_rope} must be even and sum to"
+      " attention_head_dim"
       f" {network.attention_head_dim}"
     )
   if len(network.axes_dims_rope) != 3 or network.in_channels % 4:
-    raise ValueError("FluxTransformer2DModel: needs three axes of positions, and in_channels for 2x2 squares (a multiple of 4)")
+    raise ValueError(
+      "FluxTransformer2DModel: needs three axes of positions, and in_channels for 2x2 squares (a"
+      " multiple of 4)"
+    )
   return network

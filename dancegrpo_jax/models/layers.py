@@ -1,6 +1,7 @@
 """Layers with the defaults of their torch counterparts, in NHWC.
 
-Flax and torch differ in norm epsilons, variance formula and padding; every such default is set here, once.
+Flax and torch differ in norm epsilons, variance formula and padding; every such default is set
+here, once.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +21,12 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right
 
 
 def by_sample(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-  """x with its samples split over the mesh's fsdp and data axes, where there is a mesh and they divide.
+  """x with its samples split over the mesh's fsdp and data axes, where there is a mesh and they
+  divide.
 
-  Every layer's result is so pinned. Left alone, the compiler meets samples and kernels split over the same axis and may gather
-  the samples, so that each device computes its columns of all of them; the kernels are what is to be gathered, layer by layer.
+  Every layer's result is so pinned. Left alone, the compiler meets samples and kernels split over
+  the same axis and may gather the samples, so that each device computes its columns of all of them;
+  the kernels are what is to be gathered, layer by layer.
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(axis for axis in SAMPLE_AXES if mesh.shape.get(axis, 1) > 1)
@@ -35,7 +38,8 @@ def by_sample(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
 class Dense(nn.Module):
   """torch.nn.Linear: `[..., in] -> [..., features]`; kernel `[in, features]`.
 
-  Where the variables have a collection "lora" with `a` and `b` for this layer, (x A) B is added: see models/lora.py.
+  Where the variables have a collection "lora" with `a` and `b` for this layer, (x A) B is added:
+  see models/lora.py.
   """
 
   features: int
@@ -45,20 +49,26 @@ class Dense(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "... i"]) -> Float[Array, "... o"]:
-    kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype)
+    kernel = self.param(
+      "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype
+    )
     x = x.astype(self.dtype)
     y = by_sample(x @ kernel.astype(self.dtype))
     if self.has_variable("lora", "a"):
       a, b = (self.get_variable("lora", name).astype(self.dtype) for name in "ab")
       y = y + by_sample(by_sample(x @ a) @ b)
     if self.use_bias:
-      bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
+      bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(
+        self.dtype
+      )
       y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
     return y
 
 
 def _native(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-  return jax.lax.conv_general_dilated(x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+  return jax.lax.conv_general_dilated(
+    x, kernel, (stride, stride), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+  )
 
 
 def _product(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
@@ -71,7 +81,9 @@ def _product(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 
 def _upright(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-  """The convolution with what lies beside a pixel among its channels, by a kernel one pixel wide. Stride 1."""
+  """The convolution with what lies beside a pixel among its channels, by a kernel one pixel wide.
+  Stride 1.
+  """
   size, vertical, horizontal = kernel.shape[0], *padding
   width = x.shape[2] + sum(horizontal) - size + 1
   x = jnp.pad(x, ((0, 0), (0, 0), horizontal, (0, 0)))
@@ -80,7 +92,9 @@ def _upright(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 
 def _for_tpu(x: Array, kernel: Array, stride: int) -> Callable:
-  """The form for TPUs by what its copies of `x` take; few channels fill no lanes, and nothing is won there."""
+  """The form for TPUs by what its copies of `x` take; few channels fill no lanes, and nothing is
+  won there.
+  """
   size = prod(x.shape[1:])
   if stride > 1 or min(kernel.shape[2:]) < 128 or size > 2**22:
     return _native
@@ -89,14 +103,17 @@ def _for_tpu(x: Array, kernel: Array, stride: int) -> Callable:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-  """Convolution `[b, h, w, i] x [k, k, i, o] -> [b, h', w', o]`, written so that XLA's compilers do well by it.
+  """Convolution `[b, h, w, i] x [k, k, i, o] -> [b, h', w', o]`, written so that XLA's compilers do
+  well by it.
 
-  On a TPU it is a matrix product or nearly so where that pays, forward and backward: with few samples a device the TPU compiler
-  moves spatial positions of a convolution into the batch, generates several times as much code, and predicts a longer run time.
+  On a TPU it is a matrix product or nearly so where that pays, forward and backward: with few
+  samples a device the TPU compiler moves spatial positions of a convolution into the batch,
+  generates several times as much code, and predicts a longer run time.
 
-  XLA's CPU backend takes the gradient's convolutions out of its fast library when they stand in a `lax.scan` body: the
-  filter gradient of one 128-channel layer then takes seconds in place of milliseconds. On a CPU the backward pass is therefore
-  written as matrix products, one a tap. GPUs keep XLA's own forms.
+  XLA's CPU backend takes the gradient's convolutions out of its fast library when they stand in a
+  `lax.scan` body: the filter gradient of one 128-channel layer then takes seconds in place of
+  milliseconds. On a CPU the backward pass is therefore written as matrix products, one a tap. GPUs
+  keep XLA's own forms.
   """
   own = partial(_native, stride=stride, padding=padding)
   tpu = partial(_for_tpu(x, kernel, stride), stride=stride, padding=padding)
@@ -107,7 +124,9 @@ def _convolve_forward(x: Array, kernel: Array, stride: int, padding: Padding) ->
   return convolve(x, kernel, stride, padding), (x, kernel)
 
 
-def _convolve_backward(stride: int, padding: Padding, residual: tuple, dy: Array) -> tuple[Array, Array]:
+def _convolve_backward(
+  stride: int, padding: Padding, residual: tuple, dy: Array
+) -> tuple[Array, Array]:
   x, kernel = residual
   size = kernel.shape[0]
 
@@ -133,7 +152,9 @@ def _convolve_backward(stride: int, padding: Padding, residual: tuple, dy: Array
     return _native(dy, turned, 1, tuple((size - 1 - a, size - 1 - b) for a, b in padding)), dkernel
 
   tpu = derivative(_for_tpu(x, kernel, stride))
-  return jax.lax.platform_dependent(x, kernel, dy, cpu=products, tpu=tpu, default=derivative(_native))
+  return jax.lax.platform_dependent(
+    x, kernel, dy, cpu=products, tpu=tpu, default=derivative(_native)
+  )
 
 
 convolve.defvjp(_convolve_forward, _convolve_backward)
@@ -156,11 +177,21 @@ class Conv(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
     init = nn.initializers.zeros if self.zero_init else nn.initializers.lecun_normal()
-    kernel = self.param("kernel", init, (self.size, self.size, x.shape[-1], self.features), self.param_dtype)
+    kernel = self.param(
+      "kernel", init, (self.size, self.size, x.shape[-1], self.features), self.param_dtype
+    )
     bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-    pad = ((self.padding, self.padding),) * 2 if isinstance(self.padding, int) else tuple(map(tuple, self.padding))
+    pad = (
+      ((self.padding, self.padding),) * 2
+      if isinstance(self.padding, int)
+      else tuple(map(tuple, self.padding))
+    )
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    y = x @ kernel[0, 0] if self.size == self.stride == 1 and not any(map(sum, pad)) else convolve(x, kernel, self.stride, pad)
+    y = (
+      x @ kernel[0, 0]
+      if self.size == self.stride == 1 and not any(map(sum, pad))
+      else convolve(x, kernel, self.stride, pad)
+    )
     return by_sample(y) + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
@@ -175,8 +206,12 @@ class GroupNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
     channels = x.shape[-1]
-    scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype).astype(jnp.float32)
-    bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype).astype(jnp.float32)
+    scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype).astype(
+      jnp.float32
+    )
+    bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype).astype(
+      jnp.float32
+    )
     grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
     mean = grouped.mean((1, 3), keepdims=True)
     centred = grouped - mean
@@ -203,13 +238,21 @@ class LayerNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
     broadcast = (1,) * (x.ndim - 1) + (x.shape[-1],)
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
-    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
-    return (standardise(x, self.epsilon) * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype).astype(
+      jnp.float32
+    )
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(
+      jnp.float32
+    )
+    return (
+      standardise(x, self.epsilon) * scale.reshape(broadcast) + bias.reshape(broadcast)
+    ).astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
-  """torch.nn.RMSNorm over the last axis (arXiv 1910.07467): no mean is taken off, no bias; statistics in float32."""
+  """torch.nn.RMSNorm over the last axis (arXiv 1910.07467): no mean is taken off, no bias;
+  statistics in float32.
+  """
 
   epsilon: float
   dtype: Dtype = jnp.float32
@@ -217,7 +260,9 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype).astype(jnp.float32)
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype).astype(
+      jnp.float32
+    )
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
     return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
@@ -239,7 +284,9 @@ class ResnetBlock(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b h w i"], time: Float[Array, "b t"] | None = None) -> Float[Array, "b h w o"]:
+  def __call__(
+    self, x: Float[Array, "b h w i"], time: Float[Array, "b t"] | None = None
+  ) -> Float[Array, "b h w o"]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     h = nn.silu(GroupNorm(self.groups, self.epsilon, name="norm1", **types)(x))
     h = Conv(self.features, name="conv1", **types)(h)
@@ -262,7 +309,14 @@ class Downsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-    return Conv(self.features, stride=2, padding=self.padding, name="conv", dtype=self.dtype, param_dtype=self.param_dtype)(x)
+    return Conv(
+      self.features,
+      stride=2,
+      padding=self.padding,
+      name="conv",
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+    )(x)
 
 
 class Upsample(nn.Module):
@@ -274,4 +328,6 @@ class Upsample(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "b h w i"]) -> Float[Array, "b h2 w2 o"]:
-    return Conv(self.features, name="conv", dtype=self.dtype, param_dtype=self.param_dtype)(upsample_nearest(x))
+    return Conv(self.features, name="conv", dtype=self.dtype, param_dtype=self.param_dtype)(
+      upsample_nearest(x)
+    )

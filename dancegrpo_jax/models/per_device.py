@@ -1,7 +1,8 @@
 """Attention kernels of one device, under a mesh.
 
-A kernel is opaque to XLA's partitioner. JAX's own rule for cuDNN's follows whatever partition it is given, and fails where that
-splits heads that don't divide (JAX 0.11.2: CLIP's 12 heads over 8 devices). So this module states the partition itself.
+A kernel is opaque to XLA's partitioner. JAX's own rule for cuDNN's follows whatever partition it is
+given, and fails where that splits heads that don't divide (JAX 0.11.2: CLIP's 12 heads over 8
+devices). So this module states the partition itself.
 """
 
 from collections.abc import Callable
@@ -22,7 +23,8 @@ def attend(
 ) -> Float[Array, "b n h d"]:
   """`kernel(q, k, v, key_lengths)` with each device's samples and heads.
 
-  Samples are split over fsdp and data, heads over tensor; where one of them doesn't divide, every device computes all of it.
+  Samples are split over fsdp and data, heads over tensor; where one of them doesn't divide, every
+  device computes all of it.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty or mesh.size == 1:

@@ -1,8 +1,9 @@
 """T5 v1.1's encoder, with the parameter names of transformers' T5EncoderModel.
 
-Raffel et al., arXiv 1910.10683; v1.1 has a gated gelu and an unscaled embedding. Logits are not divided by the head's root width;
-one table of biases by distance, held once here and in the first layer's weights, serves every layer. Fields carry the names of
-config.json. Norms, logits and softmax are computed in float32 whatever `dtype` is; float16 is too narrow for the residual.
+Raffel et al., arXiv 1910.10683; v1.1 has a gated gelu and an unscaled embedding. Logits are not
+divided by the head's root width; one table of biases by distance, held once here and in the first
+layer's weights, serves every layer. Fields carry the names of config.json. Norms, logits and
+softmax are computed in float32 whatever `dtype` is; float16 is too narrow for the residual.
 """
 
 import dataclasses
@@ -21,19 +22,24 @@ from dancegrpo_jax.models.layers import Dense, Dtype, RMSNorm
 def buckets(length: int, count: int, max_distance: int) -> np.ndarray:
   """The bias table's row for every (query, key): `[length, length]`.
 
-  Half of the `count` rows are for keys after the query. Of each half, the first half are single distances, the others grow
-  with the logarithm of the distance, the last one for `max_distance` and beyond. Float32, as the weights were trained.
+  Half of the `count` rows are for keys after the query. Of each half, the first half are single
+  distances, the others grow with the logarithm of the distance, the last one for `max_distance` and
+  beyond. Float32, as the weights were trained.
   """
   offset = np.arange(length)[None, :] - np.arange(length)[:, None]
   half, distance = count // 2, np.abs(offset)
   exact = half // 2
-  ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(math.log(max_distance / exact))
+  ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(
+    math.log(max_distance / exact)
+  )
   far = np.minimum(exact + (ratio * np.float32(half - exact)).astype(np.int64), half - 1)
   return np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)
 
 
 class SelfAttention(nn.Module):
-  """Multi-head attention without biases in its projections; `bias` [1, heads, n, n] is added to the logits."""
+  """Multi-head attention without biases in its projections; `bias` [1, heads, n, n] is added to the
+  logits.
+  """
 
   num_heads: int
   d_kv: int
@@ -41,11 +47,17 @@ class SelfAttention(nn.Module):
   param_dtype: Dtype
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"], bias: Float[Array, "1 h n n"]) -> Float[Array, "b n d"]:
+  def __call__(
+    self, x: Float[Array, "b n d"], bias: Float[Array, "1 h n n"]
+  ) -> Float[Array, "b n d"]:
     types = {"use_bias": False, "dtype": self.dtype, "param_dtype": self.param_dtype}
     shape = (*x.shape[:2], self.num_heads, self.d_kv)
-    q, k, v = (Dense(self.num_heads * self.d_kv, name=name, **types)(x).reshape(shape) for name in "qkv")
-    y = attention(q, k, v, bias=bias, scale=1.0, impl="xla")  # no fused kernel takes a trained bias of every length
+    q, k, v = (
+      Dense(self.num_heads * self.d_kv, name=name, **types)(x).reshape(shape) for name in "qkv"
+    )
+    y = attention(
+      q, k, v, bias=bias, scale=1.0, impl="xla"
+    )  # no fused kernel takes a trained bias of every length
     return Dense(x.shape[-1], name="o", **types)(y.reshape(*x.shape[:2], -1))
 
 
@@ -73,7 +85,9 @@ class AttentionLayer(nn.Module):
   param_dtype: Dtype
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"], bias: Float[Array, "1 h n n"]) -> Float[Array, "b n d"]:
+  def __call__(
+    self, x: Float[Array, "b n d"], bias: Float[Array, "1 h n n"]
+  ) -> Float[Array, "b n d"]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     y = RMSNorm(self.epsilon, name="layer_norm", **types)(x)
     return x + SelfAttention(self.num_heads, self.d_kv, name="SelfAttention", **types)(y, bias)
@@ -90,7 +104,9 @@ class FeedForwardLayer(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    return x + GatedDense(self.d_ff, name="DenseReluDense", **types)(RMSNorm(self.epsilon, name="layer_norm", **types)(x))
+    return x + GatedDense(self.d_ff, name="DenseReluDense", **types)(
+      RMSNorm(self.epsilon, name="layer_norm", **types)(x)
+    )
 
 
 class Block(nn.Module):
@@ -111,7 +127,9 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-  """The blocks and a last norm; with `scan_blocks` their parameters are stacked on axis 0 of `block`, else in `block_0` ..."""
+  """The blocks and a last norm; with `scan_blocks` their parameters are stacked on axis 0 of
+  `block`, else in `block_0` ...
+  """
 
   num_layers: int
   num_heads: int
@@ -128,13 +146,21 @@ class Stack(nn.Module):
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     table = nn.Embed(
-      self.num_buckets, self.num_heads, dtype=jnp.float32, param_dtype=self.param_dtype, name="relative_attention_bias"
+      self.num_buckets,
+      self.num_heads,
+      dtype=jnp.float32,
+      param_dtype=self.param_dtype,
+      name="relative_attention_bias",
     )
     bias = table(buckets(x.shape[1], self.num_buckets, self.max_distance)).transpose(2, 0, 1)[None]
     args = (self.num_heads, self.d_kv, self.d_ff, self.epsilon)
     if self.scan_blocks:
       stack = nn.scan(
-        Block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=nn.broadcast, length=self.num_layers
+        Block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=nn.broadcast,
+        length=self.num_layers,
       )
       x, _ = stack(*args, name="block", **types)(x, bias)
     else:
@@ -162,17 +188,35 @@ class T5Encoder(nn.Module):
   @nn.compact
   def __call__(self, input_ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    x = nn.Embed(self.vocab_size, self.d_model, embedding_init=nn.initializers.normal(1.0), name="shared", **types)(input_ids)
+    x = nn.Embed(
+      self.vocab_size,
+      self.d_model,
+      embedding_init=nn.initializers.normal(1.0),
+      name="shared",
+      **types,
+    )(input_ids)
     return Stack(
-      self.num_layers, self.num_heads, self.d_kv, self.d_ff, self.relative_attention_num_buckets,
-      self.relative_attention_max_distance, self.layer_norm_epsilon, self.scan_blocks, name="encoder", **types,
-    )(x)  # fmt: skip
+      self.num_layers,
+      self.num_heads,
+      self.d_kv,
+      self.d_ff,
+      self.relative_attention_num_buckets,
+      self.relative_attention_max_distance,
+      self.layer_norm_epsilon,
+      self.scan_blocks,
+      name="encoder",
+      **types,
+    )(x)
 
 
 def from_json(
-  config_json: dict, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32, scan_blocks: bool = False
+  config_json: dict,
+  dtype: Dtype = jnp.float32,
+  param_dtype: Dtype = jnp.float32,
+  scan_blocks: bool = False,
 ) -> T5Encoder:
-  """The encoder that a T5 config.json describes; what it says of dropout, decoder and heads does not matter here.
+  """The encoder that a T5 config.json describes; what it says of dropout, decoder and heads does
+  not matter here.
 
   Raises:
     ValueError: a feed-forward other than v1.1's.
@@ -183,4 +227,6 @@ def from_json(
   names = {field.name for field in dataclasses.fields(T5Encoder)} - {"parent", "name"}
   known = {key: value for key, value in config_json.items() if key in names}
   # over the file's: newer ones have a key "dtype", the weights'
-  return T5Encoder(**(known | {"dtype": dtype, "param_dtype": param_dtype, "scan_blocks": scan_blocks}))
+  return T5Encoder(
+    **(known | {"dtype": dtype, "param_dtype": param_dtype, "scan_blocks": scan_blocks})
+  )

@@ -9,20 +9,35 @@ from dancegrpo_jax.models.config import from_config
 from dancegrpo_jax.models.embeddings import TimeEmbedding, sinusoid
 from dancegrpo_jax.models.layers import Conv, Downsample, Dtype, GroupNorm, ResnetBlock, Upsample
 
-# config.json keys that are not fields, with the only value that is implemented (diffusers' defaults).
+# config.json keys that are not fields, with the only value that is implemented (diffusers'
+# defaults).
 _NEUTRAL = {
-  "act_fn": "silu", "center_input_sample": False, "downsample_padding": 1, "mid_block_scale_factor": 1,
-  "mid_block_type": "UNetMidBlock2DCrossAttn", "only_cross_attention": False, "dropout": 0.0, "dual_cross_attention": False,
-  "resnet_time_scale_shift": "default", "resnet_skip_time_act": False, "resnet_out_scale_factor": 1.0,
-  "time_embedding_type": "positional", "conv_in_kernel": 3, "conv_out_kernel": 3, "attention_type": "default",
-  "class_embeddings_concat": False, "addition_embed_type_num_heads": 64,
-}  # fmt: skip
+  "act_fn": "silu",
+  "center_input_sample": False,
+  "downsample_padding": 1,
+  "mid_block_scale_factor": 1,
+  "mid_block_type": "UNetMidBlock2DCrossAttn",
+  "only_cross_attention": False,
+  "dropout": 0.0,
+  "dual_cross_attention": False,
+  "resnet_time_scale_shift": "default",
+  "resnet_skip_time_act": False,
+  "resnet_out_scale_factor": 1.0,
+  "time_embedding_type": "positional",
+  "conv_in_kernel": 3,
+  "conv_out_kernel": 3,
+  "attention_type": "default",
+  "class_embeddings_concat": False,
+  "addition_embed_type_num_heads": 64,
+}
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 
 class Block(nn.Module):
-  """What every stage of the UNet is made of: resnets, each followed by a transformer where `heads` is not 0."""
+  """What every stage of the UNet is made of: resnets, each followed by a transformer where `heads`
+  is not 0.
+  """
 
   features: int
   resnets: int
@@ -43,13 +58,21 @@ class Block(nn.Module):
     x = resnet(self.features, self.groups, self.epsilon, name=f"resnets_{j}", **types)(x, time)
     if attend and self.heads:
       x = transformer(
-        self.heads, self.transformer_layers, self.groups, self.linear_projection, self.impl, name=f"attentions_{j}", **types
+        self.heads,
+        self.transformer_layers,
+        self.groups,
+        self.linear_projection,
+        self.impl,
+        name=f"attentions_{j}",
+        **types,
       )(x, context)
     return x
 
 
 class DownBlock(Block):
-  """Halves the sides at its end unless it is the last; returns the feature maps for the skips as well."""
+  """Halves the sides at its end unless it is the last; returns the feature maps for the skips as
+  well.
+  """
 
   downsample: bool = True
 
@@ -60,7 +83,9 @@ class DownBlock(Block):
       x = self.layer(j, x, time, context)
       skips.append(x)
     if self.downsample:
-      x = Downsample(self.features, 1, name="downsamplers_0", dtype=self.dtype, param_dtype=self.param_dtype)(x)
+      x = Downsample(
+        self.features, 1, name="downsamplers_0", dtype=self.dtype, param_dtype=self.param_dtype
+      )(x)
       skips.append(x)
     return x, skips
 
@@ -84,15 +109,18 @@ class UpBlock(Block):
     for j in range(self.resnets):
       x = self.layer(j, jnp.concatenate([x, skips[-1 - j]], axis=-1), time, context)
     if self.upsample:
-      x = Upsample(self.features, name="upsamplers_0", dtype=self.dtype, param_dtype=self.param_dtype)(x)
+      x = Upsample(
+        self.features, name="upsamplers_0", dtype=self.dtype, param_dtype=self.param_dtype
+      )(x)
     return x
 
 
 class UNet2DConditionModel(nn.Module):
   """Predicts noise (or v) from noisy latents, model time and text states.
 
-  The fields are the keys of the published config.json. `attention_head_dim` holds the NUMBER of heads, a misnomer
-  that diffusers keeps for compatibility; `num_attention_heads` wins where it is given.
+  The fields are the keys of the published config.json. `attention_head_dim` holds the NUMBER of
+  heads, a misnomer that diffusers keeps for compatibility; `num_attention_heads` wins where it is
+  given.
   """
 
   in_channels: int = 4
@@ -119,18 +147,35 @@ class UNet2DConditionModel(nn.Module):
   def __call__(
     self, latents: Float[Array, "b h w i"], time: Float[Array, "b"], context: Float[Array, "b n k"]
   ) -> Float[Array, "b h w o"]:
-    """Args: `latents` [b, h, w, in_channels]; `time` [b], 0 .. 999 as a float; `context` [b, tokens, cross_attention_dim]."""
+    """Args: `latents` [b, h, w, in_channels]; `time` [b], 0 .. 999 as a float; `context` [b,
+    tokens, cross_attention_dim].
+    """
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     widths = tuple(self.block_out_channels)
     stages = len(widths)
-    heads = _per_stage(self.attention_head_dim if self.num_attention_heads is None else self.num_attention_heads, stages)
+    heads = _per_stage(
+      self.attention_head_dim if self.num_attention_heads is None else self.num_attention_heads,
+      stages,
+    )
     depths = _per_stage(self.transformer_layers_per_block, stages)
 
-    def block(kind: type[Block], i: int, resnets: int, attend: bool, name: str, **extra: bool) -> Block:
+    def block(
+      kind: type[Block], i: int, resnets: int, attend: bool, name: str, **extra: bool
+    ) -> Block:
       return kind(
-        widths[i], resnets, heads[i] * attend, depths[i], self.norm_num_groups, self.norm_eps,
-        self.use_linear_projection, self.remat, self.impl, name=name, **types, **extra,
-      )  # fmt: skip
+        widths[i],
+        resnets,
+        heads[i] * attend,
+        depths[i],
+        self.norm_num_groups,
+        self.norm_eps,
+        self.use_linear_projection,
+        self.remat,
+        self.impl,
+        name=name,
+        **types,
+        **extra,
+      )
 
     context = context.astype(self.dtype)
     embedded = sinusoid(time, widths[0], self.flip_sin_to_cos, self.freq_shift).astype(self.dtype)
@@ -139,14 +184,23 @@ class UNet2DConditionModel(nn.Module):
     x = Conv(widths[0], name="conv_in", **types)(latents)
     skips = [x]
     for i, kind in enumerate(self.down_block_types):
-      down = block(DownBlock, i, self.layers_per_block, _DOWN[kind], f"down_blocks_{i}", downsample=i < stages - 1)
+      down = block(
+        DownBlock,
+        i,
+        self.layers_per_block,
+        _DOWN[kind],
+        f"down_blocks_{i}",
+        downsample=i < stages - 1,
+      )
       x, new = down(x, time, context)
       skips += new
     x = block(MidBlock, stages - 1, 2, True, "mid_block")(x, time, context)
     for i, kind in enumerate(self.up_block_types):
       count = self.layers_per_block + 1
       skips, used = skips[:-count], skips[-count:]
-      up = block(UpBlock, stages - 1 - i, count, _UP[kind], f"up_blocks_{i}", upsample=i < stages - 1)
+      up = block(
+        UpBlock, stages - 1 - i, count, _UP[kind], f"up_blocks_{i}", upsample=i < stages - 1
+      )
       x = up(x, used, time, context)
     x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, name="conv_norm_out", **types)(x))
     return Conv(self.out_channels, zero_init=True, name="conv_out", **types)(x)
@@ -157,7 +211,11 @@ def _per_stage(value: int | tuple[int, ...], stages: int) -> tuple[int, ...]:
 
 
 def from_json(
-  config_json: dict, dtype: Dtype = jnp.float32, param_dtype: Dtype = jnp.float32, remat: bool = False, impl: str = "auto"
+  config_json: dict,
+  dtype: Dtype = jnp.float32,
+  param_dtype: Dtype = jnp.float32,
+  remat: bool = False,
+  impl: str = "auto",
 ) -> UNet2DConditionModel:
   """The network of a published unet/config.json.
 
@@ -167,5 +225,15 @@ def from_json(
   for key, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
     other = set(config_json.get(key, ())) - set(known)
     if other:
-      raise ValueError(f"UNet2DConditionModel: {key} holds {sorted(other)}; implemented are {sorted(known)}")
-  return from_config(UNet2DConditionModel, config_json, _NEUTRAL, dtype=dtype, param_dtype=param_dtype, remat=remat, impl=impl)
+      raise ValueError(
+        f"UNet2DConditionModel: {key} holds {sorted(other)}; implemented are {sorted(known)}"
+      )
+  return from_config(
+    UNet2DConditionModel,
+    config_json,
+    _NEUTRAL,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    remat=remat,
+    impl=impl,
+  )

@@ -1,4 +1,6 @@
-"""What a model family offers to the rest: a `Pipeline` of pure functions, and the weights that it needs."""
+"""What a model family offers to the rest: a `Pipeline` of pure functions, and the weights that it
+needs.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -23,7 +25,8 @@ class Component(NamedTuple):
 
 
 class Pipeline(NamedTuple):
-  """A text-to-image model. `params` below is a dict of trees by component: denoiser, text_encoder, decoder ...
+  """A text-to-image model. `params` below is a dict of trees by component: denoiser, text_encoder,
+  decoder ...
 
   Attributes:
     tokenize: host function, `list[str] -> tokens`, a pytree of int32 `[n, tokens]`.
@@ -36,7 +39,8 @@ class Pipeline(NamedTuple):
     components: what `params` consists of.
     trainable: what is trained: a component, or "lora".
     encoders: the components that `encode` alone reads.
-    adapters: where "lora" is trained, the abstract tree that `params` then may hold beside the components; else None.
+    adapters: where "lora" is trained, the abstract tree that `params` then may hold beside the
+      components; else None.
   """
 
   tokenize: Callable[[list[str]], PyTree]
@@ -53,7 +57,9 @@ class Pipeline(NamedTuple):
 
 
 def adapted(pipeline: Pipeline, settings: lora.Lora | None) -> Pipeline:
-  """The pipeline with its denoiser frozen under trained adapters; unchanged without settings. ValueError as `lora.chosen`."""
+  """The pipeline with its denoiser frozen under trained adapters; unchanged without settings.
+  ValueError as `lora.chosen`.
+  """
   if settings is None:
     return pipeline
   adapters = lora.abstract(pipeline.components["denoiser"].abstract, settings)

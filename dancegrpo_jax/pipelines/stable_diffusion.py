@@ -1,4 +1,6 @@
-"""Stable Diffusion 1.x and 2.x: CLIP text encoder, UNet, AutoencoderKL, in diffusers' folder layout."""
+"""Stable Diffusion 1.x and 2.x: CLIP text encoder, UNet, AutoencoderKL, in diffusers' folder
+layout.
+"""
 
 from collections.abc import Callable
 
@@ -42,19 +44,22 @@ def build(
     tokenize: by folder name (`TOKENIZERS`), texts -> ids `[n, tokens]`.
     size: height and width of the samples, pixels.
     dtype: what the UNet computes in; its parameters are float32 where they are trained.
-    frozen_dtype: of the text encoder and the autoencoder, stored and computed; under adapters the UNet's parameters too.
+    frozen_dtype: of the text encoder and the autoencoder, stored and computed; under adapters the
+      UNet's parameters too.
     remat: recompute the UNet's blocks in the backward pass.
     attention: see `models.attention.attention`.
     scan_blocks: stack the layers of the text encoder.
     lora: adapters to train in place of the UNet's parameters.
 
   Raises:
-    ValueError: a size that the autoencoder does not divide, adapters of nothing, or a config.json that asks for what is not
-      implemented.
+    ValueError: a size that the autoencoder does not divide, adapters of nothing, or a config.json
+      that asks for what is not implemented.
   """
   frozen = jnp.dtype(frozen_dtype)
   stored = frozen if lora else jnp.dtype("float32")
-  denoiser = unet.from_json(jsons["unet"], dtype=jnp.dtype(dtype), param_dtype=stored, remat=remat, impl=attention)
+  denoiser = unet.from_json(
+    jsons["unet"], dtype=jnp.dtype(dtype), param_dtype=stored, remat=remat, impl=attention
+  )
   vae = autoencoder.from_json(jsons["vae"], dtype=frozen, param_dtype=frozen)
   text = clip.ClipText.from_json(
     jsons["text_encoder"], dtype=frozen, param_dtype=frozen, scan_layers=scan_blocks, impl=attention
@@ -63,15 +68,23 @@ def build(
   factor = 2 ** (len(vae.block_out_channels) - 1)
   multiple = factor * 2 ** (len(denoiser.block_out_channels) - 1)
   if any(side % multiple for side in size):
-    raise ValueError(f"config.model.size = {tuple(size)}: height and width must be multiples of {multiple} for this checkpoint")
+    raise ValueError(
+      f"config.model.size = {tuple(size)}: height and width must be multiples of {multiple} for"
+      " this checkpoint"
+    )
   if scheduler.get("prediction_type", "epsilon") not in _PREDICTIONS:
-    raise ValueError(f"scheduler: prediction_type {scheduler['prediction_type']!r} is not one of {', '.join(_PREDICTIONS)}")
+    raise ValueError(
+      f"scheduler: prediction_type {scheduler['prediction_type']!r} is not one of"
+      f" {', '.join(_PREDICTIONS)}"
+    )
   latent_shape = (size[0] // factor, size[1] // factor, vae.latent_channels)
 
   def encode(params: PyTree, tokens: Int[Array, "n t"]) -> Float[Array, "n t d"]:
     return text.apply({"params": params["text_encoder"]}, tokens)[0]
 
-  def denoise(params: PyTree, x: Float[Array, "b h w c"], time: Float[Array, "b"], rows: Float[Array, "b t d"]) -> Array:
+  def denoise(
+    params: PyTree, x: Float[Array, "b h w c"], time: Float[Array, "b"], rows: Float[Array, "b t d"]
+  ) -> Array:
     return denoiser.apply(variables(params, lora), x, time, rows)
 
   def decode(params: PyTree, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
@@ -110,9 +123,17 @@ def _components(denoiser, vae, text, latent_shape: tuple[int, ...]) -> dict[str,
   tokens = jax.ShapeDtypeStruct((1, text.max_position_embeddings), jnp.int32)
   rows = jax.ShapeDtypeStruct((1, text.max_position_embeddings, text.hidden_size), jnp.float32)
   time = jax.ShapeDtypeStruct((1,), jnp.float32)
-  pixels = jax.ShapeDtypeStruct((1, 8 * latent_shape[0], 8 * latent_shape[1], vae.in_channels), jnp.float32)
+  pixels = jax.ShapeDtypeStruct(
+    (1, 8 * latent_shape[0], 8 * latent_shape[1], vae.in_channels), jnp.float32
+  )
   return {
-    "denoiser": Component("unet", "UNet2DConditionModel", jax.eval_shape(denoiser.init, key, latents, time, rows)["params"]),
+    "denoiser": Component(
+      "unet",
+      "UNet2DConditionModel",
+      jax.eval_shape(denoiser.init, key, latents, time, rows)["params"],
+    ),
     "decoder": Component("vae", "AutoencoderKL", jax.eval_shape(vae.init, key, pixels)["params"]),
-    "text_encoder": Component("text_encoder", "CLIPTextModel", jax.eval_shape(text.init, key, tokens)["params"]),
+    "text_encoder": Component(
+      "text_encoder", "CLIPTextModel", jax.eval_shape(text.init, key, tokens)["params"]
+    ),
   }

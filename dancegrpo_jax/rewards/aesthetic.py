@@ -1,6 +1,8 @@
-"""LAION's aesthetic predictor v2: a linear score of CLIP ViT-L/14's image embedding, about 1 to 10, not clipped.
+"""LAION's aesthetic predictor v2: a linear score of CLIP ViT-L/14's image embedding, about 1 to 10,
+not clipped.
 
-Published as sac+logos+ava1-l14-linearMSE.pth (https://github.com/christophschuhmann/improved-aesthetic-predictor).
+Published as sac+logos+ava1-l14-linearMSE.pth
+(https://github.com/christophschuhmann/improved-aesthetic-predictor).
 """
 
 import jax
@@ -15,7 +17,9 @@ from dancegrpo_jax.rewards.preprocess import preprocess
 from dancegrpo_jax.types import Media, PyTree
 
 
-def build(checkpoint: Checkpoint, head: str, dtype: str, attention: str = "auto", scan_layers: bool = False) -> Reward:
+def build(
+  checkpoint: Checkpoint, head: str, dtype: str, attention: str = "auto", scan_layers: bool = False
+) -> Reward:
   """The term "aesthetic".
 
   Args:
@@ -27,7 +31,9 @@ def build(checkpoint: Checkpoint, head: str, dtype: str, attention: str = "auto"
   """
   network, clip = network_of(checkpoint, dtype, attention, scan_layers)
   width = network.projection_dim
-  abstract = jax.eval_shape(Head().init, jax.random.key(0), jax.ShapeDtypeStruct((1, width), jnp.float32))["params"]
+  abstract = jax.eval_shape(
+    Head().init, jax.random.key(0), jax.ShapeDtypeStruct((1, width), jnp.float32)
+  )["params"]
 
   def score(params: PyTree, media: Media, features: PyTree) -> dict[str, Float[Array, "b"]]:
     del features

@@ -1,26 +1,42 @@
-"""HPS-v2.1, a ViT-H/14 fine-tuned on human preferences (Wu et al., arXiv 2306.09341): the cosine, not times 100.
+"""HPS-v2.1, a ViT-H/14 fine-tuned on human preferences (Wu et al., arXiv 2306.09341): the cosine,
+not times 100.
 
-Published as `HPS_v2.1_compressed.pt` (https://huggingface.co/xswu/HPSv2): open_clip's names under the key "state_dict", no
-configuration, no tokenizer of its own (it is CLIP's). Images: the longest side to 224 in floats, zeros around, normalised last.
+Published as `HPS_v2.1_compressed.pt` (https://huggingface.co/xswu/HPSv2): open_clip's names under
+the key "state_dict", no configuration, no tokenizer of its own (it is CLIP's). Images: the longest
+side to 224 in floats, zeros around, normalised last.
 """
 
 from typing import Any
 
 from dancegrpo_jax.rewards.clip import Checkpoint, open_clip_checkpoint
 
-# ViT-H-14 of open_clip, with exact gelu; tgxs002/HPSv2 has the same values and sets light_augmentation, which is "longest".
+# ViT-H-14 of open_clip, with exact gelu; tgxs002/HPSv2 has the same values and sets
+# light_augmentation, which is "longest".
 CONFIG = {
   "model_cfg": {
     "embed_dim": 1024,
-    "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
+    "vision_cfg": {
+      "image_size": 224,
+      "layers": 32,
+      "width": 1280,
+      "head_width": 80,
+      "patch_size": 14,
+    },
+    "text_cfg": {
+      "context_length": 77,
+      "vocab_size": 49408,
+      "width": 1024,
+      "heads": 16,
+      "layers": 24,
+    },
   },
   "preprocess_cfg": {"resize_mode": "longest"},
 }
 
 
 def checkpoint(location: str, config: dict[str, Any] | None = None) -> Checkpoint:
-  """HPS's checkpoint; `config` (an open_clip_config.json) in place of ViT-H/14 where one lies beside the weights.
+  """HPS's checkpoint; `config` (an open_clip_config.json) in place of ViT-H/14 where one lies
+  beside the weights.
 
   Raises:
     ValueError: a network that is not implemented.

@@ -1,9 +1,13 @@
-"""A reward model behind HTTP, for one that lives in PyTorch or on another machine. benchmarks/reward_server.py is a server.
+"""A reward model behind HTTP, for one that lives in PyTorch or on another machine.
+benchmarks/reward_server.py is a server.
 
 A request is a POST of b samples in one of two forms; pixels are 8-bit, `[b, (f,) h, w, 3]`:
-  png: application/json, {"images": [base64 of a PNG], "prompts": [text], "metadata": [object or null]}
-  npz: application/octet-stream, numpy's format with `pixels` and `request`, the bytes of JSON {"prompts", "metadata"}
-The answer is 200 with JSON {"scores": [number or null]}, b of them; null is a sample that could not be scored.
+  png: application/json, {"images": [base64 of a PNG], "prompts": [text], "metadata": [object or
+    null]}
+  npz: application/octet-stream, numpy's format with `pixels` and `request`, the bytes of JSON
+    {"prompts", "metadata"}
+The answer is 200 with JSON {"scores": [number or null]}, b of them; null is a sample that could not
+be scored.
 """
 
 import base64
@@ -31,14 +35,19 @@ class RemoteError(RuntimeError):
 
 
 class _Passing(Exception):
-  """A failure that another attempt may not see: no connection, a timeout, a server that says 429 or 5xx."""
+  """A failure that another attempt may not see: no connection, a timeout, a server that says 429 or
+  5xx.
+  """
 
 
-def build(url: str, timeout: float, retries: int, format: str, pause: Callable[[float], None] = time.sleep) -> Reward:
+def build(
+  url: str, timeout: float, retries: int, format: str, pause: Callable[[float], None] = time.sleep
+) -> Reward:
   """The term "remote".
 
-  `score` raises RemoteError where the whole batch failed, which the loop reports and turns into NaN, as for any host reward;
-  a null, a number that is not finite, and a sample whose pixels are not, is NaN alone.
+  `score` raises RemoteError where the whole batch failed, which the loop reports and turns into
+  NaN, as for any host reward; a null, a number that is not finite, and a sample whose pixels are
+  not, is NaN alone.
 
   Args:
     url: http:// or https:// of the scorer.
@@ -51,19 +60,31 @@ def build(url: str, timeout: float, retries: int, format: str, pause: Callable[[
     ValueError: naming a field of config.reward.remote that can't be used.
   """
   address = _address(url)
-  for field, value, holds in (("timeout", timeout, timeout > 0), ("retries", retries, retries >= 0)):
+  for field, value, holds in (
+    ("timeout", timeout, timeout > 0),
+    ("retries", retries, retries >= 0),
+  ):
     if not holds:
-      raise ValueError(f"config.reward.remote.{field} = {value!r}: must be {'above' if field == 'timeout' else 'at least'} 0")
+      raise ValueError(
+        f"config.reward.remote.{field} = {value!r}: must be"
+        f" {'above' if field == 'timeout' else 'at least'} 0"
+      )
   if format not in FORMATS:
-    raise ValueError(f"config.reward.remote.format = {format!r}: unknown; one of {', '.join(FORMATS)}")
+    raise ValueError(
+      f"config.reward.remote.format = {format!r}: unknown; one of {', '.join(FORMATS)}"
+    )
   encode = {"png": _as_png, "npz": _as_npz}[format]
 
   def score(media: Media, examples: list[Example]) -> dict[str, np.ndarray]:
     pixels = np.asarray(media.pixels)
     sound = np.isfinite(pixels).reshape(len(pixels), -1).all(axis=1)
     bytes8 = np.round(np.clip(np.nan_to_num(pixels), 0, 1) * 255).astype(np.uint8)
-    body, kind = encode(bytes8, {"prompts": [e.prompt for e in examples], "metadata": [e.metadata for e in examples]})
-    scores = _patiently(lambda: _post(address, body, kind, timeout, len(examples)), url, retries, pause)
+    body, kind = encode(
+      bytes8, {"prompts": [e.prompt for e in examples], "metadata": [e.metadata for e in examples]}
+    )
+    scores = _patiently(
+      lambda: _post(address, body, kind, timeout, len(examples)), url, retries, pause
+    )
     return {"remote": np.where(sound, scores, np.nan).astype(np.float32)}
 
   return Reward("remote", "host", None, None, score)
@@ -76,7 +97,9 @@ def _address(url: str) -> SplitResult:
   except ValueError:
     usable = False
   if not usable:
-    raise ValueError(f"config.reward.remote.url = {url!r}: must be http://HOST[:PORT]/PATH or https://...")
+    raise ValueError(
+      f"config.reward.remote.url = {url!r}: must be http://HOST[:PORT]/PATH or https://..."
+    )
   return address
 
 
@@ -84,7 +107,9 @@ def _as_png(pixels: np.ndarray, request: dict[str, Any]) -> tuple[bytes, str]:
   from PIL import Image
 
   if pixels.ndim != 4:
-    raise RemoteError(f"reward remote: format png sends images, not video {list(pixels.shape)}; use npz")
+    raise RemoteError(
+      f"reward remote: format png sends images, not video {list(pixels.shape)}; use npz"
+    )
   images = []
   for image in pixels:
     buffer = io.BytesIO()
@@ -99,8 +124,12 @@ def _as_npz(pixels: np.ndarray, request: dict[str, Any]) -> tuple[bytes, str]:
   return buffer.getvalue(), "application/octet-stream"
 
 
-def _patiently(attempt: Callable[[], np.ndarray], url: str, retries: int, pause: Callable[[float], None]) -> np.ndarray:
-  """The first attempt that succeeds. RemoteError: none did, or one failed in a way that won't pass."""
+def _patiently(
+  attempt: Callable[[], np.ndarray], url: str, retries: int, pause: Callable[[float], None]
+) -> np.ndarray:
+  """The first attempt that succeeds. RemoteError: none did, or one failed in a way that won't
+  pass.
+  """
   for number in range(retries + 1):
     try:
       return attempt()
@@ -125,7 +154,9 @@ def _post(address: SplitResult, body: bytes, kind: str, timeout: float, count: i
     response = connection.getresponse()
     answer = _read(response, deadline)
   except (OSError, http.client.HTTPException) as error:
-    raise _Passing(f"{type(error).__name__}: {error}" if str(error) else type(error).__name__) from error
+    raise _Passing(
+      f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    ) from error
   finally:
     connection.close()
   if response.status != 200:
@@ -136,7 +167,9 @@ def _post(address: SplitResult, body: bytes, kind: str, timeout: float, count: i
 
 
 def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-  """The answer. A socket's timeout is that of one read: a server that trickles would never meet it."""
+  """The answer. A socket's timeout is that of one read: a server that trickles would never meet
+  it.
+  """
   parts, size = [], 0
   while part := response.read1(1 << 16):
     parts.append(part)
@@ -152,7 +185,9 @@ def _scores(answer: bytes, count: int) -> np.ndarray:
   """`count` numbers, NaN for null and for what is not finite. RemoteError: anything else."""
   try:
     scores = json.loads(answer)["scores"]
-    good = isinstance(scores, list) and all(x is None or isinstance(x, (int, float)) and not isinstance(x, bool) for x in scores)
+    good = isinstance(scores, list) and all(
+      x is None or isinstance(x, (int, float)) and not isinstance(x, bool) for x in scores
+    )
   except (ValueError, KeyError, TypeError):
     good = False
   if not good:

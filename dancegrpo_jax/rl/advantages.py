@@ -1,7 +1,8 @@
-"""From scores to advantages: normalisation within a prompt's group, several rewards, selection, statistics over iterations.
+"""From scores to advantages: normalisation within a prompt's group, several rewards, selection,
+statistics over iterations.
 
-Rewards are `[prompts P, samples G]`; a failed reward is NaN and is masked out, never turned into a number. Masked inputs pass a
-`where` before any arithmetic, since 0 * NaN is NaN.
+Rewards are `[prompts P, samples G]`; a failed reward is NaN and is masked out, never turned into a
+number. Masked inputs pass a `where` before any arithmetic, since 0 * NaN is NaN.
 """
 
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ WEIGHTED_SUM = "sum"  # name of the one signal of mode "rewards"
 class Statistics(NamedTuple):
   """What rewards are normalised with, one row a prompt.
 
-  The mean is origin + mean, kept apart: equal rewards then have a mean of exactly 0 over their origin, where a plain float32
-  mean would leave a round-off that the tiny std blows up to advantages near 1.
+  The mean is origin + mean, kept apart: equal rewards then have a mean of exactly 0 over their
+  origin, where a plain float32 mean would leave a round-off that the tiny std blows up to
+  advantages near 1.
   """
 
   origin: Float[Array, "*groups"]
@@ -46,14 +48,20 @@ class Advantages(NamedTuple):
 
 
 class PromptStats(NamedTuple):
-  """Ring buffers of each prompt's latest rewards (DDPO, arXiv 2305.13301): `count` rewards were ever written."""
+  """Ring buffers of each prompt's latest rewards (DDPO, arXiv 2305.13301): `count` rewards were
+  ever written.
+  """
 
   values: Float[Array, "num_prompts size"]
   count: Int[Array, "num_prompts"]
 
 
-def group_statistics(rewards: Float[Array, "*groups n"], valid: Bool[Array, "*groups n"], ddof: int) -> Statistics:
-  """Mean, std (ddof 1 unbiased, 0 not), spread (max - min) and number of the valid rewards of each group."""
+def group_statistics(
+  rewards: Float[Array, "*groups n"], valid: Bool[Array, "*groups n"], ddof: int
+) -> Statistics:
+  """Mean, std (ddof 1 unbiased, 0 not), spread (max - min) and number of the valid rewards of each
+  group.
+  """
   rewards = jnp.where(valid, rewards, 0.0)
   count = jnp.sum(valid, axis=-1)
   origin = jnp.take_along_axis(rewards, jnp.argmax(valid, axis=-1, keepdims=True), axis=-1)
@@ -61,7 +69,9 @@ def group_statistics(rewards: Float[Array, "*groups n"], valid: Bool[Array, "*gr
   mean = jnp.sum(centred, axis=-1) / jnp.maximum(count, 1)
   squares = jnp.where(valid, jnp.square(centred - mean[..., None]), 0.0)
   std = jnp.sqrt(jnp.sum(squares, axis=-1) / jnp.maximum(count - ddof, 1))
-  spread = jnp.max(centred, axis=-1) - jnp.min(centred, axis=-1)  # masked entries lie at the origin, inside the range
+  spread = jnp.max(centred, axis=-1) - jnp.min(
+    centred, axis=-1
+  )  # masked entries lie at the origin, inside the range
   return Statistics(origin[..., 0], mean, std, spread, count)
 
 
@@ -75,7 +85,8 @@ def group_advantages(
   min_spread: ScalarLike,
   statistics: Statistics | None = None,
 ) -> Float[Array, "prompts samples"]:
-  """A = (r - mean) / (std + eps) within each group, clipped to +-clamp; 0 where invalid (arXiv 2505.07818, eq. (9)).
+  """A = (r - mean) / (std + eps) within each group, clipped to +-clamp; 0 where invalid (arXiv
+  2505.07818, eq. (9)).
 
   Args:
     rewards: NaN is allowed where not valid.
@@ -102,18 +113,22 @@ def apply_thresholds(
   """
   _require(scores, thresholds, "thresholds")
   binary = {
-    term: jnp.where(jnp.isfinite(scores[term]), (scores[term] > value).astype(jnp.float32), jnp.nan) for term, value in thresholds
+    term: jnp.where(jnp.isfinite(scores[term]), (scores[term] > value).astype(jnp.float32), jnp.nan)
+    for term, value in thresholds
   }
   return {**scores, **binary}
 
 
 def signals(
-  scores: dict[str, Float[Array, "prompts samples"]], terms: Sequence[tuple[str, float | int]], mode: str
+  scores: dict[str, Float[Array, "prompts samples"]],
+  terms: Sequence[tuple[str, float | int]],
+  mode: str,
 ) -> tuple[dict[str, Float[Array, "prompts samples"]], Bool[Array, "prompts samples"]]:
-  """The rewards that get normalised, by name, and which samples are valid: those finite in every term.
+  """The rewards that get normalised, by name, and which samples are valid: those finite in every
+  term.
 
-  Mode "rewards" has one signal, the weighted sum, named `WEIGHTED_SUM`; the others one a term. Statistics over iterations are
-  kept for these.
+  Mode "rewards" has one signal, the weighted sum, named `WEIGHTED_SUM`; the others one a term.
+  Statistics over iterations are kept for these.
 
   Raises:
     ValueError: an unknown mode, no term, or a term that isn't scored.
@@ -141,36 +156,42 @@ def combine(
   min_spread: ScalarLike,
   statistics: dict[str, Statistics] | None = None,
 ) -> Advantages:
-  """Advantages of several rewards. A sample that fails any term leaves all terms' statistics and gets weight 0.
+  """Advantages of several rewards. A sample that fails any term leaves all terms' statistics and
+  gets weight 0.
 
-  A group with fewer than 2 valid rewards has weight 0; one with equal rewards keeps weight 1 with A = 0, so that a KL
-  penalty still acts on it.
+  A group with fewer than 2 valid rewards has weight 0; one with equal rewards keeps weight 1 with A
+  = 0, so that a KL penalty still acts on it.
 
   Args:
     scores: every term's scores; NaN (or infinity) = failed.
     terms: (term, weight), the terms to use.
-    mode: "advantages" (sum of weighted advantages, DanceGRPO), "rewards" (advantage of the weighted sum, Flow-GRPO) or "gdpo"
-      (the first, then normalised over the whole batch; arXiv 2601.05242).
+    mode: "advantages" (sum of weighted advantages, DanceGRPO), "rewards" (advantage of the weighted
+      sum, Flow-GRPO) or "gdpo" (the first, then normalised over the whole batch; arXiv 2601.05242).
     ddof, eps, min_spread: see `group_advantages`.
     clamp: applied once, to the result.
-    statistics: by name of the signal (`signals`), in place of the groups' own; a sample then needs no second one in its
-      group, and weight 0 means fewer than 2 rewards behind the statistics.
+    statistics: by name of the signal (`signals`), in place of the groups' own; a sample then needs
+      no second one in its group, and weight 0 means fewer than 2 rewards behind the statistics.
 
   Raises:
     ValueError: see `signals`.
   """
   named, valid = signals(scores, terms, mode)
-  statistics = statistics or {name: group_statistics(rewards, valid, ddof) for name, rewards in named.items()}
+  statistics = statistics or {
+    name: group_statistics(rewards, valid, ddof) for name, rewards in named.items()
+  }
   options = {"ddof": ddof, "eps": eps, "min_spread": min_spread}
   known = jnp.all(jnp.stack([statistics[name].count >= 2 for name in named]), axis=0)
   trained = valid & known[:, None]
   weights = {WEIGHTED_SUM: 1.0} if mode == "rewards" else dict(terms)
   total = sum(
-    weights[name] * group_advantages(rewards, trained, clamp=jnp.inf, statistics=statistics[name], **options)
+    weights[name]
+    * group_advantages(rewards, trained, clamp=jnp.inf, statistics=statistics[name], **options)
     for name, rewards in named.items()
   )
   if mode == "gdpo":
-    total = group_advantages(total.reshape(1, -1), trained.reshape(1, -1), clamp=jnp.inf, **options).reshape(total.shape)
+    total = group_advantages(
+      total.reshape(1, -1), trained.reshape(1, -1), clamp=jnp.inf, **options
+    ).reshape(total.shape)
   total = jnp.clip(total, -clamp, clamp)
   return Advantages(
     advantage=total,
@@ -181,28 +202,39 @@ def combine(
 
 
 def best_of(advantages: Advantages, k: int) -> tuple[Int[Array, "prompts k"], Advantages]:
-  """Keeps the k/2 highest and the k/2 lowest advantages of each prompt, re-centred to mean 0 (best-of-n of DanceGRPO).
+  """Keeps the k/2 highest and the k/2 lowest advantages of each prompt, re-centred to mean 0
+  (best-of-n of DanceGRPO).
 
-  Samples of weight 0 are picked only where fewer than k others exist, and keep their weight 0. Ties go by sample id.
+  Samples of weight 0 are picked only where fewer than k others exist, and keep their weight 0. Ties
+  go by sample id.
 
   Returns:
-    The samples' positions in their groups `[P, k]`, highest advantage first, all different, and their `Advantages`.
+    The samples' positions in their groups `[P, k]`, highest advantage first, all different, and
+    their `Advantages`.
 
   Raises:
     ValueError: k that is odd, below 2 or above G.
   """
   group = advantages.advantage.shape[1]
   if k % 2 or not 2 <= k <= group:
-    raise ValueError(f"advantage.best_of is {k}, must be even and lie between 2 and the {group} samples a prompt")
+    raise ValueError(
+      f"advantage.best_of is {k}, must be even and lie between 2 and the {group} samples a prompt"
+    )
   valid = advantages.weight > 0
   order = jnp.argsort(jnp.where(valid, -advantages.advantage, jnp.inf), axis=1, stable=True)
   slot = jnp.arange(k)[None, :]
   lowest = jnp.sum(valid, axis=1, keepdims=True) - k + slot  # the last k/2 of the valid ones
-  chosen = jnp.take_along_axis(order, jnp.where(slot < k // 2, slot, jnp.maximum(lowest, slot)), axis=1)
+  chosen = jnp.take_along_axis(
+    order, jnp.where(slot < k // 2, slot, jnp.maximum(lowest, slot)), axis=1
+  )
   weight = jnp.take_along_axis(advantages.weight, chosen, axis=1)
   advantage = jnp.take_along_axis(advantages.advantage, chosen, axis=1)
-  mean = jnp.sum(weight * advantage, axis=1, keepdims=True) / jnp.maximum(jnp.sum(weight, axis=1, keepdims=True), 1.0)
-  selected = advantages._replace(advantage=jnp.where(weight > 0, advantage - mean, 0.0), weight=weight)
+  mean = jnp.sum(weight * advantage, axis=1, keepdims=True) / jnp.maximum(
+    jnp.sum(weight, axis=1, keepdims=True), 1.0
+  )
+  selected = advantages._replace(
+    advantage=jnp.where(weight > 0, advantage - mean, 0.0), weight=weight
+  )
   return chosen, selected
 
 
@@ -217,7 +249,9 @@ def update_stats(
   rewards: Float[Array, "prompts samples"],
   valid: Bool[Array, "prompts samples"],
 ) -> PromptStats:
-  """Appends the valid rewards, in the order of the samples, to the buffers of `prompts` (ids, which may repeat)."""
+  """Appends the valid rewards, in the order of the samples, to the buffers of `prompts` (ids, which
+  may repeat).
+  """
   size = stats.values.shape[1]
 
   def append(carry: PromptStats, row):
@@ -240,7 +274,8 @@ def prompt_statistics(
   min_count: int,
   ddof: int,
 ) -> Statistics:
-  """Statistics of each prompt over iterations, once `min_count` rewards were seen; until then those of the whole batch.
+  """Statistics of each prompt over iterations, once `min_count` rewards were seen; until then those
+  of the whole batch.
 
   As in DDPO, `stats` already holds this iteration's rewards (`update_stats` first).
 
@@ -262,4 +297,7 @@ def prompt_statistics(
 def _require(scores: dict, pairs: Sequence[tuple], what: str) -> None:
   missing = [term for term, _ in pairs if term not in scores]
   if missing:
-    raise ValueError(f"reward.{what} names {', '.join(missing)}, but the rewards give {', '.join(sorted(scores)) or 'nothing'}")
+    raise ValueError(
+      f"reward.{what} names {', '.join(missing)}, but the rewards give"
+      f" {', '.join(sorted(scores)) or 'nothing'}"
+    )

@@ -1,7 +1,8 @@
 """How an iteration's samples are dealt to rollout chunks and to the devices.
 
-Samples lie in a fixed number of lanes (config.mesh.lanes). Lane l holds the l-th part of all samples in order, and a device owns
-whole lanes, so that the update's batches depend neither on the number of devices nor on the size of the rollout's chunks.
+Samples lie in a fixed number of lanes (config.mesh.lanes). Lane l holds the l-th part of all
+samples in order, and a device owns whole lanes, so that the update's batches depend neither on the
+number of devices nor on the size of the rollout's chunks.
 """
 
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ from jaxtyping import Array
 
 
 def deal(samples: int, chunk: int, lanes: int) -> np.ndarray:
-  """Sample numbers by chunk, int32 `[samples / chunk, chunk]`; every chunk takes equally from each lane.
+  """Sample numbers by chunk, int32 `[samples / chunk, chunk]`; every chunk takes equally from each
+  lane.
 
   Args:
     samples: of an iteration; a multiple of `chunk`.
@@ -22,7 +24,8 @@ def deal(samples: int, chunk: int, lanes: int) -> np.ndarray:
 
 
 def in_lanes(chunks: list[Array], lanes: int, axis: int) -> Array:
-  """Chunks of `[.., chunk, ..]` as `[.., lanes, samples / lanes, ..]`: a device keeps the rows that it made.
+  """Chunks of `[.., chunk, ..]` as `[.., lanes, samples / lanes, ..]`: a device keeps the rows that
+  it made.
 
   Args:
     chunks: the parts of one array, in the order of `deal`.

@@ -1,4 +1,6 @@
-"""Sampling as a policy: one `lax.scan` over the grid, stochastic inside the window and deterministic outside."""
+"""Sampling as a policy: one `lax.scan` over the grid, stochastic inside the window and
+deterministic outside.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -22,7 +24,8 @@ class Policy(NamedTuple):
     steps: N, of the grid.
     window: K, stochastic steps; 0 samples deterministically.
     outside: kind of a step outside the window.
-    last_step: kind of the last step where it is not in the window: ode | x0hat; "sde" is the policy's own.
+    last_step: kind of the last step where it is not in the window: ode | x0hat; "sde" is the
+      policy's own.
     log_prob: mean | sum.
   """
 
@@ -42,7 +45,8 @@ class Policy(NamedTuple):
 
 
 class Rollout(NamedTuple):
-  """A batch of trajectories; only the K stochastic steps are kept. `latents[k + 1]` is the action taken at `latents[k]`.
+  """A batch of trajectories; only the K stochastic steps are kept. `latents[k + 1]` is the action
+  taken at `latents[k]`.
 
   Attributes:
     step_index: of the K steps in the grid.
@@ -58,7 +62,11 @@ class Rollout(NamedTuple):
 
 
 def distribution(
-  policy: Policy, schedule: Schedule, i: Int[Array, "batch"], x: Float[Array, "batch *shape"], output: Array
+  policy: Policy,
+  schedule: Schedule,
+  i: Int[Array, "batch"],
+  x: Float[Array, "batch *shape"],
+  output: Array,
 ) -> Transition:
   """p(x_next | x) at grid steps `i`, one a sample: what rollout draws from and the update scores.
 
@@ -76,12 +84,16 @@ def distribution(
   def one(i, x, output):
     here = point(schedule, i)
     prediction = predictions.from_output(policy.prediction, x, output, here.alpha, here.sigma)
-    return transitions.transition(policy.kind, policy.prediction, policy.noise_level, here, x, prediction)
+    return transitions.transition(
+      policy.kind, policy.prediction, policy.noise_level, here, x, prediction
+    )
 
   return jax.vmap(one)(i, x, output)
 
 
-def log_prob(transition: Transition, x_next: Float[Array, "batch *shape"], reduce: str) -> Float[Array, "batch"]:
+def log_prob(
+  transition: Transition, x_next: Float[Array, "batch *shape"], reduce: str
+) -> Float[Array, "batch"]:
   """`transitions.log_prob` of a batch."""
   return jax.vmap(lambda t, x: transitions.log_prob(t, x, reduce))(transition, x_next)
 
@@ -111,7 +123,11 @@ def rollout(
     transition = distribution(policy, schedule, steps, x, output)
     spread = transition.std.reshape(-1, *(1,) * (x.ndim - 1))
     x_next = transition.mean + spread * step_noise(i)
-    return x_next, log_prob(transition, x_next, policy.log_prob), jax.vmap(transitions.empty_history)(x)
+    return (
+      x_next,
+      log_prob(transition, x_next, policy.log_prob),
+      jax.vmap(transitions.empty_history)(x),
+    )
 
   def deterministic(i, x, output, history):
     here = point(schedule, i)
@@ -119,13 +135,17 @@ def rollout(
     def go(kind):
       def one(x, output, history):
         prediction = predictions.from_output(policy.prediction, x, output, here.alpha, here.sigma)
-        transition, new = transitions.step(kind, policy.prediction, 0.0, here, x, prediction, history)
+        transition, new = transitions.step(
+          kind, policy.prediction, 0.0, here, x, prediction, history
+        )
         return transition.mean, new
 
       return jax.vmap(one)(x, output, history)
 
     if policy.last_step == "x0hat":
-      x_next, history = jax.lax.cond(i == policy.steps - 1, lambda: go("x0hat"), lambda: go(policy.outside))
+      x_next, history = jax.lax.cond(
+        i == policy.steps - 1, lambda: go("x0hat"), lambda: go(policy.outside)
+      )
     else:
       x_next, history = go(policy.outside)
     return x_next, jnp.zeros((batch,), jnp.float32), history
@@ -135,13 +155,17 @@ def rollout(
     output = denoise(x, jnp.broadcast_to(schedule.model_time[i], (batch,)))
     if policy.window:
       inside = (i >= start) & (i < start + policy.window)
-      x_next, score, history = jax.lax.cond(inside, stochastic, deterministic, i, x, output, history)
+      x_next, score, history = jax.lax.cond(
+        inside, stochastic, deterministic, i, x, output, history
+      )
     else:
       x_next, score, history = deterministic(i, x, output, history)
     return (x_next, history), (x, score)
 
   first = (initial.astype(jnp.float32), jax.vmap(transitions.empty_history)(initial))
-  (sample, _), (before, scores) = jax.lax.scan(step, first, jnp.arange(policy.steps, dtype=jnp.int32))
+  (sample, _), (before, scores) = jax.lax.scan(
+    step, first, jnp.arange(policy.steps, dtype=jnp.int32)
+  )
   states = jnp.concatenate([before, sample[None]])
   return Rollout(
     step_index=start + jnp.arange(policy.window, dtype=jnp.int32),

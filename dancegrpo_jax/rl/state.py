@@ -1,12 +1,15 @@
 """What training changes, and the one place where trained and frozen weights meet."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
+from ml_collections import ConfigDict
 
+from dancegrpo_jax.rl import advantages
 from dancegrpo_jax.rl.advantages import PromptStats
 from dancegrpo_jax.types import PyTree
 
@@ -36,8 +39,46 @@ def variables(frozen: PyTree, trainable: PyTree) -> PyTree:
   return {**frozen, **trainable}
 
 
-def create(trainable: PyTree, optimizer: optax.GradientTransformation, ema_decay: float, prompt_stats: dict) -> TrainState:
+def create(
+  trainable: PyTree, optimizer: optax.GradientTransformation, ema_decay: float, prompt_stats: dict
+) -> TrainState:
   """The state before the first iteration."""
   zero = jnp.zeros((), jnp.int32)
   ema = jax.tree.map(jnp.copy, trainable) if ema_decay else None
   return TrainState(zero, jnp.copy(zero), trainable, optimizer.init(trainable), ema, prompt_stats)
+
+
+def learning_rate(config: ConfigDict) -> Callable:
+  """Optimizer step -> rate: linear warm-up from 0, then constant; a function of the absolute step
+  alone.
+  """
+  o = config.optimizer
+  if not o.warmup_steps:
+    return optax.constant_schedule(o.learning_rate)
+  return lambda step: o.learning_rate * jnp.minimum(1.0, (step + 1) / o.warmup_steps)
+
+
+def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
+  """AdamW behind a clip of the global gradient norm."""
+  o = config.optimizer
+  adam = optax.adamw(
+    learning_rate(config), b1=o.b1, b2=o.b2, eps=o.eps, weight_decay=o.weight_decay
+  )
+  return optax.chain(optax.clip_by_global_norm(o.max_grad_norm), adam)
+
+
+def init_state(config: ConfigDict, num_prompts: int, shardings: PyTree) -> Callable:
+  """`trainable -> TrainState`, sharded."""
+  size = config.advantage.history.size
+  terms = config.reward.terms
+  names = (
+    (advantages.WEIGHTED_SUM,)
+    if config.reward.combine == "rewards"
+    else tuple(name for name, _ in terms)
+  )
+
+  def run(trainable: PyTree) -> TrainState:
+    stats = {name: advantages.empty_stats(num_prompts, size) for name in names} if size else {}
+    return create(trainable, optimizer_of(config), config.ema.decay, stats)
+
+  return run if shardings is None else jax.jit(run, out_shardings=shardings, donate_argnums=0)

@@ -10,7 +10,8 @@ MODES = ("first", "random", "last", "all")
 
 
 def count(mode: str, fraction: float | int, policy_steps: int) -> int:
-  """T, the number of trained steps a sample: fraction * policy_steps rounded down, at least 1; "all" ignores the fraction.
+  """T, the number of trained steps a sample: fraction * policy_steps rounded down, at least 1;
+  "all" ignores the fraction.
 
   Raises:
     ValueError: an unknown mode, a fraction outside (0, 1], or no policy step.
@@ -32,8 +33,8 @@ def select(
   """The trained steps of each sample, `int32[B, T]`, ascending indices into the policy steps.
 
   Args:
-    mode: "first" and "last" (the noisiest, the cleanest T steps), "random" (T of all, without replacement, for each sample
-      on its own) or "all".
+    mode: "first" and "last" (the noisiest, the cleanest T steps), "random" (T of all, without
+      replacement, for each sample on its own) or "all".
     fraction: share of the policy steps.
     policy_steps: number of steps to choose from.
     batch_keys: one key a sample, used by the random mode alone.
@@ -43,6 +44,10 @@ def select(
   """
   trained = count(mode, fraction, policy_steps)
   if mode == "random":
-    return jax.vmap(lambda key: jnp.sort(jax.random.permutation(key, policy_steps)[:trained]).astype(jnp.int32))(batch_keys)
+    return jax.vmap(
+      lambda key: jnp.sort(jax.random.permutation(key, policy_steps)[:trained]).astype(jnp.int32)
+    )(batch_keys)
   start = policy_steps - trained if mode == "last" else 0
-  return jnp.broadcast_to(start + jnp.arange(trained, dtype=jnp.int32)[None], (batch_keys.shape[0], trained))
+  return jnp.broadcast_to(
+    start + jnp.arange(trained, dtype=jnp.int32)[None], (batch_keys.shape[0], trained)
+  )

@@ -1,7 +1,9 @@
-"""The GRPO update: optimizer steps over shuffled (sample, step) transitions, in microbatches, as one traced function.
+"""The GRPO update: optimizer steps over shuffled (sample, step) transitions, in microbatches, as
+one traced function.
 
-Samples lie in `lanes`: the batch axis of every array here is `[lanes, samples of a lane]`. A permutation acts within a
-lane and each microbatch takes equally from every lane, so that a device that owns whole lanes never fetches a trajectory.
+Samples lie in `lanes`: the batch axis of every array here is `[lanes, samples of a lane]`. A
+permutation acts within a lane and each microbatch takes equally from every lane, so that a device
+that owns whole lanes never fetches a trajectory.
 """
 
 from collections.abc import Callable
@@ -22,7 +24,9 @@ from dancegrpo_jax.types import PyTree
 
 
 class Objective(NamedTuple):
-  """Static choices of the update; the names are those of the config's objective and optimizer sections."""
+  """Static choices of the update; the names are those of the config's objective and optimizer
+  sections.
+  """
 
   clip_range: float
   old_log_prob: str
@@ -77,14 +81,19 @@ class Scored(NamedTuple):
   output: Float[Array, "m *shape"]
 
 
-Denoise = Callable[[PyTree, Array, Array, Int[Array, "m"]], Array]  # (trainable, x, model_time, prompt) -> guided output
+Denoise = Callable[
+  [PyTree, Array, Array, Int[Array, "m"]], Array
+]  # (trainable, x, model_time, prompt) -> guided output
 
 
-def partition(key: Key[Array, ""], selected: Int[Array, "lanes samples trained"], updates: int, microbatch: int) -> tuple:
+def partition(
+  key: Key[Array, ""], selected: Int[Array, "lanes samples trained"], updates: int, microbatch: int
+) -> tuple:
   """Shuffles each lane's (sample, step) pairs and deals them out.
 
   Returns:
-    (sample, step), both int32 `[updates, microbatches, lanes, microbatch / lanes]`: positions in the lane and in the K steps.
+    (sample, step), both int32 `[updates, microbatches, lanes, microbatch / lanes]`: positions in
+    the lane and in the K steps.
   """
   lanes, samples, trained = selected.shape
   keys = jax.vmap(lambda lane: jax.random.fold_in(key, lane))(jnp.arange(lanes))
@@ -102,30 +111,53 @@ def gather(batch: Batch, sample: Int[Array, "lanes m"], step: Int[Array, "lanes 
 
   def lane(latents, log_probs, prompt, advantage, weight, sample, step):
     return (
-      batch.step_index[step], latents[step, sample], latents[step + 1, sample], log_probs[step, sample],
-      prompt[sample], advantage[sample], weight[sample],
-    )  # fmt: skip
+      batch.step_index[step],
+      latents[step, sample],
+      latents[step + 1, sample],
+      log_probs[step, sample],
+      prompt[sample],
+      advantage[sample],
+      weight[sample],
+    )
 
   axes = (1, 1, 0, 0, 0, 0, 0)
-  rows = jax.vmap(lane, axes)(batch.latents, batch.log_probs, batch.prompt, batch.advantage, batch.weight, sample, step)
+  rows = jax.vmap(lane, axes)(
+    batch.latents, batch.log_probs, batch.prompt, batch.advantage, batch.weight, sample, step
+  )
   t = Transitions(*(rearrange(row, "l m ... -> (l m) ...") for row in rows))
 
   def sound(x: Array) -> Array:
-    """A sample that is left out may hold NaN, and 0 * NaN is NaN: it must not enter the arithmetic at all."""
+    """A sample that is left out may hold NaN, and 0 * NaN is NaN: it must not enter the arithmetic
+    at all.
+    """
     return jnp.where(t.weight.reshape(-1, *(1,) * (x.ndim - 1)) > 0, x, 0.0)
 
-  return t._replace(x=sound(t.x), x_next=sound(t.x_next), rollout_log_prob=sound(t.rollout_log_prob))
+  return t._replace(
+    x=sound(t.x), x_next=sound(t.x_next), rollout_log_prob=sound(t.rollout_log_prob)
+  )
 
 
-def score(denoise: Denoise, schedule: Schedule, policy: Policy, trainable: PyTree, t: Transitions) -> Scored:
-  """The policy's density at the transitions' actions: the update's own forward, for old and new parameters alike."""
+def score(
+  denoise: Denoise, schedule: Schedule, policy: Policy, trainable: PyTree, t: Transitions
+) -> Scored:
+  """The policy's density at the transitions' actions: the update's own forward, for old and new
+  parameters alike.
+  """
   output = denoise(trainable, t.x, schedule.model_time[t.step], t.prompt)
   transition = distribution(policy, schedule, t.step, t.x, output)
-  return Scored(log_prob(transition, t.x_next, policy.log_prob), transition.mean, transition.std, output)
+  return Scored(
+    log_prob(transition, t.x_next, policy.log_prob), transition.mean, transition.std, output
+  )
 
 
 def transition_losses(
-  settings: Objective, policy: Policy, schedule: Schedule, t: Transitions, new: Scored, old: Scored, reference: Scored | None
+  settings: Objective,
+  policy: Policy,
+  schedule: Schedule,
+  t: Transitions,
+  new: Scored,
+  old: Scored,
+  reference: Scored | None,
 ) -> tuple[Float[Array, "m"], dict[str, Float[Array, "m"]]]:
   """Loss and statistics of every transition.
 
@@ -146,19 +178,30 @@ def transition_losses(
   stats = {
     "ratio": ratio,
     "clipped": objective.is_clipped(ratio, t.advantage, settings.clip_range).astype(jnp.float32),
-    "approx_kl": jnp.expm1(log_ratio) - log_ratio,  # ratio - 1 has no digits left at a ratio of 1 + 1e-4
+    "approx_kl": jnp.expm1(log_ratio)
+    - log_ratio,  # ratio - 1 has no digits left at a ratio of 1 + 1e-4
     "kl": jnp.zeros_like(losses),
   }
   if reference is not None:
 
     def distance(step, new, reference):
-      here = Point(*(value[step] for value in (schedule.alpha, schedule.sigma, schedule.alpha[1:], schedule.sigma[1:])))
+      here = Point(
+        *(
+          value[step]
+          for value in (schedule.alpha, schedule.sigma, schedule.alpha[1:], schedule.sigma[1:])
+        )
+      )
       return transitions.kl(
-        settings.kl_mode, kind=policy.kind, prediction_type=policy.prediction, reduce=policy.log_prob, point=here,
+        settings.kl_mode,
+        kind=policy.kind,
+        prediction_type=policy.prediction,
+        reduce=policy.log_prob,
+        point=here,
         transition=transitions.Transition(new.mean, new.std),
         reference=transitions.Transition(reference.mean, reference.std),
-        output=new.output, reference_output=reference.output,
-      )  # fmt: skip
+        output=new.output,
+        reference_output=reference.output,
+      )
 
     stats["kl"] = jax.vmap(distance)(t.step, new, reference)
     losses = losses + settings.kl_weight * stats["kl"]
@@ -196,13 +239,16 @@ def update(
     keys: one a sample for the choice of steps (lane by lane), and one for the shuffling.
 
   Returns:
-    The state after, and metrics: ratio, clipped share and approximate KL over all transitions, loss, gradient norm, and
-    the drift of the two sources of old log-probs before the first optimizer step.
+    The state after, and metrics: ratio, clipped share and approximate KL over all transitions,
+    loss, gradient norm, and the drift of the two sources of old log-probs before the first
+    optimizer step.
   """
   lanes, samples = batch.prompt.shape
   window = batch.step_index.shape[0]
   selected = timesteps.select(settings.timesteps, settings.timestep_fraction, window, keys[0])
-  dealt = partition(keys[1], selected.reshape(lanes, samples, -1), settings.updates, settings.microbatch)
+  dealt = partition(
+    keys[1], selected.reshape(lanes, samples, -1), settings.updates, settings.microbatch
+  )
 
   def forward(parameters: PyTree, t: Transitions) -> Scored:
     return score(denoise, schedule, policy, parameters, t)
@@ -210,14 +256,17 @@ def update(
   def old_policy(_, indices):
     return None, _keep(forward(state.trainable, gather(batch, *indices)), settings)
 
-  # The first optimizer step's old policy is the policy itself, so only the later steps need a pass of their own.
+  # The first optimizer step's old policy is the policy itself, so only the later steps need a pass
+  # of their own.
   later = jax.tree.map(lambda x: x[1:].reshape(-1, *x.shape[2:]), dealt)
   old = None
   if settings.old_log_prob == "recompute" and settings.updates > 1:
     old = jax.lax.scan(old_policy, None, later)[1]
     count = settings.updates - 1
     old = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), old)
-    old = jax.tree.map(lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x]), old)  # row 0 is never used
+    old = jax.tree.map(
+      lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x]), old
+    )  # row 0 is never used
 
   def loss(trainable, t: Transitions, old: Scored | None, first, total):
     new = forward(trainable, t)
@@ -225,7 +274,9 @@ def update(
     if settings.old_log_prob == "rollout":
       behind = frozen._replace(log_prob=t.rollout_log_prob)
     else:
-      behind = frozen if old is None else jax.tree.map(lambda a, b: jnp.where(first, a, b), frozen, old)
+      behind = (
+        frozen if old is None else jax.tree.map(lambda a, b: jnp.where(first, a, b), frozen, old)
+      )
     held = None if reference is None else jax.lax.stop_gradient(forward(reference, t))
     losses, stats = transition_losses(settings, policy, schedule, t, new, behind, held)
     stats["rollout_drift"] = jnp.abs(jnp.expm1(new.log_prob - t.rollout_log_prob))
@@ -242,7 +293,9 @@ def update(
       gradient, value = carry
       indices, old = row
       t = gather(batch, *indices)
-      (part, stats), g = jax.value_and_grad(loss, has_aux=True)(trainable, t, old, number == 0, total)
+      (part, stats), g = jax.value_and_grad(loss, has_aux=True)(
+        trainable, t, old, number == 0, total
+      )
       return (jax.tree.map(jnp.add, gradient, g), value + part), stats
 
     zero = (jax.tree.map(jnp.zeros_like, trainable), jnp.zeros((), jnp.float32))
@@ -251,16 +304,28 @@ def update(
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     changes, new_opt_state = optimizer.update(gradient, opt_state, trainable)
     new = (optax.apply_updates(trainable, changes), new_opt_state)
-    trainable, opt_state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, (trainable, opt_state))
+    trainable, opt_state = jax.tree.map(
+      lambda a, b: jnp.where(finite, a, b), new, (trainable, opt_state)
+    )
     if ema is not None:
       decay = jnp.where(finite, settings.ema_decay, 1.0)
-      ema = jax.tree.map(lambda e, p: decay * e + (1.0 - decay) * p.astype(jnp.float32), ema, trainable)
-    carry = (step + finite.astype(jnp.int32), skipped + (~finite).astype(jnp.int32), trainable, opt_state, ema)
+      ema = jax.tree.map(
+        lambda e, p: decay * e + (1.0 - decay) * p.astype(jnp.float32), ema, trainable
+      )
+    carry = (
+      step + finite.astype(jnp.int32),
+      skipped + (~finite).astype(jnp.int32),
+      trainable,
+      opt_state,
+      ema,
+    )
     return carry, (stats, value, norm, finite)
 
   first = (state.step, state.skipped, state.trainable, state.opt_state, state.ema)
   rows = (dealt, old, jnp.arange(settings.updates))
-  (step, skipped, trainable, opt_state, ema), (stats, values, norms, finite) = jax.lax.scan(optimizer_step, first, rows)
+  (step, skipped, trainable, opt_state, ema), (stats, values, norms, finite) = jax.lax.scan(
+    optimizer_step, first, rows
+  )
   new_state = TrainState(step, skipped, trainable, opt_state, ema, state.prompt_stats)
   return new_state, _metrics(stats, values, norms, finite)
 

@@ -1,4 +1,6 @@
-"""Fixtures of the parity tests: what was measured is printed and kept in the report; gigabytes of weights do not stay behind."""
+"""Fixtures of the parity tests: what was measured is printed and kept in the report; gigabytes of
+weights do not stay behind.
+"""
 
 import tempfile
 from pathlib import Path
@@ -8,7 +10,9 @@ import pytest
 
 @pytest.fixture
 def measured(record_property):
-  """`measured(name, value, bound)` asserts value <= bound, and says both (with -s) and keeps them (with --junitxml)."""
+  """`measured(name, value, bound)` asserts value <= bound, and says both (with -s) and keeps them
+  (with --junitxml).
+  """
 
   def check(name: str, value: float, bound: float) -> None:
     record_property(name, f"{value:.3g}")

@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch_parity import convert, error, nchw, nhwc, randomise, run
 
-from dancegrpo_jax.convert.tables import AUTOENCODER
+from dancegrpo_jax.checkpoints.tables.stable_diffusion import AUTOENCODER
 from dancegrpo_jax.models import autoencoder
 
 SD = {
@@ -19,17 +19,28 @@ SD = {
   "norm_num_groups": 16,
   "sample_size": 32,
 }
-FLUX = SD | {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "shift_factor": 0.1159}
+FLUX = SD | {
+  "latent_channels": 16,
+  "use_quant_conv": False,
+  "use_post_quant_conv": False,
+  "shift_factor": 0.1159,
+}
 
 
 @cache
 def ours_of(flux: bool):
-  """Our network with its encoder and decoder; the same objects for each test, so that they compile once."""
+  """Our network with its encoder and decoder; the same objects for each test, so that they compile
+  once.
+  """
   network = autoencoder.from_json(FLUX if flux else SD)
-  return network, *(lambda p, x, m=m: network.apply({"params": p}, x, method=m) for m in ("encode", "decode"))
+  return network, *(
+    lambda p, x, m=m: network.apply({"params": p}, x, method=m) for m in ("encode", "decode")
+  )
 
 
-@pytest.mark.parametrize("config, scale", [(SD, 1.0), (SD, 1e-3), (FLUX, 1.0)], ids=["sd", "sd-small", "flux"])
+@pytest.mark.parametrize(
+  "config, scale", [(SD, 1.0), (SD, 1e-3), (FLUX, 1.0)], ids=["sd", "sd-small", "flux"]
+)
 def test_encode_and_decode(config, scale):
   """Mean, log-variance and pixels, of an image that is not square."""
   generator = torch.Generator().manual_seed(0)

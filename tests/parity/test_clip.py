@@ -8,7 +8,7 @@ import torch
 from torch_parity import convert, error, nhwc, randomise, run
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from dancegrpo_jax.convert.tables import CLIP, CLIP_TEXT
+from dancegrpo_jax.checkpoints.tables.clip import CLIP, CLIP_TEXT
 from dancegrpo_jax.models.clip import Clip, ClipText
 
 TEXT = {
@@ -82,14 +82,20 @@ def test_small_activations_show_the_norm_epsilon(eps):
 
 
 def test_padding_does_not_reach_the_text():
-  """What transformers computes with an attention mask over the padding is what the causal mask gives anyway."""
+  """What transformers computes with an attention mask over the padding is what the causal mask
+  gives anyway.
+  """
   config = TEXT | {"pad_token_id": 0}
   theirs = randomise(CLIPTextModel(CLIPTextConfig(**config)), seed=1)
   ids = tokens(63, 0)
   network = ClipText.from_json(config)
-  _, pooled = run(lambda p, x: network.apply({"params": p}, x), convert(CLIP_TEXT, theirs, network, ids), ids)
+  _, pooled = run(
+    lambda p, x: network.apply({"params": p}, x), convert(CLIP_TEXT, theirs, network, ids), ids
+  )
   with torch.no_grad():
-    masked = theirs(torch.tensor(ids, dtype=torch.long), attention_mask=torch.tensor(ids != 0).long())
+    masked = theirs(
+      torch.tensor(ids, dtype=torch.long), attention_mask=torch.tensor(ids != 0).long()
+    )
   assert error(pooled, masked.pooler_output) <= 1e-4
 
 
@@ -98,7 +104,11 @@ def test_penultimate_layer(scan):
   theirs = randomise(CLIPTextModel(CLIPTextConfig(**TEXT)), seed=1)
   ids = tokens(63, 63)
   network = ClipText.from_json(TEXT, scan_layers=scan)
-  hidden, _ = run(lambda p, x: network.apply({"params": p}, x, layer=-2), convert(CLIP_TEXT, theirs, network, ids), ids)
+  hidden, _ = run(
+    lambda p, x: network.apply({"params": p}, x, layer=-2),
+    convert(CLIP_TEXT, theirs, network, ids),
+    ids,
+  )
   with torch.no_grad():
     states = theirs(torch.tensor(ids, dtype=torch.long), output_hidden_states=True).hidden_states
     assert error(hidden, theirs.final_layer_norm(states[-2])) <= 1e-4
@@ -112,12 +122,17 @@ def test_model(act, scan):
   config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
   theirs = randomise(CLIPModel(config), seed=2)
   network = Clip.from_json(config.to_dict(), scan_layers=scan)
-  ids, pixels = tokens(63, 63), torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
+  ids, pixels = (
+    tokens(63, 63),
+    torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0)),
+  )
   params = convert(CLIP, theirs, network, ids, nhwc(pixels))
 
   def forward(p, ids, pixels):
     methods = {"text": (Clip.text_features, ids), "image": (Clip.image_features, pixels)}
-    features = {name: network.apply({"params": p}, x, method=method) for name, (method, x) in methods.items()}
+    features = {
+      name: network.apply({"params": p}, x, method=method) for name, (method, x) in methods.items()
+    }
     return network.apply({"params": p}, ids, pixels), features
 
   (text_embeds, image_embeds, scale), features = run(forward, params, ids, nhwc(pixels))
@@ -138,13 +153,17 @@ def test_gradients_with_and_without_scan_and_remat():
   for scan in (False, True):
     network = ClipText.from_json(TEXT, scan_layers=scan, remat=scan)
     params = convert(CLIP_TEXT, theirs, network, ids)
-    gradient = run(jax.grad(lambda p, x, n=network: n.apply({"params": p}, x)[1].sum()), params, ids)
+    gradient = run(
+      jax.grad(lambda p, x, n=network: n.apply({"params": p}, x)[1].sum()), params, ids
+    )
     gradients.append(gradient["embeddings"]["token_embedding"]["embedding"])
   assert np.abs(gradients[0] - gradients[1]).max() <= 1e-5 * np.abs(gradients[0]).max()
 
 
 def test_half_precision_stays_close():
-  """bfloat16 computes in bfloat16, with norms and softmax in float32: a few of its 2^-8 steps away."""
+  """bfloat16 computes in bfloat16, with norms and softmax in float32: a few of its 2^-8 steps
+  away.
+  """
   theirs = randomise(CLIPTextModel(CLIPTextConfig(**TEXT)), seed=1)
   ids = tokens(63, 63)
   network = ClipText.from_json(TEXT, dtype=jnp.bfloat16)
@@ -152,12 +171,21 @@ def test_half_precision_stays_close():
   hidden, _ = run(lambda p, x: network.apply({"params": p}, x), params, ids)
   assert hidden.dtype == jnp.bfloat16
   with torch.no_grad():
-    assert error(hidden.astype(np.float32), theirs(torch.tensor(ids, dtype=torch.long)).last_hidden_state) <= 0.05
+    assert (
+      error(
+        hidden.astype(np.float32), theirs(torch.tensor(ids, dtype=torch.long)).last_hidden_state
+      )
+      <= 0.05
+    )
 
 
 @pytest.mark.parametrize(
   "change, message",
-  [({"hidden_act": "relu"}, "hidden_act"), ({"num_attention_heads": 5}, "num_attention_heads"), ({}, "max_position_embeddings")],
+  [
+    ({"hidden_act": "relu"}, "hidden_act"),
+    ({"num_attention_heads": 5}, "num_attention_heads"),
+    ({}, "max_position_embeddings"),
+  ],
 )
 def test_bad_configs_are_named(change, message):
   ids = jnp.zeros((1, 17 if not change else 4), jnp.int32)

@@ -1,4 +1,6 @@
-"""FLUX's denoiser against diffusers, with random weights in every tensor, and its scanned blocks against a loop of them."""
+"""FLUX's denoiser against diffusers, with random weights in every tensor, and its scanned blocks
+against a loop of them.
+"""
 
 from functools import cache
 
@@ -12,22 +14,41 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from tiny_checkpoint import relative_error
 from torch_parity import convert, error, nhwc, randomise, run
 
-from dancegrpo_jax.convert.tables import FLUX
+from dancegrpo_jax.checkpoints.tables.flux import FLUX
 from dancegrpo_jax.models import flux
 
 SCHNELL = {
-  "in_channels": 16, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 3,
-  "joint_attention_dim": 24, "pooled_projection_dim": 20, "guidance_embeds": False, "axes_dims_rope": [4, 6, 6], "patch_size": 1,
-}  # fmt: skip
+  "in_channels": 16,
+  "num_layers": 2,
+  "num_single_layers": 2,
+  "attention_head_dim": 16,
+  "num_attention_heads": 3,
+  "joint_attention_dim": 24,
+  "pooled_projection_dim": 20,
+  "guidance_embeds": False,
+  "axes_dims_rope": [4, 6, 6],
+  "patch_size": 1,
+}
 DEV = SCHNELL | {"guidance_embeds": True}
 HEIGHT, WIDTH, TOKENS = 6, 10, 7  # latents that are not square
 
 
 def inputs(guidance: bool) -> tuple:
-  """(latents [b, c, h, w], time 0 .. 1000, text, pooled, guidance or None); times that are no integers."""
+  """(latents [b, c, h, w], time 0 .. 1000, text, pooled, guidance or None); times that are no
+  integers.
+  """
   generator = torch.Generator().manual_seed(0)
-  latents, text, pooled = (torch.randn(2, *shape, generator=generator) for shape in ((4, HEIGHT, WIDTH), (TOKENS, 24), (20,)))
-  return latents, torch.tensor([999.5, 31.25]), text, pooled, torch.tensor([3.5, 1.0]) if guidance else None
+  latents, text, pooled = (
+    torch.randn(2, *shape, generator=generator)
+    for shape in ((4, HEIGHT, WIDTH), (TOKENS, 24), (20,))
+  )
+  return (
+    latents,
+    torch.tensor([999.5, 31.25]),
+    text,
+    pooled,
+    torch.tensor([3.5, 1.0]) if guidance else None,
+  )
 
 
 def ours_in(latents, *rest) -> tuple:
@@ -59,7 +80,9 @@ def test_transformer(guidance, scale):
   arguments = inputs(guidance)
   network, apply = ours_of(guidance, scan=True)
   ours = run(apply, convert(FLUX, theirs, network, *ours_in(*arguments)), *ours_in(*arguments))
-  assert error(ours, torch.from_numpy(nhwc(their_output(theirs, *arguments)))) <= 5e-5  # an exact gelu is 1.6e-4 off
+  assert (
+    error(ours, torch.from_numpy(nhwc(their_output(theirs, *arguments)))) <= 5e-5
+  )  # an exact gelu is 1.6e-4 off
 
 
 def test_full_depth():
@@ -105,13 +128,17 @@ def test_output_channels_are_the_configs():
 
 
 def test_half_precision_stays_close():
-  """bfloat16 computes in bfloat16, with norms, modulation and rotations in float32: a few of its 2^-8 steps away."""
+  """bfloat16 computes in bfloat16, with norms, modulation and rotations in float32: a few of its
+  2^-8 steps away.
+  """
   theirs, arguments = randomise(FluxTransformer2DModel(**DEV), seed=1), inputs(True)
   network = flux.from_json(DEV, dtype=jnp.bfloat16, scan_blocks=True)
   params = convert(FLUX, theirs, network, *ours_in(*arguments))
   ours = run(lambda p, *a: network.apply({"params": p}, *a), params, *ours_in(*arguments))
   assert ours.dtype == jnp.bfloat16
-  assert error(ours.astype(np.float32), torch.from_numpy(nhwc(their_output(theirs, *arguments)))) <= 0.05
+  assert (
+    error(ours.astype(np.float32), torch.from_numpy(nhwc(their_output(theirs, *arguments)))) <= 0.05
+  )
 
 
 def test_packing():
@@ -132,13 +159,16 @@ def test_rotations_of_the_published_size():
     assert error(np.asarray(ours), theirs[:, ::2]) <= 1e-7
 
 
-@pytest.mark.parametrize("change, message", [
-  ({"axes_dims_rope": [4, 6, 4]}, "must be even and sum to attention_head_dim 16"),
-  ({"axes_dims_rope": [4, 7, 5]}, "must be even"),
-  ({"axes_dims_rope": [8, 8]}, "three axes"),
-  ({"in_channels": 6}, "multiple of 4"),
-  ({"patch_size": 2}, "patch_size=2"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "change, message",
+  [
+    ({"axes_dims_rope": [4, 6, 4]}, "must be even and sum to attention_head_dim 16"),
+    ({"axes_dims_rope": [4, 7, 5]}, "must be even"),
+    ({"axes_dims_rope": [8, 8]}, "three axes"),
+    ({"in_channels": 6}, "multiple of 4"),
+    ({"patch_size": 2}, "patch_size=2"),
+  ],
+)
 def test_bad_configs_are_named(change, message):
   with pytest.raises(ValueError, match=message):
     flux.from_json(SCHNELL | change)

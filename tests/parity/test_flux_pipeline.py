@@ -1,4 +1,6 @@
-"""FLUX from a folder: text, a whole deterministic sampling and pixels against diffusers' FluxPipeline on the same files."""
+"""FLUX from a folder: text, a whole deterministic sampling and pixels against diffusers'
+FluxPipeline on the same files.
+"""
 
 import json
 
@@ -10,12 +12,13 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from tiny_checkpoint import FLOW, PROMPTS, ROOT, TOKENS, relative_error, tiny_config, write_flux
 
-from dancegrpo_jax import loading, programs, sampling
+from dancegrpo_jax import programs
+from dancegrpo_jax.assembly import loading, sampling
 from dancegrpo_jax.data.t5_tokenizer import load_t5_tokenizer
 from dancegrpo_jax.data.tokenizer import load_tokenizer
+from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.pipelines import flux
-from dancegrpo_jax.runtime import rng
-from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.rl import rng
 
 SIZE, STEPS = (32, 48), 30  # not square; latents [8, 12, 4], 24 tokens
 SCHNELL = FLOW | {"shift": 1.0, "use_dynamic_shifting": False}
@@ -24,10 +27,16 @@ SCHNELL = FLOW | {"shift": 1.0, "use_dynamic_shifting": False}
 def flux_config(folder, **changes):
   """The tiny config on a FLUX folder, with the checkpoint's own time shift."""
   values = {
-    "model__family": "flux", "model__checkpoint": str(folder), "model__size": SIZE, "model__text_length": TOKENS + 3,
-    "sampler__kind": "flow", "sampler__shift": 0.0, "evaluation__steps": STEPS, "reward__terms": (("compressibility", 1.0),),
+    "model__family": "flux",
+    "model__checkpoint": str(folder),
+    "model__size": SIZE,
+    "model__text_length": TOKENS + 3,
+    "sampler__kind": "flow",
+    "sampler__shift": 0.0,
+    "evaluation__steps": STEPS,
+    "reward__terms": (("compressibility", 1.0),),
     "rollout__chunk": 8,
-  }  # fmt: skip
+  }
   return tiny_config(None, **(values | changes))
 
 
@@ -48,8 +57,12 @@ def their_pipeline(folder) -> FluxPipeline:
 
 
 def sampled(folder, steps: int, guidance: float, **changes) -> tuple:
-  """(our latents and pixels, diffusers') of two prompts from the same noise, and our conditioning."""
-  config = flux_config(folder, evaluation__steps=steps, sampler__embedded_guidance=guidance, **changes)
+  """(our latents and pixels, diffusers') of two prompts from the same noise, and our
+  conditioning.
+  """
+  config = flux_config(
+    folder, evaluation__steps=steps, sampler__embedded_guidance=guidance, **changes
+  )
   with sampling.opened(config, "base") as opened, jax.default_matmul_precision("highest"):
     model, run = opened.model, opened.programs
     rows = run.encode(model.frozen, model.pipeline.tokenize(list(PROMPTS[:2])))
@@ -58,26 +71,43 @@ def sampled(folder, steps: int, guidance: float, **changes) -> tuple:
     latents = run.sample(model.trainable, model.frozen, conditioning, numbers, owners, np.int32(5))
     pixels = run.decode(model.frozen, latents)
     stream = rng.derive(rng.stream(0, "evaluation"), np.int32(5))
-    noise = rng.initial_noise(stream, 0, numbers, numbers, shared=True, shape=model.pipeline.latent_shape)
+    noise = rng.initial_noise(
+      stream, 0, numbers, numbers, shared=True, shape=model.pipeline.latent_shape
+    )
     ours = jax.device_get((latents, pixels, rows))
-  pipe, noise = their_pipeline(folder), torch.from_numpy(np.ascontiguousarray(np.asarray(noise).transpose(0, 3, 1, 2)))
+  pipe, noise = (
+    their_pipeline(folder),
+    torch.from_numpy(np.ascontiguousarray(np.asarray(noise).transpose(0, 3, 1, 2))),
+  )
   size = config.model.size
   options = {
-    "height": size[0], "width": size[1], "num_inference_steps": steps, "guidance_scale": guidance,
-    "max_sequence_length": config.model.text_length, "latents": pipe._pack_latents(noise, *noise.shape),
-  }  # fmt: skip
+    "height": size[0],
+    "width": size[1],
+    "num_inference_steps": steps,
+    "guidance_scale": guidance,
+    "max_sequence_length": config.model.text_length,
+    "latents": pipe._pack_latents(noise, *noise.shape),
+  }
   prompts = [PROMPTS[owner] for owner in owners]
   packed = pipe(prompts, output_type="latent", **options).images
   theirs = pipe._unpack_latents(packed, *size, pipe.vae_scale_factor).numpy().transpose(0, 2, 3, 1)
-  return ours, (theirs, pipe(prompts, output_type="np", **options).images, pipe.encode_prompt(
-    list(PROMPTS[:2]), None, max_sequence_length=config.model.text_length
-  ))  # fmt: skip
+  return ours, (
+    theirs,
+    pipe(prompts, output_type="np", **options).images,
+    pipe.encode_prompt(list(PROMPTS[:2]), None, max_sequence_length=config.model.text_length),
+  )
 
 
 def check(ours, theirs) -> None:
-  """Text within a network's bound, latents within a trajectory's, pixels within a quarter of an 8-bit step."""
+  """Text within a network's bound, latents within a trajectory's, pixels within a quarter of an
+  8-bit step.
+  """
   text, pooled, _ = (x.detach().numpy() for x in theirs[2])
-  errors = relative_error(ours[2]["text"], text), relative_error(ours[2]["pooled"], pooled), relative_error(ours[0], theirs[0])
+  errors = (
+    relative_error(ours[2]["text"], text),
+    relative_error(ours[2]["pooled"], pooled),
+    relative_error(ours[0], theirs[0]),
+  )
   shift = np.abs(ours[1] - theirs[1]).max()
   print("text {:.1e}, pooled {:.1e}, latents {:.1e}, pixels {:.1e}".format(*errors, shift))
   assert max(errors[:2]) <= 1e-4 and errors[2] <= 1e-3 and shift <= 1 / 1024
@@ -96,7 +126,9 @@ def test_guidance_is_what_the_model_is_told(dev):
 
 def test_the_shipped_model():
   """assets/emoji-flux, which diffusers loads as it is."""
-  check(*sampled(ROOT / "assets" / "emoji-flux", 20, 3.5, model__size=(32, 32), model__text_length=12))
+  check(
+    *sampled(ROOT / "assets" / "emoji-flux", 20, 3.5, model__size=(32, 32), model__text_length=12)
+  )
 
 
 def test_few_steps_without_guidance(schnell):
@@ -125,30 +157,65 @@ def test_shift_by_resolution(size, kind):
   np.testing.assert_allclose(ours.model_time[:-1], theirs.timesteps.numpy(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("changes, message", [
-  ({"model__size": (36, 32)}, r"model.size = \(36, 32\): height and width must be multiples of 8"),
-  ({"model__frozen_dtype": "float16"}, "model.frozen_dtype = 'float16': T5's activations overflow it; use 'bfloat16'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "changes, message",
+  [
+    (
+      {"model__size": (36, 32)},
+      r"model.size = \(36, 32\): height and width must be multiples of 8",
+    ),
+    (
+      {"model__frozen_dtype": "float16"},
+      "model.frozen_dtype = 'float16': T5's activations overflow it; use 'bfloat16'",
+    ),
+  ],
+)
 def test_mistakes_of_the_config(dev, changes, message):
   with pytest.raises(ConfigError, match=message):
     loading.build_pipeline(flux_config(dev, **changes))
 
 
-@pytest.mark.parametrize("file, change, message", [
-  ("transformer/config.json", {"joint_attention_dim": 20}, "joint_attention_dim 20 is not T5's d_model 24"),
-  ("transformer/config.json", {"in_channels": 64}, "in_channels / 4 16 is not the autoencoder's latent_channels 4"),
-  ("scheduler/scheduler_config.json", {"use_karras_sigmas": True}, "scheduler: use_karras_sigmas = True is not implemented"),
-  ("scheduler/scheduler_config.json", {"time_shift_type": "cubic"}, "time_shift_type is 'cubic'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+  "file, change, message",
+  [
+    (
+      "transformer/config.json",
+      {"joint_attention_dim": 20},
+      "joint_attention_dim 20 is not T5's d_model 24",
+    ),
+    (
+      "transformer/config.json",
+      {"in_channels": 64},
+      "in_channels / 4 16 is not the autoencoder's latent_channels 4",
+    ),
+    (
+      "scheduler/scheduler_config.json",
+      {"use_karras_sigmas": True},
+      "scheduler: use_karras_sigmas = True is not implemented",
+    ),
+    ("scheduler/scheduler_config.json", {"time_shift_type": "cubic"}, "time_shift_type is 'cubic'"),
+  ],
+)
 def test_mistakes_of_the_folder(dev, file, change, message):
   jsons = {key: json.loads((dev / path).read_text()) for key, path in flux.FILES.items()}
-  tokenizers = {"tokenizer": load_tokenizer(str(dev / "tokenizer")), "tokenizer_2": load_t5_tokenizer(str(dev / "tokenizer_2"))}
+  tokenizers = {
+    "tokenizer": load_tokenizer(str(dev / "tokenizer")),
+    "tokenizer_2": load_t5_tokenizer(str(dev / "tokenizer_2")),
+  }
   name = next(key for key, value in flux.FILES.items() if value == file)
   with pytest.raises(ValueError, match=message):
     flux.build(
-      jsons | {name: jsons[name] | change}, tokenizers, size=SIZE, dtype="float32", frozen_dtype="float32", remat=False,
-      attention="auto", scan_blocks=False, text_length=8, guidance=3.5,
-    )  # fmt: skip
+      jsons | {name: jsons[name] | change},
+      tokenizers,
+      size=SIZE,
+      dtype="float32",
+      frozen_dtype="float32",
+      remat=False,
+      attention="auto",
+      scan_blocks=False,
+      text_length=8,
+      guidance=3.5,
+    )
 
 
 def test_a_folder_without_its_t5_tokenizer(dev, tmp_path):
@@ -156,5 +223,8 @@ def test_a_folder_without_its_t5_tokenizer(dev, tmp_path):
   for path in dev.iterdir():
     if path.name != "tokenizer_2":
       (tmp_path / "folder" / path.name).symlink_to(path)
-  with pytest.raises(ConfigError, match="the folder lacks tokenizer_2/tokenizer.json, tokenizer_2/tokenizer_config.json"):
+  with pytest.raises(
+    ConfigError,
+    match="the folder lacks tokenizer_2/tokenizer.json, tokenizer_2/tokenizer_config.json",
+  ):
     loading.build_pipeline(flux_config(tmp_path / "folder"))

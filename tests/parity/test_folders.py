@@ -1,4 +1,6 @@
-"""Folders that we write are loaded by diffusers and transformers as they are, and theirs by us, bit for bit."""
+"""Folders that we write are loaded by diffusers and transformers as they are, and theirs by us, bit
+for bit.
+"""
 
 import json
 
@@ -8,13 +10,31 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
 from torch_parity import randomise
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import (
+  CLIPConfig,
+  CLIPModel,
+  CLIPTextConfig,
+  CLIPTextModel,
+  T5Config,
+  T5EncoderModel,
+)
 
+from dancegrpo_jax.checkpoints import weights
 from dancegrpo_jax.convert.shapes import abstract_params, class_name
-from dancegrpo_jax.runtime import weights
 
-TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-TEXT = TOWER | {"vocab_size": 40, "max_position_embeddings": 8, "bos_token_id": 38, "eos_token_id": 39, "pad_token_id": 39}
+TOWER = {
+  "hidden_size": 16,
+  "intermediate_size": 32,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 2,
+}
+TEXT = TOWER | {
+  "vocab_size": 40,
+  "max_position_embeddings": 8,
+  "bos_token_id": 38,
+  "eos_token_id": 39,
+  "pad_token_id": 39,
+}
 VISION = TOWER | {"image_size": 8, "patch_size": 4}
 
 
@@ -31,15 +51,32 @@ def networks() -> dict:
     ),
     "AutoencoderKL": lambda: AutoencoderKL(block_out_channels=(16,), norm_num_groups=8),
     "FluxTransformer2DModel": lambda: FluxTransformer2DModel(
-      in_channels=8, num_layers=1, num_single_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=12,
-      pooled_projection_dim=10, guidance_embeds=True, axes_dims_rope=(4, 2, 2),
+      in_channels=8,
+      num_layers=1,
+      num_single_layers=2,
+      attention_head_dim=8,
+      num_attention_heads=2,
+      joint_attention_dim=12,
+      pooled_projection_dim=10,
+      guidance_embeds=True,
+      axes_dims_rope=(4, 2, 2),
     ),
     "T5EncoderModel": lambda: T5EncoderModel(
-      T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu")
+      T5Config(
+        vocab_size=40,
+        d_model=16,
+        d_kv=4,
+        d_ff=24,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+      )
     ),
     "CLIPTextModel": lambda: CLIPTextModel(CLIPTextConfig(**TEXT)),
-    "CLIPModel": lambda: CLIPModel(CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=12)),
-  }  # fmt: skip
+    "CLIPModel": lambda: CLIPModel(
+      CLIPConfig(text_config=TEXT, vision_config=VISION, projection_dim=12)
+    ),
+  }
 
 
 @pytest.mark.parametrize("name", networks())
@@ -58,6 +95,11 @@ def test_there_and_back(name, tmp_path):
   # float16, as the embedded models are shipped
   weights.save(tmp_path / "half", name, params, config, dtype=np.float16)
   half = type(theirs).from_pretrained(tmp_path / "half").state_dict()
-  assert all(torch.equal(half[key].float(), tensor.half().float()) for key, tensor in theirs.state_dict().items())
+  assert all(
+    torch.equal(half[key].float(), tensor.half().float())
+    for key, tensor in theirs.state_dict().items()
+  )
   same = weights.load(tmp_path / "ours", name, abstract_params(config))
-  jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), same, params)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(np.asarray(a), np.asarray(b)), same, params
+  )

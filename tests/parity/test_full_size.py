@@ -1,11 +1,14 @@
-"""Stable Diffusion's networks at their published sizes against diffusers and transformers, with random weights in every tensor.
+"""Stable Diffusion's networks at their published sizes against diffusers and transformers, with
+random weights in every tensor.
 
-Minutes and up to 13 GiB a test (v2.1 at 96x96; trajectories 11, the others 7), so not run by default. One prints its numbers with
+Minutes and up to 13 GiB a test (v2.1 at 96x96; trajectories 11, the others 7), so not run by
+default. One prints its numbers with
 
     pytest -m full_size -s tests/parity/test_full_size.py -k "unet and sd14"
 
-The reference's network is saved in its library's own layout and freed before ours is read from there, by the project's loader.
-test_unet.py, test_autoencoder.py, test_clip.py and test_trajectory.py are the same at reduced width.
+The reference's network is saved in its library's own layout and freed before ours is read from
+there, by the project's loader. test_unet.py, test_autoencoder.py, test_clip.py and
+test_trajectory.py are the same at reduced width.
 """
 
 import json
@@ -20,15 +23,17 @@ from safetensors import safe_open
 from torch_parity import error, nchw, nhwc, randomise, run
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from dancegrpo_jax.checkpoints import weights
 from dancegrpo_jax.convert.shapes import abstract_params, class_name
 from dancegrpo_jax.models import autoencoder, unet
 from dancegrpo_jax.models.clip import ClipText
-from dancegrpo_jax.runtime import weights
 
 pytestmark = pytest.mark.full_size
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tensors"
 BOUND = 1e-4  # of full-depth networks
-SIDE = 32  # of the trajectories' latents: the 120 forward passes take ten minutes so, and four times that at 64x64
+# of the trajectories' latents: the 120 forward passes take ten minutes so, and four times that at
+# 64x64
+SIDE = 32
 EOS = 49407
 
 
@@ -44,7 +49,9 @@ def drawn(cls: type, config: dict, folder: Path) -> torch.nn.Module:
 
 
 def empty(cls: type, config: dict, dtype: torch.dtype) -> torch.nn.Module:
-  """A diffusers network whose parameters are still to be written, so that they are in memory once."""
+  """A diffusers network whose parameters are still to be written, so that they are in memory
+  once.
+  """
   with torch.device("meta"):
     network = cls.from_config(config).to(dtype)
   assert not list(network.buffers())  # which nobody would write
@@ -64,7 +71,9 @@ def reread(cls: type, config: dict, folder: Path, dtype: torch.dtype) -> torch.n
 
 
 def ours_from(folder: Path, config: dict) -> dict:
-  """Our parameters, of the published config.json and not of what the library wrote beside the weights."""
+  """Our parameters, of the published config.json and not of what the library wrote beside the
+  weights.
+  """
   return weights.load(folder, class_name(config), abstract_params(config))
 
 
@@ -84,7 +93,13 @@ def test_unet(scratch, measured, name, side, width):
   latents, time, context = normal(1, 4, side, side), torch.tensor([501.25]), normal(1, 77, width)
   theirs = their_noise(config, scratch, latents, time, context)
   network, params = unet.from_json(config), ours_from(scratch, config)
-  ours = run(lambda p, *x: network.apply({"params": p}, *x), params, nhwc(latents), time.numpy(), context.numpy())
+  ours = run(
+    lambda p, *x: network.apply({"params": p}, *x),
+    params,
+    nhwc(latents),
+    time.numpy(),
+    context.numpy(),
+  )
   measured(f"{name} at {side}x{side}", error(nchw(ours), theirs), BOUND)
 
 
@@ -100,8 +115,12 @@ def test_autoencoder(scratch, measured):
   pixels, latents = normal(1, 3, 512, 512).clip(-1, 1), normal(1, 4, 64, 64)
   theirs = their_codes(config, scratch, pixels, latents)
   network, params = autoencoder.from_json(config), ours_from(scratch, config)
-  mean, log_variance = run(lambda p, x: network.apply({"params": p}, x, method="encode"), params, nhwc(pixels))
-  decoded = run(lambda p, x: network.apply({"params": p}, x, method="decode"), params, nhwc(latents))
+  mean, log_variance = run(
+    lambda p, x: network.apply({"params": p}, x, method="encode"), params, nhwc(pixels)
+  )
+  decoded = run(
+    lambda p, x: network.apply({"params": p}, x, method="decode"), params, nhwc(latents)
+  )
   names = ("encoder's mean at 512x512", "encoder's log-variance", "decoder at 512x512")
   for name, a, b in zip(names, (mean, log_variance, decoded), theirs, strict=True):
     measured(name, error(nchw(a), b), BOUND)
@@ -139,11 +158,16 @@ def test_trajectories_and_log_probs(scratch, measured):
   """30 steps of v1.4, and what the update scores of them, by a network in float64."""
   jsons = {name: published(f"sd14-{file}") for name, file in trajectories.FILES.items()}
   drawn(UNet2DConditionModel, jsons["unet"], scratch / "unet")
-  inputs, steps = trajectories.draw_inputs(jsons["unet"], batch=1, side=SIDE, tokens=77), (0, 15, 29)
+  inputs, steps = (
+    trajectories.draw_inputs(jsons["unet"], batch=1, side=SIDE, tokens=77),
+    (0, 15, 29),
+  )
 
   def network(dtype: torch.dtype) -> UNet2DConditionModel:
     return reread(UNet2DConditionModel, jsons["unet"], scratch / "unet", dtype)
 
   expected = trajectories.reference(network, jsons["scheduler"], inputs, steps)
-  ours = trajectories.our_results(trajectories.our_pipeline(jsons, SIDE), scratch, inputs, expected.noisy, steps)
+  ours = trajectories.our_results(
+    trajectories.our_pipeline(jsons, SIDE), scratch, inputs, expected.noisy, steps
+  )
   trajectories.check(measured, ours, expected, jsons["scheduler"], inputs.noise, bound=1e-3)

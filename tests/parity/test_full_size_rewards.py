@@ -1,6 +1,8 @@
-"""Rewards at their published sizes, from files in their published layouts, against open_clip and transformers, random weights.
+"""Rewards at their published sizes, from files in their published layouts, against open_clip and
+transformers, random weights.
 
-Minutes and up to 7 GiB a test, so not run by default; needs `pip install open_clip_torch`, which brings CLIP's vocabulary too.
+Minutes and up to 7 GiB a test, so not run by default; needs `pip install open_clip_torch`, which
+brings CLIP's vocabulary too.
 
     pytest -m full_size -s tests/parity/test_full_size_rewards.py -k hps
 
@@ -16,13 +18,23 @@ import torch
 import transformers
 from PIL import Image
 from safetensors.torch import save_file
-from test_reward_models import PROMPTS, padded, pictures, scored, settings, torch_embeddings, write_json
+from test_reward_models import (
+  PROMPTS,
+  padded,
+  pictures,
+  scored,
+  settings,
+  torch_embeddings,
+  write_json,
+)
 from torch_parity import randomise
 from transformers import CLIPConfig, CLIPModel
 
 from dancegrpo_jax.data import tokenizer
 
-open_clip = pytest.importorskip("open_clip", reason="the published sizes are compared with open_clip_torch")
+open_clip = pytest.importorskip(
+  "open_clip", reason="the published sizes are compared with open_clip_torch"
+)
 pytestmark = pytest.mark.full_size
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tensors"
 EOS = 49407
@@ -33,17 +45,31 @@ def published(name: str) -> dict:
 
 
 def write_tokenizer(folder: Path) -> np.ndarray:
-  """CLIP's own vocabulary as a CLIPTokenizer folder; returns open_clip's ids of the prompts, ours checked against them."""
+  """CLIP's own vocabulary as a CLIPTokenizer folder; returns open_clip's ids of the prompts, ours
+  checked against them.
+  """
   source = open_clip.SimpleTokenizer()
   names = {"<start_of_text>": tokenizer.BOS, "<end_of_text>": tokenizer.EOS}
   folder.mkdir(parents=True, exist_ok=True)
-  write_json(folder / "vocab.json", {names.get(token, token): i for token, i in source.encoder.items()})
+  write_json(
+    folder / "vocab.json", {names.get(token, token): i for token, i in source.encoder.items()}
+  )
   merges = "".join(" ".join(pair) + "\n" for pair in source.bpe_ranks)
   (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}", encoding="utf-8")
-  ends = {"bos_token": tokenizer.BOS, "eos_token": tokenizer.EOS, "unk_token": tokenizer.EOS, "pad_token": tokenizer.EOS}
-  write_json(folder / "tokenizer_config.json", {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **ends})
+  ends = {
+    "bos_token": tokenizer.BOS,
+    "eos_token": tokenizer.EOS,
+    "unk_token": tokenizer.EOS,
+    "pad_token": tokenizer.EOS,
+  }
+  write_json(
+    folder / "tokenizer_config.json",
+    {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **ends},
+  )
   ids = source(PROMPTS).numpy()
-  np.testing.assert_array_equal(tokenizer.load_tokenizer(str(folder))(PROMPTS), np.where(ids == 0, EOS, ids))  # 0 pads there
+  np.testing.assert_array_equal(
+    tokenizer.load_tokenizer(str(folder))(PROMPTS), np.where(ids == 0, EOS, ids)
+  )  # 0 pads there
   return ids
 
 
@@ -52,10 +78,19 @@ def eight_bit(pixels: np.ndarray) -> list[np.ndarray]:
 
 
 def processed(pixels: np.ndarray) -> torch.Tensor:
-  """By transformers' processor of PIL images, configured as openai's ViT-L/14 (laion's ViT-H/14 says the same)."""
+  """By transformers' processor of PIL images, configured as openai's ViT-L/14 (laion's ViT-H/14
+  says the same).
+  """
   kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
-  processor = kind(**{key: published("clip-l-preprocessor")[key] for key in ("size", "crop_size", "image_mean", "image_std")})
-  return torch.tensor(np.stack(processor(eight_bit(pixels), input_data_format="channels_last")["pixel_values"]))
+  processor = kind(
+    **{
+      key: published("clip-l-preprocessor")[key]
+      for key in ("size", "crop_size", "image_mean", "image_std")
+    }
+  )
+  return torch.tensor(
+    np.stack(processor(eight_bit(pixels), input_data_format="channels_last")["pixel_values"])
+  )
 
 
 def transformed(pixels: np.ndarray, preprocess_cfg: dict) -> torch.Tensor:
@@ -65,7 +100,9 @@ def transformed(pixels: np.ndarray, preprocess_cfg: dict) -> torch.Tensor:
   return torch.stack([transform(Image.fromarray(image)) for image in eight_bit(pixels)])
 
 
-def transformers_clip(folder: Path, name: str, pixels: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def transformers_clip(
+  folder: Path, name: str, pixels: np.ndarray, ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
   """Embeddings of a CLIPModel that is saved in `folder` and then freed."""
   model = randomise(CLIPModel(CLIPConfig(**published(name))), seed=1)
   model.save_pretrained(folder)
@@ -74,23 +111,35 @@ def transformers_clip(folder: Path, name: str, pixels: np.ndarray, ids: np.ndarr
 
 
 @torch.no_grad()
-def open_clip_embeddings(model: torch.nn.Module, ready: torch.Tensor, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def open_clip_embeddings(
+  model: torch.nn.Module, ready: torch.Tensor, ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
   rows = torch.tensor(ids, dtype=torch.long)
-  return model.encode_image(ready, normalize=True).numpy(), model.encode_text(rows, normalize=True).numpy()
+  return model.encode_image(ready, normalize=True).numpy(), model.encode_text(
+    rows, normalize=True
+  ).numpy()
 
 
 def open_clip_model(model_cfg: dict) -> torch.nn.Module:
   return randomise(open_clip.CLIP(**model_cfg), seed=2)
 
 
-def check(measured, name: str, config, term: str, pixels: np.ndarray, theirs: tuple[np.ndarray, np.ndarray]) -> None:
-  """1e-3 relative, and 20 times nearer than any two of the images (or prompts) are to each other; scores to 1e-3."""
+def check(
+  measured, name: str, config, term: str, pixels: np.ndarray, theirs: tuple[np.ndarray, np.ndarray]
+) -> None:
+  """1e-3 relative, and 20 times nearer than any two of the images (or prompts) are to each other;
+  scores to 1e-3.
+  """
   scores, _, ours = scored(config, pixels)
   for kind, a, b in zip(("images", "prompts"), ours, theirs, strict=True):
     difference = np.linalg.norm(a - b, axis=-1)
     apart = np.linalg.norm(b[:, None] - b[None], axis=-1)[~np.eye(len(b), dtype=bool)].min()
     measured(f"{name}, {kind}", (difference / np.linalg.norm(b, axis=-1)).max(), 1e-3)
-    measured(f"{name}, {kind}, share of the distance between two ({apart:.3f})", difference.max() / apart, 1 / 20)
+    measured(
+      f"{name}, {kind}, share of the distance between two ({apart:.3f})",
+      difference.max() / apart,
+      1 / 20,
+    )
   assert list(scores) == [term]
   measured(f"{name}, scores", np.abs(scores[term] - (theirs[0] * theirs[1]).sum(-1)).max(), 1e-3)
 
@@ -117,11 +166,20 @@ def test_clip_vit_h_14(scratch, measured, images, name):
   theirs = open_clip_embeddings(model, transformed(images, said["preprocess_cfg"]), ids)
   del model
   write_json(scratch / "open_clip_config.json", said)
-  check(measured, f"ViT-H/14 ({name})", settings(reward__clip__checkpoint=scratch), "clip", images, theirs)
+  check(
+    measured,
+    f"ViT-H/14 ({name})",
+    settings(reward__clip__checkpoint=scratch),
+    "clip",
+    images,
+    theirs,
+  )
 
 
 def test_hps(scratch, measured, images):
-  """HPS_v2.1_compressed.pt: a pickle in float16, open_clip's names under "state_dict", no configuration beside it."""
+  """HPS_v2.1_compressed.pt: a pickle in float16, open_clip's names under "state_dict", no
+  configuration beside it.
+  """
   ids, file = write_tokenizer(scratch / "tokenizer"), scratch / "HPS_v2.1_compressed.pt"
   model = open_clip_model(open_clip.get_model_config("ViT-H-14")).half()
   torch.save({"epoch": 1, "state_dict": model.state_dict()}, file)

@@ -1,4 +1,6 @@
-"""LoRA files against diffusers and peft: what we write draws the same there, what they write is the same here."""
+"""LoRA files against diffusers and peft: what we write draws the same there, what they write is the
+same here.
+"""
 
 import json
 
@@ -6,22 +8,36 @@ import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+  FluxPipeline,
+  FluxTransformer2DModel,
+  StableDiffusionPipeline,
+  UNet2DConditionModel,
+)
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tiny_checkpoint import draw, relative_error, tiny_config, write_flux
 from torch_parity import nchw, nhwc
 
-from dancegrpo_jax import loading
+from dancegrpo_jax.assembly import loading
+from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.convert import folders
-from dancegrpo_jax.runtime import checkpoint
-from dancegrpo_jax.runtime import mesh as meshes
-from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.errors import ConfigError
 
 RANK, ALPHA = 4, 10.0
 TARGETS = r".*attn.*/(to_(q|k|v|out_0)|add_[qkv]_proj|to_add_out)/kernel"
-MODULES = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]  # peft's spelling of it
+MODULES = [
+  "to_q",
+  "to_k",
+  "to_v",
+  "to_out.0",
+  "add_q_proj",
+  "add_k_proj",
+  "add_v_proj",
+  "to_add_out",
+]  # peft's spelling of it
 FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -33,14 +49,23 @@ def case(request, tiny_models, tmp_path_factory):
     config = tiny_config(tiny_models, **values)
   else:
     folder = write_flux(tmp_path_factory.mktemp("flux") / "base")
-    values |= {"model__family": "flux", "sampler__kind": "flow", "model__text_length": 8, "sampler__shift": 0.0}
+    values |= {
+      "model__family": "flux",
+      "sampler__kind": "flow",
+      "model__text_length": 8,
+      "sampler__shift": 0.0,
+    }
     scan = request.param == "flux_scan"
     config = tiny_config(
-      None, model__checkpoint=str(folder), model__scan_blocks=scan, reward__terms=(("compressibility", 1.0),), **values
+      None,
+      model__checkpoint=str(folder),
+      model__scan_blocks=scan,
+      reward__terms=(("compressibility", 1.0),),
+      **values,
     )
   workdir = tmp_path_factory.mktemp("trained")
   adapters = draw(loading.build_pipeline(config).adapters, seed=7)
-  with checkpoint.Saver(workdir / "checkpoints", keep=1) as saver:
+  with store.Saver(workdir / "checkpoints", keep=1) as saver:
     saver.save(1, {"trainable": {"lora": adapters}}, {"config": config.to_dict(), "iteration": 1})
   return config, workdir, adapters
 
@@ -54,7 +79,7 @@ def changed(config, **values):
 
 
 def loaded(config) -> loading.Model:
-  pipeline, mesh = loading.build_pipeline(config), meshes.make_mesh(config.mesh)
+  pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     return loading.load(config, pipeline, {}, mesh)
 
@@ -70,7 +95,12 @@ def arguments(config) -> list[np.ndarray]:
     return rng.standard_normal(shape, np.float32)
 
   if is_flux(config):
-    return [normal(2, 4, 4, 4), np.array([300.5, 700.25], np.float32), normal(2, 8, 24), normal(2, 16)]
+    return [
+      normal(2, 4, 4, 4),
+      np.array([300.5, 700.25], np.float32),
+      normal(2, 8, 24),
+      normal(2, 16),
+    ]
   return [normal(2, 8, 8, 4), np.array([300.0, 700.0], np.float32), normal(2, 8, 16)]
 
 
@@ -90,9 +120,14 @@ def theirs(config, network) -> np.ndarray:
       return nhwc(network(torch.from_numpy(nchw(x.numpy())), time, rows[0]).sample)
     packed = FluxPipeline._pack_latents(torch.from_numpy(nchw(x.numpy())), 2, 4, 4, 4)
     y = network(
-      packed, timestep=time / 1000, guidance=torch.full((2,), 3.5), encoder_hidden_states=rows[0], pooled_projections=rows[1],
-      txt_ids=torch.zeros(8, 3), img_ids=FluxPipeline._prepare_latent_image_ids(2, 2, 2, "cpu", torch.float32),
-    ).sample  # fmt: skip
+      packed,
+      timestep=time / 1000,
+      guidance=torch.full((2,), 3.5),
+      encoder_hidden_states=rows[0],
+      pooled_projections=rows[1],
+      txt_ids=torch.zeros(8, 3),
+      img_ids=FluxPipeline._prepare_latent_image_ids(2, 2, 2, "cpu", torch.float32),
+    ).sample
     return nhwc(FluxPipeline._unpack_latents(y, 32, 32, 8))
 
 
@@ -123,13 +158,17 @@ def test_merged_export_is_the_same_model(case, tmp_path):
   config, workdir, adapters = case
   folders.export(config, str(workdir), tmp_path / "out", "pipeline", "raw")
   pipe = pipeline_class(config).from_pretrained(tmp_path / "out")
-  assert relative_error(ours(config, loaded(config), adapters), theirs(config, network_of(pipe))) < 2e-5
+  assert (
+    relative_error(ours(config, loaded(config), adapters), theirs(config, network_of(pipe))) < 2e-5
+  )
 
 
 def torch_adapters(config, alpha: float, seed: int = 3):
   """Their network with peft's adapters, every factor drawn."""
   cls = FluxTransformer2DModel if is_flux(config) else UNet2DConditionModel
-  network = cls.from_pretrained(config.model.checkpoint, subfolder="transformer" if is_flux(config) else "unet")
+  network = cls.from_pretrained(
+    config.model.checkpoint, subfolder="transformer" if is_flux(config) else "unet"
+  )
   network.add_adapter(LoraConfig(r=RANK, lora_alpha=alpha, target_modules=MODULES))
   generator = torch.Generator().manual_seed(seed)
   for name, parameter in network.named_parameters():
@@ -161,19 +200,32 @@ def test_their_file_is_the_same_model_here(case, tmp_path):
   saved(config, network, tmp_path, metadata=True)
   config = changed(config, checkpoint=str(tmp_path))
   model = loaded(config)
-  assert relative_error(ours(config, model, model.trainable["lora"]), theirs(config, network)) < 2e-5
+  assert (
+    relative_error(ours(config, model, model.trainable["lora"]), theirs(config, network)) < 2e-5
+  )
 
 
 def test_other_spellings(case, tmp_path):
-  """peft's folder with adapter_config.json; lora.down and lora.up with alphas as tensors; ours, read again."""
+  """peft's folder with adapter_config.json; lora.down and lora.up with alphas as tensors; ours,
+  read again.
+  """
   config, workdir, adapters = case
   network = torch_adapters(config, alpha=6.0)
   state = {name: x.contiguous() for name, x in get_peft_model_state_dict(network).items()}
   (tmp_path / "peft").mkdir()
-  save_file({f"base_model.model.{name}": x for name, x in state.items()}, tmp_path / "peft" / "adapter_model.safetensors")
-  (tmp_path / "peft" / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 6, "peft_type": "LORA"}))
-  old = {name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): x for name, x in state.items()}
-  old |= {name.split(".lora_A")[0] + ".alpha": torch.tensor(6.0) for name in state if "lora_A" in name}
+  save_file(
+    {f"base_model.model.{name}": x for name, x in state.items()},
+    tmp_path / "peft" / "adapter_model.safetensors",
+  )
+  (tmp_path / "peft" / "adapter_config.json").write_text(
+    json.dumps({"r": RANK, "lora_alpha": 6, "peft_type": "LORA"})
+  )
+  old = {
+    name.replace("lora_A", "lora.down").replace("lora_B", "lora.up"): x for name, x in state.items()
+  }
+  old |= {
+    name.split(".lora_A")[0] + ".alpha": torch.tensor(6.0) for name in state if "lora_A" in name
+  }
   save_file(old, tmp_path / "old.safetensors")
   expected = theirs(config, network)
   for name in ("peft", "old.safetensors"):
@@ -197,21 +249,33 @@ def test_files_that_do_not_fit(case, tmp_path):
   config, workdir, _ = case
   folders.export(config, str(workdir), tmp_path / "out", "lora", "")
   file = tmp_path / "out" / FILE
-  assert "its rank is 4, not config.lora.rank = 8; set --config.lora.rank=4" in mistake(config, file, rank=8)
+  assert "its rank is 4, not config.lora.rank = 8; set --config.lora.rank=4" in mistake(
+    config, file, rank=8
+  )
   text = mistake(config, file, targets=r".*attn.*/to_(q|k)/kernel")
-  assert "it adapts other layers than config.lora.targets" in text and "lora_A.weight isn't matched" in text
+  assert (
+    "it adapts other layers than config.lora.targets" in text
+    and "lora_A.weight isn't matched" in text
+  )
   assert "isn't in the file" in mistake(config, file, targets=f"({TARGETS})|.*/proj/kernel")
   tensors = load_file(file)
-  save_file({name.replace("attn", "other"): x for name, x in tensors.items()}, tmp_path / "other.safetensors")
+  save_file(
+    {name.replace("attn", "other"): x for name, x in tensors.items()},
+    tmp_path / "other.safetensors",
+  )
   assert "of another model" in mistake(config, tmp_path / "other.safetensors")
   wide = {name: torch.zeros(4, 1000) if "lora_A" in name else x for name, x in tensors.items()}
   save_file(wide, tmp_path / "wide.safetensors")
   assert "of another model" in mistake(config, tmp_path / "wide.safetensors")
   save_file({"weight": torch.zeros(3)}, tmp_path / "none.safetensors")
-  assert "not a LoRA in diffusers' or peft's layout: it holds weight" in mistake(config, tmp_path / "none.safetensors")
+  assert "not a LoRA in diffusers' or peft's layout: it holds weight" in mistake(
+    config, tmp_path / "none.safetensors"
+  )
   assert "no such folder or .safetensors file" in mistake(config, tmp_path / "nowhere")
   (tmp_path / "empty").mkdir()
-  assert "the folder holds nothing; expected a folder with pytorch_lora" in mistake(config, tmp_path / "empty")
+  assert "the folder holds nothing; expected a folder with pytorch_lora" in mistake(
+    config, tmp_path / "empty"
+  )
   file.write_bytes(file.read_bytes()[:-100])
   assert "truncated" in mistake(config, file)
 

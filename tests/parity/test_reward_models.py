@@ -1,7 +1,8 @@
-"""Rewards from folders and files as they are published, at reduced width, against transformers and torch on the same images.
+"""Rewards from folders and files as they are published, at reduced width, against transformers and
+torch on the same images.
 
-Cosines of random towers are nearly constant and would prove nothing, so embeddings are compared: to 1e-3 relative, and at least
-20 times nearer than those of two test images are to each other.
+Cosines of random towers are nearly constant and would prove nothing, so embeddings are compared: to
+1e-3 relative, and at least 20 times nearer than those of two test images are to each other.
 """
 
 import json
@@ -20,13 +21,13 @@ from torch_parity import nchw, randomise, run
 from transformers import CLIPConfig, CLIPModel
 
 from dancegrpo_jax import scoring
+from dancegrpo_jax.assembly import reward_builders
 from dancegrpo_jax.data import tokenizer
+from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.models import aesthetic as aesthetic_head
 from dancegrpo_jax.rewards import hps
 from dancegrpo_jax.rewards.clip import clip_config
-from dancegrpo_jax.runtime import config as configs
-from dancegrpo_jax.runtime import validation
-from dancegrpo_jax.runtime.config import ConfigError
+from dancegrpo_jax.settings import checks, config_file
 from dancegrpo_jax.types import Example, Media
 
 ROOT = Path(__file__).parent.parent.parent
@@ -36,12 +37,20 @@ MEAN, STD = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.275
 
 
 def model_cfg(vocabulary: int, quick_gelu: bool) -> dict:
-  """ViT-H/14 made narrow: like there, the vision heads are not 64 wide and the towers differ in width and depth."""
+  """ViT-H/14 made narrow: like there, the vision heads are not 64 wide and the towers differ in
+  width and depth.
+  """
   return {
     "embed_dim": 24,
     **({"quick_gelu": True} if quick_gelu else {}),
     "vision_cfg": {"image_size": SIZE, "layers": 3, "width": 40, "head_width": 10, "patch_size": 7},
-    "text_cfg": {"context_length": TOKENS, "vocab_size": vocabulary, "width": 32, "heads": 4, "layers": 2},
+    "text_cfg": {
+      "context_length": TOKENS,
+      "vocab_size": vocabulary,
+      "width": 32,
+      "heads": 4,
+      "layers": 2,
+    },
   }
 
 
@@ -51,7 +60,9 @@ def torch_clip(vocabulary: int, act: str, seed: int) -> CLIPModel:
           "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 2, "hidden_act": act}  # fmt: skip
   vision = {"image_size": SIZE, "patch_size": 7, "hidden_size": 40, "intermediate_size": 160, "num_hidden_layers": 3,
             "num_attention_heads": 4, "hidden_act": act}  # fmt: skip
-  return randomise(CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)), seed)
+  return randomise(
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)), seed
+  )
 
 
 def open_clip_state(model: CLIPModel) -> dict[str, torch.Tensor]:
@@ -62,10 +73,14 @@ def open_clip_state(model: CLIPModel) -> dict[str, torch.Tensor]:
     for i in range(config.num_hidden_layers):
       source, target = f"{theirs}.encoder.layers.{i}", f"{ours}transformer.resblocks.{i}"
       for kind in ("weight", "bias"):
-        out[f"{target}.attn.in_proj_{kind}"] = torch.cat([state[f"{source}.self_attn.{n}_proj.{kind}"] for n in "qkv"])
+        out[f"{target}.attn.in_proj_{kind}"] = torch.cat(
+          [state[f"{source}.self_attn.{n}_proj.{kind}"] for n in "qkv"]
+        )
         names = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
                  "mlp.c_proj": "mlp.fc2"}  # fmt: skip
-        out |= {f"{target}.{new}.{kind}": state[f"{source}.{old}.{kind}"] for new, old in names.items()}
+        out |= {
+          f"{target}.{new}.{kind}": state[f"{source}.{old}.{kind}"] for new, old in names.items()
+        }
   for kind in ("weight", "bias"):
     out[f"ln_final.{kind}"] = state[f"text_model.final_layer_norm.{kind}"]
     out[f"visual.ln_pre.{kind}"] = state[f"vision_model.pre_layrnorm.{kind}"]
@@ -75,7 +90,10 @@ def open_clip_state(model: CLIPModel) -> dict[str, torch.Tensor]:
   out["visual.class_embedding"] = state["vision_model.embeddings.class_embedding"]
   out["visual.positional_embedding"] = state["vision_model.embeddings.position_embedding.weight"]
   out["visual.conv1.weight"] = state["vision_model.embeddings.patch_embedding.weight"]
-  out["visual.proj"], out["text_projection"] = state["visual_projection.weight"].T, state["text_projection.weight"].T
+  out["visual.proj"], out["text_projection"] = (
+    state["visual_projection.weight"].T,
+    state["text_projection.weight"].T,
+  )
   return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
@@ -84,8 +102,12 @@ def pictures(h: int, w: int) -> np.ndarray:
   rng = np.random.default_rng(0)
   y, x = np.mgrid[:h, :w]
   waves = np.stack([128 + 127 * np.sin(x / 9 + y / (5 + c)) for c in range(3)], -1)
-  square = np.where((abs(y - h // 2) < h // 4) & (abs(x - w // 2) < w // 4), 230, 20)[..., None].repeat(3, -1)
-  return (np.stack([waves, rng.integers(0, 256, (h, w, 3)), square]).astype(np.uint8) / 255).astype(np.float32)
+  square = np.where((abs(y - h // 2) < h // 4) & (abs(x - w // 2) < w // 4), 230, 20)[
+    ..., None
+  ].repeat(3, -1)
+  return (np.stack([waves, rng.integers(0, 256, (h, w, 3)), square]).astype(np.uint8) / 255).astype(
+    np.float32
+  )
 
 
 def pil_pixels(pixels: np.ndarray) -> torch.Tensor:
@@ -93,13 +115,20 @@ def pil_pixels(pixels: np.ndarray) -> torch.Tensor:
   kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
   processor = kind(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
   images = list(np.round(pixels * 255).astype(np.uint8))
-  return torch.tensor(np.stack(processor(images, input_data_format="channels_last")["pixel_values"]))
+  return torch.tensor(
+    np.stack(processor(images, input_data_format="channels_last")["pixel_values"])
+  )
 
 
 def squashed(pixels: np.ndarray) -> torch.Tensor:
   """open_clip's resize_mode "squash", from 8-bit images."""
-  images = [Image.fromarray(x).resize((SIZE, SIZE), Image.Resampling.BICUBIC) for x in np.round(pixels * 255).astype(np.uint8)]
-  return torch_normalised(torch.tensor(nchw(np.stack([np.asarray(image) for image in images]) / np.float32(255))))
+  images = [
+    Image.fromarray(x).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    for x in np.round(pixels * 255).astype(np.uint8)
+  ]
+  return torch_normalised(
+    torch.tensor(nchw(np.stack([np.asarray(image) for image in images]) / np.float32(255)))
+  )
 
 
 def padded(pixels: np.ndarray, size: int = SIZE) -> torch.Tensor:
@@ -108,7 +137,9 @@ def padded(pixels: np.ndarray, size: int = SIZE) -> torch.Tensor:
   nh, nw = (round(side * (size / max(h, w))) for side in (h, w))
   x = torch.nn.functional.interpolate(x, size=(nh, nw), mode="bicubic", antialias=True)
   left, top = (size - nw) // 2, (size - nh) // 2
-  return torch_normalised(torch.nn.functional.pad(x, (left, size - nw - left, top, size - nh - top)))
+  return torch_normalised(
+    torch.nn.functional.pad(x, (left, size - nw - left, top, size - nh - top))
+  )
 
 
 def torch_normalised(x: torch.Tensor) -> torch.Tensor:
@@ -116,7 +147,9 @@ def torch_normalised(x: torch.Tensor) -> torch.Tensor:
   return (x - mean) / std
 
 
-def torch_embeddings(model: CLIPModel, ready: torch.Tensor, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def torch_embeddings(
+  model: CLIPModel, ready: torch.Tensor, ids: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
   """Image and text embeddings of length 1."""
   with torch.no_grad():
     image = model.get_image_features(ready).pooler_output
@@ -137,13 +170,15 @@ def write_json(file: Path, value: dict) -> None:
 def settings(**changes):
   """configs/common.py with fields changed by dotted key, `__` for the dot."""
   flags = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
-  return configs.load(str(ROOT / "configs" / "common.py"), flags)
+  return config_file.load(str(ROOT / "configs" / "common.py"), flags)
 
 
 def scored(config, pixels: np.ndarray) -> tuple[dict, dict, tuple]:
-  """({term: scores}, parameters by component, (our image embeddings or None, our text features)) of the config's one reward."""
-  (reward,) = scoring.build_rewards(config).values()
-  params = scoring.read_reward(reward, None, config.model.allow_pickle)
+  """({term: scores}, parameters by component, (our image embeddings or None, our text features)) of
+  the config's one reward.
+  """
+  (reward,) = reward_builders.build_rewards(config).values()
+  params = reward_builders.read_reward(reward, None, config.model.allow_pickle)
   prepared = reward.prepare([Example(i, prompt) for i, prompt in enumerate(PROMPTS)])
   text = run(reward.features, params, prepared)
   scores = run(lambda p, x, f: reward.score(p, Media(x), f), params, pixels, text)
@@ -155,11 +190,15 @@ def assert_near(actual: np.ndarray, expected: np.ndarray) -> None:
   """1e-3 relative, and 20 times nearer than any two of the expected rows are to each other."""
   difference = np.linalg.norm(actual - expected, axis=-1)
   assert (difference <= 1e-3 * np.linalg.norm(expected, axis=-1)).all(), difference
-  apart = np.linalg.norm(expected[:, None] - expected[None], axis=-1)[~np.eye(len(expected), dtype=bool)]
+  apart = np.linalg.norm(expected[:, None] - expected[None], axis=-1)[
+    ~np.eye(len(expected), dtype=bool)
+  ]
   assert apart.min() >= 20 * difference.max(), (apart.min(), difference.max())
 
 
-def assert_agrees(config, name: str, model: CLIPModel, ready: torch.Tensor, pixels: np.ndarray, tokens: Path) -> None:
+def assert_agrees(
+  config, name: str, model: CLIPModel, ready: torch.Tensor, pixels: np.ndarray, tokens: Path
+) -> None:
   scores, _, (image, text) = scored(config, pixels)
   theirs = torch_embeddings(model, ready, tokenizer.load_tokenizer(str(tokens))(PROMPTS))
   assert_near(image, theirs[0])
@@ -188,7 +227,9 @@ def test_clip_in_open_clip_layout(tmp_path, act, mode):
   folder, vocabulary = write_tokenizer(tmp_path / "open_clip")
   model = torch_clip(vocabulary, act, seed=2)
   save_file(open_clip_state(model), folder / "open_clip_model.safetensors")
-  save_file({"other": torch.zeros(1)}, folder / "model.safetensors")  # transformers' file, as LAION's repositories have it
+  save_file(
+    {"other": torch.zeros(1)}, folder / "model.safetensors"
+  )  # transformers' file, as LAION's repositories have it
   preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": mode}
   said = {"model_cfg": model_cfg(vocabulary, act == "quick_gelu"), "preprocess_cfg": preprocess}
   write_json(folder / "open_clip_config.json", said)
@@ -203,9 +244,11 @@ def test_laion_takes_transformers_weights_where_both_are(tmp_path):
   model.save_pretrained(folder)
   write_json(folder / "preprocessor_config.json", {"size": SIZE, "crop_size": SIZE})
   write_json(folder / "open_clip_config.json", {"model_cfg": model_cfg(vocabulary, False)})
-  (reward,) = scoring.build_rewards(settings(reward__clip__checkpoint=folder)).values()
+  (reward,) = reward_builders.build_rewards(settings(reward__clip__checkpoint=folder)).values()
   assert reward.components["clip"].table == "CLIPModel"
-  assert scoring.read_reward(reward, None)["clip"]["logit_scale"] == model.logit_scale.item()
+  assert (
+    reward_builders.read_reward(reward, None)["clip"]["logit_scale"] == model.logit_scale.item()
+  )
 
 
 @pytest.fixture
@@ -228,16 +271,30 @@ def test_hps_from_safetensors(hps_folder, h, w):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_hps_from_its_pt(hps_folder, dtype):
-  """Pickled: refused, until model.allow_pickle; then the values of the file, whatever their type."""
+  """Pickled: refused, until model.allow_pickle; then the values of the file, whatever their
+  type.
+  """
   folder, model = hps_folder
   model = model.to(dtype).to(torch.float32)
   file = folder / "HPS_v2.1_compressed.pt"
-  torch.save({"epoch": 1, "state_dict": {name: x.to(dtype) for name, x in open_clip_state(model).items()}}, file)
+  torch.save(
+    {"epoch": 1, "state_dict": {name: x.to(dtype) for name, x in open_clip_state(model).items()}},
+    file,
+  )
   pixels = pictures(40, 61)
-  changes = {"reward__terms": (("hps", 1.0),), "reward__hps__checkpoint": file, "reward__hps__tokenizer": ""}
-  with pytest.raises(ConfigError, match=r"pickled weights only \(HPS_v2.1_compressed.pt\).*config.model.allow_pickle=true"):
+  changes = {
+    "reward__terms": (("hps", 1.0),),
+    "reward__hps__checkpoint": file,
+    "reward__hps__tokenizer": "",
+  }
+  with pytest.raises(
+    ConfigError,
+    match=r"pickled weights only \(HPS_v2.1_compressed.pt\).*config.model.allow_pickle=true",
+  ):
     scored(settings(**changes), pixels)
-  assert_agrees(settings(**changes, model__allow_pickle=True), "hps", model, padded(pixels), pixels, folder)
+  assert_agrees(
+    settings(**changes, model__allow_pickle=True), "hps", model, padded(pixels), pixels, folder
+  )
 
 
 class Code:
@@ -254,15 +311,23 @@ class Code:
     (lambda file: file.write_bytes(pickle.dumps(Code())), "weights_only loader refuses it"),
     (lambda file: file.write_bytes(b"not a checkpoint"), "weights_only loader refuses it"),
     (lambda file: torch.save({"epoch": 3}, file), "expected a state_dict"),
-    (lambda file: torch.save({"state_dict": {"visual.proj": torch.zeros(2, 3)}}, file), "parameter .* is not in the checkpoint"),
+    (
+      lambda file: torch.save({"state_dict": {"visual.proj": torch.zeros(2, 3)}}, file),
+      "parameter .* is not in the checkpoint",
+    ),
   ],
 )
 def test_a_pickle_that_is_no_checkpoint(hps_folder, capfd, content, message):
   folder, _ = hps_folder
   content(folder / "HPS_v2.1_compressed.pt")
-  changes = {"reward__hps__checkpoint": folder / "HPS_v2.1_compressed.pt", "reward__hps__tokenizer": ""}
+  changes = {
+    "reward__hps__checkpoint": folder / "HPS_v2.1_compressed.pt",
+    "reward__hps__tokenizer": "",
+  }
   with pytest.raises(ConfigError, match=message):
-    scored(settings(reward__terms=(("hps", 1.0),), model__allow_pickle=True, **changes), pictures(28, 28))
+    scored(
+      settings(reward__terms=(("hps", 1.0),), model__allow_pickle=True, **changes), pictures(28, 28)
+    )
   assert "printed" not in capfd.readouterr().out
 
 
@@ -270,7 +335,9 @@ def test_hps_is_vit_h_14():
   """986,109,441 parameters, as the published file's inventory; exact gelu."""
   config = clip_config(hps.CONFIG["model_cfg"])
   assert {config[tower]["hidden_act"] for tower in ("text_config", "vision_config")} == {"gelu"}
-  reward = scoring.clip.build("hps", hps.checkpoint("nowhere"), lambda texts: np.zeros((len(texts), 77), np.int32), "float32")
+  reward = scoring.clip.build(
+    "hps", hps.checkpoint("nowhere"), lambda texts: np.zeros((len(texts), 77), np.int32), "float32"
+  )
   sizes = [np.prod(x.shape) for x in jax.tree.leaves(reward.components["clip"].abstract)]
   assert sum(sizes) == 986_109_441
 
@@ -289,15 +356,28 @@ def test_pickscore(tmp_path, h, w):
 
 @pytest.mark.parametrize("pickled", [False, True])
 def test_aesthetic(tmp_path, pickled):
-  """The published Sequential with its dropouts on the normalised embedding; no tokenizer is asked for."""
+  """The published Sequential with its dropouts on the normalised embedding; no tokenizer is asked
+  for.
+  """
   model = torch_clip(64, "quick_gelu", seed=5)
   model.save_pretrained(tmp_path / "clip")
   write_json(tmp_path / "clip" / "preprocessor_config.json", {"size": SIZE, "crop_size": SIZE})
   dense, drop = torch.nn.Linear, torch.nn.Dropout
-  layers = [dense(24, 1024), drop(0.2), dense(1024, 128), drop(0.2), dense(128, 64), drop(0.1), dense(64, 16), dense(16, 1)]
+  layers = [
+    dense(24, 1024),
+    drop(0.2),
+    dense(1024, 128),
+    drop(0.2),
+    dense(128, 64),
+    drop(0.1),
+    dense(64, 16),
+    dense(16, 1),
+  ]
   head = randomise(torch.nn.Sequential(*layers), seed=6)
   state = {f"layers.{name}": x for name, x in head.state_dict().items()}
-  assert sorted(state) == sorted(f"layers.{i}.{kind}" for i in aesthetic_head.LAYERS for kind in ("weight", "bias"))
+  assert sorted(state) == sorted(
+    f"layers.{i}.{kind}" for i in aesthetic_head.LAYERS for kind in ("weight", "bias")
+  )
   file = tmp_path / ("head.pth" if pickled else "head.safetensors")
   torch.save(state, file) if pickled else save_file(state, file)
   pixels = pictures(40, 61)
@@ -313,7 +393,9 @@ def test_aesthetic(tmp_path, pickled):
 
 
 def test_random_weights_need_no_weight_files(tmp_path):
-  """random:FOLDER, for a first look and for tests of memory: the JSON files and the tokenizer alone."""
+  """random:FOLDER, for a first look and for tests of memory: the JSON files and the tokenizer
+  alone.
+  """
   folder, vocabulary = write_tokenizer(tmp_path / "HPSv2")
   write_json(folder / "open_clip_config.json", {"model_cfg": model_cfg(vocabulary, False)})
   changes = {"reward__hps__checkpoint": f"random:{folder}", "reward__hps__tokenizer": folder}
@@ -326,17 +408,28 @@ def test_random_weights_need_no_weight_files(tmp_path):
 def test_only_the_rewards_in_terms_are_read(tmp_path):
   """The others' defaults name files that are not here."""
   config = settings(reward__terms=(("compressibility", 1.0), ("remote", 0.5)))
-  rewards = scoring.build_rewards(config)
-  assert list(rewards) == ["compressibility", "remote"] and not any(reward.components for reward in rewards.values())
-  assert set(validation.REWARDS) == set(scoring.REWARDS)
+  rewards = reward_builders.build_rewards(config)
+  assert list(rewards) == ["compressibility", "remote"] and not any(
+    reward.components for reward in rewards.values()
+  )
+  assert set(checks.REWARDS) == set(reward_builders.REWARDS)
 
 
 @pytest.mark.parametrize(
   "term, message",
   [
-    ("hps", "config.reward.hps.checkpoint = 'checkpoints/HPSv2/HPS_v2.1_compressed.pt': no such file"),
-    ("pickscore", "config.reward.pickscore.checkpoint = 'yuvalkirstain/PickScore_v1': no such folder"),
-    ("aesthetic", "config.reward.aesthetic.checkpoint = 'openai/clip-vit-large-patch14': no such folder"),
+    (
+      "hps",
+      "config.reward.hps.checkpoint = 'checkpoints/HPSv2/HPS_v2.1_compressed.pt': no such file",
+    ),
+    (
+      "pickscore",
+      "config.reward.pickscore.checkpoint = 'yuvalkirstain/PickScore_v1': no such folder",
+    ),
+    (
+      "aesthetic",
+      "config.reward.aesthetic.checkpoint = 'openai/clip-vit-large-patch14': no such folder",
+    ),
   ],
 )
 def test_a_missing_checkpoint_is_named(tmp_path, monkeypatch, term, message):
@@ -344,7 +437,7 @@ def test_a_missing_checkpoint_is_named(tmp_path, monkeypatch, term, message):
   monkeypatch.chdir(tmp_path)
   config = settings(reward__terms=((term, 1.0),))
   with pytest.raises(ConfigError, match=message):
-    scoring.build_rewards(config)
+    reward_builders.build_rewards(config)
 
 
 def test_open_clip_networks_that_are_not_implemented():
@@ -358,6 +451,8 @@ def test_an_image_reward_given_video(hps_folder):
   folder, model = hps_folder
   save_file(open_clip_state(model), folder / "hps.safetensors")
   changes = {"reward__hps__checkpoint": folder / "hps.safetensors", "reward__hps__tokenizer": ""}
-  (reward,) = scoring.build_rewards(settings(reward__terms=(("hps", 1.0),), **changes)).values()
+  (reward,) = reward_builders.build_rewards(
+    settings(reward__terms=(("hps", 1.0),), **changes)
+  ).values()
   with pytest.raises(ValueError, match="reward hps scores images, not video"):
     reward.score({}, Media(jnp.zeros((1, 4, 28, 28, 3))), jnp.zeros((1, 24)))

@@ -11,13 +11,21 @@ from torch_parity import convert, error, randomise, run
 from transformers import T5Config, T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from dancegrpo_jax.convert.tables import T5
+from dancegrpo_jax.checkpoints.tables.flux import T5
 from dancegrpo_jax.models import t5
 
 SMALL = {
-  "vocab_size": 60, "d_model": 32, "d_kv": 12, "d_ff": 56, "num_layers": 3, "num_heads": 4, "feed_forward_proj": "gated-gelu",
-  "relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "layer_norm_epsilon": 1e-6,
-}  # fmt: skip
+  "vocab_size": 60,
+  "d_model": 32,
+  "d_kv": 12,
+  "d_ff": 56,
+  "num_layers": 3,
+  "num_heads": 4,
+  "feed_forward_proj": "gated-gelu",
+  "relative_attention_num_buckets": 8,
+  "relative_attention_max_distance": 20,
+  "layer_norm_epsilon": 1e-6,
+}
 LENGTH = 40  # longer than the largest distance that has a bias of its own
 
 
@@ -54,11 +62,16 @@ def test_encoder(scan, scale):
 
 @pytest.mark.parametrize("epsilon", [1e-5])
 def test_the_norms_epsilon_is_the_configs(epsilon):
-  assert error(*both(torch_encoder(1e-3, layer_norm_epsilon=epsilon), *ours_of(True, epsilon))) <= 1e-4
+  assert (
+    error(*both(torch_encoder(1e-3, layer_norm_epsilon=epsilon), *ours_of(True, epsilon))) <= 1e-4
+  )
 
 
 def test_scan_and_loop_agree():
-  theirs, states = torch_encoder(), [both(torch_encoder(), *ours_of(scan))[0] for scan in (False, True)]
+  theirs, states = (
+    torch_encoder(),
+    [both(torch_encoder(), *ours_of(scan))[0] for scan in (False, True)],
+  )
   assert theirs.config.dense_act_fn == "gelu_new"  # what the config file's gated-gelu means
   assert relative_error(states[1], states[0]) <= 1e-5
 
@@ -72,7 +85,9 @@ def test_buckets(count, distance):
 
 
 def test_half_precision_stays_close():
-  """bfloat16 computes in bfloat16, with norms, logits and softmax in float32: a few of its 2^-8 steps away."""
+  """bfloat16 computes in bfloat16, with norms, logits and softmax in float32: a few of its 2^-8
+  steps away.
+  """
   network = t5.from_json(SMALL, dtype=jnp.bfloat16)
   ours, theirs = both(torch_encoder(), network, lambda p, ids: network.apply({"params": p}, ids))
   assert ours.dtype == jnp.bfloat16 and error(ours.astype(np.float32), theirs) <= 0.05

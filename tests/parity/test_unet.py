@@ -11,8 +11,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch_parity import convert, error, nchw, nhwc, randomise, run
 
-from dancegrpo_jax.convert.core import Table
-from dancegrpo_jax.convert.tables import RESNET, TRANSFORMER_2D, UNET
+from dancegrpo_jax.checkpoints.mapping import Table
+from dancegrpo_jax.checkpoints.tables.stable_diffusion import RESNET, TRANSFORMER_2D, UNET
 from dancegrpo_jax.models import unet
 from dancegrpo_jax.models.attention import Transformer2D
 from dancegrpo_jax.models.layers import ResnetBlock
@@ -29,7 +29,11 @@ SD1 = {
   "freq_shift": 0,
   "norm_eps": 1e-5,
 }
-SD2 = SD1 | {"attention_head_dim": [2, 4, 6, 6], "use_linear_projection": True, "upcast_attention": True}
+SD2 = SD1 | {
+  "attention_head_dim": [2, 4, 6, 6],
+  "use_linear_projection": True,
+  "upcast_attention": True,
+}
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -57,15 +61,26 @@ def test_unet(config, scale):
     assert error(nchw(ours), theirs(latents, time, context).sample) <= 1e-4
 
 
-@pytest.mark.parametrize("change", [{"flip_sin_to_cos": False, "freq_shift": 1}, {"norm_eps": 1e-6, "layers_per_block": 1}])
+@pytest.mark.parametrize(
+  "change", [{"flip_sin_to_cos": False, "freq_shift": 1}, {"norm_eps": 1e-6, "layers_per_block": 1}]
+)
 def test_config_values_are_used(change):
   config = SD1 | {"block_out_channels": [32, 64], "norm_num_groups": 16} | change
-  config |= {"down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"]}
-  theirs = randomise(UNet2DConditionModel(**config), seed=2, scale=1e-3 if "norm_eps" in change else 1.0)
+  config |= {
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+  }
+  theirs = randomise(
+    UNet2DConditionModel(**config), seed=2, scale=1e-3 if "norm_eps" in change else 1.0
+  )
   network = unet.from_json(config)
   latents, context, time = draw(1, 4, 8, 8), draw(1, 3, 24), torch.tensor([37.0])
   arguments = (nhwc(latents), time.numpy(), context.numpy())
-  ours = run(lambda p, *a: network.apply({"params": p}, *a), convert(UNET, theirs, network, *arguments), *arguments)
+  ours = run(
+    lambda p, *a: network.apply({"params": p}, *a),
+    convert(UNET, theirs, network, *arguments),
+    *arguments,
+  )
   with torch.no_grad():
     assert error(nchw(ours), theirs(latents, time, context).sample) <= 1e-4
 
@@ -75,12 +90,19 @@ def test_time_embedding(flip, shift):
   """An angle of 999 in float32 is good to 6e-5, on both sides."""
   time = torch.tensor([0.0, 0.5, 1.0, 501.25, 999.0])
   ours = run(lambda t: unet.sinusoid(t, 320, flip, shift), time.numpy())
-  assert error(ours, get_timestep_embedding(time, 320, flip_sin_to_cos=flip, downscale_freq_shift=shift)) <= 1e-4
+  assert (
+    error(ours, get_timestep_embedding(time, 320, flip_sin_to_cos=flip, downscale_freq_shift=shift))
+    <= 1e-4
+  )
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_resnet_block(scale):
-  theirs = randomise(ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=40, groups=16, eps=1e-5), seed=3, scale=scale)
+  theirs = randomise(
+    ResnetBlock2D(in_channels=32, out_channels=64, temb_channels=40, groups=16, eps=1e-5),
+    seed=3,
+    scale=scale,
+  )
   network = ResnetBlock(64, 16, 1e-5)
   x, time = draw(2, 32, 6, 10) * scale, draw(2, 40)
   params = convert(Table("resnet", RESNET), theirs, network, nhwc(x), time.numpy())
@@ -99,7 +121,9 @@ def test_transformer(linear, scale):
     "cross_attention_dim": 24,
     "norm_num_groups": 16,
   }
-  theirs = randomise(Transformer2DModel(**shape, num_layers=2, use_linear_projection=linear), seed=4, scale=scale)
+  theirs = randomise(
+    Transformer2DModel(**shape, num_layers=2, use_linear_projection=linear), seed=4, scale=scale
+  )
   if scale != 1.0:  # the residual would hide the branch, and the branch's own products would vanish
     with torch.no_grad():
       theirs.proj_out.weight.mul_(1 / scale)

@@ -1,4 +1,6 @@
-"""What the parity tests share: random weights for a torch network, its import and export, and the error measure."""
+"""What the parity tests share: random weights for a torch network, its import and export, and the
+error measure.
+"""
 
 from collections.abc import Callable
 
@@ -7,16 +9,16 @@ import numpy as np
 import torch
 from flax.traverse_util import unflatten_dict
 
-from dancegrpo_jax.convert.core import Spec, Table, plan
-from dancegrpo_jax.convert.transfer import export_tree, import_tree
-from dancegrpo_jax.runtime.weights import specs
+from dancegrpo_jax.checkpoints.mapping import Spec, Table, plan
+from dancegrpo_jax.checkpoints.transfer import export_tree, import_tree
+from dancegrpo_jax.checkpoints.weights import specs
 
 
 def randomise(module: torch.nn.Module, seed: int, scale: float = 1.0) -> torch.nn.Module:
   """Draws every tensor, also those that start at 0 or 1, so that a swapped or skipped one shows.
 
-  Matrices and kernels keep the variance of what passes through. With `scale` 1e-3 all that enters a norm is about
-  1e-3, its variance comparable with the epsilons, so that a wrong epsilon shows.
+  Matrices and kernels keep the variance of what passes through. With `scale` 1e-3 all that enters a
+  norm is about 1e-3, its variance comparable with the epsilons, so that a wrong epsilon shows.
   """
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
@@ -33,13 +35,16 @@ def randomise(module: torch.nn.Module, seed: int, scale: float = 1.0) -> torch.n
 
 
 def convert(table: Table, module: torch.nn.Module, network, *arguments) -> dict:
-  """The parameters of `network` out of a torch module's state_dict; checks that the export gives it back bit for bit.
+  """The parameters of `network` out of a torch module's state_dict; checks that the export gives it
+  back bit for bit.
 
   Without the second name of a tied weight, which transformers doesn't write either.
   """
   state = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
   abstract = jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]
-  mapping = plan(table, {name: Spec(a.shape, a.dtype) for name, a in state.items()}, specs(abstract))
+  mapping = plan(
+    table, {name: Spec(a.shape, a.dtype) for name, a in state.items()}, specs(abstract)
+  )
   params = import_tree(mapping, lambda name, index: state[name][index])
   back = export_tree(mapping, params)
   state = {name: tensor for name, tensor in state.items() if name not in dict(table.copies)}

@@ -1,7 +1,8 @@
-"""A 30-step DDIM trajectory and its log-probs, by diffusers and by us: what the reduced-width and the full-size test share.
+"""A 30-step DDIM trajectory and its log-probs, by diffusers and by us: what the reduced-width and
+the full-size test share.
 
-Nothing of ours is in the reference: diffusers' network and scheduler make its states, and its log-probs are worked out in
-float64 throughout, the network, the grid and the density included.
+Nothing of ours is in the reference: diffusers' network and scheduler make its states, and its
+log-probs are worked out in float64 throughout, the network, the grid and the density included.
 """
 
 from collections.abc import Callable
@@ -14,18 +15,25 @@ import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch_parity import nchw, nhwc, run
 
-from dancegrpo_jax import components
+from dancegrpo_jax.checkpoints import components
 from dancegrpo_jax.pipelines import stable_diffusion
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.rl.rollout import Policy, Rollout, rollout
 from dancegrpo_jax.rl.update import Transitions, score
 
 STEPS = 30
-FILES = {"unet": "unet", "vae": "vae", "text_encoder": "text", "scheduler": "scheduler"}  # of a pipeline, in the fixtures
+FILES = {
+  "unet": "unet",
+  "vae": "vae",
+  "text_encoder": "text",
+  "scheduler": "scheduler",
+}  # of a pipeline, in the fixtures
 
 
 class Inputs(NamedTuple):
-  """Initial latents `[b, h, w, c]`, the noise of every step, and text states `[b, tokens, width]`."""
+  """Initial latents `[b, h, w, c]`, the noise of every step, and text states `[b, tokens,
+  width]`.
+  """
 
   initial: np.ndarray
   noise: np.ndarray
@@ -38,11 +46,17 @@ def draw_inputs(config: dict, batch: int, side: int, tokens: int) -> Inputs:
   return Inputs(*(rng.standard_normal(size, np.float32) for size in sizes))
 
 
-def their_states(theirs: UNet2DConditionModel, scheduler_json: dict, inputs: Inputs, eta: float) -> np.ndarray:
+def their_states(
+  theirs: UNet2DConditionModel, scheduler_json: dict, inputs: Inputs, eta: float
+) -> np.ndarray:
   """`[STEPS + 1, b, h, w, c]`: the scheduler's own loop, diffusers' last step included."""
   scheduler = DDIMScheduler.from_config(scheduler_json)
   scheduler.set_timesteps(STEPS)
-  x, context, states = torch.from_numpy(nchw(inputs.initial)), torch.from_numpy(inputs.context), [inputs.initial]
+  x, context, states = (
+    torch.from_numpy(nchw(inputs.initial)),
+    torch.from_numpy(inputs.context),
+    [inputs.initial],
+  )
   for noise, time in zip(inputs.noise, scheduler.timesteps, strict=True):
     with torch.no_grad():
       output = theirs(x, time, context).sample
@@ -53,7 +67,9 @@ def their_states(theirs: UNet2DConditionModel, scheduler_json: dict, inputs: Inp
 
 
 def grid(scheduler_json: dict) -> tuple[np.ndarray, np.ndarray]:
-  """Times and alpha_bar of the grid in float64: leading spacing, scaled-linear betas (arXiv 2112.10752's)."""
+  """Times and alpha_bar of the grid in float64: leading spacing, scaled-linear betas (arXiv
+  2112.10752's).
+  """
   ends = scheduler_json["beta_start"] ** 0.5, scheduler_json["beta_end"] ** 0.5
   alpha_bar = np.cumprod(1 - np.linspace(*ends, 1000) ** 2)
   times = np.arange(STEPS)[::-1] * (1000 // STEPS) + scheduler_json["steps_offset"]
@@ -73,7 +89,9 @@ def log_prob_of_noise(scheduler_json: dict, noise: np.ndarray) -> np.ndarray:
   return -squares / 2 - np.log(std)[:, None] - np.log(2 * np.pi) / 2
 
 
-def log_prob_of_states(theirs: UNet2DConditionModel, scheduler_json: dict, inputs: Inputs, states, steps) -> np.ndarray:
+def log_prob_of_states(
+  theirs: UNet2DConditionModel, scheduler_json: dict, inputs: Inputs, states, steps
+) -> np.ndarray:
   """`[len(steps), b]`: the mean log-density of the states' own steps, by a network in float64.
 
   The mean is alpha' x0 + sqrt(1 - alpha'^2 - std^2) epsilon (arXiv 2010.02502, eq. (12)).
@@ -97,14 +115,21 @@ def log_prob_of_states(theirs: UNet2DConditionModel, scheduler_json: dict, input
 
 
 class Reference(NamedTuple):
-  """Everything of diffusers': states with eta 0 and 1, and the log-probs of the latter's `steps`."""
+  """Everything of diffusers': states with eta 0 and 1, and the log-probs of the latter's
+  `steps`.
+  """
 
   plain: np.ndarray
   noisy: np.ndarray
   log_probs: np.ndarray
 
 
-def reference(network: Callable[[torch.dtype], UNet2DConditionModel], scheduler_json: dict, inputs: Inputs, steps) -> Reference:
+def reference(
+  network: Callable[[torch.dtype], UNet2DConditionModel],
+  scheduler_json: dict,
+  inputs: Inputs,
+  steps,
+) -> Reference:
   """`network`: makes it in a precision; one at a time is in memory."""
   theirs = network(torch.float32)
   plain, noisy = (their_states(theirs, scheduler_json, inputs, eta) for eta in (0.0, 1.0))
@@ -121,24 +146,34 @@ def our_pipeline(jsons: dict[str, dict], side: int) -> Pipeline:
   """In float32, without a tokenizer: text states are given."""
   size = (2 ** (len(jsons["vae"]["block_out_channels"]) - 1) * side,) * 2
   types = {"dtype": "float32", "frozen_dtype": "float32"}
-  return stable_diffusion.build(jsons, {"tokenizer": no_tokens}, size=size, remat=False, attention="auto", **types)
+  return stable_diffusion.build(
+    jsons, {"tokenizer": no_tokens}, size=size, remat=False, attention="auto", **types
+  )
 
 
 class Ours(NamedTuple):
-  """Rollouts with eta 0 and 1, and the log-probs that the update computes of the reference's `steps` with eta 1."""
+  """Rollouts with eta 0 and 1, and the log-probs that the update computes of the reference's
+  `steps` with eta 1.
+  """
 
   plain: Rollout
   noisy: Rollout
   log_probs: np.ndarray
 
 
-def our_results(pipeline: Pipeline, folder: Path, inputs: Inputs, states: np.ndarray, steps) -> Ours:
+def our_results(
+  pipeline: Pipeline, folder: Path, inputs: Inputs, states: np.ndarray, steps
+) -> Ours:
   """From the weights that diffusers saved in `folder`/unet, through the project's own loader."""
-  params = {"denoiser": components.read_component(str(folder), pipeline.components["denoiser"], None)}
+  params = {
+    "denoiser": components.read_component(str(folder), pipeline.components["denoiser"], None)
+  }
   schedule = pipeline.schedule(STEPS, 1.0)
 
   def policy(window: int) -> Policy:
-    return Policy("ddim", 1.0, pipeline.prediction, STEPS, window, "ode", "sde" if window else "ode", "mean")
+    return Policy(
+      "ddim", 1.0, pipeline.prediction, STEPS, window, "ode", "sde" if window else "ode", "mean"
+    )
 
   def roll(params, initial, noise, context, window):
     def denoise(x, time):
@@ -153,20 +188,35 @@ def our_results(pipeline: Pipeline, folder: Path, inputs: Inputs, states: np.nda
     return score(denoise, schedule, policy(STEPS), params, t).log_prob
 
   plain, noisy = (
-    run(lambda p, *x, window=window: roll(p, *x, window), params, inputs.initial, inputs.noise, inputs.context)
+    run(
+      lambda p, *x, window=window: roll(p, *x, window),
+      params,
+      inputs.initial,
+      inputs.noise,
+      inputs.context,
+    )
     for window in (0, STEPS)
   )
   batch = len(inputs.initial)
   rows, zeros = np.arange(batch, dtype=np.int32), np.zeros(batch, np.float32)
   log_probs = [
-    run(scored, params, inputs.context, Transitions(np.full(batch, k, np.int32), *states[k : k + 2], zeros, rows, zeros, zeros))
+    run(
+      scored,
+      params,
+      inputs.context,
+      Transitions(np.full(batch, k, np.int32), *states[k : k + 2], zeros, rows, zeros, zeros),
+    )
     for k in steps
   ]
   return Ours(plain, noisy, np.stack(log_probs))
 
 
-def check(measured, ours: Ours, theirs: Reference, scheduler_json: dict, noise: np.ndarray, bound: float) -> None:
-  """States to `bound` of their largest value; log-probs to a tenth of the clip range of 1e-4 that ratios are held to."""
+def check(
+  measured, ours: Ours, theirs: Reference, scheduler_json: dict, noise: np.ndarray, bound: float
+) -> None:
+  """States to `bound` of their largest value; log-probs to a tenth of the clip range of 1e-4 that
+  ratios are held to.
+  """
   assert all(np.isfinite(x).all() for x in jax.tree.leaves((ours, theirs)))
   measured("eta 0, after 30 steps", relative(ours.plain.sample, theirs.plain[-1]), bound)
   errors = [relative(*states) for states in zip(ours.noisy.latents, theirs.noisy, strict=True)]
@@ -174,8 +224,12 @@ def check(measured, ours: Ours, theirs: Reference, scheduler_json: dict, noise: 
   measured("eta 1, worst of 30 steps", max(errors), bound)
   np.testing.assert_array_equal(ours.noisy.sample, ours.noisy.latents[-1])
   expected = log_prob_of_noise(scheduler_json, noise)
-  measured("rollout's log-probs against float64", np.abs(ours.noisy.log_probs - expected).max(), 1e-5)
-  measured("update's log-probs against float64", np.abs(ours.log_probs - theirs.log_probs).max(), 1e-5)
+  measured(
+    "rollout's log-probs against float64", np.abs(ours.noisy.log_probs - expected).max(), 1e-5
+  )
+  measured(
+    "update's log-probs against float64", np.abs(ours.log_probs - theirs.log_probs).max(), 1e-5
+  )
 
 
 def relative(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -1,11 +1,20 @@
-"""The TFDS builder `emoji`: see `builder.py`. Light to import; TensorFlow Datasets is imported on first use."""
+"""The TFDS builder `emoji`: see `builder.py`. Light to import; TensorFlow Datasets is imported on
+first use.
+"""
 
 import os
 
 DEFAULT_CONFIG = "32px_4"
 
 
-def load(split: str, *, data_dir: str | None = None, size: int = 32, variants: int = 4, font: str | None = None):
+def load(
+  split: str,
+  *,
+  data_dir: str | None = None,
+  size: int = 32,
+  variants: int = 4,
+  font: str | None = None,
+):
   """Makes the data set if it isn't on disk yet, and opens a split of it for random access.
 
   Args:
@@ -13,10 +22,12 @@ def load(split: str, *, data_dir: str | None = None, size: int = 32, variants: i
     data_dir: folder of all TFDS data sets; None is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
     size: height and width of the pictures, pixels.
     variants: pictures of each (name, colour) pair.
-    font: NotoColorEmoji.ttf; None is $EMOJI_FONT, else where Debian puts it. Only read when the data set is made.
+    font: NotoColorEmoji.ttf; None is $EMOJI_FONT, else where Debian puts it. Only read when the
+      data set is made.
 
   Returns:
-    A sequence of dicts: image uint8 `[size, size, 3]`, caption, name and colour (bytes), pair (int).
+    A sequence of dicts: image uint8 `[size, size, 3]`, caption, name and colour (bytes), pair
+    (int).
 
   Raises:
     FileNotFoundError: without the font.
@@ -25,7 +36,9 @@ def load(split: str, *, data_dir: str | None = None, size: int = 32, variants: i
   from dancegrpo_jax.data.emoji_dataset.builder import Emoji, EmojiConfig
 
   config = EmojiConfig.of(size, variants)
-  config = Emoji.builder_configs.get(config.name, config)  # TFDS refuses an equal of its own default
+  config = Emoji.builder_configs.get(
+    config.name, config
+  )  # TFDS refuses an equal of its own default
   builder = Emoji(config=config, data_dir=data_dir or os.environ.get("TFDS_DATA_DIR"), font=font)
   builder.download_and_prepare()
   return builder.as_data_source(split=split)

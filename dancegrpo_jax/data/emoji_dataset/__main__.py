@@ -1,4 +1,6 @@
-"""Command that makes the `emoji` data set: python -m dancegrpo_jax.data.emoji_dataset --data-dir=DIR"""
+"""Command that makes the `emoji` data set: python -m dancegrpo_jax.data.emoji_dataset
+--data-dir=DIR
+"""
 
 import argparse
 import sys
@@ -8,15 +10,25 @@ from dancegrpo_jax.data import emoji_dataset
 
 def main(argv: list[str] | None = None) -> int:
   """Returns the exit code: 2 for a missing or unfit font or size, with one line on stderr."""
-  parser = argparse.ArgumentParser(prog="python -m dancegrpo_jax.data.emoji_dataset", description=__doc__)
-  parser.add_argument("--data-dir", help="of all TFDS data sets (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)")
+  parser = argparse.ArgumentParser(
+    prog="python -m dancegrpo_jax.data.emoji_dataset", description=__doc__
+  )
+  parser.add_argument(
+    "--data-dir", help="of all TFDS data sets (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)"
+  )
   parser.add_argument("--size", type=int, default=32, help="height and width, pixels")
-  parser.add_argument("--variants", type=int, default=4, help="pictures of each (name, colour) pair")
-  parser.add_argument("--font", help="NotoColorEmoji.ttf (default: $EMOJI_FONT, else where Debian puts it)")
+  parser.add_argument(
+    "--variants", type=int, default=4, help="pictures of each (name, colour) pair"
+  )
+  parser.add_argument(
+    "--font", help="NotoColorEmoji.ttf (default: $EMOJI_FONT, else where Debian puts it)"
+  )
   args = parser.parse_args(argv)
   try:
     for split in ("train", "held_out"):
-      source = emoji_dataset.load(split, data_dir=args.data_dir, size=args.size, variants=args.variants, font=args.font)
+      source = emoji_dataset.load(
+        split, data_dir=args.data_dir, size=args.size, variants=args.variants, font=args.font
+      )
       print(f"emoji {split}: {len(source)} pictures")
   except (FileNotFoundError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)

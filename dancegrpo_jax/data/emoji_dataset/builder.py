@@ -13,7 +13,9 @@ from PIL import Image
 from dancegrpo_jax.data import emoji
 from dancegrpo_jax.data.emoji_dataset import DEFAULT_CONFIG
 
-CITATION = "Noto Color Emoji, Google, SIL Open Font License 1.1, https://github.com/googlefonts/noto-emoji"
+CITATION = (
+  "Noto Color Emoji, Google, SIL Open Font License 1.1, https://github.com/googlefonts/noto-emoji"
+)
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -67,7 +69,8 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
       homepage="https://github.com/googlefonts/noto-emoji",
       citation=CITATION,
       license="SIL Open Font License 1.1",
-      disable_shuffling=True,  # rows stay in table order, so that an index means the same everywhere
+      # rows stay in table order, so that an index means the same everywhere
+      disable_shuffling=True,
     )
 
   def _split_generators(self, dl_manager) -> dict:
@@ -83,7 +86,9 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         yield (
           pair * config.variants + variant,
           {
-            "image": Image.fromarray(emoji.draw(self.font, name, colour, config.size, variant)),  # arrays need TensorFlow
+            "image": Image.fromarray(
+              emoji.draw(self.font, name, colour, config.size, variant)
+            ),  # arrays need TensorFlow
             "caption": emoji.caption(name, colour),
             "name": name,
             "colour": colour,

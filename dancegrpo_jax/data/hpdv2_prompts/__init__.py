@@ -1,4 +1,6 @@
-"""The TFDS builder `hpdv2_prompts`: see `builder.py`. Light to import; TensorFlow Datasets is imported on first use."""
+"""The TFDS builder `hpdv2_prompts`: see `builder.py`. Light to import; TensorFlow Datasets is
+imported on first use.
+"""
 
 import os
 
@@ -9,7 +11,8 @@ def load(split: str = "train", *, data_dir: str | None = None, json_file: str | 
   Args:
     split: "train", the only one.
     data_dir: folder of all TFDS data sets; None is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-    json_file: HPDv2's train.json; None fetches it from the hub where it isn't cached. Only read when the data set is made.
+    json_file: HPDv2's train.json; None fetches it from the hub where it isn't cached. Only read
+      when the data set is made.
 
   Returns:
     A sequence of dicts: prompt (bytes).

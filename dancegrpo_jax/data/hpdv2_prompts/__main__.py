@@ -1,4 +1,6 @@
-"""Command that makes the `hpdv2_prompts` data set: python -m dancegrpo_jax.data.hpdv2_prompts --data-dir=DIR [--json=PATH]"""
+"""Command that makes the `hpdv2_prompts` data set: python -m dancegrpo_jax.data.hpdv2_prompts
+--data-dir=DIR [--json=PATH]
+"""
 
 import argparse
 import sys
@@ -7,13 +9,24 @@ from dancegrpo_jax.data import hpdv2_prompts
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Returns the exit code: 2 for a file that is missing, can't be fetched or is another, with one line on stderr."""
-  parser = argparse.ArgumentParser(prog="python -m dancegrpo_jax.data.hpdv2_prompts", description=__doc__)
-  parser.add_argument("--data-dir", help="of all TFDS data sets (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)")
-  parser.add_argument("--json", help="HPDv2's train.json (default: fetched from the Hugging Face hub)")
+  """Returns the exit code: 2 for a file that is missing, can't be fetched or is another, with one
+  line on stderr.
+  """
+  parser = argparse.ArgumentParser(
+    prog="python -m dancegrpo_jax.data.hpdv2_prompts", description=__doc__
+  )
+  parser.add_argument(
+    "--data-dir", help="of all TFDS data sets (default: $TFDS_DATA_DIR, else ~/tensorflow_datasets)"
+  )
+  parser.add_argument(
+    "--json", help="HPDv2's train.json (default: fetched from the Hugging Face hub)"
+  )
   args = parser.parse_args(argv)
   try:
-    print(f"hpdv2_prompts train: {len(hpdv2_prompts.load(data_dir=args.data_dir, json_file=args.json))} prompts")
+    print(
+      "hpdv2_prompts train:"
+      f" {len(hpdv2_prompts.load(data_dir=args.data_dir, json_file=args.json))} prompts"
+    )
   except (FileNotFoundError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -1,7 +1,8 @@
-"""TFDS builder of HPDv2's training prompts (Wu et al., arXiv 2306.09341), written as ArrayRecord files, without TensorFlow.
+"""TFDS builder of HPDv2's training prompts (Wu et al., arXiv 2306.09341), written as ArrayRecord
+files, without TensorFlow.
 
-train.json of the hub's data set ymhao/HPDv2 is a list of comparisons, each with a "prompt" and several images of it: a prompt
-stands there many times. The pictures aren't fetched.
+train.json of the hub's data set ymhao/HPDv2 is a list of comparisons, each with a "prompt" and
+several images of it: a prompt stands there many times. The pictures aren't fetched.
 """
 
 import json
@@ -15,7 +16,9 @@ CITATION = "Human Preference Score v2, Wu et al. 2023, https://arxiv.org/abs/230
 
 
 def fetch() -> str:
-  """The path of train.json in the Hugging Face cache, fetched where it isn't there. FileNotFoundError where that fails."""
+  """The path of train.json in the Hugging Face cache, fetched where it isn't there.
+  FileNotFoundError where that fails.
+  """
   from huggingface_hub import hf_hub_download
 
   try:
@@ -23,13 +26,16 @@ def fetch() -> str:
   except Exception as error:  # no network, offline mode, no such file: a dozen classes
     reason = " ".join(str(error).split())[:200]
     raise FileNotFoundError(
-      f"{REPOSITORY}/{FILE} is not cached and can't be fetched ({type(error).__name__}: {reason}); where there is a network run"
-      f" `hf download {REPOSITORY} {FILE} --repo-type dataset --local-dir DIR`, copy it here and give --json=DIR/{FILE}"
+      f"{REPOSITORY}/{FILE} is not cached and can't be fetched ({type(error).__name__}:"
+      f" {reason}); where there is a network run"
+      f" `hf download {REPOSITORY} {FILE} --repo-type dataset --local-dir DIR`, copy it here and"
+      f" give --json=DIR/{FILE}"
     ) from error
 
 
 def unique_prompts(path: str) -> Iterator[str]:
-  """Every prompt once, in order of first appearance, white space at its ends and line breaks inside taken out.
+  """Every prompt once, in order of first appearance, white space at its ends and line breaks inside
+  taken out.
 
   Raises:
     FileNotFoundError: no such file.
@@ -42,12 +48,16 @@ def unique_prompts(path: str) -> Iterator[str]:
   except ValueError as error:
     raise ValueError(f"{path}: not valid JSON ({error}); fetch HPDv2's {FILE} again") from error
   if not isinstance(rows, list):
-    raise ValueError(f"{path}: holds a {type(rows).__name__}; HPDv2's {FILE} is a list of objects with a prompt")
+    raise ValueError(
+      f"{path}: holds a {type(rows).__name__}; HPDv2's {FILE} is a list of objects with a prompt"
+    )
   seen = set()
   for i, row in enumerate(rows):
     text = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(text, str):
-      raise ValueError(f"{path}, entry {i}: has no text prompt; HPDv2's {FILE} is a list of objects with a prompt")
+      raise ValueError(
+        f"{path}, entry {i}: has no text prompt; HPDv2's {FILE} is a list of objects with a prompt"
+      )
     text = " ".join(text.split())
     if text and text not in seen:
       seen.add(text)
@@ -73,7 +83,8 @@ class Hpdv2Prompts(tfds.core.GeneratorBasedBuilder):
       features=tfds.features.FeaturesDict({"prompt": tfds.features.Text()}),
       homepage="https://huggingface.co/datasets/ymhao/HPDv2",
       citation=CITATION,
-      disable_shuffling=True,  # rows stay in the file's order, so that an index means the same everywhere
+      # rows stay in the file's order, so that an index means the same everywhere
+      disable_shuffling=True,
     )
 
   def _split_generators(self, dl_manager) -> dict:

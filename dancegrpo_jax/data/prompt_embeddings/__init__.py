@@ -1,7 +1,8 @@
-"""Prompt embeddings on disk: TFDS data sets in ArrayRecord format, one for each part of the prompts, and whose they are.
+"""Prompt embeddings on disk: TFDS data sets in ArrayRecord format, one for each part of the
+prompts, and whose they are.
 
-A part appears when it is whole, so that an interrupted run goes on with the first one that is missing.
-Light to import; TensorFlow Datasets is imported on first use.
+A part appears when it is whole, so that an interrupted run goes on with the first one that is
+missing. Light to import; TensorFlow Datasets is imported on first use.
 """
 
 import contextlib
@@ -50,7 +51,8 @@ def claim(folder: Path, identity: Identity, write: bool) -> None:
   """Checks that a folder is this identity's, and marks an empty one as such where `write`.
 
   Raises:
-    ValueError: it belongs to other prompts or another encoder, or holds something else; one line that ends with the remedy.
+    ValueError: it belongs to other prompts or another encoder, or holds something else; one line
+      that ends with the remedy.
   """
   file = folder / FILE
   if file.is_file():
@@ -58,8 +60,15 @@ def claim(folder: Path, identity: Identity, write: bool) -> None:
       found = Identity(**json.loads(file.read_text()))
     except (ValueError, TypeError) as error:
       raise ValueError(f"{FILE} can't be read; {HOW}") from error
-    for field, what in (("prompts", "other prompts"), ("encoder", "another text encoder"), ("tokens", "another tokenizer")):
-      both = [f"{who.count} texts of {who.checkpoint!r}, digest {getattr(who, field)}" for who in (found, identity)]
+    for field, what in (
+      ("prompts", "other prompts"),
+      ("encoder", "another text encoder"),
+      ("tokens", "another tokenizer"),
+    ):
+      both = [
+        f"{who.count} texts of {who.checkpoint!r}, digest {getattr(who, field)}"
+        for who in (found, identity)
+      ]
       if getattr(found, field) != getattr(identity, field):
         raise ValueError(f"belongs to {what} ({both[0]}; this run has {both[1]}); {HOW}")
     return
@@ -76,13 +85,17 @@ def _place(folder: Path, part: int) -> Path:
   return folder / f"part_{part:05d}"
 
 
-def _builder(folder: Path, leaves: dict[str, Leaf], part: int, texts: list[str], encode: Callable | None = None):
+def _builder(
+  folder: Path, leaves: dict[str, Leaf], part: int, texts: list[str], encode: Callable | None = None
+):
   import tensorflow_datasets as tfds
 
   from dancegrpo_jax.data.prompt_embeddings.builder import PromptEmbeddings
 
   tfds.disable_progress_bar()  # of a part; the caller says how far it is
-  return PromptEmbeddings(data_dir=str(_place(folder, part)), leaves=leaves, texts=texts, encode=encode)
+  return PromptEmbeddings(
+    data_dir=str(_place(folder, part)), leaves=leaves, texts=texts, encode=encode
+  )
 
 
 @contextlib.contextmanager
@@ -104,10 +117,16 @@ def parts(texts: list[str]) -> list[list[str]]:
 def missing(folder: Path, leaves: dict[str, Leaf], texts: list[str]) -> list[int]:
   """The parts that are not there yet."""
   with _quiet():
-    return [i for i, part in enumerate(parts(texts)) if not _builder(folder, leaves, i, part).is_prepared()]
+    return [
+      i
+      for i, part in enumerate(parts(texts))
+      if not _builder(folder, leaves, i, part).is_prepared()
+    ]
 
 
-def write(folder: Path, leaves: dict[str, Leaf], part: int, texts: list[str], arrays: dict[str, np.ndarray]) -> None:
+def write(
+  folder: Path, leaves: dict[str, Leaf], part: int, texts: list[str], arrays: dict[str, np.ndarray]
+) -> None:
   """Writes a part: its texts, and their arrays `[n, ...]` by name."""
   shutil.rmtree(_place(folder, part), ignore_errors=True)  # what a killed run left of it
   with _quiet():
@@ -122,7 +141,9 @@ def _open(builder: Any, texts: list[str]):
   except Exception as error:  # TFDS has a dozen kinds, of many lines each
     reason = str(error).strip().split("\n")[0][:200]
   if reason:
-    raise ValueError(f"{builder.data_dir} is damaged ({reason}); delete it to encode that part again")
+    raise ValueError(
+      f"{builder.data_dir} is damaged ({reason}); delete it to encode that part again"
+    )
   return source
 
 
@@ -132,8 +153,12 @@ class Table:
   def __init__(self, folder: Path, leaves: dict[str, Leaf], texts: list[str]):
     """ValueError: a part is damaged."""
     self._leaves = leaves
-    self._where = {text: (i, row) for i, part in enumerate(parts(texts)) for row, text in enumerate(part)}
-    self._parts = [_open(_builder(folder, leaves, i, part), part) for i, part in enumerate(parts(texts))]
+    self._where = {
+      text: (i, row) for i, part in enumerate(parts(texts)) for row, text in enumerate(part)
+    }
+    self._parts = [
+      _open(_builder(folder, leaves, i, part), part) for i, part in enumerate(parts(texts))
+    ]
 
   def rows(self, texts: list[str]) -> dict[str, np.ndarray]:
     """Arrays `[n, ...]` by name. KeyError for a text that isn't in the table."""

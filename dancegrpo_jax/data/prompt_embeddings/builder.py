@@ -1,4 +1,5 @@
-"""TFDS builder of a part of a run's prompt embeddings, written as ArrayRecord files, without TensorFlow.
+"""TFDS builder of a part of a run's prompt embeddings, written as ArrayRecord files, without
+TensorFlow.
 
 It lives in a package folder because TFDS looks for a builder's metadata beside its module.
 """
@@ -12,24 +13,35 @@ from dancegrpo_jax.data.prompt_embeddings import Leaf
 
 
 class PromptEmbeddings(tfds.core.GeneratorBasedBuilder):
-  """Prompts and what a text encoder makes of them. TFDS moves them to their place when they are whole."""
+  """Prompts and what a text encoder makes of them. TFDS moves them to their place when they are
+  whole.
+  """
 
   name = "prompt_embeddings"
   VERSION = tfds.core.Version("1.0.0")
   RELEASE_NOTES = {"1.0.0": "Arrays as bytes."}
 
   def __init__(
-    self, *, leaves: dict[str, Leaf], texts: list[str], encode: Callable[[list[str]], dict] | None, file_format="array_record",
+    self,
+    *,
+    leaves: dict[str, Leaf],
+    texts: list[str],
+    encode: Callable[[list[str]], dict] | None,
+    file_format="array_record",
     **kwargs,
-  ):  # fmt: skip
-    """`encode`: texts -> host arrays `[n, ...]` by the names of `leaves`; not called for a part that is there."""
+  ):
+    """`encode`: texts -> host arrays `[n, ...]` by the names of `leaves`; not called for a part
+    that is there.
+    """
     self.leaves, self.texts, self.encode = leaves, texts, encode
     super().__init__(file_format=file_format, **kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
     def stored(leaf: Leaf):  # bytes, since TFDS has no bfloat16 without TensorFlow
       shape = (int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize,)
-      return tfds.features.Tensor(shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES)
+      return tfds.features.Tensor(
+        shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
+      )
 
     features = {name: stored(leaf) for name, leaf in self.leaves.items()}
     return tfds.core.DatasetInfo(
@@ -46,5 +58,8 @@ class PromptEmbeddings(tfds.core.GeneratorBasedBuilder):
   def _generate_examples(self):
     arrays = self.encode(self.texts)
     for i, text in enumerate(self.texts):
-      rows = {name: np.frombuffer(np.ascontiguousarray(arrays[name][i]).tobytes(), np.uint8) for name in self.leaves}
+      rows = {
+        name: np.frombuffer(np.ascontiguousarray(arrays[name][i]).tobytes(), np.uint8)
+        for name in self.leaves
+      }
       yield i, {"prompt": text, **rows}

@@ -1,0 +1,276 @@
+"""From a config to a model in memory: what train, sample and evaluate have in common."""
+
+from collections.abc import Callable, Iterable
+from math import prod
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import optax
+from ml_collections import ConfigDict
+
+from dancegrpo_jax import programs
+from dancegrpo_jax.assembly import reward_builders
+from dancegrpo_jax.checkpoints import components, weights
+from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.models import lora
+from dancegrpo_jax.models.lora import Lora
+from dancegrpo_jax.pipelines import flux, stable_diffusion
+from dancegrpo_jax.pipelines.base import Pipeline
+from dancegrpo_jax.rewards.base import Reward
+from dancegrpo_jax.rl.state import TrainState, init_state, optimizer_of
+from dancegrpo_jax.types import PyTree
+
+FAMILIES = {"stable_diffusion": stable_diffusion, "flux": flux}
+
+
+class Model(NamedTuple):
+  """A pipeline and rewards with their weights.
+
+  Attributes:
+    pipeline: functions.
+    frozen: parameters by component, without what is trained.
+    trainable: `{name: tree}`, float32, as training starts: the denoiser's parameters, or the
+      adapters as "lora".
+    rewards: by name.
+    reward_params: by reward, {} where it has none.
+    shardings: of `trainable`.
+  """
+
+  pipeline: Pipeline
+  frozen: PyTree
+  trainable: PyTree
+  rewards: dict[str, Reward]
+  reward_params: dict[str, PyTree]
+  shardings: PyTree
+
+
+def lora_of(config: ConfigDict) -> Lora | None:
+  """The adapters that a config asks for, or None: every weight is trained."""
+  c = config.lora
+  return Lora(c.rank, c.alpha, c.targets) if c.rank else None
+
+
+def _family_options(config: ConfigDict) -> dict:
+  """What the family's `build` takes besides the common values."""
+  if config.model.family == "flux":
+    m, guidance = config.model, config.sampler.embedded_guidance
+    return {"text_length": m.text_length, "guidance": guidance}
+  return {}
+
+
+def checkpoint_folder(config: ConfigDict) -> Path:
+  """The local folder of config.model.checkpoint, whatever it names. ConfigError as `hub.folder`."""
+  return components.folder_of(
+    "model.checkpoint", config.model.checkpoint, FAMILIES[config.model.family], config.model.variant
+  )
+
+
+def model_location(config: ConfigDict) -> str:
+  """config.model.checkpoint as `read_component` takes it."""
+  return components.location_of(config.model.checkpoint, checkpoint_folder(config))
+
+
+def build_pipeline(config: ConfigDict) -> Pipeline:
+  """The functions and abstract parameters of config.model, without its weights.
+
+  Raises:
+    ConfigError: a folder or file that is missing, a network that is not implemented, or LoRA
+      targets that aren't there.
+  """
+  folder, family = checkpoint_folder(config), FAMILIES[config.model.family]
+  try:
+    return pipeline_of(config, *components.read_files(folder, family))
+  except (ValueError, FileNotFoundError) as error:
+    raise ConfigError(str(error)) from error
+
+
+def pipeline_of(
+  config: ConfigDict, jsons: dict[str, dict], tokenizers: dict[str, Callable]
+) -> Pipeline:
+  """The pipeline of what `components.read_files` reads. ConfigError as `build_pipeline`."""
+  m, family = config.model, FAMILIES[config.model.family]
+  try:
+    return family.build(
+      jsons,
+      tokenizers,
+      size=m.size,
+      dtype=m.dtype,
+      frozen_dtype=m.frozen_dtype,
+      remat=m.remat,
+      attention=m.attention,
+      scan_blocks=m.scan_blocks,
+      lora=lora_of(config),
+      **_family_options(config),
+    )
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
+
+
+def shardings_of(
+  config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh
+) -> dict[str, PyTree]:
+  """Where the parameters of each component, and the adapters, go. ConfigError: a rule that does not
+  fit.
+  """
+  abstract = {name: component.abstract for name, component in pipeline.components.items()}
+  if pipeline.adapters is not None:
+    abstract[pipeline.trainable] = pipeline.adapters
+  return sharding.infer_shardings(abstract, config.mesh.rules, mesh)
+
+
+def reward_shardings(
+  config: ConfigDict, rewards: dict[str, Reward], mesh: jax.sharding.Mesh
+) -> dict[str, PyTree]:
+  """Where the rewards' parameters go, by reward and component. ConfigError: a rule that does not
+  fit.
+  """
+  abstract = {
+    name: {part: c.abstract for part, c in reward.components.items()}
+    for name, reward in rewards.items()
+  }
+  if not jax.tree.leaves(abstract):
+    return abstract  # none has a network: there is nothing that a rule could match
+  return sharding.infer_shardings(abstract, config.mesh.reward_rules, mesh, "reward_rules")
+
+
+def read(
+  config: ConfigDict, pipeline: Pipeline, names: Iterable[str], mesh: jax.sharding.Mesh
+) -> dict[str, PyTree]:
+  """The parameters of these components of config.model, each device its share. ConfigError as
+  `load`.
+  """
+  shardings, location, m = (
+    shardings_of(config, pipeline, mesh),
+    model_location(config),
+    config.model,
+  )
+  return {
+    name: components.read_component(
+      location, pipeline.components[name], shardings[name], m.variant, m.allow_pickle
+    )
+    for name in names
+  }
+
+
+def load(
+  config: ConfigDict,
+  pipeline: Pipeline,
+  rewards: dict[str, Reward],
+  mesh: jax.sharding.Mesh,
+  without: tuple[str, ...] = (),
+) -> Model:
+  """Reads every weight but those of the components `without`, each device its share.
+
+  Raises:
+    ConfigError: a checkpoint or LoRA that is missing, truncated or does not fit; a sharding rule
+      that does not.
+  """
+  shardings, of_rewards = (
+    shardings_of(config, pipeline, mesh),
+    reward_shardings(config, rewards, mesh),
+  )
+  name = pipeline.trainable
+  adapters = (
+    None if pipeline.adapters is None else load_adapters(config, pipeline, shardings[name])
+  )  # small, so first
+  params = read(
+    config, pipeline, [name for name in pipeline.components if name not in without], mesh
+  )
+  reward_params = {
+    name: reward_builders.read_reward(reward, of_rewards[name], config.model.allow_pickle)
+    for name, reward in rewards.items()
+  }
+  if adapters is not None:
+    params[name] = adapters
+  frozen = {key: value for key, value in params.items() if key != name}
+  return Model(
+    pipeline, frozen, {name: params[name]}, rewards, reward_params, {name: shardings[name]}
+  )
+
+
+def load_adapters(config: ConfigDict, pipeline: Pipeline, shardings: PyTree) -> PyTree:
+  """The adapters that training starts from: new ones, or those of config.lora.checkpoint, as strong
+  as they are there.
+
+  Raises:
+    ConfigError: no adapters there, another model's, or others than this config's.
+  """
+  settings, component, name = (
+    lora_of(config),
+    pipeline.components["denoiser"],
+    config.lora.checkpoint,
+  )
+  if not name:
+    return programs.init_adapters(config, pipeline.adapters, shardings)
+  everywhere = lora.abstract(component.abstract, Lora(1, 1.0, ".*"))
+  try:
+    adapters, scale = weights.load_lora(
+      name, component.table, pipeline.adapters, everywhere, shardings
+    )
+  except weights.ConversionError as error:
+    raise ConfigError(f"config.lora.checkpoint = {name!r}: {error}") from error
+  return lora.scaled(adapters, scale / settings.scale)
+
+
+def outline(
+  config: ConfigDict, pipeline: Pipeline, rewards: dict[str, Reward], mesh: jax.sharding.Mesh
+) -> Model:
+  """What `load` returns, with `jax.ShapeDtypeStruct`s in the places of the weights. ConfigError: a
+  rule that does not fit.
+  """
+  shardings, of_rewards, name = (
+    shardings_of(config, pipeline, mesh),
+    reward_shardings(config, rewards, mesh),
+    pipeline.trainable,
+  )
+  params = {
+    key: components.placed(part.abstract, shardings[key])
+    for key, part in pipeline.components.items()
+  }
+  if pipeline.adapters is not None:
+    params[name] = components.placed(pipeline.adapters, shardings[name])
+  reward_params = {
+    key: {
+      part: components.placed(c.abstract, of_rewards[key][part])
+      for part, c in reward.components.items()
+    }
+    for key, reward in rewards.items()
+  }
+  frozen = {key: value for key, value in params.items() if key != name}
+  return Model(
+    pipeline, frozen, {name: params[name]}, rewards, reward_params, {name: shardings[name]}
+  )
+
+
+def state_shardings(
+  config: ConfigDict, model: Model, num_prompts: int, mesh: jax.sharding.Mesh
+) -> TrainState:
+  """Shardings of the TrainState: optimizer and EMA follow their parameters."""
+  whole = sharding.replicated(mesh)
+  abstract = jax.eval_shape(init_state(config, num_prompts, None), model.trainable)
+  everywhere = jax.tree.map(lambda _: whole, abstract)
+  optimizer = optax.tree.map_params(
+    optimizer_of(config),
+    lambda _, sharding: sharding,
+    abstract.opt_state,
+    model.shardings,
+    transform_non_params=lambda _: whole,
+  )
+  ema = None if abstract.ema is None else model.shardings
+  return everywhere._replace(trainable=model.shardings, opt_state=optimizer, ema=ema)
+
+
+def abstract_state(
+  config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, num_prompts: int
+) -> TrainState:
+  """The state before the first iteration, of `jax.ShapeDtypeStruct`s; `model` as of `outline`."""
+  shapes = jax.eval_shape(init_state(config, num_prompts, None), model.trainable)
+  return components.placed(shapes, state_shardings(config, model, num_prompts, mesh))
+
+
+def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+  """What an array takes on a device, without padding."""
+  shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+  return prod(shape) * leaf.dtype.itemsize

@@ -1,0 +1,74 @@
+"""Whether what training keeps on a device all the time fits there, before any weights are read.
+
+It is a lower bound: activations, trajectories and what the compiler adds come on top of it, and
+`dancegrpo_jax.plan` knows those.
+"""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from dancegrpo_jax.assembly import loading
+from dancegrpo_jax.assembly.loading import Model
+from dancegrpo_jax.devices import chips
+from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.rl.state import TrainState
+
+
+def require_room(
+  config: ConfigDict,
+  mesh: jax.sharding.Mesh,
+  model: Model,
+  state: TrainState,
+  without: tuple[str, ...] = (),
+) -> None:
+  """Stops a run whose weights and optimizer alone are too large for its devices.
+
+  Args:
+    config: validated.
+    mesh: the devices; those of this process are asked for their memory.
+    model: with abstract parameters, of `loading.outline`.
+    state: abstract, of `loading.abstract_state`.
+    without: components that won't be in memory.
+
+  Raises:
+    ConfigError: what a device would have to hold, what it has, and the remedy. Nothing where the
+      memory isn't known, as of a CPU.
+  """
+  memory = chips.chip_of(mesh.local_devices[0]).memory
+  if not memory:
+    return
+  parts = device_bytes(config, model, state, without)
+  if (total := sum(parts.values())) <= memory:
+    return
+  said = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size)
+  where = "the only device" if mesh.size == 1 else f"each of the {mesh.size} devices"
+  adapters = "" if config.lora.rank else ", or a lora.rank above 0"
+  raise ConfigError(
+    f"config.mesh.fsdp = {config.mesh.fsdp}: an update keeps {total / 2**30:.2f} GiB at least on"
+    f" {where}, which has {memory / 2**30:.2f} ({said}); use more devices along mesh.fsdp, now"
+    f" {mesh.shape['fsdp']}, with mesh.rules that split (a preset such as :8gpu){adapters}"
+  )
+
+
+def device_bytes(
+  config: ConfigDict, model: Model, state: TrainState, without: tuple[str, ...] = ()
+) -> dict[str, int]:
+  """Bytes that stay on a device during an update, by what they are; arguments as `require_room`."""
+  trained = _bytes(state.trainable)
+  held = config.objective.kl.weight and not config.lora.rank  # a copy of what training starts from
+  frozen = {name: tree for name, tree in model.frozen.items() if name not in without}
+  return {
+    "trained weights": trained,
+    "optimizer": _bytes(state.opt_state),
+    "gradients": trained,  # their sum; a microbatch's may be added to it piece by piece
+    "average": _bytes(state.ema),
+    "KL reference": trained if held else 0,
+    "frozen weights": _bytes(frozen),
+    "rewards": _bytes(model.reward_params),
+  }
+
+
+def _bytes(tree: Any) -> int:
+  return sum(map(loading.device_bytes, jax.tree.leaves(tree)))

@@ -1,0 +1,219 @@
+"""Weight files in safetensors: read by slices from a folder, written tensor by tensor.
+
+A file is an 8-byte length, a JSON header (name -> dtype, shape, data_offsets) and the data,
+little-endian and C-contiguous (https://github.com/huggingface/safetensors). `safetensors` maps the
+file into memory, and pages once read count as this process's until the map is closed; so the reader
+reopens a file after every `_REOPEN` bytes.
+"""
+
+import json
+import math
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from dancegrpo_jax.checkpoints.mapping import Slices, Spec
+from dancegrpo_jax.errors import ConversionError
+
+DTYPES = {
+  "F64": np.dtype(np.float64),
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+  "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+  "I64": np.dtype(np.int64),
+  "I32": np.dtype(np.int32),
+  "I16": np.dtype(np.int16),
+  "I8": np.dtype(np.int8),
+  "U64": np.dtype(np.uint64),
+  "U32": np.dtype(np.uint32),
+  "U16": np.dtype(np.uint16),
+  "U8": np.dtype(np.uint8),
+  "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_REOPEN = 1 << 26  # bytes
+_STEMS = (
+  "diffusion_pytorch_model",
+  "model",
+  "open_clip_model",
+)  # diffusers, transformers, open_clip
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+HOW = "get it with `hf download <hub id> --local-dir <folder>` and point the config at that folder"
+
+
+def find_files(folder: str | Path, variant: str = "") -> list[Path]:
+  """The weight files of one network.
+
+  Accepted: a .safetensors file itself, or a folder with `<stem>.safetensors` or
+    `<stem>.safetensors.index.json` and its
+  shards (stem: diffusion_pytorch_model, model or open_clip_model), each also as variant
+  (`<stem>.fp16.safetensors`).
+
+  Args:
+    folder: where to look.
+    variant: "fp16" takes those files where there are any; "" prefers the full ones, then any
+      variant.
+
+  Raises:
+    ConversionError: nothing there, or pickled weights only, or shards of the index are missing.
+  """
+  folder = Path(folder)
+  if folder.is_file() and folder.suffix == ".safetensors":
+    return [folder]
+  if not folder.is_dir():
+    raise ConversionError(f"{folder}: no such folder of weights; {HOW}")
+  names = {path.name for path in folder.iterdir()}
+  marks = [f".{variant}"] * bool(variant) + ["", ".fp16", ".bf16"]
+  for mark in marks:
+    for stem in _STEMS:
+      if f"{stem}{mark}.safetensors" in names:
+        return [folder / f"{stem}{mark}.safetensors"]
+      # diffusers puts the variant behind "index", transformers in front of "safetensors"
+      for index in (f"{stem}.safetensors.index{mark}.json", f"{stem}{mark}.safetensors.index.json"):
+        if index in names:
+          return _shards(folder / index)
+  alone = [name for name in sorted(names) if name.endswith(".safetensors")]
+  if len(alone) == 1:
+    return [folder / alone[0]]
+  pickled = [name for name in sorted(names) if name.endswith(_PICKLED)]
+  if pickled:
+    raise ConversionError(
+      f"{folder}: holds pickled weights only ({', '.join(pickled)}), not .safetensors; {HOW}"
+    )
+  expected = f"expected {' or '.join(f'{stem}.safetensors' for stem in _STEMS)}, or {_STEMS[0]}.safetensors.index.json"
+  raise ConversionError(
+    f"{folder}: no weights; {expected}; found {', '.join(sorted(names)) or 'nothing'}; {HOW}"
+  )
+
+
+def _shards(index: Path) -> list[Path]:
+  try:
+    files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+  except (ValueError, KeyError, TypeError, AttributeError) as error:
+    raise ConversionError(
+      f"{index}: not an index of safetensors shards ({error}); {HOW}"
+    ) from error
+  missing = [name for name in files if not (index.parent / name).is_file()]
+  if missing:
+    raise ConversionError(f"{index}: names shards that are not there: {', '.join(missing)}; {HOW}")
+  return [index.parent / name for name in files]
+
+
+class Reader:
+  """The tensors of one or more files as one flat dictionary, read by slices.
+
+  Attributes:
+    specs: name -> shape and dtype, of every tensor.
+  """
+
+  def __init__(self, files: list[Path]):
+    self.files = files
+    self.specs: dict[str, Spec] = {}
+    self._where: dict[str, Path] = {}
+    self._open: tuple[Path, object] | None = None
+    self._read_bytes = 0
+    for file in files:
+      for name, spec in header(file).items():
+        if name in self.specs:
+          raise ConversionError(f"{file}: tensor {name} is in {self._where[name].name} as well")
+        self.specs[name], self._where[name] = spec, file
+
+  def read(self, name: str, index: Slices) -> np.ndarray:
+    """`tensor[index]`, a new array."""
+    file = self._where[name]
+    if self._open is None or self._open[0] != file or self._read_bytes > _REOPEN:
+      self._open = None  # closes the former map first
+      self._open, self._read_bytes = (file, safe_open(file, "np")), 0
+    value = self._open[1].get_slice(name)[index]
+    self._read_bytes += value.nbytes
+    return value
+
+  def __enter__(self) -> "Reader":
+    return self
+
+  def __exit__(self, *_) -> None:
+    self._open = None  # closes the map
+
+
+def header(file: Path) -> dict[str, Spec]:
+  """Name -> shape and dtype of a file's tensors, in name order.
+
+  Raises:
+    ConversionError: the file is not there, truncated, no safetensors file, or of a dtype that is
+      not supported.
+  """
+  try:
+    with safe_open(file, "np") as opened:
+      slices = {name: opened.get_slice(name) for name in sorted(opened.keys())}
+      kinds = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+  except FileNotFoundError as error:
+    raise ConversionError(f"{file}: no such file; {HOW}") from error
+  except (SafetensorError, OSError) as error:
+    size = file.stat().st_size
+    raise ConversionError(
+      f"{file}: truncated or not a safetensors file ({size} bytes; {error}); {HOW}"
+    ) from error
+  other = sorted({kind for _, kind in kinds.values()} - set(DTYPES))
+  if other:
+    raise ConversionError(
+      f"{file}: holds tensors of dtype {', '.join(other)}, which are not supported"
+    )
+  return {name: Spec(shape, DTYPES[kind]) for name, (shape, kind) in kinds.items()}
+
+
+def metadata(file: Path) -> dict[str, str]:
+  """The texts in a file's header, {} where there are none."""
+  with safe_open(file, "np") as opened:
+    return opened.metadata() or {}
+
+
+def write(file: str | Path, specs: dict[str, Spec], value: Callable[[str], np.ndarray]) -> None:
+  """Writes a file tensor by tensor, so that one is in memory at a time. It appears under its name
+  when it is complete.
+
+  Args:
+    file: where to.
+    specs: shape and dtype of every tensor.
+    value: name -> the tensor, which must have that shape and dtype.
+  """
+  file = Path(file)
+  # The order of the reference writer: wide dtypes first (so that all are aligned), then by name.
+  order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
+  table, offset = (
+    {"__metadata__": {"format": "pt"}},
+    0,
+  )  # transformers refuses files that do not say so
+  for name in order:
+    shape, dtype = specs[name]
+    end = offset + math.prod(shape) * dtype.itemsize
+    table[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+    offset = end
+  text = json.dumps(table, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+  try:
+    with open(temporary, "wb") as out:
+      out.write(struct.pack("<Q", len(text)) + text)
+      for name in order:
+        tensor = value(name)
+        if tensor.shape != specs[name].shape or tensor.dtype != specs[name].dtype:
+          raise ConversionError(
+            f"{file}: tensor {name} is {tensor.shape} {tensor.dtype}, announced was {specs[name]}"
+          )
+        out.write(
+          np.asarray(tensor, order="C").data
+          if tensor.dtype.kind in "fiub"
+          else np.asarray(tensor, order="C").tobytes()
+        )
+      out.flush()
+      os.fsync(out.fileno())
+    os.replace(temporary, file)
+  finally:
+    temporary.unlink(missing_ok=True)

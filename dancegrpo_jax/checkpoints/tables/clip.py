@@ -1,0 +1,144 @@
+"""Conversion tables of CLIP, with transformers' and with open_clip's names, and of the aesthetic
+head.
+
+Names were checked against the published files' inventories (tests/fixtures/tensors).
+"""
+
+from dancegrpo_jax.checkpoints.mapping import Buffer, Part, Row, Table
+from dancegrpo_jax.checkpoints.tables.rows import (
+  Rows,
+  conv,
+  dense,
+  embedding,
+  join,
+  layers,
+  norm,
+  prefixed,
+  renamed,
+  under,
+)
+
+# ---- CLIP, transformers' names
+# --------------------------------------------------------------------------------------
+
+CLIP_LAYER = join(
+  norm("layer_norm1"),
+  *(dense(f"self_attn.{name}_proj") for name in ("q", "k", "v", "out")),
+  norm("layer_norm2"),
+  dense("mlp.fc1"),
+  dense("mlp.fc2"),
+)
+
+
+CLIP_ENCODER = layers("encoder.layers", "encoder/layers", CLIP_LAYER)
+
+TEXT_TOWER = join(
+  embedding("embeddings.token_embedding"),
+  embedding("embeddings.position_embedding"),
+  CLIP_ENCODER,
+  norm("final_layer_norm"),
+)
+
+VISION_TOWER = join(
+  (Row("embeddings.class_embedding", "embeddings/class_embedding", "d -> d"),),
+  conv("embeddings.patch_embedding", bias=False),
+  embedding("embeddings.position_embedding"),
+  norm("pre_layrnorm"),
+  CLIP_ENCODER,
+  norm("post_layernorm"),
+)
+
+
+def _tower_aliases(prefix: str, modules: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
+  """transformers 5.6 dropped the prefix of the single towers; published files and earlier versions
+  have it.
+  """
+  return tuple((f"{module}.{{*}}", f"{prefix}{module}.{{*}}") for module in modules)
+
+
+CLIP_TEXT = Table(
+  name="CLIPTextModel",
+  rows=prefixed("text_model.", TEXT_TOWER),
+  aliases=_tower_aliases("text_model.", ("embeddings", "encoder", "final_layer_norm")),
+  buffers=(Buffer("text_model.embeddings.position_ids", "arange"),),
+)
+
+CLIP_VISION = Table(
+  name="CLIPVisionModel",
+  rows=prefixed("vision_model.", VISION_TOWER),
+  aliases=_tower_aliases(
+    "vision_model.", ("embeddings", "pre_layrnorm", "encoder", "post_layernorm")
+  ),
+  buffers=(Buffer("vision_model.embeddings.position_ids", "arange"),),
+)
+
+CLIP = Table(
+  name="CLIPModel",
+  rows=join(
+    under("text_model", TEXT_TOWER),
+    under("vision_model", VISION_TOWER),
+    dense("text_projection", bias=False),
+    dense("visual_projection", bias=False),
+    (Row("logit_scale", "logit_scale", "->"),),
+  ),
+  buffers=(
+    Buffer("text_model.embeddings.position_ids", "arange"),
+    Buffer("vision_model.embeddings.position_ids", "arange"),
+  ),
+)
+
+
+def _third(name: str) -> Rows:
+  """q, k and v lie one after another along the rows of a single tensor."""
+  part = Part("o", "qkv".index(name), "qkv".index(name) + 1, 3)
+  return (
+    Row("attn.in_proj_weight", f"self_attn/{name}_proj/kernel", "o i -> i o", source_part=part),
+    Row("attn.in_proj_bias", f"self_attn/{name}_proj/bias", "o -> o", source_part=part),
+  )
+
+
+OPEN_CLIP_LAYER = join(
+  renamed("ln_1", norm("layer_norm1")),
+  *(_third(name) for name in "qkv"),
+  renamed("attn.out_proj", dense("self_attn.out_proj")),
+  renamed("ln_2", norm("layer_norm2")),
+  renamed("mlp.c_fc", dense("mlp.fc1")),
+  renamed("mlp.c_proj", dense("mlp.fc2")),
+)
+
+OPEN_CLIP = Table(
+  name="open_clip",
+  rows=join(
+    (
+      Row(
+        "token_embedding.weight", "text_model/embeddings/token_embedding/embedding", "n d -> n d"
+      ),
+      Row(
+        "positional_embedding", "text_model/embeddings/position_embedding/embedding", "n d -> n d"
+      ),
+      Row("text_projection", "text_projection/kernel", "i o -> i o"),
+      Row("visual.class_embedding", "vision_model/embeddings/class_embedding", "d -> d"),
+      Row(
+        "visual.positional_embedding",
+        "vision_model/embeddings/position_embedding/embedding",
+        "n d -> n d",
+      ),
+      Row(
+        "visual.conv1.weight",
+        "vision_model/embeddings/patch_embedding/kernel",
+        "o i h w -> h w i o",
+      ),
+      Row("visual.proj", "visual_projection/kernel", "i o -> i o"),
+      Row("logit_scale", "logit_scale", "->"),
+    ),
+    renamed("ln_final", norm("text_model.final_layer_norm")),
+    renamed("visual.ln_pre", norm("vision_model.pre_layrnorm")),
+    renamed("visual.ln_post", norm("vision_model.post_layernorm")),
+    layers("transformer.resblocks", "text_model/encoder/layers", OPEN_CLIP_LAYER),
+    layers("visual.transformer.resblocks", "vision_model/encoder/layers", OPEN_CLIP_LAYER),
+  ),
+  file="open_clip_model",
+)
+
+# LAION's aesthetic predictor v2: the Linears of a Sequential with dropouts between.
+AESTHETIC = Table(name="AestheticHead", rows=dense("layers.{i}"), file="model")

@@ -1,0 +1,357 @@
+"""Network parameters out of checkpoint folders and back, shard by shard.
+
+The one place that calls `convert/`. A folder is one network's: config.json and safetensors in
+diffusers' or transformers' layout, such as the `unet` folder of a pipeline.
+"""
+
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import Sharding
+
+from dancegrpo_jax.checkpoints import lora_files, pickled
+from dancegrpo_jax.checkpoints.mapping import Mapping, Spec, Table, expected_sources, plan
+from dancegrpo_jax.checkpoints.safetensors_io import HOW, Reader, find_files, write
+from dancegrpo_jax.checkpoints.tables import TABLES
+from dancegrpo_jax.checkpoints.transfer import export_tensor, import_slice
+from dancegrpo_jax.errors import ConversionError
+from dancegrpo_jax.types import PyTree
+
+__all__ = [
+  "ConversionError",
+  "draw",
+  "files",
+  "fingerprint",
+  "load",
+  "load_lora",
+  "open_reader",
+  "read_config",
+  "save",
+  "save_lora",
+  "specs",
+]
+
+AnyReader = Reader | pickled.Reader
+
+
+def _table(table: Table | str) -> Table:
+  if isinstance(table, Table):
+    return table
+  if table not in TABLES:
+    raise ConversionError(f"no table for {table!r}; known networks: {', '.join(TABLES)}")
+  return TABLES[table]
+
+
+def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
+  """The JSON file of a checkpoint folder.
+
+  Raises:
+    ConversionError: it is not there or no JSON object.
+  """
+  file = Path(folder) / name
+  try:
+    config = json.loads(file.read_text())
+  except (FileNotFoundError, NotADirectoryError) as error:
+    raise ConversionError(f"{file}: no such file; {HOW}") from error
+  except ValueError as error:
+    raise ConversionError(f"{file}: not valid JSON ({error}); {HOW}") from error
+  if not isinstance(config, dict):
+    raise ConversionError(f"{file}: expected a JSON object")
+  return config
+
+
+def specs(params: PyTree) -> dict[str, Spec]:
+  """Path -> shape and dtype of a parameter tree, abstract or not."""
+  return {
+    path: Spec(tuple(x.shape), np.dtype(x.dtype))
+    for path, x in flatten_dict(params, sep="/").items()
+  }
+
+
+def open_reader(folder: str | Path, variant: str = "", allow_pickle: bool = False) -> AnyReader:
+  """The tensors of a folder's weight files, to be used in a `with` block; of pickled ones where
+  they are allowed and alone.
+
+  Raises:
+    ConversionError: no weights there, or unreadable ones; the message says what is accepted and how
+      to get it.
+  """
+  try:
+    files = find_files(folder, variant)
+  except ConversionError as error:
+    file = pickled.find(folder)
+    if file is None:
+      raise
+    if not allow_pickle:
+      how = "or read them through torch's weights_only loader with --config.model.allow_pickle=true"
+      raise ConversionError(
+        f"{folder}: pickled weights only ({file.name}), not .safetensors; {HOW}, {how}"
+      ) from error
+    return pickled.Reader(file)
+  return Reader(files)
+
+
+def files(folder: str | Path, variant: str = "") -> list[Path]:
+  """The weight files of a network's folder, pickled ones where there are no others. ConversionError
+  where there are none.
+  """
+  try:
+    return find_files(folder, variant)
+  except ConversionError:
+    file = pickled.find(folder)
+    if file is None:
+      raise
+    return [file]
+
+
+def fingerprint(files: list[Path], blocks: int = 64, size: int = 2**18) -> str:
+  """16 hexadecimal digits of weight files, without reading 10 GB of them: sizes, and `blocks`
+  blocks of `size` bytes of each file, evenly spread (all of a smaller one). Another training run
+  changes nearly every weight, so nearly every block."""
+  digest = hashlib.sha256()
+  for file in files:
+    length = file.stat().st_size
+    digest.update(length.to_bytes(8, "little"))
+    whole = length <= blocks * size
+    with open(file, "rb") as opened:
+      for start in [0] if whole else np.linspace(0, length - size, blocks).astype(int).tolist():
+        opened.seek(start)
+        digest.update(opened.read(-1 if whole else size))
+  return digest.hexdigest()[:16]
+
+
+def _plan(folder: str | Path, table: Table | str, reader: AnyReader, params: PyTree) -> Mapping:
+  """`plan` for a folder, which its message names."""
+  try:
+    return plan(_table(table), reader.specs, specs(params))
+  except ConversionError as error:
+    raise ConversionError(f"{folder}: {error}") from error
+
+
+def load(
+  folder: str | Path,
+  table: Table | str,
+  abstract_params: PyTree,
+  shardings: PyTree | Sharding | None = None,
+  dtype: Any = None,
+  variant: str = "",
+  allow_pickle: bool = False,
+) -> PyTree:
+  """Reads a network's parameters, one at a time, each device's slice alone where they are sharded.
+
+  Args:
+    folder: the network's folder, or a weight file.
+    table: the table, or the name of its network (`_class_name` or `architectures[0]` of
+      config.json).
+    abstract_params: tree with the shapes and dtypes wanted, as `jax.eval_shape(network.init,
+      ...)["params"]` gives it.
+    shardings: a sharding for every parameter, or one for all; None = the default device.
+    dtype: what floating-point parameters are cast to; None = what `abstract_params` says.
+    variant: "fp16" prefers those files.
+    allow_pickle: whether torch's weights_only loader may read a .pt, .pth or .bin.
+
+  Returns:
+    The tree of arrays.
+
+  Raises:
+    ConversionError: one message with everything that is missing, left over or misshapen, before a
+      device holds anything.
+  """
+  with open_reader(folder, variant, allow_pickle) as reader:
+    mapping = _plan(folder, table, reader, abstract_params)
+    placed = _each(shardings, mapping.targets)
+    params = {}
+    for path, spec in _cast(mapping.targets, dtype).items():
+      params[path] = _place(mapping, path, spec, reader, placed[path])
+  return unflatten_dict(params, sep="/")
+
+
+def load_lora(
+  path: str | Path,
+  table: str,
+  adapters: PyTree,
+  everywhere: PyTree,
+  shardings: PyTree | Sharding | None = None,
+) -> tuple[PyTree, float]:
+  """Reads adapters of a network in diffusers' or peft's layout.
+
+  Args:
+    path: a file, or its folder.
+    table: the name of the adapted network.
+    adapters: abstract tree of the adapters wanted (models/lora.py).
+    everywhere: the same for adapters of rank 1 on every dense layer.
+    shardings: as in `load`.
+
+  Returns:
+    (the tree, how often the product of its factors counts in the file).
+
+  Raises:
+    ConversionError: one line: no adapters, another model's, another rank, other layers.
+  """
+  network, file = _table(table), lora_files.find(path)
+  wanted, known = (
+    expected_sources(lora_files.table(network), specs(tree)) for tree in (adapters, everywhere)
+  )
+  rank = next(spec.shape[0] for name, spec in wanted.items() if name.endswith("lora_A.weight"))
+  with Reader([file]) as reader:
+    own = lora_files.fitting(network, reader.specs, wanted, known, rank)
+    scale = lora_files.scale_of(file, network, reader, rank)
+  return load(file, own, adapters, shardings), scale
+
+
+def _each(
+  shardings: PyTree | Sharding | None, targets: dict[str, Spec]
+) -> dict[str, Sharding | None]:
+  """Path -> sharding, from a tree of them or one for all."""
+  placed = (
+    flatten_dict(shardings, sep="/")
+    if isinstance(shardings, dict)
+    else dict.fromkeys(targets, shardings)
+  )
+  if set(placed) != set(targets):
+    raise ConversionError(f"shardings and parameters differ: {sorted(set(placed) ^ set(targets))}")
+  return placed
+
+
+def draw(
+  abstract_params: PyTree, shardings: PyTree | Sharding | None = None, seed: int = 0
+) -> PyTree:
+  """Random parameters in place of a checkpoint's, for a first look and for tests of speed and
+  memory.
+
+  Kernels are normal with variance 1 / fan-in, embeddings normal with std 0.02, biases 0, scales 1;
+  no layer starts at 0, so that whatever comes before it matters. A parameter depends on the seed
+  and its path alone, never on the devices.
+
+  Args:
+    abstract_params: tree with the shapes and dtypes wanted.
+    shardings: as in `load`.
+    seed: of all of them.
+  """
+  targets = specs(abstract_params)
+  placed = _each(shardings, targets)
+
+  def one(path: str, spec: Spec) -> jax.Array:
+    whole = _random(path, spec, seed)
+    if placed[path] is None:
+      return jax.device_put(whole)
+    return jax.make_array_from_callback(spec.shape, placed[path], lambda index: whole[index])
+
+  return unflatten_dict({path: one(path, spec) for path, spec in targets.items()}, sep="/")
+
+
+def _random(path: str, spec: Spec, seed: int) -> np.ndarray:
+  """One parameter of `draw`, whole, on the host."""
+  leaf = path.rpartition("/")[2]
+  if leaf == "bias":
+    return np.zeros(spec.shape, spec.dtype)
+  if leaf == "scale" or (len(spec.shape) < 2 and leaf != "class_embedding"):
+    return np.ones(spec.shape, spec.dtype)
+  stacked = (
+    len(spec.shape) % 2
+    # kernels of dense layers have two axes, of convolutions four; one more where blocks are stacked
+  )
+  std = 0.02 if "embedding" in leaf else np.prod(spec.shape[stacked:-1]) ** -0.5
+  rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
+  return (std * rng.standard_normal(spec.shape, np.float32)).astype(spec.dtype)
+
+
+def _cast(tensors: dict[str, Spec], dtype: Any) -> dict[str, Spec]:
+  """The same with floating-point dtypes replaced, unless `dtype` is None."""
+  if dtype is None:
+    return tensors
+  floating = {name for name, spec in tensors.items() if jnp.issubdtype(spec.dtype, jnp.floating)}
+  return {
+    name: spec._replace(dtype=np.dtype(dtype)) if name in floating else spec
+    for name, spec in tensors.items()
+  }
+
+
+def _place(
+  mapping: Mapping, path: str, spec: Spec, reader: AnyReader, sharding: Sharding | None
+) -> jax.Array:
+  """One parameter on its devices. Slices that several devices hold are read once."""
+  shape, held = spec.shape, {}
+
+  def slices(index):
+    key = tuple(s.indices(n)[:2] for s, n in zip(index, shape))
+    if key not in held:
+      held[key] = import_slice(mapping, path, index, reader.read, spec.dtype)
+    return held[key]
+
+  if sharding is None:
+    return jax.device_put(slices((slice(None),) * len(shape)))
+  return jax.make_array_from_callback(shape, sharding, slices)
+
+
+def save(
+  folder: str | Path,
+  table: Table | str,
+  params: PyTree,
+  config_json: dict[str, Any] | None = None,
+  dtype: Any = None,
+  like: str | Path | None = None,
+) -> Path:
+  """Writes a network's folder, which diffusers or transformers loads: weights and config.json, each
+  under a temporary name first.
+
+  Args:
+    folder: made if need be; a weight file in it is replaced.
+    table: as in `load`.
+    params: tree of arrays.
+    config_json: contents of config.json; None leaves it alone.
+    dtype: of the floating-point tensors; None = the parameters' own (or `like`'s).
+    like: a folder whose names, buffers and dtypes the file is to have: the one the parameters were
+      loaded from.
+
+  Returns:
+    The weight file.
+  """
+  table, folder, flat = _table(table), Path(folder), flatten_dict(params, sep="/")
+  if like is None:
+    sources = expected_sources(table, specs(params))
+  else:
+    with open_reader(like) as reader:
+      sources = reader.specs
+  mapping = plan(table, _cast(sources, dtype), specs(params))
+  folder.mkdir(parents=True, exist_ok=True)
+  file = folder / f"{table.file}.safetensors"
+  write(
+    file,
+    mapping.sources,
+    lambda name: export_tensor(mapping, name, lambda path, index: _fetch(flat[path], index)),
+  )
+  if config_json is not None:
+    temporary = folder / f".config.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(config_json, indent=2, sort_keys=True) + "\n")
+    os.replace(temporary, folder / "config.json")
+  return file
+
+
+def save_lora(folder: str | Path, table: str, adapters: PyTree) -> Path:
+  """Writes adapters as diffusers' `save_lora_weights` does, float32; returns the file.
+
+  It says nothing of alpha, which every reader takes for the rank: alpha / rank must be in the
+  factors already.
+  """
+  return save(folder, lora_files.table(_table(table)), adapters)
+
+
+def _fetch(array: Any, index: tuple[slice, ...]) -> np.ndarray:
+  """`array[index]` on the host. A part is cut on the device by one program a shape: its start is an
+  argument.
+  """
+  sizes = tuple(s.stop - s.start for s in index)
+  if isinstance(array, np.ndarray):
+    return array[index]
+  if sizes == array.shape:
+    return np.asarray(array)
+  return np.asarray(jax.lax.dynamic_slice(array, tuple(s.start for s in index), sizes))

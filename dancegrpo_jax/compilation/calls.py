@@ -1,0 +1,215 @@
+"""The calls of an iteration: every compiled program with the shapes, dtypes and shardings that it
+is called with.
+
+plan.py compiles this list without weights; train.py compiles it before the first iteration, while
+the weights are read. What a program returns, shapes and shardings, goes into the next one.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from dancegrpo_jax import programs
+from dancegrpo_jax.assembly.loading import Model
+from dancegrpo_jax.rl.lanes import deal
+from dancegrpo_jax.rl.state import TrainState
+from dancegrpo_jax.types import Conditioning, Example, PyTree
+
+SHOW = "show "  # how the names of the programs of an evaluation inside training begin
+
+
+class Call(NamedTuple):
+  """A program as an iteration calls it.
+
+  Attributes:
+    name: of the program; "show decode" is the decoder at the shapes of an evaluation.
+    program: jitted.
+    arguments: abstract.
+    times: calls in the run.
+  """
+
+  name: str
+  program: Callable
+  arguments: tuple
+  times: float | int
+
+
+class Calls(NamedTuple):
+  """What a run calls and what it keeps.
+
+  Attributes:
+    listed: in the order of an iteration, then those of an evaluation.
+    kept: by name, the arrays that stay in memory while programs run, as they stand when the last
+      chunk has been scored.
+  """
+
+  listed: list[Call]
+  kept: dict[str, PyTree]
+
+
+def abstract(tree: PyTree, sharding: jax.sharding.Sharding | None = None) -> PyTree:
+  """Shapes and dtypes; host arrays have no sharding, as when train passes them."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x), sharding=sharding), tree
+  )
+
+
+def of_run(
+  config: ConfigDict,
+  model: Model,
+  state: TrainState,
+  run: programs.Programs,
+  examples: int,
+  held_out: int,
+) -> Calls:
+  """All calls of a run; the mesh is entered.
+
+  Args:
+    config: validated.
+    model: with abstract parameters, of `loading.outline`.
+    state: abstract, of `loading.abstract_state`.
+    run: jitted programs.
+    examples: prompts in the data set.
+    held_out: prompts in data.held_out.
+  """
+  prompts, group, lanes = (
+    config.data.prompts_per_iteration,
+    config.rollout.samples_per_prompt,
+    config.mesh.lanes,
+  )
+  chunks = deal(prompts * group, config.rollout.chunk, lanes)
+  ids, number, chunk = (abstract(x) for x in (np.zeros(prompts, np.int32), np.int32(0), chunks[0]))
+
+  cached, pipeline = config.data.cache_embeddings, model.pipeline
+  encoders = {name: model.frozen[name] for name in pipeline.encoders}
+  frozen = {name: tree for name, tree in model.frozen.items() if not (cached and name in encoders)}
+  calls, texts = [], 1 + (config.sampler.guidance_scale != 1.0)
+  reading = (encoders if cached else model.frozen, abstract(pipeline.tokenize([""] * prompts)))
+  calls.append(
+    Call(
+      "encode", run.encode, reading, texts * (examples / prompts if cached else config.iterations)
+    )
+  )
+
+  def conditioning(rows: int) -> Conditioning:
+    branches = [
+      jax.eval_shape(run.encode, reading[0], abstract(pipeline.tokenize([""] * rows)))
+      for _ in range(texts)
+    ]
+    return Conditioning(*branches, *(None,) * (2 - texts))
+
+  rows = conditioning(prompts)
+  trainable, every_chunk = state.trainable, len(chunks) * config.iterations
+  arguments = (trainable, frozen, rows, ids, chunk, number)
+  calls.append(Call("rollout", run.rollout, arguments, every_chunk))
+  rollouts = tuple(_copy(jax.eval_shape(run.rollout, *arguments)) for _ in chunks)
+  calls.append(Call("decode", run.decode, (frozen, rollouts[-1].sample), every_chunk))
+  pixels = jax.eval_shape(run.decode, *calls[-1].arguments)
+  calls += of_scores(config, model, run, pixels, state.prompt_stats, examples)
+  advantage, weight, chosen, _, _ = jax.eval_shape(calls[-1].program, *calls[-1].arguments)
+  reference = None
+  if config.objective.kl.weight:
+    reference = {} if config.lora.rank else _copy(trainable)
+  arguments = (state, frozen, reference, rows, ids, rollouts, advantage, weight, chosen, number)
+  calls.append(Call("update", run.update, arguments, config.iterations))
+  calls += _showing(config, model, run, calls, conditioning, examples, held_out)
+  kept = {
+    "trained weights": state.trainable,
+    "optimizer": state.opt_state,
+    "average": state.ema,
+    "frozen weights": frozen,
+    "reference": reference,
+    "rewards": model.reward_params,
+    "conditioning": rows,
+    "trajectories": rollouts,
+    "pixels": pixels,
+  }
+  return Calls(calls, kept)
+
+
+def of_scores(
+  config: ConfigDict,
+  model: Model,
+  run: programs.Programs,
+  pixels: Any,
+  stats: PyTree,
+  examples: int,
+) -> list[Call]:
+  """The programs between pixels and advantages: the rewards that are networks, then `join` and
+  `advantages`.
+
+  Args:
+    config, model, run, examples: as `of_run`.
+    pixels: of a chunk, abstract.
+    stats: per-prompt statistics of the state, abstract.
+  """
+  calls, prompts, count = [], config.data.prompts_per_iteration, config.rollout.samples_per_prompt
+  samples, chunk = prompts * count, config.rollout.chunk
+  ids, numbers, order = (abstract(np.zeros(size, np.int32)) for size in (prompts, chunk, samples))
+  chunks = samples // chunk
+  scores = {
+    term: abstract([np.zeros(samples, np.float32)]) for term, _ in config.reward.terms
+  }  # see scoring.from_host
+  for name, program in run.features.items():
+    params = model.reward_params[name]
+    prepared = abstract(model.rewards[name].prepare([Example(0, "")] * prompts))
+    calls.append(Call(f"features {name}", program, (params, prepared), -(-examples // prompts)))
+    features = abstract(jax.eval_shape(program, params, prepared))
+    arguments = (params, pixels, features, numbers)
+    calls.append(Call(f"score {name}", run.score[name], arguments, chunks * config.iterations))
+    parts = jax.eval_shape(run.score[name], *arguments)
+    scores |= {term: [part] * chunks for term, part in parts.items()}
+  calls.append(Call("join", run.join, (scores, order), config.iterations))
+  joined = jax.eval_shape(run.join, scores, order)
+  calls.append(Call("advantages", run.advantages, (joined, ids, stats), config.iterations))
+  return calls
+
+
+def _showing(
+  config: ConfigDict,
+  model: Model,
+  run: programs.Programs,
+  calls: list[Call],
+  conditioning: Callable[[int], Conditioning],
+  examples: int,
+  held_out: int,
+) -> list[Call]:
+  """The programs of an evaluation inside training, see train.show: fixed prompts in one batch that
+  fills the lanes.
+  """
+  lanes, every = config.mesh.lanes, config.evaluation.every
+  count = min(config.evaluation.prompts, examples) + min(config.evaluation.prompts, held_out)
+  rows = -(-count // lanes) * lanes
+  shows = config.iterations // every + 1 if every else 2
+  numbers = abstract(np.zeros(rows, np.int32))
+  earlier = {call.name: call.arguments for call in calls}
+  trainable, frozen, *_ = earlier["rollout"]
+  text = conditioning(rows)
+  branches = 1 + (text.negative is not None)
+  drawn = (trainable, frozen, text, numbers, numbers, abstract(np.int32(0)))
+  latents = jax.eval_shape(run.sample, *drawn)
+  pixels = abstract(jax.eval_shape(run.decode, frozen, latents))  # they come from the host
+  result = [
+    Call("sample", run.sample, drawn, shows),
+    Call(f"{SHOW}decode", run.decode, (frozen, latents), shows),
+  ]
+  if not config.data.cache_embeddings:
+    tokens = abstract(model.pipeline.tokenize([""] * rows))
+    result.append(
+      Call(f"{SHOW}encode", run.encode, (earlier["encode"][0], tokens), branches * shows)
+    )
+  for name, program in run.score.items():
+    params, _, features, _ = earlier[f"score {name}"]
+    features = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), features
+    )
+    result.append(Call(f"{SHOW}score {name}", program, (params, pixels, features, numbers), shows))
+  return result
+
+
+def _copy(tree: PyTree) -> PyTree:
+  """The same shapes as arrays of their own."""
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

@@ -1,0 +1,138 @@
+"""Command: makes the embedded models.
+
+    python -m dancegrpo_jax.pretrain --config=configs/emoji_pretrain.py --stage=vae
+    --workdir=runs/pretrain --out=assets
+
+Stages: `vae` (autoencoder), `clip` (contrastive), `denoiser` (noise prediction) and `flow`
+(rectified flow), which both need the vae's weights in --out, `all`. A stage that was interrupted
+goes on from its last checkpoint when the command is repeated.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from dancegrpo_jax import errors, programs
+from dancegrpo_jax.checkpoints import store
+from dancegrpo_jax.data import emoji, emoji_dataset, tokenizer
+from dancegrpo_jax.devices import accelerator, out_of_memory
+from dancegrpo_jax.pretrain.stages import STAGES, Data, Stage, write_tokenizer_files
+from dancegrpo_jax.settings import command_line
+from dancegrpo_jax.types import PyTree
+
+FIELDS = ("params", "opt_state", "ema")  # of a stage's state
+
+
+def fit(stage: Stage, config, workdir: Path, save_every: int = 400) -> PyTree:
+  """Trains a stage to its last step and returns the averaged parameters; resumes from the workdir's
+  checkpoint.
+  """
+  settings = config[stage.name]
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, settings.learning_rate, settings.warmup, settings.steps, 1e-5
+  )
+  optimizer = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4)
+  )
+  step_fn = out_of_memory.Guarded("pretraining", programs.fit_step(stage.loss, optimizer))
+  state = (stage.params, optimizer.init(stage.params), jax.tree.map(jnp.copy, stage.params))
+  folder, start = workdir / stage.name, 0
+  if store.latest(folder) is not None:
+    restored = store.restore(folder, dict(zip(FIELDS, jax.eval_shape(lambda: state))))
+    start, state = restored.iteration, tuple(restored.state[name] for name in FIELDS)
+  begin = time.monotonic()
+  with store.Saver(folder, keep=1) as saver, (workdir / f"{stage.name}.jsonl").open("a") as log:
+    for step in range(start, settings.steps):
+      decay = min(
+        settings.ema, (step + 1) / (step + 10)
+      )  # else the random start stays in the average for thousands of steps
+      key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
+      state, metrics = step_fn(state, stage.batch(step), key, np.float32(decay))
+      if step % 50 == 0 or step == settings.steps - 1:
+        row = {
+          "step": step,
+          "seconds": round(time.monotonic() - begin, 1),
+          **{k: float(v) for k, v in metrics.items()},
+        }
+        print(f"{stage.name}: " + "  ".join(f"{k} {v:.5g}" for k, v in row.items()), flush=True)
+        print(json.dumps(row), file=log, flush=True)
+      if (step + 1) % save_every == 0 or step == settings.steps - 1:
+        saver.save(step + 1, dict(zip(FIELDS, state)), {"stage": stage.name})
+  return state[2]
+
+
+def load_data(config, font: str, workdir: Path, out: Path) -> Data:
+  """The training split through its TFDS builder, which draws it into the workdir once; captions
+  tokenised.
+  """
+  rows = emoji_dataset.load(
+    "train", data_dir=str(workdir / "tfds"), size=config.size, variants=config.variants, font=font
+  )
+  rows = [rows[i] for i in range(len(rows))]
+  tokenize = tokenizer.load_tokenizer(str(out / "emoji-sd" / "tokenizer"))
+  captions = [row["caption"].decode() for row in rows]
+  return Data(
+    images=np.stack([row["image"] for row in rows]),
+    captions=captions,
+    tokens=tokenize(captions),
+    pair=np.array([row["pair"] for row in rows], np.int32),
+  )
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """The flags of this command."""
+  parser.add_argument("--stage", default="all", choices=("all", *STAGES))
+  parser.add_argument("--workdir", default="runs/pretrain", help="data set, checkpoints and logs")
+  parser.add_argument(
+    "--out", default="assets", help="where emoji-sd/, emoji-flux/ and emoji-clip/ are written"
+  )
+  parser.add_argument(
+    "--font",
+    default=os.environ.get("EMOJI_FONT", emoji.FONT),
+    help="NotoColorEmoji.ttf (CBDT build)",
+  )
+
+
+def run(config, stage: str, workdir: Path, out: Path, font: str) -> None:
+  """Trains and exports one stage, or all in their order.
+
+  Raises:
+    ConfigError: the font is missing or unfit, or an earlier stage's weights are.
+  """
+  try:
+    emoji.check_font(font)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_tokenizer_files(out / "emoji-sd" / "tokenizer")
+    data = load_data(config, font, workdir, out)
+    accelerator.say_share(jax.default_backend())
+    for name in STAGES if stage == "all" else (stage,):
+      chosen = STAGES[name](config, data, out)
+      chosen.export(fit(chosen, config, workdir))
+  except (ValueError, FileNotFoundError) as error:
+    raise errors.ConfigError(str(error)) from error
+
+
+def main(argv: list[str]) -> int:
+  """Reads the flags and trains; returns the exit code, 2 for a mistake."""
+
+  def command() -> None:
+    line = command_line.parse_argv(argv, "Make the embedded models.", add_flags)
+    accelerator.start()
+    flags = line.flags
+    command_line.require_writable(f"--workdir={flags.workdir}", Path(flags.workdir))
+    command_line.require_writable(f"--out={flags.out}", Path(flags.out))
+    run(line.config, flags.stage, Path(flags.workdir), Path(flags.out), flags.font)
+
+  return command_line.exit_on_mistake(command)
+
+
+if __name__ == "__main__":
+  sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,155 @@
+"""The command line that all commands share: `--config=FILE[:preset] [--config.key=value ...]` and a
+command's own flags.
+
+Every mistake is a `ConfigError`, whose text is meant for the user: commands print it and exit with
+2.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.settings.config_file import did_you_mean, load, spell
+from dancegrpo_jax.settings.stored_config import flatten
+
+
+class CommandLine(NamedTuple):
+  """What a command was asked: the config with overrides applied, and the command's own flags."""
+
+  config: ConfigDict
+  flags: argparse.Namespace
+
+
+class _Parser(argparse.ArgumentParser):
+  """argparse that raises ConfigError instead of printing its usage and exiting."""
+
+  def error(self, message: str):
+    raise ConfigError(f"{message}; see --help")
+
+
+def parse_argv(
+  argv: Sequence[str],
+  description: str,
+  add_flags: Callable[[argparse.ArgumentParser], object] | None = None,
+) -> CommandLine:
+  """Reads a command's arguments; all commands share --config, --config.key=value and --help.
+
+  Args:
+    argv: arguments without the program's name (`sys.argv[1:]`).
+    description: the first line of --help.
+    add_flags: adds the command's own flags to the parser.
+
+  Returns:
+    CommandLine. --help prints (with --config also every field and its value) and exits 0.
+
+  Raises:
+    ConfigError: unknown flag (with a did-you-mean), no --config, or whatever `load` raises.
+  """
+  parser = _Parser(
+    description=description,
+    add_help=False,
+    allow_abbrev=False,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    usage="%(prog)s --config=FILE[:preset] [--config.key=value ...] [flags]",
+  )
+  parser.add_argument(
+    "--config", metavar="FILE[:preset]", help="python file with get_config(preset)"
+  )
+  parser.add_argument(
+    "-h",
+    "--help",
+    action="store_true",
+    help="show this; with --config also every field and its value",
+  )
+  if add_flags is not None:
+    add_flags(parser)
+  wants_help = any(flag in argv for flag in ("-h", "--help"))
+  if wants_help:  # before parsing, so that a missing required flag doesn't hide the help
+    flags, rest = argparse.Namespace(config=_config_flag(argv)), list(argv)
+  else:
+    flags, rest = parser.parse_known_args(argv)
+  overrides, unknown = _split_overrides(rest)
+  if wants_help:
+    parser.epilog = _help_fields(flags.config, overrides)
+    parser.print_help()
+    raise SystemExit(0)
+  if unknown:
+    known = [option for action in parser._actions for option in action.option_strings]
+    raise ConfigError(
+      "\n".join(
+        f"unknown argument {word!r}{did_you_mean(word.split('=')[0], known)}" for word in unknown
+      )
+    )
+  if not flags.config:
+    raise ConfigError("--config is missing; give a file, as --config=configs/emoji_clip.py")
+  return CommandLine(load(flags.config, overrides), flags)
+
+
+def exit_on_mistake(command: Callable[[], int | None]) -> int:
+  """Runs a command; a ConfigError, or too little memory, becomes lines on stderr and exit status 2.
+
+  There is no traceback then; any other exception comes out.
+  """
+  from dancegrpo_jax.devices import out_of_memory  # here, because it imports this module
+
+  try:
+    with out_of_memory.named(""):
+      return command() or 0
+  except ConfigError as error:
+    for line in str(error).splitlines():
+      print(f"error: {line}", file=sys.stderr)
+    return 2
+
+
+def require_writable(flag: str, folder: Path) -> None:
+  """ConfigError where a folder can't be made or written to; makes nothing. `flag` as it was given,
+  --workdir=runs/x.
+  """
+  place = next(path for path in (folder, *folder.parents) if path.exists())
+  if not place.is_dir():
+    raise ConfigError(f"{flag}: {place} is not a folder; use another one")
+  if not os.access(place, os.W_OK):
+    raise ConfigError(f"{flag}: no permission to write into {place}; use another folder")
+
+
+def _config_flag(argv: Sequence[str]) -> str:
+  for i, word in enumerate(argv):
+    if word.startswith("--config="):
+      return word.removeprefix("--config=")
+    if word == "--config" and i + 1 < len(argv):
+      return argv[i + 1]
+  return ""
+
+
+def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
+  """Splits into overrides ("key=value", from --config.key=value or --config.key value) and words
+  that nobody knows.
+  """
+  overrides, unknown = [], []
+  words = list(words)
+  while words:
+    word = words.pop(0)
+    if not word.startswith("--config."):
+      unknown.append(word)
+      continue
+    if "=" not in word and words and not words[0].startswith("--"):
+      word = f"{word}={words.pop(0)}"
+    overrides.append(word.removeprefix("--config."))
+  return overrides, unknown
+
+
+def _help_fields(path: str, overrides: list[str]) -> str:
+  if not path:
+    return (
+      "Fields are set as --config.rollout.samples_per_prompt=8; add --config=FILE to see them all."
+    )
+  fields = flatten(load(path, overrides))
+  return "\n".join(
+    [f"fields of {path}:"] + [f"  --config.{key}={spell(value)}" for key, value in fields.items()]
+  )
