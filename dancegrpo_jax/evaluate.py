@@ -190,7 +190,7 @@ def run(config, checkpoint: str, files: list[str], out: Path) -> dict:
   from dancegrpo_jax.settings import checks
 
   device = jax.devices()[0]
-  facts = accelerator.facts(device)
+  facts = checks.device_facts(device)
   checks.validate(config, num_devices=jax.device_count(), **facts)
   accelerator.say_share(device.platform)
   try:

@@ -42,7 +42,7 @@ def run(config, checkpoint: str, prompts: list[str], out: Path, samples: int, se
   if samples < 1:
     raise ConfigError(f"--samples={samples}: must be at least 1")
   device = jax.devices()[0]
-  facts = accelerator.facts(device)
+  facts = checks.device_facts(device)
   checks.validate(config, num_devices=jax.device_count(), **facts)
   accelerator.say_share(device.platform)
   with sampling.opened(config, checkpoint) as opened:

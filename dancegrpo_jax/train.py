@@ -17,10 +17,10 @@ from dancegrpo_jax import programs, scoring
 from dancegrpo_jax.assembly import encoding, loading, resident, reward_builders
 from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.checkpoints import store
-from dancegrpo_jax.compilation import ahead, cache, calls
+from dancegrpo_jax.compilation import ahead, calls
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.data.prompts import read_examples, read_held_out
-from dancegrpo_jax.devices import accelerator, out_of_memory, processes, sharding
+from dancegrpo_jax.devices import accelerator, out_of_memory, processes, program_cache, sharding
 from dancegrpo_jax.devices.preemption import Preemption
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.report import metrics, page
@@ -107,7 +107,7 @@ def run(config: ConfigDict, workdir: Path) -> None:
   """
   examples = read_examples(config)
   device = jax.devices()[0]
-  facts = accelerator.facts(device)
+  facts = checks.device_facts(device)
   checks.validate(config, num_devices=jax.device_count(), num_examples=len(examples), **facts)
   command_line.require_writable(f"--workdir={workdir}", workdir)
   first = iterations_done(config, workdir)
@@ -249,7 +249,7 @@ def prepare(
   The programs are compiled in threads while the weights are read: both need no more than the
   config.json files to begin.
   """
-  cache.use(config.logging.compilation_cache)
+  program_cache.use(config.logging.compilation_cache)
   pipeline, rewards = loading.build_pipeline(config), reward_builders.build_rewards(config)
   held_out, cached = read_held_out(config), None
   without = pipeline.encoders if config.data.cache_embeddings else ()

@@ -16,7 +16,7 @@ import pytest
 from tiny_checkpoint import ROOT, overrides
 
 from dancegrpo_jax import main
-from dancegrpo_jax.compilation import ahead, cache
+from dancegrpo_jax.compilation import ahead
 from dancegrpo_jax.compilation.calls import Call
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.programs import Programs
@@ -58,7 +58,7 @@ def test_the_second_start_compiles_nothing(tiny_models, program_cache, tmp_path,
 
 def test_a_damaged_entry_is_compiled_anew(program_cache):
   folder = program_cache / "damaged"
-  cache.use(str(folder))
+  program_cache.use(str(folder))
 
   def compute() -> float:
     return float(jax.jit(lambda x: jnp.sin(x) * 3.25)(2.0))
@@ -75,27 +75,29 @@ def test_the_default_folder_is_one_of_a_jaxlib_a_platform_and_a_cpu(
   program_cache, tmp_path, monkeypatch
 ):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  cache.use("default")
-  folder = cache.default_folder("cpu")
+  program_cache.use("default")
+  folder = program_cache.default_folder("cpu")
   assert (
     jax.config.jax_compilation_cache_dir == str(folder)
     and jax.config.jax_compilation_cache_max_size == 8 * 2**30
   )
   assert (
     folder.is_relative_to(tmp_path)
-    and f"jaxlib-{jaxlib.__version__}-cpu-{cache.cpu_kind()}" == folder.name
+    and f"jaxlib-{jaxlib.__version__}-cpu-{program_cache.cpu_kind()}" == folder.name
   )
-  assert cache.default_folder("gpu") != folder
-  read_text = cache.Path.read_text
+  assert program_cache.default_folder("gpu") != folder
+  read_text = program_cache.Path.read_text
   monkeypatch.setattr(
-    cache.Path, "read_text", lambda path: read_text(path).replace(" sse", " sse_of_another_cpu")
+    program_cache.Path,
+    "read_text",
+    lambda path: read_text(path).replace(" sse", " sse_of_another_cpu"),
   )
-  assert cache.default_folder("cpu") != folder
-  cache.use(str(program_cache))
+  assert program_cache.default_folder("cpu") != folder
+  program_cache.use(str(program_cache))
   assert (
     jax.config.jax_compilation_cache_max_size == -1
   )  # a folder of the user's own is not emptied
-  cache.use("")
+  program_cache.use("")
   assert jax.config.jax_compilation_cache_dir is None
 
 

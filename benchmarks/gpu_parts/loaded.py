@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dancegrpo_jax import programs
-from dancegrpo_jax.compilation import cache
 from dancegrpo_jax.data import prompts
-from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.devices import program_cache, sharding
 from dancegrpo_jax.plan import inventory, planning
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.rl.state import init_state
@@ -46,7 +45,7 @@ class Loaded(NamedTuple):
 
 def use_cache(context) -> None:
   """Compiled programs are kept in the folder that all parts share, as `main` would keep them."""
-  cache.use(str(context.cache))
+  program_cache.use(str(context.cache))
 
 
 def load(context, **changes) -> Loaded:

@@ -15,8 +15,7 @@ from dancegrpo_jax import programs, scoring
 from dancegrpo_jax.assembly import encoding, loading, reward_builders
 from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.checkpoints import components, store
-from dancegrpo_jax.compilation import cache
-from dancegrpo_jax.devices import out_of_memory, sharding
+from dancegrpo_jax.devices import out_of_memory, program_cache, sharding
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.types import Example, PyTree
 
@@ -52,7 +51,7 @@ def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
   """
   if name != "base":
     check_lora(config, name)
-  cache.use(config.logging.compilation_cache)
+  program_cache.use(config.logging.compilation_cache)
   mesh = sharding.make_mesh(config.mesh)
   with out_of_memory.explained(config), jax.set_mesh(mesh):
     pipeline, rewards = loading.build_pipeline(config), reward_builders.build_rewards(config)

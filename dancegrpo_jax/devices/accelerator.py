@@ -62,13 +62,6 @@ def say_share(
     say(f"{taken}; {VARIABLE}=0.5 before the command takes half of it")
 
 
-def facts(device: Any) -> dict[str, Any]:
-  """What `validation.validate` wants to know of a run's devices, from one of them."""
-  from dancegrpo_jax.models.attention import capability_of  # here: it imports JAX
-
-  return {"platform": device.platform, "capability": capability_of(device)}
-
-
 def unused(environment: Mapping[str, str]) -> str:
   """A line where the machine has an NVIDIA GPU but JAX not its plugin for it; "" otherwise."""
   hidden = environment.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")

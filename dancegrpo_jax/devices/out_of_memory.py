@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from dancegrpo_jax import errors
-from dancegrpo_jax.settings import stored_config
 
 _SPLIT = "more devices along mesh.fsdp with mesh.rules that split"
 _CHUNKED = ("a smaller rollout.chunk", _SPLIT)
@@ -116,17 +115,16 @@ def remedy(program: str, config: Any = None) -> str:
     "sample" if program.startswith("show ") else program.split(" ")[0]
   )  # an evaluation's shapes
   choices = REMEDIES.get(kind, _CHUNKED)
-  fields = stored_config.flatten(config) if config is not None else {}
-  said = [text for choice in choices if (text := _apt(choice, fields))]
+  said = [text for choice in choices if (text := _apt(choice, config))]
   return ", or ".join(filter(None, [", ".join(said[:-1]), said[-1]]))
 
 
-def _apt(choice: str, fields: dict[str, Any]) -> str:
+def _apt(choice: str, config: Any) -> str:
   """A choice with its field's present value, "" where the config has it already."""
-  field = re.search(r"[a-z]+\.[a-z_]+", choice)
-  if not field or field[0] not in fields or "mesh.rules" in choice:
+  field = re.search(r"([a-z]+)\.([a-z_]+)", choice)
+  if not field or "mesh.rules" in choice or field[2] not in (config or {}).get(field[1], {}):
     return choice
-  value = fields[field[0]]
+  value = config[field[1]][field[2]]
   if choice.endswith(f" = {value}") or (choice.endswith("above 0") and value):
     return ""
   return choice.replace(field[0], f"{field[0]} (now {value})", 1) if "smaller" in choice else choice

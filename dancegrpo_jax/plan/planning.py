@@ -168,7 +168,7 @@ def plan(
 
   devices = devices_of(topology)
   examples, held_out = len(prompts.read_examples(config)), len(prompts.read_held_out(config))
-  facts = accelerator.facts(devices[0])
+  facts = checks.device_facts(devices[0])
   checks.validate(config, num_devices=len(devices), num_examples=examples, **facts)
   if not topology:
     accelerator.say_share(devices[0].platform)

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import errors
 from dancegrpo_jax.devices.sharding import AXES, REST, axis_sizes
+from dancegrpo_jax.models.attention import capability_of
+from dancegrpo_jax.rl import timesteps
 from dancegrpo_jax.settings import stored_config
 
 # Families that pipelines/ has, and what their denoiser was trained as: rectified flow or diffusion.
@@ -129,6 +131,11 @@ _SIZES = {
   "optimizer.updates_per_iteration",
   "optimizer.microbatch",
 }
+
+
+def device_facts(device: Any) -> dict[str, Any]:
+  """What `validate` wants to know of a run's devices, from one of them."""
+  return {"platform": device.platform, "capability": capability_of(device)}
 
 
 def validate(
@@ -495,8 +502,6 @@ def _transitions(config: ConfigDict, trained: int) -> Iterator[str]:
   """`trained` samples x trained steps = updates x microbatches x microbatch, each microbatch with
   equally many of each lane.
   """
-  from dancegrpo_jax.rl import timesteps
-
   objective, optimizer, lanes = config.objective, config.optimizer, config.mesh.lanes
   steps = config.sampler.window.size or policy_steps(config)
   count = timesteps.count(objective.timesteps, objective.timestep_fraction, steps)
