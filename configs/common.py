@@ -174,13 +174,18 @@ def get_config() -> ConfigDict:
 
   config.objective = ConfigDict(
     {
-      "clip_range": 1e-4,  # c of the clipped surrogate, for the mean-reduced log-prob [C]
+      # grpo (the clipped surrogate [P]) | dppo (a trust region, arXiv 2606.11025)
+      "kind": "grpo",
+      "clip_range": 1e-4,  # grpo: c of the clipped surrogate, for the mean-reduced log-prob [C]
       "log_prob": "mean",  # mean (over latent dimensions [C]) | sum (the true density)
       # recompute (the update's own forward: ratio exactly 1) | rollout
       "old_log_prob": "recompute",
       "timesteps": "random",  # first | random | last | all: which policy steps are trained
       "timestep_fraction": 0.6,  # share of the policy steps, rounded down [P]
-      "guard": False,  # GRPO-Guard ratio and weight, arXiv 2510.22319
+      "guard": False,  # grpo: ratio and weight of GRPO-Guard, arXiv 2510.22319
+      # dppo: a transition whose KL to the old policy, in nats a latent dimension, is at least tau is
+      # dropped where its ratio moves further outwards
+      "dppo": ConfigDict({"tau": 1e-4}),
       "kl": ConfigDict(
         {"weight": 0.0, "mode": "exact"}
       ),  # to the base model; exact | no_dt | mean_mse | velocity_mse
@@ -198,6 +203,9 @@ def get_config() -> ConfigDict:
       "max_grad_norm": 1.0,  # global norm [C]
       "updates_per_iteration": 1,  # optimizer steps an iteration
       "microbatch": 256,  # transitions in one forward and backward pass
+      # Microbatches that one call of a program goes through; 0 = all. Between two calls the run
+      # hears SIGTERM. It changes nothing that is computed.
+      "microbatches_per_call": 0,
       "max_skipped": 10,  # optimizer steps with a non-finite loss or gradient before the run stops
     }
   )

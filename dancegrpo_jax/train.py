@@ -23,6 +23,7 @@ from dancegrpo_jax.data.prompts import read_examples, read_held_out
 from dancegrpo_jax.devices import accelerator, out_of_memory, processes, program_cache, sharding
 from dancegrpo_jax.devices.preemption import Preemption
 from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.programs import update as update_calls
 from dancegrpo_jax.report import metrics, page
 from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl import lanes
@@ -98,7 +99,7 @@ class Pending(NamedTuple):
 
 def run(config: ConfigDict, workdir: Path) -> None:
   """Trains, or goes on training what the workdir holds. SIGTERM ends it as of the last whole
-  iteration, saved: after the update or the few chunks that it comes upon.
+  iteration, saved, after the program call or the few chunks that it comes upon.
 
   Raises:
     ConfigError: a mistake in the config, the prompts or the workdir, before anything is written.
@@ -142,10 +143,8 @@ def run(config: ConfigDict, workdir: Path) -> None:
     for iteration in range(first, config.iterations):
       done = iteration + 1
       last = done == config.iterations
-      save, shown = (
-        last or is_due(done, config.checkpoint.every),
-        last or is_due(done, config.evaluation.every),
-      )
+      save = last or is_due(done, config.checkpoint.every)
+      shown = last or is_due(done, config.evaluation.every)
       clock = Clock(clock_thread, before=clock)
 
       start_profile(config, workdir, iteration)
@@ -160,41 +159,22 @@ def run(config: ConfigDict, workdir: Path) -> None:
         shown,
         preemption.reached,
       )
-      # Read the last iteration's numbers, now that this one's work is queued.
-      saver.wait()  # so that a run that must stop knows its last checkpoint
+      # Read the last iteration's numbers, now that this one's work is queued. Wait for its
+      # checkpoint, so that a run that must stop knows the last one.
+      saver.wait()
       pending = flush(config, workdir, pending, writer, progress)
-      jax.block_until_ready(
-        seen
-      )  # the host is chunks ahead; a signal that comes in these is to be heard before the update
-      if seen is None or preemption.reached(
-        wait=True
-      ):  # this iteration is given up, the last one saved
-        if iteration > first:
-          saver.save(iteration, state, meta | {"iteration": iteration})
-          saver.wait()
-        said = f"stopped by SIGTERM: {iteration} iterations are saved in {workdir}"
-        progress.message(f"{said}; the same command goes on from there")
+      # Scores -> advantages within each prompt's group -> optimizer steps. The host is chunks
+      # ahead; a signal that comes during these is to be heard before the update.
+      jax.block_until_ready(seen)
+      after = None
+      if seen is not None and not preemption.reached(wait=True):
+        after = update(session, state, seen, iteration, clock, preemption.reached)
+      if after is None:
+        give_up(saver, workdir, state, iteration, first, meta, progress)
         break
-      # Scores -> advantages within each prompt's group -> optimizer steps.
-      advantage, weight, chosen, stats, reward_metrics = session.programs.advantages(
-        seen.scores, seen.ids, state.prompt_stats
-      )
-      clock.phase("reward", advantage)
-      state, update_metrics = session.programs.update(
-        state._replace(prompt_stats=stats),
-        session.model.frozen,
-        session.reference,
-        seen.conditioning,
-        seen.ids,
-        seen.rollouts,
-        advantage,
-        weight,
-        chosen,
-        np.int32(iteration),
-      )
-      clock.phase("update", update_metrics)
-      stop_profile(config, iteration, update_metrics)
-      pending = Pending(iteration, reward_metrics | update_metrics, clock)
+      state, values, seen = after
+      stop_profile(config, iteration, values)
+      pending = Pending(iteration=iteration, values=values, clock=clock)
 
       if shown:
         pending = pending._replace(
@@ -377,6 +357,87 @@ def collect(
   order = np.argsort(chunks.reshape(-1)).astype(np.int32)
   scores |= scoring.from_host(config, waiting, chunks)
   return Experience(ids, conditioning, tuple(rollouts), run.join(scores, order), first_group)
+
+
+def update(
+  session: Session,
+  before: TrainState,
+  seen: Experience,
+  iteration: int,
+  clock: Clock,
+  stop: Callable[[], bool],
+) -> tuple[TrainState, dict[str, jax.Array], Experience] | None:
+  """Scores -> advantages -> optimizer steps.
+
+  Args:
+    session: of the run.
+    before: the state; it stays valid where None is returned.
+    seen: what the iteration has collected. The caller's own reference to it should be replaced by
+      the one returned, which holds no trajectories: they are freed as soon as they lie in lanes.
+    iteration: number of the iteration.
+    clock: of the iteration.
+    stop: asked between two calls of a program; True gives the iteration up.
+
+  Returns:
+    The state after, metrics and `seen`; None where the iteration was given up.
+  """
+  config, model, run = session.config, session.model, session.programs
+  advantage, weight, chosen, stats, reward_metrics = run.advantages(
+    seen.scores, seen.ids, before.prompt_stats
+  )
+  clock.phase("reward", advantage)
+  dealt = run.update["deal"](
+    before.trainable,
+    seen.rollouts,
+    seen.ids,
+    advantage,
+    weight,
+    chosen,
+    np.int32(iteration),
+  )
+  seen = seen._replace(rollouts=())
+  after = update_calls.run(
+    run.update,
+    before._replace(prompt_stats=stats),
+    model.frozen,
+    session.reference,
+    seen.conditioning,
+    dealt,
+    config.optimizer.microbatches_per_call,
+    stop,
+  )
+  if after is None:
+    return None
+  state, update_metrics = after
+  clock.phase("update", update_metrics)
+  return state, reward_metrics | update_metrics, seen
+
+
+def give_up(
+  saver: store.Saver,
+  workdir: Path,
+  state: TrainState,
+  iteration: int,
+  first: int,
+  meta: dict,
+  progress: metrics.Progress,
+) -> None:
+  """Ends a run that was asked to stop: saves the state as of the last whole iteration, and says so.
+
+  Args:
+    saver: of the workdir.
+    workdir: of the run.
+    state: before the iteration that is given up.
+    iteration: its number, and so that of whole iterations.
+    first: the iteration that this process began with, whose state is saved already.
+    meta: saved beside the state.
+    progress: where it is said.
+  """
+  if iteration > first:
+    saver.save(iteration, state, meta | {"iteration": iteration})
+    saver.wait()
+  message = f"stopped by SIGTERM: {iteration} iterations are saved in {workdir}"
+  progress.message(f"{message}; the same command goes on from there")
 
 
 def flush(

@@ -21,7 +21,12 @@ from dancegrpo_jax.report.metrics import Progress, duration
 MEMORY = (
   8 * 2**30
 )  # bytes that a compilation may take; the largest ones for TPUs were seen to take 14
-LARGEST_FIRST = ("update", "rollout", "sample")  # in the order of how long they take
+LARGEST_FIRST = (
+  "update accumulate",
+  "rollout",
+  "update remember",
+  "sample",
+)  # in the order of how long they take
 _TRACING = threading.Lock()  # tracing is Python, so threads would only slow each other down
 
 Compiling = dict[str, futures.Future]  # by the name of the call; equal calls share one

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import programs
 from dancegrpo_jax.assembly.loading import Model
+from dancegrpo_jax.programs import update
 from dancegrpo_jax.rl.lanes import deal
 from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.types import Conditioning, Example, PyTree
@@ -29,12 +30,18 @@ class Call(NamedTuple):
     program: jitted.
     arguments: abstract.
     times: calls in the run.
+    turns: of its loop whose length is an argument, in one call.
+    freed: names in `Calls.kept` of what is gone when it runs.
+    extra: what else stays in memory while it runs.
   """
 
   name: str
   program: Callable
   arguments: tuple
   times: float | int
+  turns: float | int = 1
+  freed: tuple[str, ...] = ()
+  extra: PyTree = ()
 
 
 class Calls(NamedTuple):
@@ -113,8 +120,9 @@ def of_run(
   reference = None
   if config.objective.kl.weight:
     reference = {} if config.lora.rank else _copy(trainable)
-  arguments = (state, frozen, reference, rows, ids, rollouts, advantage, weight, chosen, number)
-  calls.append(Call("update", run.update, arguments, config.iterations))
+  dealing = (trainable, rollouts, ids, advantage, weight, chosen, number)
+  calls.append(Call("update deal", run.update["deal"], dealing, config.iterations))
+  calls += of_update(config, run, state, frozen, reference, rows, dealing)
   calls += _showing(config, model, run, calls, conditioning, examples, held_out)
   kept = {
     "trained weights": state.trainable,
@@ -128,6 +136,59 @@ def of_run(
     "pixels": pixels,
   }
   return Calls(calls, kept)
+
+
+def of_update(
+  config: ConfigDict,
+  run: programs.Programs,
+  state: TrainState,
+  frozen: PyTree,
+  reference: PyTree | None,
+  rows: Conditioning,
+  dealing: tuple,
+) -> list[Call]:
+  """The programs that go through the work of an update, see `programs.update.run`.
+
+  Args:
+    config: validated.
+    run: jitted programs.
+    state: abstract.
+    frozen: parameters that aren't trained, abstract.
+    reference: of a KL penalty, abstract, or None.
+    rows: the conditioning, abstract.
+    dealing: arguments of the program "update deal".
+  """
+  work, sums = jax.eval_shape(run.update["deal"], *dealing)
+  updates, microbatches = jax.tree.leaves(work.items)[0].shape[:2]
+  most, number = config.optimizer.microbatches_per_call, dealing[-1]
+  before = _copy((state.trainable, state.opt_state, state.ema)) if updates > 1 else ()
+  options: dict[str, Any] = {"freed": ("trajectories",)}
+  calls = []
+
+  def looped(name: str, arguments: tuple, count: int, rounds: int, **more: Any) -> Call:
+    """A program that goes through `count` microbatches, `rounds` times an iteration."""
+    length = len(update.bounds(count, most))
+    times = config.iterations * rounds * length
+    turns = count / length
+    return Call(f"update {name}", run.update[name], arguments, times, turns, **options, **more)
+
+  if "remember" in run.update:
+    reading = (state.trainable, frozen, rows, work, sums, number, number)
+    calls.append(looped("remember", reading, (updates - 1) * microbatches, 1))
+  adding = (state.trainable, frozen, reference, rows, work, sums, number, number, number)
+  calls.append(looped("accumulate", adding, microbatches, updates, extra=before))
+  stepping = (state, sums, number)
+  if "first_step" in run.update:
+    first = Call(
+      "update first_step", run.update["first_step"], stepping, config.iterations, **options
+    )
+    calls.append(first)
+  steps = config.iterations * max(1, updates - 1)
+  calls.append(Call("update step", run.update["step"], stepping, steps, **options, extra=before))
+  calls.append(
+    Call("update summary", run.update["summary"], (state, sums), config.iterations, **options)
+  )
+  return calls
 
 
 def of_scores(

@@ -60,7 +60,7 @@ def run(
     command_line.require_writable(f"--out={out}", file.parent)
   if hlo:
     command_line.require_writable(f"--hlo={hlo}", Path(hlo))
-  for result in plan(config, topology, hlo=hlo, only=only, effort=level):
+  for result in plan(config, topology, folder=hlo, only=only, effort=level):
     if out and file.exists():
       result = table.merged(table.read_out(file), result)
     result = table.concluded(result)

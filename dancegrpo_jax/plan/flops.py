@@ -33,12 +33,14 @@ class Flops(NamedTuple):
     return self._replace(total=self.total * count, kernels=self.kernels * count)
 
 
-def count(jaxpr: Any, platform: str) -> Flops:
+def count(jaxpr: Any, platform: str, turns: float | None = None) -> Flops:
   """FLOPs of a jaxpr (`jit(f).trace(...).jaxpr`).
 
   Args:
     jaxpr: closed or open.
     platform: whose branches of `jax.lax.platform_dependent` count: cpu, gpu or tpu.
+    turns: of the outermost loops whose length is not in the program; without it their bodies count
+      once, and the result says so.
   """
   names_of = {"gpu": {"gpu", "cuda", "rocm"}}.get(platform, {platform})
   jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
@@ -51,16 +53,16 @@ def count(jaxpr: Any, platform: str) -> Flops:
       places[eqn.outvars[0]] = mine[0] if mine else None  # None: the largest counts
     elif name == "cond":
       index = places.get(eqn.invars[0]) if not hasattr(eqn.invars[0], "val") else None
-      branches = [count(branch, platform) for branch in eqn.params["branches"]]
+      branches = [count(branch, platform, turns) for branch in eqn.params["branches"]]
       total += (
         branches[index] if index is not None else max(branches, key=lambda branch: branch.total)
       )
     else:
-      total += _equation(eqn, platform)
+      total += _equation(eqn, platform, turns)
   return total
 
 
-def _equation(eqn: Any, platform: str) -> Flops:
+def _equation(eqn: Any, platform: str, turns: float | None) -> Flops:
   """One equation that is no branch."""
   name, params = eqn.primitive.name, eqn.params
   if name == "dot_general":
@@ -68,16 +70,18 @@ def _equation(eqn: Any, platform: str) -> Flops:
   if name == "conv_general_dilated":
     return Flops(_convolution(eqn))
   if name == "scan":
-    return count(params["jaxpr"], platform).times(params["length"])
+    return count(params["jaxpr"], platform, turns).times(params["length"])
   if name == "while":
     body = count(params["body_jaxpr"], platform)
+    if turns is not None:
+      return body.times(turns)
     return body._replace(unknown=body.unknown | {"while"}) if body.total else body
   if name == "pallas_call":
     kernel = count(params["jaxpr"], platform).times(prod(params["grid_mapping"].grid))
     return kernel._replace(kernels=kernel.total)
   if name in ("ragged_dot", "ffi_call"):
     return Flops(0.0, unknown=frozenset({name}))
-  inner = sum((count(sub, platform) for sub in _jaxprs(params)), Flops(0.0))
+  inner = sum((count(sub, platform, turns) for sub in _jaxprs(params)), Flops(0.0))
   if name == "shard_map":  # the body is one device's part
     axes = (
       params.get("newly_manual_axes") or params.get("manual_axes") or params["mesh"].shape

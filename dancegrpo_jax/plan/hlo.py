@@ -116,11 +116,17 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
   return found, entry
 
 
-def summary(text: str) -> Summary:
-  """Reads `compiled.as_text()`."""
+def summary(text: str, turns: float | None = None) -> Summary:
+  """Reads `compiled.as_text()`.
+
+  Args:
+    text: of a compiled program.
+    turns: of loops whose length the text does not state; without it their bodies count once, and
+      they are counted as unknown.
+  """
   code, entry = computations(text)
   collectives, parts, kernels, cycles, unknown = [], {}, {}, 0.0, 0
-  for instruction, times, inside, known in _executions(code, entry):
+  for instruction, times, inside, known in _executions(code, entry, turns=turns):
     opcode = instruction.opcode.removesuffix("-start")
     unknown += not known
     if opcode in _MOVED:
@@ -162,7 +168,10 @@ def _result_size(instruction: Instruction) -> int:
 
 
 def _executions(
-  code: dict[str, list[Instruction]], name: str, times: float = 1.0
+  code: dict[str, list[Instruction]],
+  name: str,
+  times: float = 1.0,
+  turns: float | None = None,
 ) -> Iterator[tuple[Instruction, float, dict[str, str], bool]]:
   """Every instruction that runs, how often, the shapes beside it, and whether a loop's length is
   known; longest branches.
@@ -172,15 +181,16 @@ def _executions(
     trips, opcode = 1.0, instruction.opcode
     if opcode == "while":
       trips = _trips(code, instruction)
+      trips = turns if trips is None else trips
     yield instruction, times, inside, trips is not None
     if opcode in ("while", "call", "async-start"):
       for called in _CALLED.findall(instruction.rest):
-        yield from _executions(code, called, times * (trips or 1.0))
+        yield from _executions(code, called, times * (trips or 1.0), turns)
     elif opcode == "fusion":  # its cycles are stated at the fusion itself
       for called in _CALLED.findall(instruction.rest):
         parts = (
           part
-          for part in _executions(code, called, times)
+          for part in _executions(code, called, times, turns)
           if part[0].opcode.removesuffix("-start") in _MOVED
         )
         yield from map(_scattered, parts) if called.startswith(_SCATTER) else parts
@@ -189,7 +199,7 @@ def _executions(
       named = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", instruction.rest)
       named = re.findall(r"[\w.\-]+", branches[1]) if branches else named
       yield from max(
-        (list(_executions(code, branch, times)) for branch in named), key=_weight, default=[]
+        (list(_executions(code, branch, times, turns)) for branch in named), key=_weight, default=[]
       )
 
 

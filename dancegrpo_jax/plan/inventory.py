@@ -130,5 +130,7 @@ def kept_bytes(inventory: Inventory, call: Call | None = None) -> int:
   one.
   """
   own = {id(leaf) for leaf in jax.tree.leaves(call.arguments)} if call else set()
-  kept = [leaf for leaf in jax.tree.leaves(inventory.kept) if id(leaf) not in own]
+  freed, extra = (call.freed, call.extra) if call else ((), ())
+  there = {name: tree for name, tree in inventory.kept.items() if name not in freed}
+  kept = [leaf for leaf in jax.tree.leaves((there, extra)) if id(leaf) not in own]
   return sum(map(loading.device_bytes, kept))

@@ -6,14 +6,22 @@ Nothing runs. The numbers are the compiler's, and the time is an estimate (see `
 
 import importlib.metadata
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from dancegrpo_jax.devices import accelerator, out_of_memory
+import jax
+from ml_collections import ConfigDict
+
+from dancegrpo_jax.assembly import loading
+from dancegrpo_jax.compilation.calls import Call
+from dancegrpo_jax.data import prompts
+from dancegrpo_jax.devices import accelerator, chips, out_of_memory, sharding
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.plan import table
-from dancegrpo_jax.settings import stored_config
+from dancegrpo_jax.plan import flops, hlo, inventory, table, topologies
+from dancegrpo_jax.plan.flops import Flops
+from dancegrpo_jax.rl import timesteps
+from dancegrpo_jax.settings import checks, stored_config
 
 KERNEL_SHARE = (
   0.5  # of the peak that a Pallas kernel is taken to reach: the compiler expects nothing of it
@@ -22,36 +30,33 @@ KERNEL_SHARE = (
 
 def devices_of(topology: str) -> list:
   """The devices to plan for. ConfigError as `topologies.devices`."""
-  import jax
-
-  from dancegrpo_jax.plan import topologies
-
   if not topology:
     return jax.devices()
-  jax.config.update(
-    "jax_platforms", "cpu"
-  )  # the compiler is here to compile: no TPU or GPU is looked for
+  # The compiler is here to compile: no TPU or GPU is looked for.
+  jax.config.update("jax_platforms", "cpu")
   return topologies.devices(topology)
 
 
 def compile_call(
-  call: Any, kept: int, flops: Any, chip: Any, count: int, hlo: str = "", effort: float = 0.0
+  call: Call,
+  kept: int,
+  counted: Flops,
+  chip: chips.Chip,
+  count: int,
+  folder: str = "",
+  effort: float = 0.0,
 ) -> table.Row:
   """A program's row.
 
   Args:
     call: of the inventory.
     kept: bytes of a device's memory that are taken beside its arguments.
-    flops: of `flops.count`.
-    chip: `topologies.Chip`.
+    counted: of `flops.count`.
+    chip: what a device offers.
     count: devices.
-    hlo: folder for the text, "" for none.
+    folder: for the program's text, "" for none.
     effort: XLA's exec_time_optimization_effort; 0 is what a run is compiled with.
   """
-  import jax
-
-  from dancegrpo_jax.plan import flops
-
   start = time.time()
   traced = call.program.trace(*call.arguments)
   try:
@@ -60,34 +65,52 @@ def compile_call(
     if effort and "No such compile option" in str(error):  # seen with JAX 0.11.2, for CPUs
       remedy = f"the compiler of JAX {jax.__version__} has no such option; use --effort=0"
       raise ConfigError(f"--effort={effort:g}: {remedy}") from error
-    found = out_of_memory.shortage(error)
-    if found is None:
+    shortage = out_of_memory.shortage(error)
+    if shortage is None:
       raise
-    peak, took = (found.wanted or float("inf")) + kept, time.time() - start
-    said = found.said
     return table.Row(
-      call.name, call.times, None, None, peak, flops.total, (), None, took, None, None, None, said
+      name=call.name,
+      times=call.times,
+      peak=(shortage.wanted or float("inf")) + kept,
+      flops=counted.total,
+      compile_seconds=time.time() - start,
+      problem=shortage.said,
     )
-  took, text, memory = time.time() - start, compiled.as_text(), compiled.memory_analysis()
-  if hlo:
-    Path(hlo).mkdir(parents=True, exist_ok=True)
-    (Path(hlo) / f"{call.name.replace(' ', '_')}.txt").write_text(text)
-  kernels = flops.count(traced.jaxpr, "tpu").kernels
-  row = row_of(call, kept, flops, kernels, chip, count, text, memory)._replace(compile_seconds=took)
+  took = time.time() - start
+  text = compiled.as_text()
+  if folder:
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / f"{call.name.replace(' ', '_')}.txt").write_text(text)
+  kernels = flops.count(traced.jaxpr, "tpu", call.turns).kernels
+  row = row_of(call, kept, counted, kernels, chip, count, text, compiled.memory_analysis())
   if effort:  # not a run's times: with -1 several times as long
     row = row._replace(compute_seconds=None, network_seconds=None, mfu=None)
-  return row
+  return row._replace(compile_seconds=took)
 
 
 def row_of(
-  call: Any, kept: int, flops: Any, kernels: float, chip: Any, count: int, text: str, memory: Any
+  call: Call,
+  kept: int,
+  counted: Flops,
+  kernels: float,
+  chip: chips.Chip,
+  count: int,
+  text: str,
+  memory: Any,
 ) -> table.Row:
-  """A compiled program's row; see `compile_call`. `kernels` are the FLOPs inside Pallas kernels,
-  recomputed ones too.
-  """
-  from dancegrpo_jax.plan import hlo
+  """A compiled program's row, but for the time that it took to compile.
 
-  summary = hlo.summary(text)
+  The time is the compiler's cycles over the clock, and what goes over the network at its full rate,
+  as if neither overlapped. Of Pallas kernels the compiler states no cycles: they are taken to reach
+  `KERNEL_SHARE` of the peak.
+
+  Args:
+    call, kept, counted, chip, count: as `compile_call`.
+    kernels: FLOPs inside Pallas kernels, recomputed ones too.
+    text: of the compiled program.
+    memory: its `memory_analysis()`.
+  """
+  summary = hlo.summary(text, call.turns)
   added = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
   peak = kept + memory.argument_size_in_bytes + added + memory.generated_code_size_in_bytes
   moved = sum(collective.moved for collective in summary.collectives)
@@ -96,21 +119,20 @@ def row_of(
     compute = summary.cycles / chip.clock + kernels / count / (KERNEL_SHARE * chip.flops)
     network = moved / chip.network
     total = compute + network
-    mfu = flops.total / count / chip.flops / total if total else None
-  uncounted = tuple(sorted(flops.unknown)) + ("loops of unknown length",) * bool(summary.unknown)
+    mfu = counted.total / count / chip.flops / total if total else None
+  uncounted = sorted(counted.unknown) + (["loops of unknown length"] if summary.unknown else [])
   return table.Row(
-    call.name,
-    call.times,
-    memory.argument_size_in_bytes,
-    memory.temp_size_in_bytes,
-    peak,
-    flops.total,
-    uncounted,
-    moved,
-    0.0,
-    compute,
-    network,
-    mfu,
+    name=call.name,
+    times=call.times,
+    arguments=memory.argument_size_in_bytes,
+    temporaries=memory.temp_size_in_bytes,
+    peak=peak,
+    flops=counted.total,
+    uncounted=tuple(uncounted),
+    collective=moved,
+    compute_seconds=compute,
+    network_seconds=network,
+    mfu=mfu,
   )
 
 
@@ -120,10 +142,6 @@ def counts(
   """FLOPs of the named programs, of the same run without rematerialisation and fused kernels: what
   it has to compute.
   """
-  import jax
-
-  from dancegrpo_jax.plan import flops, inventory
-
   with (plain := config.copy_and_resolve_references()).unlocked():
     plain.model.update(remat=False, attention="xla")
   platform = mesh.devices.flat[0].platform
@@ -134,12 +152,18 @@ def counts(
   ]
   with jax.set_mesh(mesh):
     return {
-      call.name: flops.count(call.program.trace(*call.arguments).jaxpr, platform) for call in calls
+      call.name: flops.count(call.program.trace(*call.arguments).jaxpr, platform, call.turns)
+      for call in calls
     }
 
 
 def plan(
-  config: Any, topology: str, say: Any = print, hlo: str = "", only: str = "", effort: float = 0.0
+  config: ConfigDict,
+  topology: str,
+  say: Callable[[str], Any] = print,
+  folder: str = "",
+  only: str = "",
+  effort: float = 0.0,
 ) -> Iterator[dict]:
   """Compiles all programs of a run.
 
@@ -147,25 +171,17 @@ def plan(
     config: as read.
     topology: as "v5p:4x4x4", "" for the local devices.
     say: where each program's row is told when it is there.
-    hlo: folder for the compiled programs' text, "" for none.
+    folder: for the compiled programs' text, "" for none.
     only: names of programs, with commas between; "" for all.
     effort: as `compile_call`.
 
   Yields:
     Before the first program and after each what is known so far: what --out holds, but for what
-    `plans.concluded` adds. "rows" are `plans.Row`s as dicts.
+    `table.concluded` adds. "rows" are `table.Row`s as dicts.
 
   Raises:
     ConfigError: a mistake in config or topology.
   """
-  import jax
-
-  from dancegrpo_jax.assembly import loading
-  from dancegrpo_jax.data import prompts
-  from dancegrpo_jax.devices import chips, sharding
-  from dancegrpo_jax.plan import inventory
-  from dancegrpo_jax.settings import checks
-
   devices = devices_of(topology)
   examples, held_out = len(prompts.read_examples(config)), len(prompts.read_held_out(config))
   facts = checks.device_facts(devices[0])
@@ -174,16 +190,17 @@ def plan(
     accelerator.say_share(devices[0].platform)
   mesh, chip = sharding.make_mesh(config.mesh, devices), chips.chip_of(devices[0])
   plain = inventory.without_weights(config)
-  taken, rows = inventory.take(plain, mesh, examples, held_out), []
+  taken = inventory.take(plain, mesh, examples, held_out)
   names = [call.name for call in taken.calls]
   wanted = only.split(",") if only else names
   if unknown := sorted(set(wanted) - set(names)):
     raise ConfigError(
       f"--only={only}: no program {', '.join(unknown)}; there are {', '.join(names)}"
     )
-  flops = counts(plain, mesh, examples, held_out, wanted)
-  sizes = loading.device_bytes
-  kept = {name: sum(map(sizes, jax.tree.leaves(tree))) for name, tree in taken.kept.items()}
+  counted = counts(plain, mesh, examples, held_out, wanted)
+  kept = {
+    name: sum(map(loading.device_bytes, jax.tree.leaves(tree))) for name, tree in taken.kept.items()
+  }
   result = {
     "config": config.name,
     "digest": stored_config.digest(config),
@@ -200,11 +217,20 @@ def plan(
     "kept": {name: size for name, size in kept.items() if size},
     "programs": names,
   }
+  rows: list[dict] = []
   yield result | {"rows": []}
-  for call in (call for call in taken.calls if call.name in wanted):
+  for call in taken.calls:
+    if call.name not in wanted:
+      continue
     with jax.set_mesh(mesh):
       row = compile_call(
-        call, inventory.kept_bytes(taken, call), flops[call.name], chip, len(devices), hlo, effort
+        call,
+        kept=inventory.kept_bytes(taken, call),
+        counted=counted[call.name],
+        chip=chip,
+        count=len(devices),
+        folder=folder,
+        effort=effort,
       )
     say(f"{call.name}: compiled in {row.compile_seconds:.0f} s")
     rows.append(row._asdict())
@@ -221,9 +247,6 @@ def libtpu_version() -> str:
 
 def geometry(config: Any, devices: int) -> str:
   """How an iteration's samples become batches, in words."""
-  from dancegrpo_jax.rl import timesteps
-  from dancegrpo_jax.settings import checks
-
   data, optimizer, objective = config.data, config.optimizer, config.objective
   group, samples = (
     config.rollout.samples_per_prompt,

@@ -29,16 +29,16 @@ class Row(NamedTuple):
 
   name: str
   times: float | int
-  arguments: float | None
-  temporaries: float | None
   peak: float
   flops: float
-  uncounted: tuple[str, ...]
-  collective: float | None
-  compile_seconds: float
-  compute_seconds: float | None
-  network_seconds: float | None
-  mfu: float | None
+  arguments: float | None = None
+  temporaries: float | None = None
+  uncounted: tuple[str, ...] = ()
+  collective: float | None = None
+  compile_seconds: float = 0.0
+  compute_seconds: float | None = None
+  network_seconds: float | None = None
+  mfu: float | None = None
   problem: str = ""
 
   @property

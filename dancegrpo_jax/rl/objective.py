@@ -1,5 +1,6 @@
-"""The clipped surrogate, one value a transition. Sums over transitions and their weights belong to
-the update.
+"""Surrogates of the policy's improvement, one value a transition.
+
+Sums over transitions and their weights belong to the engine, rl/optimize.py.
 """
 
 import jax.numpy as jnp
@@ -54,3 +55,32 @@ def is_clipped(
   return ((advantage > 0) & (ratio > 1.0 + clip_range)) | (
     (advantage < 0) & (ratio < 1.0 - clip_range)
   )
+
+
+def approximate_kl(log_ratio: Float[Array, "batch"]) -> Float[Array, "batch"]:
+  """ratio - 1 - log ratio, an estimate of KL(old, new) that is never negative (k3 of Schulman).
+
+  It keeps its digits at a ratio of 1 + 1e-4, where ratio - 1 has none left.
+  """
+  return jnp.expm1(log_ratio) - log_ratio
+
+
+def mean_kl(
+  mean: Float[Array, "batch *shape"],
+  old_mean: Float[Array, "batch *shape"],
+  std: Float[Array, "batch"],
+) -> Float[Array, "batch"]:
+  """KL between two Gaussian steps of the same std, averaged over the latent dimensions.
+
+  (mean - old_mean)^2 / (2 std^2) in each dimension (Flow-DPPO, arXiv 2606.11025, eq. (14)). Every
+  step must be stochastic (std > 0).
+  """
+  squares = jnp.square(mean - old_mean).reshape(len(mean), -1)
+  return jnp.mean(squares, axis=1) / (2.0 * jnp.square(std))
+
+
+def moves_outwards(
+  ratio: Float[Array, "batch"], advantage: Float[Array, "batch"]
+) -> Bool[Array, "batch"]:
+  """Whether a larger advantage would drive the ratio further from 1 than it is already."""
+  return ((advantage > 0) & (ratio > 1.0)) | ((advantage < 0) & (ratio < 1.0))

@@ -13,6 +13,7 @@ RESUMABLE = (
   "mesh",
   "rollout.chunk",
   "optimizer.microbatch",
+  "optimizer.microbatches_per_call",
   "logging",
   "checkpoint",
   "evaluation",

@@ -1,0 +1,80 @@
+"""The only file that calls jax.jit.
+
+Each function is compiled once: shapes are static, and what changes from call to call (iteration,
+sample numbers, the bounds of a loop) is an argument.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from dancegrpo_jax.models import lora
+from dancegrpo_jax.rewards.base import Reward
+from dancegrpo_jax.rl import rng
+from dancegrpo_jax.types import PyTree
+
+
+def program(config: ConfigDict, name: str, function: Callable, **options: Any) -> Callable:
+  """`function` jitted, with the precision of products that the config asks for.
+
+  Args:
+    config: of the run; model.matmul_precision holds for everything that is traced, gradients too.
+    name: what profiles and XLA's messages call the program.
+    function: what to compile.
+    options: of `jax.jit`.
+  """
+
+  @functools.wraps(function)
+  def traced(*arguments):
+    # "default" leaves the precision to JAX, and to what its user set there.
+    if config.model.matmul_precision == "default":
+      return function(*arguments)
+    with jax.default_matmul_precision(config.model.matmul_precision):
+      return function(*arguments)
+
+  traced.__name__ = traced.__qualname__ = name.replace(" ", "_")
+  return jax.jit(traced, **options)
+
+
+def init_adapters(config: ConfigDict, adapters: PyTree, shardings: PyTree) -> PyTree:
+  """LoRA's adapters before the first iteration, sharded; drawn from the config's seed."""
+  key = rng.stream(config.seed, "lora")
+  return jax.jit(lambda: lora.init(key, adapters), out_shardings=shardings)()
+
+
+def embed(config: ConfigDict, reward: Reward) -> Callable:
+  """`(reward params, pixels) -> embeddings`, for evaluate.py."""
+  return program(config, f"embed {reward.name}", reward.embed)
+
+
+def fit_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callable:
+  """One step of supervised training, for pretrain.py.
+
+  Args:
+    loss: `(params, batch, key) -> (loss, metrics)`.
+    optimizer: applied to the whole parameter tree.
+
+  Returns:
+    `(state, batch, key, ema_decay) -> (state, metrics)` with state = (params, opt_state, ema),
+    donated.
+  """
+
+  def step(carry: tuple, batch: Any, key: Array, ema_decay: Array) -> tuple:
+    params, opt_state, ema = carry
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
+    updates, opt_state = optimizer.update(gradient, opt_state, params)
+    params = optax.apply_updates(params, updates)
+    ema = jax.tree.map(lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params)
+    return (params, opt_state, ema), {"loss": value, **metrics}
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def compiled(function: Callable) -> Callable:
+  """`function` jitted, for the one-off calls of commands."""
+  return jax.jit(function)

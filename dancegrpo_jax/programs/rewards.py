@@ -1,0 +1,94 @@
+"""Programs between decoded samples and advantages."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
+
+from dancegrpo_jax.rewards.base import Reward
+from dancegrpo_jax.rl import advantages
+from dancegrpo_jax.types import Media, PyTree
+
+
+def score_program(reward: Reward) -> Callable:
+  def run(
+    params, pixels: Float[Array, "chunk h w 3"], features: PyTree, prompt: Int[Array, "chunk"]
+  ):
+    return reward.score(params, Media(pixels), jax.tree.map(lambda rows: rows[prompt], features))
+
+  return run
+
+
+def join_program(config: ConfigDict) -> Callable:
+  def run(chunks: dict[str, list], order: Int[Array, "samples"]) -> dict:
+    return {
+      term: jnp.concatenate(parts)[order].reshape(-1, config.rollout.samples_per_prompt)
+      for term, parts in chunks.items()
+    }
+
+  return run
+
+
+def advantages_program(config: ConfigDict) -> Callable:
+  c = config.advantage
+  options = {"ddof": c.ddof, "eps": c.eps, "min_spread": c.min_spread}
+  terms = tuple((name, weight) for name, weight in config.reward.terms)
+
+  def run(scores: dict, prompt_ids: Int[Array, "prompts"], stats: dict) -> tuple:
+    binary = advantages.apply_thresholds(scores, config.reward.thresholds)
+    statistics = None
+    if c.history.size:
+      named, valid = advantages.signals(binary, terms, config.reward.combine)
+      stats = {
+        name: advantages.update_stats(stats[name], prompt_ids, rewards, valid)
+        for name, rewards in named.items()
+      }
+      statistics = {
+        name: advantages.prompt_statistics(
+          stats[name], prompt_ids, rewards, valid, min_count=c.history.min_count, ddof=c.ddof
+        )
+        for name, rewards in named.items()
+      }
+    result = advantages.combine(
+      binary, terms, config.reward.combine, clamp=c.clamp, statistics=statistics, **options
+    )
+    metrics = _reward_metrics(scores, terms, result)
+    prompts, group = result.advantage.shape
+    position = jnp.broadcast_to(jnp.arange(group)[None], (prompts, group))
+    if c.best_of:
+      position, result = advantages.best_of(result, c.best_of)
+    chosen = (jnp.arange(prompts)[:, None] * group + position).reshape(-1).astype(jnp.int32)
+    return result.advantage.reshape(-1), result.weight.reshape(-1), chosen, stats, metrics
+
+  return run
+
+
+def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -> dict[str, Array]:
+  """reward/* is the weighted sum of the raw scores; each term has rows of its own where there are
+  several; failed is a share.
+  """
+  total = sum(weight * scores[name] for name, weight in terms)
+  metrics, rows = {}, {"reward": total}
+  if len(terms) > 1:
+    rows |= {f"reward/{name}": scores[name] for name, _ in terms}
+  for prefix, values in rows.items():
+    ok = jnp.isfinite(values)
+    count = jnp.maximum(ok.sum(), 1)
+    mean = jnp.where(ok.any(), jnp.where(ok, values, 0.0).sum() / count, jnp.nan)
+    spread = jnp.where(ok, jnp.square(values - mean), 0.0).sum() / jnp.maximum(count - 1, 1)
+    metrics |= {
+      f"{prefix}/mean": mean,
+      f"{prefix}/std": jnp.sqrt(spread),
+      f"{prefix}/min": jnp.min(jnp.where(ok, values, jnp.inf)),
+      f"{prefix}/max": jnp.max(jnp.where(ok, values, -jnp.inf)),
+      f"{prefix}/failed": jnp.mean(~ok),
+    }
+  group = advantages.group_statistics(total, jnp.isfinite(total), 1)
+  return metrics | {
+    "reward/failed": result.failed,  # what was masked, thresholds applied
+    "group/std_mean": group.std.mean(),
+    "group/zero_variance": result.flat_groups,
+    "advantage/abs_mean": jnp.abs(result.advantage).mean(),
+  }

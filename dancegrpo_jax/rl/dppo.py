@@ -1,0 +1,38 @@
+"""Flow-DPPO (arXiv 2606.11025): a trust region in the place of GRPO's clipping.
+
+A step of a diffusion sampler is a Gaussian, so the divergence of the new policy from the old one is
+known exactly. A transition whose divergence has reached `tau` is dropped from the loss where its
+ratio moves further outwards, and nothing is clipped (eq. (14) and (18)).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from dancegrpo_jax.diffusion.schedules import Schedule
+from dancegrpo_jax.rl import objective
+from dancegrpo_jax.rl.grpo import Scored, Surrogate, Transitions
+
+
+def trust_region(tau: float) -> Surrogate:
+  """-ratio A, and 0 for transitions that are dropped; "drop_fraction" is their share.
+
+  Args:
+    tau: nats a latent dimension; a transition is dropped where its KL is at least this.
+  """
+
+  def loss(t: Transitions, new: Scored, old: Scored, schedule: Schedule) -> tuple[Array, dict]:
+    del schedule
+    log_ratio = objective.log_ratio(new.log_prob, old.log_prob)
+    ratio = jnp.exp(log_ratio)
+    divergence = jax.lax.stop_gradient(objective.mean_kl(new.mean, old.mean, new.std))
+    dropped = (divergence >= tau) & objective.moves_outwards(ratio, t.advantage)
+    losses = jnp.where(dropped, 0.0, -ratio * t.advantage)
+    return losses, {
+      "ratio": ratio,
+      "drop_fraction": dropped.astype(jnp.float32),
+      "policy_kl": divergence,
+      "approx_kl": objective.approximate_kl(log_ratio),
+    }
+
+  return Surrogate(loss=loss, reports=("drop_fraction", "policy_kl"), needs_means=True)

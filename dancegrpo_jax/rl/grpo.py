@@ -1,0 +1,382 @@
+"""GRPO over denoising trajectories: the items are (sample, step) pairs, the loss is a surrogate of
+the importance ratio (DanceGRPO, arXiv 2505.07818, eq. (8); Flow-GRPO, arXiv 2505.05470).
+
+Samples lie in `lanes`: the batch axes of every array here are `[lanes, samples of a lane]`. A
+permutation acts within a lane and each microbatch takes equally from every lane, so that a device
+that owns whole lanes never fetches a trajectory.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jaxtyping import Array, Float, Int, Key
+
+from dancegrpo_jax.diffusion import transitions
+from dancegrpo_jax.diffusion.schedules import Schedule, point
+from dancegrpo_jax.rl import lanes, objective, rng, timesteps
+from dancegrpo_jax.rl.optimize import Algorithm
+from dancegrpo_jax.rl.rollout import Policy, Rollout, distribution, log_prob
+from dancegrpo_jax.types import PyTree
+
+
+class Objective(NamedTuple):
+  """Static choices that GRPO and its relatives share; the names are those of the config's objective
+  and optimizer sections.
+
+  Attributes:
+    old_log_prob: recompute | rollout: where the old policy's log-probs come from.
+    timesteps: see `timesteps.select`.
+    timestep_fraction: share of the policy steps that is trained.
+    kl_weight: of the penalty that holds the policy to a reference; 0 for none.
+    kl_mode: see `transitions.kl`.
+    updates: optimizer steps an iteration.
+    microbatch: transitions in one forward and backward pass.
+  """
+
+  old_log_prob: str
+  timesteps: str
+  timestep_fraction: float
+  kl_weight: float
+  kl_mode: str
+  updates: int
+  microbatch: int
+
+
+class Batch(NamedTuple):
+  """The trajectories of an iteration, in lanes.
+
+  Attributes:
+    step_index: grid index of the K policy steps.
+    latents: float32.
+    log_probs: the rollout's.
+    prompt: row of the conditioning.
+    advantage: 0 where the weight is 0.
+    weight: 1, or 0 for samples that are left out.
+  """
+
+  step_index: Int[Array, "steps"]
+  latents: Float[Array, "states lanes samples *shape"]
+  log_probs: Float[Array, "steps lanes samples"]
+  prompt: Int[Array, "lanes samples"]
+  advantage: Float[Array, "lanes samples"]
+  weight: Float[Array, "lanes samples"]
+
+
+# Which axis of each array the lanes are; of an array that every device holds as a whole, None.
+LANE_AXES = {
+  "step_index": None, "latents": 1, "log_probs": 1, "prompt": 0, "advantage": 0, "weight": 0
+}  # fmt: skip
+
+
+class Transitions(NamedTuple):
+  """A microbatch of m transitions."""
+
+  step: Int[Array, "m"]
+  x: Float[Array, "m *shape"]
+  x_next: Float[Array, "m *shape"]
+  rollout_log_prob: Float[Array, "m"]
+  prompt: Int[Array, "m"]
+  advantage: Float[Array, "m"]
+  weight: Float[Array, "m"]
+
+
+class Scored(NamedTuple):
+  """The policy at a microbatch: log-prob of the actions, mean, std and network output.
+
+  Of the old policy, which is stored, only the log-prob is there, and the mean where it is needed.
+  """
+
+  log_prob: Float[Array, "m"]
+  mean: Float[Array, "m *shape"] | None
+  std: Float[Array, "m"] | None
+  output: Float[Array, "m *shape"] | None
+
+
+class Surrogate(NamedTuple):
+  """What a transition's loss is.
+
+  Attributes:
+    loss: `(transitions, new policy, old policy, schedule) -> (loss f32[m], {name: f32[m]})`. The
+      statistics hold "ratio" and "approx_kl", and those of `reports`.
+    reports: names of further statistics; their means become metrics.
+    needs_means: whether it reads the old policy's means, which then have to be stored.
+  """
+
+  loss: Callable[[Transitions, Scored, Scored, Schedule], tuple[Array, dict[str, Array]]]
+  reports: tuple[str, ...] = ()
+  needs_means: bool = False
+
+
+# (trainable, x, model_time, prompt) -> guided output
+PolicyOutput = Callable[[PyTree, Array, Array, Int[Array, "m"]], Array]
+Keys = tuple[Key[Array, "samples"], Key[Array, ""]]  # one a sample for the steps; for the shuffling
+
+
+def clipped(clip_range: float, guard: bool = False) -> Surrogate:
+  """PPO's clipped surrogate, as DanceGRPO has it.
+
+  Args:
+    clip_range: c; the ratio counts within [1 - c, 1 + c].
+    guard: the ratio and the weight of GRPO-Guard (arXiv 2510.22319).
+  """
+
+  def loss(t: Transitions, new: Scored, old: Scored, schedule: Schedule) -> tuple[Array, dict]:
+    log_ratio = objective.log_ratio(new.log_prob, old.log_prob)
+    weight: Array | float = 1.0
+    if guard:
+      log_ratio = jax.vmap(objective.guard_log_ratio)(new.mean, old.mean, new.std, t.x_next)
+      weight = objective.guard_weight(schedule.sigma[t.step], schedule.sigma[t.step + 1])
+    ratio = jnp.exp(log_ratio)
+    losses = weight * objective.surrogate(ratio, t.advantage, clip_range)
+    outside = objective.is_clipped(ratio, t.advantage, clip_range)
+    return losses, {
+      "ratio": ratio,
+      "clip_fraction": outside.astype(jnp.float32),
+      "approx_kl": objective.approximate_kl(log_ratio),
+    }
+
+  return Surrogate(loss=loss, reports=("clip_fraction",), needs_means=guard)
+
+
+def batch_of(
+  rollouts: tuple[Rollout, ...],
+  prompt: Int[Array, "lanes samples"],
+  advantage: Float[Array, "selected"],
+  weight: Float[Array, "selected"],
+  chosen: Int[Array, "selected"] | None,
+  count: int,
+) -> Batch:
+  """An iteration's trajectories in lanes.
+
+  Args:
+    rollouts: one a chunk, in the order of `lanes.deal`.
+    prompt: row of the conditioning of each selected sample.
+    advantage: of the selected samples.
+    weight: of the selected samples.
+    chosen: numbers of the selected samples among all, or None where all are trained. A selection
+      may move samples to another lane; without one nothing moves.
+    count: number of lanes.
+  """
+
+  def gathered(name: str) -> Array:
+    whole = lanes.in_lanes([getattr(rollout, name) for rollout in rollouts], count, 1)
+    if chosen is None:
+      return whole
+    return lanes.in_lanes([whole.reshape(len(whole), -1, *whole.shape[3:])[:, chosen]], count, 1)
+
+  return Batch(
+    step_index=rollouts[0].step_index,
+    latents=gathered("latents"),
+    log_probs=gathered("log_probs"),
+    prompt=prompt,
+    advantage=advantage.reshape(count, -1),
+    weight=weight.reshape(count, -1),
+  )
+
+
+def keys_of(seed: int, iteration: Array, prompt_ids: Array, sample: Array) -> Keys:
+  """The keys of an iteration's update.
+
+  Args:
+    seed: of the run.
+    iteration: number of the iteration, traced or not.
+    prompt_ids: of each selected sample, lane by lane: its prompt's position in the data set.
+    sample: its position in its group.
+  """
+  steps = rng.sample_keys(rng.stream(seed, "timesteps"), iteration, prompt_ids, sample)
+  return steps, rng.derive(rng.stream(seed, "shuffle"), iteration)
+
+
+def algorithm(
+  policy_output: PolicyOutput,
+  schedule: Schedule,
+  policy: Policy,
+  settings: Objective,
+  surrogate: Surrogate,
+  reference: PyTree | None = None,
+) -> Algorithm:
+  """GRPO for the engine; its batch is a `Batch`, its keys are `Keys`.
+
+  Args:
+    policy_output: `(trainable, x, model_time, prompt) -> guided output`.
+    schedule: the grid.
+    policy: the sampler that drew the trajectories.
+    settings: static choices.
+    surrogate: what a transition's loss is.
+    reference: trainable parameters that a KL penalty holds to, or None.
+
+  Its metrics are ratio, approximate KL and the surrogate's own statistics over all transitions, and
+  the drift of the two sources of old log-probs before the first optimizer step.
+  """
+  recomputes = settings.old_log_prob == "recompute"
+
+  def forward(trainable: PyTree, t: Transitions) -> Scored:
+    return score(policy_output, schedule, policy, trainable, t)
+
+  def kept(scored: Scored) -> Scored:
+    """What has to be stored of the old policy."""
+    mean = scored.mean if surrogate.needs_means else None
+    return Scored(log_prob=scored.log_prob, mean=mean, std=None, output=None)
+
+  def blank(t: Transitions) -> tuple[Scored, dict[str, Array]]:
+    numbers = jnp.zeros_like(t.weight)
+    names = ("weight", "ratio", "approx_kl", "kl", "rollout_drift", *surrogate.reports)
+    scored = Scored(log_prob=numbers, mean=jnp.zeros_like(t.x), std=None, output=None)
+    return kept(scored), dict.fromkeys(names, numbers)
+
+  def deal(batch: Batch, keys: Keys) -> tuple[Array, Array]:
+    count, samples = batch.prompt.shape
+    selected = timesteps.select(
+      settings.timesteps, settings.timestep_fraction, batch.step_index.shape[0], keys[0]
+    )
+    in_rows = selected.reshape(count, samples, -1)
+    return partition(keys[1], in_rows, settings.updates, settings.microbatch)
+
+  def weigh(batch: Batch, items: tuple[Array, Array]) -> Float[Array, "m"]:
+    return jax.vmap(lambda weight, sample: weight[sample])(batch.weight, items[0]).reshape(-1)
+
+  def loss(trainable: PyTree, t: Transitions, remembered: Scored | None, is_first: Array) -> tuple:
+    new = forward(trainable, t)
+    now = kept(jax.lax.stop_gradient(new))
+    if not recomputes:
+      old = now._replace(log_prob=t.rollout_log_prob)
+    elif remembered is None:  # there is one optimizer step: the policy is the old one
+      old = now
+    else:
+      old = jax.tree.map(lambda a, b: jnp.where(is_first, a, b), now, remembered)
+    losses, statistics = surrogate.loss(t, new, old, schedule)
+    statistics["kl"] = jnp.zeros_like(losses)
+    if reference is not None:
+      held = jax.lax.stop_gradient(forward(reference, t))
+      statistics["kl"] = _distances(settings.kl_mode, policy, schedule, t, new, held)
+      losses = losses + settings.kl_weight * statistics["kl"]
+    drift = jnp.abs(jnp.expm1(new.log_prob - t.rollout_log_prob))
+    return losses, statistics | {"rollout_drift": drift, "weight": t.weight}
+
+  return Algorithm(
+    deal=deal,
+    take=gather,
+    weigh=weigh,
+    blank=blank,
+    remember=(lambda p, t: kept(forward(p, t))) if recomputes and settings.updates > 1 else None,
+    loss=loss,
+    metrics=summary,
+  )
+
+
+def partition(
+  key: Key[Array, ""],
+  selected: Int[Array, "lanes samples trained"],
+  updates: int,
+  microbatch: int,
+) -> tuple[Int[Array, "u n lanes s"], Int[Array, "u n lanes s"]]:
+  """Shuffles each lane's (sample, step) pairs and deals them out.
+
+  Returns:
+    (sample, step), both int32 `[updates, microbatches, lanes, microbatch / lanes]`: positions in
+    the lane and in the K steps.
+  """
+  count, samples, trained = selected.shape
+  keys = jax.vmap(lambda lane: jax.random.fold_in(key, lane))(jnp.arange(count))
+  order = jax.vmap(lambda k: jax.random.permutation(k, samples * trained))(keys)
+  step = jnp.take_along_axis(selected.reshape(count, -1), order, axis=1)
+
+  def deal(x: Array) -> Array:
+    rows = rearrange(x, "l (u n s) -> u n l s", u=updates, s=microbatch // count)
+    return rows.astype(jnp.int32)
+
+  return deal(order // trained), deal(step)
+
+
+def gather(batch: Batch, items: tuple[Int[Array, "lanes s"], Int[Array, "lanes s"]]) -> Transitions:
+  """The transitions of one microbatch; each lane indexes itself."""
+
+  def lane(latents, log_probs, prompt, advantage, weight, sample, step) -> Transitions:
+    return Transitions(
+      step=batch.step_index[step],
+      x=latents[step, sample],
+      x_next=latents[step + 1, sample],
+      rollout_log_prob=log_probs[step, sample],
+      prompt=prompt[sample],
+      advantage=advantage[sample],
+      weight=weight[sample],
+    )
+
+  arrays = (batch.latents, batch.log_probs, batch.prompt, batch.advantage, batch.weight)
+  rows = jax.vmap(lane, in_axes=(1, 1, 0, 0, 0, 0, 0))(*arrays, *items)
+  t = jax.tree.map(lambda row: rearrange(row, "l s ... -> (l s) ..."), rows)
+
+  def sound(x: Array) -> Array:
+    """A sample that is left out may hold NaN, and 0 * NaN is NaN: it must not enter at all."""
+    return jnp.where(t.weight.reshape(-1, *(1,) * (x.ndim - 1)) > 0, x, 0.0)
+
+  return t._replace(
+    x=sound(t.x), x_next=sound(t.x_next), rollout_log_prob=sound(t.rollout_log_prob)
+  )
+
+
+def score(
+  policy_output: PolicyOutput,
+  schedule: Schedule,
+  policy: Policy,
+  trainable: PyTree,
+  t: Transitions,
+) -> Scored:
+  """The policy's density at the transitions' actions, for old and new parameters alike."""
+  output = policy_output(trainable, t.x, schedule.model_time[t.step], t.prompt)
+  transition = distribution(policy, schedule, t.step, t.x, output)
+  return Scored(
+    log_prob=log_prob(transition, t.x_next, policy.log_prob),
+    mean=transition.mean,
+    std=transition.std,
+    output=output,
+  )
+
+
+def _distances(
+  mode: str, policy: Policy, schedule: Schedule, t: Transitions, new: Scored, held: Scored
+) -> Float[Array, "m"]:
+  """How far the policy is from the reference at each transition; see `transitions.kl`."""
+
+  def distance(step: Array, new: Scored, held: Scored) -> Float[Array, ""]:
+    return transitions.kl(
+      mode,
+      kind=policy.kind,
+      prediction_type=policy.prediction,
+      reduce=policy.log_prob,
+      point=point(schedule, step),
+      transition=transitions.Transition(new.mean, new.std),
+      reference=transitions.Transition(held.mean, held.std),
+      output=new.output,
+      reference_output=held.output,
+    )
+
+  return jax.vmap(distance)(t.step, new, held)
+
+
+def summary(statistics: dict[str, Float[Array, "u n m"]]) -> dict[str, Array]:
+  """Scalars out of the statistics; samples of weight 0 stay out.
+
+  A statistic of a surrogate's own, as "clip_fraction", becomes its mean over the transitions.
+  """
+  weight = statistics["weight"]
+  used, total = weight > 0, jnp.maximum(weight.sum(), 1.0)
+
+  def mean(name: str) -> Array:
+    return jnp.where(used, statistics[name], 0.0).sum() / total
+
+  ratio = statistics["ratio"]
+  drift = jnp.where(used, jnp.abs(ratio - 1.0), 0.0)[0]  # of the first optimizer step
+  known = ("weight", "ratio", "rollout_drift", "approx_kl", "kl")
+  return {name: mean(name) for name in statistics if name not in known} | {
+    "ratio/mean": mean("ratio"),
+    "ratio/min": jnp.min(jnp.where(used, ratio, 1.0)),
+    "ratio/max": jnp.max(jnp.where(used, ratio, 1.0)),
+    "ratio/drift_max": jnp.max(drift),
+    "ratio/rollout_drift_max": jnp.max(jnp.where(used, statistics["rollout_drift"], 0.0)[0]),
+    "approx_kl": mean("approx_kl"),
+    "kl": mean("kl"),
+  }
