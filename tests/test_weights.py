@@ -17,7 +17,7 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dancegrpo_jax.checkpoints import safetensors_io, weights
-from dancegrpo_jax.checkpoints.mapping import Spec
+from dancegrpo_jax.conversion.mapping import Spec
 from dancegrpo_jax.convert.__main__ import main
 from dancegrpo_jax.convert.shapes import abstract_params
 from dancegrpo_jax.errors import ConversionError

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dancegrpo_jax.checkpoints.mapping import Slices, Spec
+from dancegrpo_jax.conversion.mapping import Slices, Spec
 from dancegrpo_jax.errors import ConversionError
 
 DTYPES = {

@@ -19,9 +19,8 @@ from pathlib import Path
 
 from dancegrpo_jax import errors
 from dancegrpo_jax.checkpoints import weights
-from dancegrpo_jax.checkpoints.mapping import describe, match
-from dancegrpo_jax.checkpoints.tables import TABLES
-from dancegrpo_jax.convert.shapes import NETWORKS, abstract_params, class_name
+from dancegrpo_jax.checkpoints.networks import NETWORKS, TABLES, abstract_params, class_name
+from dancegrpo_jax.conversion.mapping import describe, match
 from dancegrpo_jax.errors import ConversionError
 from dancegrpo_jax.settings import command_line
 

@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from dancegrpo_jax.assembly import loading, sampling
 from dancegrpo_jax.checkpoints import components, hub, store, weights
 from dancegrpo_jax.checkpoints.safetensors_io import find_files
-from dancegrpo_jax.checkpoints.tables import TABLES
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.models import lora
-from dancegrpo_jax.pipelines.base import Component, Pipeline
+from dancegrpo_jax.pipelines.base import Pipeline
+from dancegrpo_jax.pipelines.layout import Component, is_random
 from dancegrpo_jax.settings import checks, command_line
 from dancegrpo_jax.types import PyTree
 
@@ -185,8 +185,10 @@ def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
   """The base's folders without networks of ours: scheduler, tokenizer, and what else its index
   names (as feature_extractor).
   """
-  layout = hub.layout_of(loading.FAMILIES[config.model.family])
-  names = {str(Path(file).parent) for file in (*layout.files, *layout.tokenizer_files)}
+  layout = loading.family_of(config).layout
+  names = {
+    str(Path(file).parent) for file in (*layout.files.values(), *hub.tokenizer_files(layout))
+  }
   if (base / INDEX).is_file():
     names |= {key for key in weights.read_config(base, INDEX) if not key.startswith("_")}
   for name in sorted(names - set(layout.networks)):
@@ -201,10 +203,10 @@ def _copy_network(
   read and written anew.
   """
   location = loading.model_location(config)
-  stored = not hub.is_random(location) and any((base / component.folder).glob("*.safetensors"))
+  stored = not is_random(location) and any((base / component.folder).glob("*.safetensors"))
   files = find_files(base / component.folder, config.model.variant) if stored else []
   if len(files) == 1:
-    _copy(files[0], target / f"{TABLES[component.table].file}.safetensors")
+    _copy(files[0], target / f"{component.table.file}.safetensors")
   else:  # shards, pickles, an Orbax tree, random ones
     tree = components.read_component(
       location, component, sharding, config.model.variant, config.model.allow_pickle

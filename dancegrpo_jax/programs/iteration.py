@@ -22,14 +22,14 @@ class Programs(NamedTuple):
   sample b % G of prompt b // G.
 
   Attributes:
-    encode: `(frozen, tokens [n, t]) -> rows`, on every device.
+    encode: `(frozen, inputs) -> rows`, on every device; inputs are those of `Pipeline.prepare`.
     rollout: `(trainable, frozen, conditioning, prompt_ids [P], numbers [chunk], iteration) ->
       Rollout`.
     sample: `(trainable, frozen, conditioning, prompt_ids [P], numbers [chunk], seed) -> latents`,
       deterministic sampler.
-    decode: `(frozen, latents) -> pixels`.
+    decode: `(frozen, latents) -> Media`.
     features: `(reward params, prepared) -> features`, per device reward.
-    score: `(reward params, pixels, features, numbers, group) -> {term: f32[chunk]}`, per device
+    score: `(reward params, Media, features, prompt [chunk]) -> {term: f32[chunk]}`, per device
       reward.
     join: `({term: [f32[chunk], ..]}, order [B]) -> {term: f32[P, G]}`: the chunks' scores, sample
       by sample.
@@ -90,5 +90,5 @@ def build(
 
 
 def encoder(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable:
-  """`(params of the encoders, tokens [n, t]) -> rows`, on every device."""
+  """`(params of the encoders, inputs) -> rows`, on every device."""
   return program(config, "encode", pipeline.encode, out_shardings=sharding.replicated(mesh))

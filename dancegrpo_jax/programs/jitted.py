@@ -48,7 +48,7 @@ def init_adapters(config: ConfigDict, adapters: PyTree, shardings: PyTree) -> Py
 
 
 def embed(config: ConfigDict, reward: Reward) -> Callable:
-  """`(reward params, pixels) -> embeddings`, for evaluate.py."""
+  """`(reward params, Media) -> embeddings`, for evaluate.py."""
   return program(config, f"embed {reward.name}", reward.embed)
 
 

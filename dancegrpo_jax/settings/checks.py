@@ -16,17 +16,13 @@ from ml_collections import ConfigDict
 from dancegrpo_jax import errors
 from dancegrpo_jax.devices.sharding import AXES, REST, axis_sizes
 from dancegrpo_jax.models.attention import capability_of
+from dancegrpo_jax.pipelines.families import family_of
+from dancegrpo_jax.rewards import kinds
 from dancegrpo_jax.rl import timesteps
 from dancegrpo_jax.settings import stored_config
 
-# Families that pipelines/ has, and what their denoiser was trained as: rectified flow or diffusion.
-FAMILIES = {"stable_diffusion": "diffusion", "flux": "flow"}
-# Rewards that rewards/ has; anything else is module:function.
-REWARDS = ("clip", "hps", "pickscore", "aesthetic", "compressibility", "remote")
-
 _DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {
-  "model.family": tuple(FAMILIES),
   "model.dtype": _DTYPES,
   "model.frozen_dtype": _DTYPES,
   "model.attention": ("auto", "xla", "cudnn", "splash"),
@@ -177,6 +173,7 @@ def problems(config: ConfigDict, *, num_devices: int, num_examples: int | None =
   lines = [*_single_values(fields)]
   try:
     for check in (
+      _family,
       _sampler,
       _window,
       _rewards,
@@ -242,8 +239,23 @@ def policy_steps(config: ConfigDict) -> int:
   return config.sampler.steps - (config.sampler.last_step != "sde")
 
 
+def _paradigm(config: ConfigDict) -> str:
+  """What the family's denoiser was trained as, "" where there is no such family."""
+  try:
+    return family_of(config.model.family).paradigm
+  except ValueError:
+    return ""
+
+
+def _family(config: ConfigDict) -> Iterator[str]:
+  try:
+    family_of(config.model.family)
+  except ValueError as error:
+    yield str(error)
+
+
 def _sampler(config: ConfigDict) -> Iterator[str]:
-  sampler, paradigm = config.sampler, FAMILIES.get(config.model.family)
+  sampler, paradigm = config.sampler, _paradigm(config)
   if sampler.kind == "flow" and paradigm == "diffusion":
     remedy = (
       f"for rectified flow only; {config.model.family} is a diffusion model: use ddim, dance or cps"
@@ -298,22 +310,17 @@ def _rewards(config: ConfigDict) -> Iterator[str]:
     )
     return
   names = [name for name, _ in terms]
-  for name in names:
-    reward, custom = name.split("/")[0], re.fullmatch(r"[\w.]+:[\w.]+", name)
-    if not custom and reward not in REWARDS:
-      close = difflib.get_close_matches(reward, REWARDS, n=1)
-      hint = f"; did you mean {close[0]!r}?" if close else ""
-      yield _line(
-        "reward.terms",
-        name,
-        f"unknown reward; one of {', '.join(REWARDS)}, or module:function{hint}",
-      )
-    elif not custom and reward not in config.reward:
-      yield _line(
-        "reward.terms",
-        name,
-        f"its section config.reward.{reward} is missing; configs/common.py has it",
-      )
+  for name in dict.fromkeys(map(kinds.reward_of, names)):
+    try:
+      section = kinds.kind_of(name).section
+    except ValueError as error:
+      yield str(error)
+      continue
+    if section and section not in config.reward:
+      remedy = f"its section config.reward.{section} is missing"
+      if name in kinds.KINDS:
+        remedy += "; configs/common.py has it"
+      yield _line("reward.terms", name, remedy)
   for name in sorted({name for name in names if names.count(name) > 1}):
     yield _line("reward.terms", name, "named twice; give it one weight")
   for threshold in config.reward.thresholds:
@@ -368,7 +375,7 @@ def _objective(config: ConfigDict) -> Iterator[str]:
   objective, kind, paradigm = (
     config.objective,
     config.sampler.kind,
-    FAMILIES.get(config.model.family),
+    _paradigm(config),
   )
   field, mode = "objective.kl.mode", objective.kl.mode
   if mode in ("no_dt", "velocity_mse") and paradigm == "diffusion":

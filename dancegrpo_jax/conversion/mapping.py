@@ -89,6 +89,7 @@ class Table(NamedTuple):
       one name, some both. Only for reading, where the second is missing; else left out.
     others: tensors of networks in the same file that aren't wanted here. Left out.
     file: stem of the weight file in this layout.
+    lora_prefix: what the network is called in LoRA files of its pipeline.
   """
 
   name: str
@@ -98,6 +99,7 @@ class Table(NamedTuple):
   copies: tuple[tuple[str, str], ...] = ()
   others: tuple[str, ...] = ()
   file: str = "model"
+  lora_prefix: str = "transformer"
 
 
 class Block(NamedTuple):
