@@ -224,3 +224,10 @@ def test_readme_is_short_and_says_what_was_not_run():
   assert all(len(line) <= 100 for line in lines if not line.startswith("|"))
   top = " ".join(lines[:20])
   assert "no full-size model has been trained" in top.lower() and "no TPU has been touched" in top
+
+
+def test_the_links_of_readme_lead_somewhere():
+  """Those of docs/ are checked where the site is built."""
+  links = re.findall(r"\]\(([^)#\s]+)", (ROOT / "README.md").read_text())
+  inside = [link for link in links if "://" not in link]
+  assert len(inside) > 15 and all((ROOT / link).exists() for link in inside)
