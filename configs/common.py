@@ -200,7 +200,8 @@ def get_config() -> ConfigDict:
           # The CLIP that the predictor's head was trained on.
           "checkpoint": "openai/clip-vit-large-patch14",
           # The head: a .safetensors copy, or the .pth file itself (this one needs
-          # `model.allow_pickle`), from https://github.com/christophschuhmann/improved-aesthetic-predictor.
+          # `model.allow_pickle`), from
+          # https://github.com/christophschuhmann/improved-aesthetic-predictor.
           "head": "checkpoints/sac+logos+ava1-l14-linearMSE.pth",
         }
       ),

@@ -3,7 +3,7 @@ bottom.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,19 +23,25 @@ from dancegrpo_jax.settings import checks, command_line
 from dancegrpo_jax.training import tracing
 from dancegrpo_jax.training.collecting import Experience, collect
 from dancegrpo_jax.training.outcome import Pending, flush, give_up, what_is_left
-from dancegrpo_jax.training.session import Session, iterations_done, prepare
+from dancegrpo_jax.training.session import Session, iterations_done, prepare, resumed_config
 from dancegrpo_jax.training.showing import save_extremes, show
 
 
-def run(config: ConfigDict, workdir: Path) -> None:
+def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
   """Trains, or goes on training what the workdir holds. SIGTERM ends it as of the last whole
   iteration, saved, after the program call or the few chunks that it comes upon.
+
+  Args:
+    config: of the run.
+    workdir: where it is kept.
+    given: fields of the config that the user has set by hand; see `stored_config.as_stored`.
 
   Raises:
     ConfigError: a mistake in the config, the prompts or the workdir, before anything is written.
     RunError: too many non-finite steps or failed rewards.
     OutOfMemory: a program, or the model itself, is too large for the devices.
   """
+  config = resumed_config(config, workdir, given)
   examples = read_examples(config)
   device = jax.devices()[0]
   facts = checks.device_facts(device)

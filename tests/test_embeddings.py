@@ -86,7 +86,7 @@ def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_
       programs.encoder(config, pipeline, mesh),
     )
     expected = encoding.conditioning(
-      config, lambda texts: program(params, pipeline.tokenize(texts)), examples
+      config, lambda examples: program(params, pipeline.prepare(examples)), examples
     )
   actual = encoding.conditioning(config, encode, examples)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), actual, expected)
@@ -117,7 +117,9 @@ def test_flux_rows_in_bfloat16(tmp_path, tiny_models):
   texts = [example.prompt for example in prompts.read_examples(config)][:4]
   with jax.set_mesh(mesh):
     params = loading.read(config, pipeline, pipeline.encoders, mesh)
-    expected = programs.encoder(config, pipeline, mesh)(params, pipeline.tokenize(texts))
+    expected = programs.encoder(config, pipeline, mesh)(
+      params, pipeline.prepare(encoding.as_examples(texts))
+    )
   rows = encode(texts)
   assert "tensorflow" not in sys.modules
   assert rows["text"].dtype == jax.numpy.bfloat16 and rows["text"].shape == (4, 8, 24)

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from dancegrpo_jax.rl.update import Batch, Objective, update
 
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.rl import state
 from dancegrpo_jax.rl.rollout import Policy, distribution, rollout
-from dancegrpo_jax.rl.update import Batch, Objective, update
 
 BETA, LEVEL = 1.0, 2**0.5
 PROMPTS, GROUP, ITERATIONS, RATE = 8, 64, 200, 0.05  # a "prompt" is an x_T, shared by its group

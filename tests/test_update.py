@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from dancegrpo_jax.rl.update import Batch, Objective, partition, update
 from tiny_checkpoint import TOY_SHAPE, Toy, assert_trees_equal, relative_error, toy_programs
 
 from dancegrpo_jax.diffusion import schedules
@@ -18,7 +19,6 @@ from dancegrpo_jax.diffusion.guidance import classifier_free
 from dancegrpo_jax.rl import advantages, lanes
 from dancegrpo_jax.rl.rollout import Policy, rollout
 from dancegrpo_jax.rl.state import TrainState
-from dancegrpo_jax.rl.update import Batch, Objective, partition, update
 from dancegrpo_jax.types import Conditioning
 
 PROMPTS, GROUP, LANES, SHAPE, STEPS = 4, 8, 8, (2, 2, 3), 9

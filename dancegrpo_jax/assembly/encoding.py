@@ -54,8 +54,8 @@ def cached_encoder(
   examples: list[Example],
   mesh: jax.sharding.Mesh,
 ) -> Encode:
-  """`examples -> rows`, on every device, read from config.data.cache_folder; what isn't there yet is
-  encoded first.
+  """`examples -> rows`, on every device, read from config.data.cache_folder; what isn't there yet
+  is encoded first.
 
   The text encoders are loaded only where something is missing, and let go of before this returns.
 

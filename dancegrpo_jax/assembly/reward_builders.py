@@ -16,7 +16,9 @@ from dancegrpo_jax.types import PyTree
 
 
 def load_tokenizer(field: str, source: str, network: dict[str, Any]) -> Callable:
-  """The CLIP tokenizer of a folder or a hub id; it says itself how many tokens the network takes."""
+  """The CLIP tokenizer of a folder or a hub id; it says itself how many tokens the network
+  takes.
+  """
   del network
   layout = Layout(files={}, tokenizers={"": "clip"}, networks=())
   folder = hub.folder(field, without_mark(source), layout)

@@ -94,7 +94,8 @@ def described(field: str, name: str, layout: Layout, published: Path) -> str:
     if place is not None and place.is_dir() and not missing(place, files):
       return f"{RANDOM}{place}"
   raise ConfigError(
-    f"config.{field} = {name!r}: needs {', '.join(files.files.values())} of it, which are in no folder of"
+    f"config.{field} = {name!r}: needs {', '.join(files.files.values())} of it, which are in no"
+    " folder of"
     " that name, not in the Hugging"
     f" Face cache and not in {published}"
   )

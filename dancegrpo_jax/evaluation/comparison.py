@@ -1,4 +1,6 @@
-"""A checkpoint beside its base model: samples of both on the same noise, scored, stored and told."""
+"""A checkpoint beside its base model: samples of both on the same noise, scored, stored and
+told.
+"""
 
 import json
 from pathlib import Path

@@ -24,7 +24,7 @@ def update_programs(
   config: ConfigDict,
   pipeline: Pipeline,
   mesh: jax.sharding.Mesh,
-  state_shardings: TrainState,
+  state_shardings: TrainState | None,
 ) -> dict[str, Callable]:
   """The programs of an update, by name. Those that hand on `Sums` donate them.
 
@@ -44,7 +44,7 @@ def update_programs(
     config: validated.
     pipeline: the model family's functions.
     mesh: the devices.
-    state_shardings: of the TrainState.
+    state_shardings: of the TrainState; None where these programs are not called.
   """
   kind, optimizer = algorithms.kind_of(config), optimizer_of(config)
   policy = policy_of(config, pipeline.prediction)
@@ -101,7 +101,7 @@ def update_programs(
     found = optimize.metrics(algorithm({}, None), sums)
     return found | {"learning_rate": rate, "optimizer/skipped_total": after.skipped}
 
-  work, sums = _shardings(kind, mesh, state_shardings.trainable)
+  work, sums = _shardings(kind, mesh, state_shardings and state_shardings.trainable)
   after_step = (state_shardings, sums)
   # function, shardings of what it returns, donated arguments
   listed: dict[str, tuple[Callable, Any, tuple[int, ...]]] = {

@@ -86,8 +86,8 @@ class RewardKind(NamedTuple):
   as "module:object" in reward.terms.
 
   Attributes:
-    build: `(name, section, files, networks) -> Reward`. ValueError or FileNotFoundError where a file
-      or a value can't be used.
+    build: `(name, section, files, networks) -> Reward`. ValueError or FileNotFoundError where a
+      file or a value can't be used.
     section: the section of config.reward that it reads; "" for none, and `build` then gets an empty
       one.
     blank: `(section, describe, published) -> fields` of the section with which nothing but JSON

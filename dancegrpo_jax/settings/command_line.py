@@ -20,10 +20,17 @@ from dancegrpo_jax.settings.stored_config import flatten
 
 
 class CommandLine(NamedTuple):
-  """What a command was asked: the config with overrides applied, and the command's own flags."""
+  """What a command was asked.
+
+  Attributes:
+    config: with overrides applied.
+    flags: the command's own.
+    given: fields of the config that were set on the command line, as "sampler.steps".
+  """
 
   config: ConfigDict
   flags: argparse.Namespace
+  given: frozenset[str] = frozenset()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -88,7 +95,8 @@ def parse_argv(
     )
   if not flags.config:
     raise ConfigError("--config is missing; give a file, as --config=configs/emoji_clip.py")
-  return CommandLine(load(flags.config, overrides), flags)
+  given = frozenset(override.partition("=")[0] for override in overrides)
+  return CommandLine(config=load(flags.config, overrides), flags=flags, given=given)
 
 
 def exit_on_mistake(command: Callable[[], int | None]) -> int:

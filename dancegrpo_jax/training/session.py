@@ -1,5 +1,6 @@
 """What stays the same over a run: models, programs and data, loaded and compiled."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,8 @@ class Session(NamedTuple):
     model: without its trainable weights, which the state owns.
     programs: compiled functions of an iteration.
     shown_programs: the same at the shapes of an evaluation inside training.
-    encode: `examples -> rows` of an iteration's prompts: by the model's encoders, or from the cache.
+    encode: `examples -> rows` of an iteration's prompts: by the model's encoders, or from the
+      cache.
     encode_shown: the same for the shown prompts.
     reference: in the place of the trained weights what a KL penalty holds to, or None. {} under
       LoRA: the base has no adapters.
@@ -126,6 +128,19 @@ def prepare(
     shown_features=shown_features,
   )
   return session, state
+
+
+def resumed_config(config: ConfigDict, workdir: Path, given: Collection[str]) -> ConfigDict:
+  """The config with which the workdir's run goes on, see `stored_config.as_stored`; `config` itself
+  where there is no run yet.
+  """
+  folder = workdir / "checkpoints"
+  if store.latest(folder) is None:
+    return config
+  kept, lines = stored_config.as_stored(store.read_meta(folder)["config"], config, given)
+  for line in lines:
+    print(line)
+  return kept
 
 
 def iterations_done(config: ConfigDict, workdir: Path) -> int:

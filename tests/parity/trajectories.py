@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import torch
+from dancegrpo_jax.rl.update import Transitions, score
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch_parity import nchw, nhwc, run
 
@@ -19,7 +20,6 @@ from dancegrpo_jax.checkpoints import components
 from dancegrpo_jax.pipelines import stable_diffusion
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.rl.rollout import Policy, Rollout, rollout
-from dancegrpo_jax.rl.update import Transitions, score
 
 STEPS = 30
 FILES = {
