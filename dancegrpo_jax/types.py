@@ -4,7 +4,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-from jaxtyping import Array, Float
 
 PyTree = Any
 
@@ -49,10 +48,11 @@ class Media:
   """Decoded samples.
 
   Attributes:
-    pixels: in [0, 1]; images have no frames axis.
+    pixels: `[batch, (frames,) height, width, 3]` in [0, 1], of JAX or NumPy; images have no frames
+      axis. Abstract where programs are only compiled.
     fps: frames a second, None for images. It is part of the tree's structure and not a leaf, so
       that a compiled program knows it.
   """
 
-  pixels: Float[Array, "batch *space 3"]
+  pixels: Any
   fps: float | None = dataclasses.field(default=None, metadata={"static": True})

@@ -13,6 +13,7 @@ from tiny_checkpoint import ROOT, overrides
 from dancegrpo_jax import evaluate, main, sample
 from dancegrpo_jax.convert import __main__ as convert
 from dancegrpo_jax.plan import __main__ as plan
+from dancegrpo_jax.pretrain import __main__ as pretrain
 
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
 
@@ -68,14 +69,14 @@ MISTAKES = {
   "unknown reward": (
     [],
     {"reward__terms": (("clipp", 1.0),)},
-    ["reward.terms = 'clipp'", "module:function", "mean 'clip'"],
+    ["reward.terms = 'clipp'", "module:object", "mean 'clip'"],
   ),
   "no such module": (
     [],
     {"reward__terms": (("no_such_module:f", 1.0),)},
     ["no_such_module:f", "importable"],
   ),
-  "no such function": ([], {"reward__terms": (("json:f", 1.0),)}, ["json:f", "module:function"]),
+  "no such function": ([], {"reward__terms": (("json:f", 1.0),)}, ["json:f", "module:object"]),
   "unknown sampler": (
     [],
     {"sampler__kind": "dimm"},
@@ -141,7 +142,7 @@ MISTAKES = {
   [
     (sample.main, ["--checkpoint=base", "--prompt=x", "--out=/dev/null/x"]),
     (evaluate.main, ["--checkpoint=base", "--out=/dev/null/x.json"]),
-    (plan.main, ["--out=/dev/null/x"]),
+    (pretrain.main, ["--out=/dev/null/x"]),
     (lambda argv: convert.main(["import", *argv]), ["--out=/dev/null/x"]),
     (lambda argv: convert.main(["export", *argv]), ["--checkpoint=base", "--out=/dev/null/x"]),
   ],

@@ -195,7 +195,7 @@ def _remedy(field: str, name: str, layout: Layout) -> str:
 
 def _accepted(layout: Layout) -> str:
   tokenizers = [
-    str(Path(place) / " + ".join(kind_of(named).files[:2]))
+    str(Path(place) / " + ".join(n for n in kind_of(named).files if n != "tokenizer_config.json"))
     for place, named in layout.tokenizers.items()
   ]
   networks = [str(Path(place) / "*.safetensors") for place in layout.networks]

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
@@ -108,7 +109,7 @@ def no_features(params: PyTree, prepared: PyTree) -> PyTree:
   return prepared
 
 
-def images(name: str, media: Media) -> Float[Array, "b h w 3"]:
+def images(name: str, media: Media) -> Float[Array | np.ndarray, "b h w 3"]:
   """The pixels of a reward of single images. ValueError: a video."""
   if media.pixels.ndim != 4:
     raise ValueError(

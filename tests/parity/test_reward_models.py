@@ -182,7 +182,7 @@ def scored(config, pixels: np.ndarray) -> tuple[dict, dict, tuple]:
   prepared = reward.prepare([Example(i, prompt) for i, prompt in enumerate(PROMPTS)])
   text = run(reward.features, params, prepared)
   scores = run(lambda p, x, f: reward.score(p, Media(x), f), params, pixels, text)
-  image = run(reward.embed, params, pixels) if reward.embed else None
+  image = run(lambda p, x: reward.embed(p, Media(x)), params, pixels) if reward.embed else None
   return scores, params, (image, text)
 
 
