@@ -18,8 +18,8 @@ from torch_parity import nchw, nhwc, run
 from dancegrpo_jax.checkpoints import components
 from dancegrpo_jax.pipelines import stable_diffusion
 from dancegrpo_jax.pipelines.base import Pipeline
+from dancegrpo_jax.rl.grpo import Transitions, score
 from dancegrpo_jax.rl.rollout import Policy, Rollout, rollout
-from dancegrpo_jax.rl.update import Transitions, score
 
 STEPS = 30
 FILES = {
