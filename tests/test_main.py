@@ -13,6 +13,7 @@ from tiny_checkpoint import ROOT, overrides
 from dancegrpo_jax import evaluate, main, sample
 from dancegrpo_jax.convert import __main__ as convert
 from dancegrpo_jax.plan import __main__ as plan
+from dancegrpo_jax.pretrain import __main__ as pretrain
 
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
 
@@ -141,7 +142,7 @@ MISTAKES = {
   [
     (sample.main, ["--checkpoint=base", "--prompt=x", "--out=/dev/null/x"]),
     (evaluate.main, ["--checkpoint=base", "--out=/dev/null/x.json"]),
-    (plan.main, ["--out=/dev/null/x"]),
+    (pretrain.main, ["--out=/dev/null/x"]),
     (lambda argv: convert.main(["import", *argv]), ["--out=/dev/null/x"]),
     (lambda argv: convert.main(["export", *argv]), ["--checkpoint=base", "--out=/dev/null/x"]),
   ],

@@ -3,7 +3,6 @@ may be cut as one likes.
 """
 
 import functools
-import re
 from typing import Any, NamedTuple
 
 import jax

@@ -20,12 +20,11 @@ from safetensors.torch import save_file
 from torch_parity import nchw, randomise, run
 from transformers import CLIPConfig, CLIPModel
 
-from dancegrpo_jax import scoring
 from dancegrpo_jax.assembly import reward_builders
 from dancegrpo_jax.data import tokenizer
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.models import aesthetic as aesthetic_head
-from dancegrpo_jax.rewards import hps
+from dancegrpo_jax.rewards import clip, hps
 from dancegrpo_jax.rewards.clip import clip_config
 from dancegrpo_jax.settings import checks, config_file
 from dancegrpo_jax.types import Example, Media
@@ -335,7 +334,7 @@ def test_hps_is_vit_h_14():
   """986,109,441 parameters, as the published file's inventory; exact gelu."""
   config = clip_config(hps.CONFIG["model_cfg"])
   assert {config[tower]["hidden_act"] for tower in ("text_config", "vision_config")} == {"gelu"}
-  reward = scoring.clip.build(
+  reward = clip.build(
     "hps", hps.checkpoint("nowhere"), lambda texts: np.zeros((len(texts), 77), np.int32), "float32"
   )
   sizes = [np.prod(x.shape) for x in jax.tree.leaves(reward.components["clip"].abstract)]
