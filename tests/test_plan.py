@@ -348,6 +348,16 @@ def test_a_folder_that_is_not_ours_matters_where_it_is_written_to(
   )
 
 
+def test_programs_are_chosen_by_name_or_by_its_first_words():
+  names = ["encode", "decode", *UPDATE, "show decode", "show score clip", "score clip"]
+  assert planning.chosen("", names) == names
+  assert planning.chosen("update", names) == UPDATE
+  assert planning.chosen("update step,score,encode", names) == ["encode", UPDATE[2], "score clip"]
+  assert planning.chosen("show score", names) == ["show score clip"]
+  with pytest.raises(ConfigError, match="no program clip, updat; there are encode"):
+    planning.chosen("updat,clip,decode", names)
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"rows": '])
 def test_a_file_that_is_no_plan_is_kept(text, tiny_models, tmp_path, capsys):
   out = tmp_path / "plan.json"
