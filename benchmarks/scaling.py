@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,7 @@ SHAPES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: 
 
 
 def plan(chips: int) -> dict:
-  """The update's row of one plan."""
+  """The update of an iteration by one plan: its programs' rows together."""
   changes = {
     "mesh.lanes": chips,
     "rollout.chunk": chips,
@@ -42,18 +43,27 @@ def plan(chips: int) -> dict:
     ]
     subprocess.run([sys.executable, "-m", "dancegrpo_jax.plan", *flags], cwd=ROOT, check=True)
     result = json.loads(out.read_text())
-  (row,) = result["rows"]
-  kept = (
-    "peak",
-    "arguments",
-    "flops",
-    "collective",
-    "compile_seconds",
-    "compute_seconds",
-    "network_seconds",
-    "mfu",
-  )
-  return {"chips": chips, "versions": result["versions"]} | {name: row[name] for name in kept}
+  return {"chips": chips, "versions": result["versions"]} | whole(result)
+
+
+def whole(result: dict) -> dict:
+  """What the calls of an iteration sum up to, and the most memory that one of them takes."""
+  rows, iterations = result["rows"], result["iterations"]
+
+  def total(value: Callable[[dict], float]) -> float:
+    return sum(value(row) * row["times"] / iterations for row in rows)
+
+  def seconds(row: dict) -> float:
+    return row["compute_seconds"] + row["network_seconds"]
+
+  summed = ("flops", "collective", "compute_seconds", "network_seconds")
+  return {
+    "peak": max(row["peak"] for row in rows),
+    "arguments": max(row["arguments"] for row in rows),
+    **{name: total(lambda row, name=name: row[name]) for name in summed},
+    "compile_seconds": sum(row["compile_seconds"] for row in rows),
+    "mfu": total(lambda row: (row["mfu"] or 0.0) * seconds(row)) / total(seconds),
+  }
 
 
 def read() -> list[dict]:

@@ -32,6 +32,7 @@ from tiny_checkpoint import (
   VAE,
   tiny_config,
   toy_programs,
+  update_of,
   write_flux,
   write_models,
 )
@@ -191,28 +192,14 @@ def iterate(machine: Machine, state: Any, first: int = 0, folder: Path | None = 
   """Iterations from `first` on, as the loop does them; a checkpoint after each where a folder is
   given.
   """
-  session, run, rows, parameters, moment = machine.session, machine.session.programs, [], [], None
+  session, rows, parameters, moment = machine.session, [], [], None
   with jax.set_mesh(machine.mesh), ThreadPoolExecutor(2) as pool:
     for iteration in range(first, ITERATIONS):
       seen = train.collect(
         session, state.trainable, iteration, Clock(pool), pool, print, keep_pixels=False
       )
-      advantage, weight, chosen, stats, reward_metrics = run.advantages(
-        seen.scores, seen.ids, state.prompt_stats
-      )
-      state, update_metrics = run.update(
-        state._replace(prompt_stats=stats),
-        session.model.frozen,
-        session.reference,
-        seen.conditioning,
-        seen.ids,
-        seen.rollouts,
-        advantage,
-        weight,
-        chosen,
-        np.int32(iteration),
-      )
-      rows.append({name: float(value) for name, value in (reward_metrics | update_metrics).items()})
+      state, values, _ = train.update(session, state, seen, iteration, Clock(pool), lambda: False)
+      rows.append({name: float(value) for name, value in values.items()})
       parameters.append(jax.device_get(state.trainable))
       if iteration == 0:
         moment = jax.device_get(adam(state.opt_state).mu)
@@ -330,9 +317,8 @@ def toy_iterations(devices: int, first: int, last: int, folder: Path) -> list:
       ]
       scores = samples.mean((1, 2, 3)).reshape(4, 4)
       advantage, weight, chosen, _, _ = run.advantages({"clip": scores}, ids, {})
-      state, _ = run.update(
-        state, {}, None, toy.conditioning, ids, rolled, advantage, weight, chosen, iteration
-      )
+      rest = (advantage, weight, chosen, iteration)
+      state, _ = update_of(run, state, {}, None, toy.conditioning, ids, rolled, *rest)
       saver.save(int(iteration) + 1, state, {})
       seen.append((scores, jax.device_get(state.trainable)))
   return seen

@@ -127,6 +127,57 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
   assert sum(c.moved for c in gathers) == 5 * 8 * 8 * 4 and summary.unknown == 0
 
 
+def test_a_loop_whose_length_is_an_argument_counts_its_turns():
+  """...as the caller says; without that once, and the count says so. A loop inside it whose length
+  nobody knows does not take the turns of the outer one.
+  """
+
+  def outer(x, w, stop):
+    return jax.lax.fori_loop(0, stop, lambda _, x: x @ w, x)
+
+  def thrice(x, w, stop):
+    return jax.lax.scan(lambda x, _: (outer(x, w, stop), None), x, length=3)[0]
+
+  def nested(x, w, stop):
+    return jax.lax.fori_loop(0, stop, lambda _, x: outer(x, w, stop), x)
+
+  one, arguments = 2 * 4 * 8 * 8, (jnp.ones((4, 8)), jnp.ones((8, 8)), 5)
+  for run, plain, counted, unknown in (
+    (outer, one, 7 * one, set()),
+    (thrice, 3 * one, 3 * 7 * one, set()),
+    (nested, one, 7 * one, {"while"}),
+  ):
+    jaxpr = jax.jit(run).trace(*arguments).jaxpr
+    assert flops.count(jaxpr, "cpu") == flops.Flops(plain, 0.0, frozenset({"while"}))
+    assert flops.count(jaxpr, "cpu", 7) == flops.Flops(counted, 0.0, frozenset(unknown))
+  known = jax.jit(lambda x, w: outer(x, w, 5)).trace(*arguments[:2]).jaxpr
+  assert flops.count(known, "cpu", 7).total == 5 * one  # its length is in the program
+
+
+def test_collectives_of_a_loop_whose_length_is_an_argument():
+  """The compiled text doesn't say how often it runs."""
+  mesh = sharding.make_mesh(config_file.ConfigDict({"data": 1, "fsdp": 8, "tensor": 1}))
+  split, whole = jax.NamedSharding(mesh, jax.P(None, None, "fsdp")), sharding.replicated(mesh)
+
+  def run(w, x, stop):
+    def step(i, x):
+      kernel = jax.lax.with_sharding_constraint(w[i], whole)
+      return jax.lax.with_sharding_constraint(jnp.tanh(x @ kernel), whole)
+
+    return jax.lax.fori_loop(0, stop, step, x)
+
+  arguments = (
+    jax.ShapeDtypeStruct((9, 8, 8), jnp.float32, sharding=split),
+    jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=whole),
+    jax.ShapeDtypeStruct((), jnp.int32),
+  )
+  text = jax.jit(run, out_shardings=whole).lower(*arguments).compile().as_text()
+  for turns, times, unknown in ((None, 1, 1), (5, 5, 0), (2.5, 2.5, 0)):
+    summary = hlo.summary(text, turns)
+    gathers = [c for c in summary.collectives if c.opcode == "all-gather"]
+    assert sum(c.moved for c in gathers) == times * 8 * 8 * 4 and summary.unknown == unknown
+
+
 TPU_TEXT = """
 %fused (p: bf16[4,8]) -> bf16[4,8] {
   %all-gather.7 = bf16[4,16] all-gather(%p), channel_id=9, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
@@ -171,6 +222,24 @@ ENTRY %main (p0: bf16[4,8]) -> bf16[4,8] {
   ROOT %copy = bf16[4,8] copy(%y), backend_config={"estimated_cycles":"7"}
 }
 """
+
+
+DYNAMIC_TEXT = TPU_TEXT.replace(
+  "%constant.5 = s32[]{:T(128)} constant(16)", "%stop = s32[] get-tuple-element(%param.1), index=2"
+).replace("%constant.5", "%stop")
+
+
+def test_text_with_a_loop_whose_length_is_an_argument():
+  assert "%stop" in DYNAMIC_TEXT
+  once, seven = hlo.summary(DYNAMIC_TEXT), hlo.summary(DYNAMIC_TEXT, 7)
+  assert (once.cycles, once.unknown) == (100 + 30 + 7, 1)
+  assert (seven.cycles, seven.unknown) == (7 * 100 + 30 + 7, 0)
+  assert [c.times for c in seven.collectives] == [7, 7, 1, 1]
+  again = DYNAMIC_TEXT.replace(
+    "  %fusion.1 =", "  %while.2 = s32[] while(%x), condition=%condition, body=%dear\n  %fusion.1 ="
+  )  # a loop in the loop: its body, of 30 cycles, once each time
+  nested = hlo.summary(again, 7)
+  assert (nested.cycles, nested.unknown) == (7 * (100 + 30) + 30 + 7, 1)
 
 
 def test_text_of_the_tpu_compiler():

@@ -32,18 +32,12 @@ from gpu_parts import (  # noqa: E402
   runner,
 )
 
-from dancegrpo_jax.assembly import (
-  loading,  # noqa: E402
-  reward_builders,  # noqa: E402
-)
+from dancegrpo_jax.assembly import loading, reward_builders  # noqa: E402
 from dancegrpo_jax.checkpoints import weights  # noqa: E402
 from dancegrpo_jax.data import prompts  # noqa: E402
 from dancegrpo_jax.devices import sharding  # noqa: E402
-from dancegrpo_jax.plan import (
-  inventory,  # noqa: E402
-  planning,  # noqa: E402
-)
-from dancegrpo_jax.settings import checks  # noqa: E402
+from dancegrpo_jax.plan import inventory, planning  # noqa: E402
+from dancegrpo_jax.settings import checks, config_file  # noqa: E402
 from dancegrpo_jax.types import Example  # noqa: E402
 
 
@@ -356,9 +350,7 @@ def test_the_cut_recipes_are_sound_and_of_full_size(model, tmp_path):
 
 
 def gpu_config(model: str):
-  from dancegrpo_jax.settings import config_file
-
-  return config_file.load(cuts.config_file(model, False))
+  return config_file.load(cuts.preset_of(model, False))
 
 
 def test_weights_drawn_on_the_device_are_spread_as_those_of_the_host(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_checkpoint import relative_error, tiny_config, write_flux
+from tiny_checkpoint import relative_error, tiny_config, update_of, write_flux
 
 from dancegrpo_jax import programs, train
 from dancegrpo_jax.assembly import encoding, loading, sampling
@@ -168,12 +168,12 @@ def test_every_kl_mode_holds_to_the_base(flux_folder):
       with config.unlocked():
         config.objective.kl.update(mode=mode, weight=10.0)
       assert train.reference_of(config, model) == {}
-      update = programs.build(config, pipeline, {}, mesh, shardings).update
+      run = programs.build(config, pipeline, {}, mesh, shardings)
       state = init_state(config, 8, shardings)(jax.tree.map(jnp.copy, model.trainable))
       found = []
       for _ in range(2):
         arguments = ((rollout,), advantage, np.ones(16, np.float32), numbers, np.int32(0))
-        state, metrics = update(state, model.frozen, {}, rows, ids, *arguments)
+        state, metrics = update_of(run, state, model.frozen, {}, rows, ids, *arguments)
         found.append(float(metrics["kl"]))
       assert found[0] == 0.0 < found[1], mode
       ends[mode] = jax.device_get(state.trainable)

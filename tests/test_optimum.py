@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from dancegrpo_jax.rl.update import Batch, Objective, update
+from dancegrpo_jax.rl.update import Batch, Objective
 
 from dancegrpo_jax.diffusion import schedules
-from dancegrpo_jax.rl import state
+from dancegrpo_jax.rl import grpo, optimize, state
+from dancegrpo_jax.rl.grpo import Batch, Objective
 from dancegrpo_jax.rl.rollout import Policy, distribution, rollout
 
 BETA, LEVEL = 1.0, 2**0.5
@@ -75,8 +76,15 @@ def train(steps: int, reward: str, costs_in_returns: bool, seed: int = 0) -> dic
     no_correction(steps),
   )
   settings = Objective(
-    1e-4, "recompute", "all", 1.0, False, BETA, "exact", 1, SAMPLES * (steps - 1), 0.0
+    old_log_prob="recompute",
+    timesteps="all",
+    timestep_fraction=1.0,
+    kl_weight=BETA,
+    kl_mode="exact",
+    updates=1,
+    microbatch=SAMPLES * (steps - 1),
   )
+  algorithm = grpo.algorithm(velocity, schedule, policy, settings, grpo.clipped(1e-4), start)
   optimizer = optax.adam(optax.cosine_decay_schedule(RATE, ITERATIONS))
 
   def iteration(train_state, key):
@@ -94,9 +102,7 @@ def train(steps: int, reward: str, costs_in_returns: bool, seed: int = 0) -> dic
     latents, log_probs = rolled.latents[:, None], rolled.log_probs[:, None]  # one lane
     batch = Batch(rolled.step_index, latents, log_probs, owners, advantage, jnp.ones((1, SAMPLES)))
     keys = (jax.random.split(step_key, SAMPLES), shuffle_key)
-    return update(velocity, schedule, policy, settings, optimizer, train_state, start, batch, keys)[
-      0
-    ], None
+    return optimize.update(algorithm, optimizer, 0.0, train_state, batch, keys)[0], None
 
   def run(key):
     first = state.create(start, optimizer, 0.0, {})

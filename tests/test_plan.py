@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import pytest
 from ml_collections import ConfigDict
-from test_flops import TPU_TEXT
+from test_flops import DYNAMIC_TEXT, TPU_TEXT
 from tiny_checkpoint import ROOT, overrides, tiny_config
 
 from dancegrpo_jax.assembly import loading, reward_builders
@@ -23,7 +23,8 @@ from dancegrpo_jax.settings import command_line, config_file
 
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
 PROGRAMS = ["encode", "decode", "features clip", "score clip", "join", "advantages"]
-SLOW = ["rollout", "update", "sample"]  # to compile, and nothing else is asked of them
+UPDATE = ["update deal", "update accumulate", "update step", "update summary"]
+SLOW = ["rollout", *UPDATE, "sample"]  # to compile, and nothing else is asked of them
 SHOWN = ["show decode", "show encode", "show score clip"]
 
 
@@ -54,7 +55,7 @@ def test_every_program_has_a_row(planned):
   lines = [line for line in text.splitlines() if line.startswith("| ")]
   assert len(lines) == 2 + len(PROGRAMS) and len({len(line) for line in lines}) == 1
   assert "Whether it fits: unknown" in text  # a CPU
-  assert "Not compiled: rollout, update, sample, show decode, show encode, show score clip." in text
+  assert f"Not compiled: {', '.join([*SLOW, *SHOWN])}." in text
   assert (
     "4 prompts x 4 samples = 16 images, in 1 chunks of 16; 16 of them x 3 of 3 steps = 48"
     " transitions" in text
@@ -81,7 +82,7 @@ def test_calls_in_a_run(taken):
   """
   times = {call.name: call.times for call in taken[2].calls}
   assert set(times) == {*PROGRAMS, *SLOW, *SHOWN}
-  once = ("rollout", "decode", "score clip", "join", "update", "encode")
+  once = ("rollout", "decode", "score clip", "join", *UPDATE, "encode")
   assert {times[name] for name in once} == {tiny_config().iterations}
   assert times["features clip"] == 2
   every = tiny_config().evaluation.every
@@ -94,11 +95,44 @@ def test_flops_are_the_network_s(taken):
   forward, twice backward.
   """
   config, mesh, _ = taken
-  flops = planning.counts(config, mesh, 8, 0, ["rollout", "update"])
-  one = flops["rollout"].total / (16 * 4)
-  assert (
-    2.9 < flops["update"].total / (16 * 3 * one) < 3.1
-  )  # the first layer's input has no gradient
+  found = planning.counts(config, mesh, 8, 0, ["rollout", "update accumulate"])
+  one = found["rollout"].total / (16 * 4)
+  # the first layer's input has no gradient
+  assert 2.9 < found["update accumulate"].total / (16 * 3 * one) < 3.1
+  assert not found["update accumulate"].unknown
+
+
+def test_what_a_call_of_the_update_counts_follows_the_length_of_calls(tiny_models):
+  """2 optimizer steps of 3 microbatches: the calls of an iteration, and what is in one of them.
+  Together it is the same work.
+  """
+  names, found = ("update remember", "update accumulate"), {}
+  for most in (0, 1, 2, 3):
+    changes = {"optimizer__updates_per_iteration": 2, "optimizer__microbatch": 8}
+    config = tiny_config(tiny_models, optimizer__microbatches_per_call=most, **changes)
+    config = inventory.without_weights(config)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
+    calls = {call.name: call for call in inventory.take(config, mesh, 8, 0).calls}
+    counted = planning.counts(config, mesh, 8, 0, list(names))
+    found[most] = {
+      name: (calls[name].times / config.iterations, calls[name].turns, counted[name].total)
+      for name in names
+    }
+    assert not counted["update accumulate"].unknown | counted["update remember"].unknown
+    assert {
+      calls[f"update {name}"].times for name in ("deal", "first_step", "step", "summary")
+    } == {config.iterations}
+  shapes = {most: [rest[:2] for rest in found[most].values()] for most in found}
+  assert shapes == {
+    0: [(1, 3), (2, 3)],
+    1: [(3, 1), (6, 1)],
+    2: [(2, 1.5), (4, 1.5)],  # of 2 and 1 microbatches
+    3: [(1, 3), (2, 3)],
+  }
+  for name in names:
+    totals = [times * total for times, _, total in (found[most][name] for most in found)]
+    assert totals == pytest.approx([totals[0]] * 4) and totals[0] > 0
+    assert found[0][name][2] == pytest.approx(3 * found[1][name][2])
 
 
 def test_what_is_planned_is_what_is_loaded(tiny_models):
@@ -135,19 +169,31 @@ def test_what_stays_in_memory():
 
 
 def row(name: str, peak: float, problem: str = "") -> table.Row:
-  return table.Row(name, 1, 1.0, 1.0, peak, 1.0, (), 0.0, 0.0, 1.0, 0.5, 0.1, problem)
+  return table.Row(
+    name=name,
+    times=1,
+    peak=peak,
+    flops=1.0,
+    arguments=1.0,
+    temporaries=1.0,
+    collective=0.0,
+    compute_seconds=1.0,
+    network_seconds=0.5,
+    mfu=0.1,
+    problem=problem,
+  )
 
 
 def test_what_does_not_fit_says_which_field(monkeypatch, capsys, tiny_models):
   rows = [
-    row("update", 20.0 * 2**30),
+    row("update accumulate", 20.0 * 2**30),
     row("decode", 3.0 * 2**30),
     row("rollout", 8.0 * 2**30, "out of memory"),
   ]
   lines = table.problems(rows, 16.0 * 2**30)
   assert (
     len(lines) == 2
-    and "update needs 20.00 of 16.00 GiB" in lines[0]
+    and "update accumulate needs 20.00 of 16.00 GiB" in lines[0]
     and "optimizer.microbatch" in lines[0]
   )
   assert "rollout needs" in lines[1] and "rollout.chunk" in lines[1] and "out of memory" in lines[1]
@@ -212,15 +258,15 @@ def test_a_file_is_completed_by_later_calls():
     "memory": 0.0,
     "iterations": 1,
   }
-  base["programs"] = ["encode", "update"]
-  first = base | {"rows": [row("update", 1.0)._asdict()]}
+  base["programs"] = ["encode", "update step"]
+  first = base | {"rows": [row("update step", 1.0)._asdict()]}
   second = base | {"rows": [row("encode", 2.0)._asdict()]}
   assert (
     table.concluded(first)["left_out"] == ["encode"] and table.concluded(first)["hours"] is None
   )
   whole = table.concluded(table.merged(first, second))
   assert (
-    [r["name"] for r in whole["rows"]] == ["encode", "update"]
+    [r["name"] for r in whole["rows"]] == ["encode", "update step"]
     and whole["left_out"] == []
     and whole["hours"] == 3.0 / 3600
   )
@@ -231,10 +277,10 @@ def test_a_file_is_completed_by_later_calls():
 def test_what_is_compiled_outlasts_an_interruption(monkeypatch, tiny_models, tmp_path):
   compile_call, out = planning.compile_call, tmp_path / "plan.json"
 
-  def interrupted(call, *arguments):
+  def interrupted(call, **rest):
     if call.name == "join":
       raise KeyboardInterrupt
-    return compile_call(call, *arguments)
+    return compile_call(call, **rest)
 
   monkeypatch.setattr(planning, "compile_call", interrupted)
   with pytest.raises(KeyboardInterrupt):
@@ -302,6 +348,16 @@ def test_a_folder_that_is_not_ours_matters_where_it_is_written_to(
   )
 
 
+def test_programs_are_chosen_by_name_or_by_its_first_words():
+  names = ["encode", "decode", *UPDATE, "show decode", "show score clip", "score clip"]
+  assert planning.chosen("", names) == names
+  assert planning.chosen("update", names) == UPDATE
+  assert planning.chosen("update step,score,encode", names) == ["encode", UPDATE[2], "score clip"]
+  assert planning.chosen("show score", names) == ["show score clip"]
+  with pytest.raises(ConfigError, match="no program clip, updat; there are encode"):
+    planning.chosen("updat,clip,decode", names)
+
+
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"rows": '])
 def test_a_file_that_is_no_plan_is_kept(text, tiny_models, tmp_path, capsys):
   out = tmp_path / "plan.json"
@@ -325,7 +381,7 @@ def test_times_and_memory_of_a_compiled_program():
   """By hand, of test_flops' text: 1637 cycles; 16 gathers of 256 bytes and 16 all-reduces of 64,
   both ways, a reduce-scatter of 512, and a gather of 128 in parts; a kernel at half of the peak."""
   chip = chips.Chip("tiny", 1e12, flops=4000.0, clock=100.0, network=50.0)
-  call, counted = inventory.Call("update", print, (), 3), flops.Flops(8000.0)
+  call, counted = inventory.Call("update accumulate", print, (), 3), flops.Flops(8000.0)
   row = planning.row_of(call, 10000, counted, 6000.0, chip, 2, TPU_TEXT, Allotted())
   moved = 16 * 256 + 16 * 2 * 64 + 512 + 128
   assert row.collective == moved and row.network_seconds == pytest.approx(moved / 50)
@@ -337,9 +393,16 @@ def test_times_and_memory_of_a_compiled_program():
     50,
   )
   assert (
-    planning.row_of(call, 0, flops, 0.0, chip._replace(clock=0.0), 2, TPU_TEXT, Allotted()).seconds
+    planning.row_of(
+      call, 0, counted, 0.0, chip._replace(clock=0.0), 2, TPU_TEXT, Allotted()
+    ).seconds
     is None
   )
+  longer = planning.row_of(
+    call._replace(turns=5), 0, counted, 0.0, chip, 2, DYNAMIC_TEXT, Allotted()
+  )  # 5 turns of the loop in the place of 16
+  assert longer.compute_seconds == pytest.approx((5 * 100 + 37) / 100)
+  assert longer.collective == 5 * 256 + 5 * 2 * 64 + 512 + 128 and not longer.uncounted
 
 
 def test_estimates():
@@ -364,7 +427,7 @@ def test_estimates():
   ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(extra, words, tiny_models, capsys, monkeypatch):
-  monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: None)
+  monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: None)
   assert command.main([*flags(tiny_models), *extra]) == 2
   lines = capsys.readouterr().err.splitlines()
   assert len(lines) == 1 and lines[0].startswith("error: ")
@@ -376,7 +439,7 @@ def test_mistakes_are_one_line_and_exit_code_2(extra, words, tiny_models, capsys
   "name", ["v9:2x2", "v5p", "foo", "v5p:3x3x3x3", "h100", "h100:0", "h100:2x4", "h101:8"]
 )
 def test_a_topology_that_nobody_knows(name, monkeypatch):
-  monkeypatch.setattr(chips.importlib.util, "find_spec", lambda name: "installed")
+  monkeypatch.setattr(topologies.importlib.util, "find_spec", lambda name: "installed")
   with pytest.raises(ConfigError) as caught:
     topologies.devices(name)
   assert f"--topology={name}: unknown" in str(caught.value) and "v5p:4x4x4" in str(caught.value)

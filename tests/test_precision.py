@@ -29,16 +29,20 @@ def precisions(jaxpr) -> Counter:
 
 @pytest.mark.parametrize("precision, asked", [("highest", "HIGHEST"), ("default", "None")])
 def test_every_product_asks_for_it(tiny_models, precision, asked):
-  config = inventory.without_weights(tiny_config(tiny_models, model__matmul_precision=precision))
+  changes = {"model__matmul_precision": precision, "optimizer__updates_per_iteration": 3}
+  config = inventory.without_weights(tiny_config(tiny_models, **changes))
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   with jax.set_mesh(mesh):
     calls = inventory.take(config, mesh, 8, 0).calls
     found = {
       call.name: precisions(call.program.trace(*call.arguments).jaxpr.jaxpr) for call in calls
     }
-  for name in ("encode", "rollout", "sample", "decode", "features clip", "score clip", "update"):
+  networks = ("encode", "rollout", "sample", "decode", "features clip", "score clip")
+  for name in (*networks, "update remember", "update accumulate"):
     assert set(found[name]) == {asked} and found[name][asked] > 3, (name, found[name])
-  assert found["update"][asked] > 2.5 * found["rollout"][asked]  # forward and backward
+  assert all(set(kinds) <= {asked} for kinds in found.values())
+  # forward and backward
+  assert found["update accumulate"][asked] > 2.5 * found["rollout"][asked]
 
 
 def test_what_the_user_set_in_jax_holds_where_the_config_says_default(tiny_models):

@@ -11,6 +11,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu as gpu_script  # noqa: E402
 import plans as plans_script  # noqa: E402
 import results  # noqa: E402
+import scaling  # noqa: E402
 
 ABOVE = "# Results\r\n\nBy hand, with  two spaces \n\n"
 BETWEEN = "\n\nA note in the middle: <!-- begin: nothing\n"
@@ -117,3 +118,20 @@ def test_the_page_holds_what_the_scripts_would_write(tmp_path):
   """The plans' section is what the JSON files say, in the shared file as in a new one."""
   write_plans(tmp_path / "new.md")
   assert (tmp_path / "new.md").read_text() in results.FILE.read_text()
+
+
+def test_the_rows_of_an_update_as_one():
+  """By hand: 3 iterations with 4 calls of one program and 2 of another; MFU is of all their time."""
+  row = {"compute_seconds": 2.0, "network_seconds": 1.0, "flops": 10.0, "collective": 5.0}
+  row |= {"peak": 7.0, "arguments": 6.0, "compile_seconds": 4.0, "mfu": 0.5, "times": 12}
+  step = row | {"flops": 0.0, "compute_seconds": 1.0, "peak": 8.0, "mfu": 0.0, "times": 6}
+  assert scaling.whole({"iterations": 3, "rows": [row, step]}) == {
+    "peak": 8.0,
+    "arguments": 6.0,
+    "flops": 40.0,
+    "collective": 4 * 5.0 + 2 * 5.0,
+    "compute_seconds": 4 * 2.0 + 2 * 1.0,
+    "network_seconds": 4 * 1.0 + 2 * 1.0,
+    "compile_seconds": 8.0,
+    "mfu": 0.5 * 12 / 16,
+  }

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_checkpoint import ROOT, overrides, tiny_config
+from tiny_checkpoint import ROOT, moves_between_devices, overrides, shapes_of, tiny_config
 
 from dancegrpo_jax import main, programs, train
 from dancegrpo_jax.checkpoints import store
@@ -30,6 +30,7 @@ from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.report import metrics
 from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl import lanes
+from dancegrpo_jax.settings import stored_config
 
 ITERATIONS, PROMPTS, GROUP, CHUNK = 4, 4, 8, 8
 SAMPLES, RATE, CLIP_RANGE = PROMPTS * GROUP, 2e-4, 1e-3
@@ -57,12 +58,12 @@ METRICS = {  # what every iteration must say, at least
   "time/update",
   "images_per_second",
 }
-PROGRAMS = ("encode", "rollout", "sample", "decode", "advantages", "update")
+PROGRAMS = ("encode", "rollout", "sample", "decode", "advantages")  # and those of the update
 
 
 class Call(NamedTuple):
   """A call of a program: its name, how many programs had been compiled before it, and the shapes of
-  the update's arguments.
+  the arguments of the update's.
   """
 
   name: str
@@ -144,21 +145,17 @@ def execute(argv: list[str], workdir: Path) -> Run:
   def watched(*args, **kwargs):
     compiled = put_together(*args, **kwargs)
 
-    def shape(x) -> jax.ShapeDtypeStruct:
-      return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
-
     def watch(name, function):
       def call(*arguments):
-        calls.append(
-          Call(
-            name, len(COMPILATIONS), jax.tree.map(shape, arguments) if name == "update" else None
-          )
-        )
+        shapes = shapes_of(arguments) if name.startswith("update ") else None
+        calls.append(Call(name, len(COMPILATIONS), shapes))
         return function(*arguments)
 
       return call
 
-    return compiled._replace(**{name: watch(name, getattr(compiled, name)) for name in PROGRAMS})
+    update = {name: watch(f"update {name}", each) for name, each in compiled.update.items()}
+    plain = {name: watch(name, getattr(compiled, name)) for name in PROGRAMS}
+    return compiled._replace(**plain, update=update)
 
   start = time.monotonic()
   with pytest.MonkeyPatch.context() as patch:
@@ -176,6 +173,16 @@ def execute(argv: list[str], workdir: Path) -> Run:
     calls,
     built[0] if built else None,
   )
+
+
+def arguments_of(run: Run, name: str) -> tuple:
+  """Shapes of what a program of the update was first called with."""
+  return next(call.arguments for call in run.calls if call.name == name)
+
+
+def updates(run: Run) -> int:
+  """How many iterations were finished."""
+  return [call.name for call in run.calls].count("update summary")
 
 
 @pytest.fixture(scope="module")
@@ -305,8 +312,8 @@ def test_every_program_is_compiled_before_the_first_iteration(straight):
   compiled after two iterations.
   """
   jitted = jax.tree.leaves(straight.programs._asdict())
-  assert len(jitted) == 9 and all(function._cache_size() == 0 for function in jitted)
-  ends = [call.compilations for call in straight.calls if call.name == "update"]
+  assert len(jitted) == 8 + 6 and all(function._cache_size() == 0 for function in jitted)
+  ends = [call.compilations for call in straight.calls if call.name == "update deal"]
   assert len(ends) == ITERATIONS
   later = {
     call.compilations
@@ -320,19 +327,15 @@ def test_no_device_fetches_trajectories(straight):
   """Of the real UNet's update: nothing as large as a sample's latents moves between devices, only
   sums of gradients.
   """
-  arguments = next(call.arguments for call in straight.calls if call.name == "update")
-  with jax.set_mesh(arguments[0].step.sharding.mesh):
-    text = straight.programs.update.lower(*arguments).compile().as_text()
-  assert "all-reduce" in text
-  moves = re.findall(
-    r"= (.*?) (?:all-gather|all-to-all|collective-permute|collective-broadcast)[\w.-]*\(", text
-  )
-  shapes = [
-    [int(n) for n in dims.split(",") if n]
-    for move in moves
-    for dims in re.findall(r"\[([\d,]*)\]", move)
-  ]
-  assert not [shape for shape in shapes if np.prod(shape) >= 8 * 8 * 4]
+  state = arguments_of(straight, "update step")[0]
+  with jax.set_mesh(state.step.sharding.mesh):
+    texts = {
+      name: program.lower(*arguments_of(straight, f"update {name}")).compile().as_text()
+      for name, program in straight.programs.update.items()
+    }
+  assert "all-reduce" in texts["accumulate"]
+  for name, text in texts.items():
+    assert not [move for move in moves_between_devices(text) if np.prod(move) >= 8 * 8 * 4], name
 
 
 # Resuming.
@@ -340,7 +343,7 @@ def test_no_device_fetches_trajectories(straight):
 
 def stored(run: Run, iteration: int) -> dict:
   """Every field of a checkpoint, on the host."""
-  state = next(call.arguments for call in run.calls if call.name == "update")[0]
+  state = arguments_of(run, "update step")[0]
   return jax.device_get(
     store.restore(run.workdir / "checkpoints", state, iteration).state._asdict()
   )
@@ -348,7 +351,7 @@ def stored(run: Run, iteration: int) -> dict:
 
 def test_resumed_equals_straight_bit_for_bit(straight, halves):
   assert [run.code for run in halves] == [0, 0]
-  assert [call.name for call in halves[1].calls].count("update") == ITERATIONS // 2
+  assert updates(halves[1]) == ITERATIONS // 2
   expected, actual = (stored(run, ITERATIONS) for run in (straight, halves[1]))
   assert all(
     jax.tree.leaves(expected[field]) for field in ("trainable", "opt_state", "ema", "prompt_stats")
@@ -381,10 +384,7 @@ def test_cached_embeddings_change_nothing(straight, flags, tmp_path):
   assert run.code == 0 and "encode" in {call.name for call in straight.calls} - {
     call.name for call in run.calls
   }
-  frozen = [
-    set(next(call.arguments for call in r.calls if call.name == "update")[1])
-    for r in (run, straight)
-  ]
+  frozen = [set(arguments_of(r, "update accumulate")[1]) for r in (run, straight)]
   assert frozen == [{"decoder"}, {"decoder", "text_encoder"}]
   jax.tree.map(np.testing.assert_array_equal, stored(run, ITERATIONS), stored(straight, ITERATIONS))
   for ours, theirs in zip(run.rows, straight.rows, strict=True):
@@ -431,7 +431,7 @@ def test_a_changed_field_is_refused_by_name(straight, flags, capsys):
 def test_iterations_may_grow(straight, flags, capsys):
   """As in `halves`, from 2 to 4; here only what is said about it."""
   config = json.loads((straight.workdir / "config.json").read_text())
-  changed = train.configs.from_json(json.dumps(config | {"iterations": 9}))
+  changed = stored_config.from_json(json.dumps(config | {"iterations": 9}))
   assert train.iterations_done(changed, straight.workdir) == ITERATIONS
   assert f"config.iterations: {ITERATIONS} -> 9" in capsys.readouterr().out
 
@@ -660,10 +660,10 @@ def test_sigterm_in_a_rollout_gives_the_iteration_up_and_saves_the_last(
   assert store.latest(run.workdir / "checkpoints") == 2 and [
     row["iteration"] for row in run.rows
   ] == [0, 1]
-  assert [call.name for call in run.calls].count("update") == 2
+  assert updates(run) == [call.name for call in run.calls].count("update deal") == 2
   again = execute(flags(**changes, iterations=3), tmp_path / "run")
   assert again.code == 0 and [row["iteration"] for row in again.rows] == [0, 1, 2]
-  assert [call.name for call in again.calls].count("update") == 1
+  assert updates(again) == 1
 
 
 def test_sigterm_while_the_devices_finish_a_rollout_comes_before_the_update(
@@ -699,7 +699,8 @@ def test_sigterm_while_the_devices_finish_a_rollout_comes_before_the_update(
     tmp_path / "run",
   )
   assert run.code == 0 and "stopped by SIGTERM: 2 iterations are saved" in capsys.readouterr().out
-  assert len(times) == 3 and [call.name for call in run.calls].count("update") == 2
+  assert len(times) == 3 and updates(run) == 2
+  assert [call.name for call in run.calls].count("update deal") == 2
 
 
 def test_too_many_skipped_steps_stop_a_run(tmp_path):

@@ -3,7 +3,6 @@ may be cut as one likes.
 """
 
 import functools
-import re
 from typing import Any, NamedTuple
 
 import jax
@@ -11,12 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from dancegrpo_jax.rl.update import Batch, Objective, partition, update
-from tiny_checkpoint import TOY_SHAPE, Toy, assert_trees_equal, relative_error, toy_programs
+from tiny_checkpoint import (
+  TOY_SHAPE,
+  Toy,
+  assert_trees_equal,
+  moves_between_devices,
+  noting,
+  relative_error,
+  toy_programs,
+  update_of,
+)
 
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.diffusion.guidance import classifier_free
-from dancegrpo_jax.rl import advantages, lanes
+from dancegrpo_jax.rl import advantages, grpo, lanes, optimize
+from dancegrpo_jax.rl.grpo import Batch, Objective, partition
 from dancegrpo_jax.rl.rollout import Policy, rollout
 from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.types import Conditioning
@@ -25,7 +33,16 @@ PROMPTS, GROUP, LANES, SHAPE, STEPS = 4, 8, 8, (2, 2, 3), 9
 SAMPLES, TRAINED = PROMPTS * GROUP, STEPS - 1
 DANCE = Policy("dance", 0.3, "velocity", STEPS, TRAINED, "ode", "ode", "mean")
 DDIM = Policy("ddim", 1.0, "epsilon", STEPS, TRAINED, "ode", "ode", "mean")
-PLAIN = Objective(1e-4, "recompute", "all", 1.0, False, 0.0, "exact", 1, 32, 0.0)
+PLAIN = Objective(
+  old_log_prob="recompute",
+  timesteps="all",
+  timestep_fraction=1.0,
+  kl_weight=0.0,
+  kl_mode="exact",
+  updates=1,
+  microbatch=32,
+)
+CLIP_RANGE = 1e-4
 
 
 def grid(policy: Policy) -> schedules.Schedule:
@@ -127,23 +144,17 @@ def probe() -> optax.GradientTransformation:
 
 
 @functools.cache
-def program(policy, settings, optimizer=probe, scale: float = 1.0):
+def program(policy, settings, optimizer=probe, scale=1.0, guard=False, ema_decay=0.0):
   """`(state, reference, batch, seed) -> (state, metrics)`, jitted."""
 
   def run(state, reference, batch, seed):
     keys = jax.random.split(jax.random.key(seed), 2)
     samples = jax.vmap(lambda i: jax.random.fold_in(keys[0], i))(jnp.arange(SAMPLES))
-    return update(
-      denoiser(scale),
-      grid(policy),
-      policy,
-      settings,
-      optimizer(),
-      state,
-      reference,
-      batch,
-      (samples, keys[1]),
+    surrogate = grpo.clipped(CLIP_RANGE, guard)
+    algorithm = grpo.algorithm(
+      denoiser(scale), grid(policy), policy, settings, surrogate, reference
     )
+    return optimize.update(algorithm, optimizer(), ema_decay, state, batch, (samples, keys[1]))
 
   return jax.jit(run)
 
@@ -157,11 +168,12 @@ def descend(rate: float, ema: bool = False) -> TrainState:
   return make_state(probe().init(parameters())._replace(rate=jnp.float32(rate)), ema)
 
 
-def step(policy, settings, batch, rate: float = 0.0, *, reference=None, scale=1.0):
+def step(policy, settings, batch, rate: float = 0.0, *, reference=None, scale=1.0, guard=False):
   """One call of the update with the probe. Its `opt_state.gradient` is that of the last optimizer
   step.
   """
-  return program(policy, settings, scale=scale)(descend(rate), reference, batch, 3)
+  run = program(policy, settings, scale=scale, guard=guard)
+  return run(descend(rate), reference, batch, 3)
 
 
 # Promise 1: the ratio.
@@ -182,15 +194,15 @@ def test_ratio_is_exactly_one_before_the_first_step(microbatch, updates, scale, 
   """...and stays 1 in later ones as long as no step changes the parameters. Their old log-probs
   come from a pass of their own, so that this half can fail; the first step's ratio is 1 by
   construction."""
-  settings = PLAIN._replace(updates=updates, microbatch=microbatch, guard=guard)
+  settings = PLAIN._replace(updates=updates, microbatch=microbatch)
   batch = make_batch(DDIM, scale)
-  state, metrics = step(DDIM, settings, batch, scale=scale)
+  state, metrics = step(DDIM, settings, batch, scale=scale, guard=guard)
   assert metrics["ratio/drift_max"] == 0 and state.step == updates
   assert abs(metrics["ratio/min"] - 1) <= 1e-6 and abs(metrics["ratio/max"] - 1) <= 1e-6
   assert (
     abs(metrics["approx_kl"]) <= 1e-11
   )  # half the squared log ratio, not the round-off of a ratio near 1
-  moved, metrics = step(DDIM, settings, batch, 0.1, scale=scale)
+  moved, metrics = step(DDIM, settings, batch, 0.1, scale=scale, guard=guard)
   assert metrics["ratio/drift_max"] == 0 and metrics["grad_norm"] > 1e-3
   assert (metrics["ratio/max"] - metrics["ratio/min"] > 1e-4) == (
     updates > 1
@@ -365,11 +377,9 @@ def test_a_gradient_that_is_not_finite_is_skipped_and_counted():
   """Each sample has one transition here, so that the one with a NaN spoils one of the two optimizer
   steps.
   """
-  settings = PLAIN._replace(
-    timesteps="first", timestep_fraction=0.125, updates=2, microbatch=8, ema_decay=0.5
-  )
+  settings = PLAIN._replace(timesteps="first", timestep_fraction=0.125, updates=2, microbatch=8)
   adam = functools.partial(optax.adamw, 1e-2)
-  batch, run = make_batch(DDIM), program(DDIM, settings, adam)
+  batch, run = make_batch(DDIM), program(DDIM, settings, adam, ema_decay=0.5)
   nan = batch._replace(advantage=batch.advantage.at[3, 1].set(jnp.nan))
   half, metrics = run(make_state(adam().init(parameters()), ema=True), None, nan, 3)
   assert metrics["optimizer/skipped"] == 1 and half.skipped == 1 and half.step == 1
@@ -423,7 +433,7 @@ def test_guard_weighs_each_step_by_its_width():
     advantage = jnp.tile(batch.advantage.reshape(-1), TRAINED)
     return -(advantage * (mean * noise).mean((1, 2, 3)) / -DT.reshape(-1)).mean()
 
-  state, metrics = step(DANCE, PLAIN._replace(guard=True), batch)
+  state, metrics = step(DANCE, PLAIN, batch, guard=True)
   assert metrics["ratio/drift_max"] == 0
   assert relative_error(state.opt_state.gradient, jax.jit(jax.grad(loss))(parameters())) < 1e-4
 
@@ -431,7 +441,7 @@ def test_guard_weighs_each_step_by_its_width():
 def test_ema_is_its_closed_form():
   """ema_n = d^n p_0 + (1 - d) sum_k d^(n - k) p_k over every optimizer step."""
   decay, batch = 0.8, make_batch(DDIM)
-  run, state, history = program(DDIM, PLAIN._replace(ema_decay=decay)), descend(0.1, ema=True), []
+  run, state, history = program(DDIM, PLAIN, ema_decay=decay), descend(0.1, ema=True), []
   for seed in range(3):
     state, _ = run(state, None, batch, seed)
     history.append(state.trainable)
@@ -479,8 +489,8 @@ ADVANTAGE = np.random.default_rng(0).standard_normal(16).astype(np.float32)
 
 @functools.cache
 def toy(devices: int, scale: float, size: int = 8, best_of: int = 0) -> tuple[Toy, Any]:
-  """Programs, and `state -> arguments of the update` with a rollout of 16 samples in chunks of
-  `size`.
+  """Programs, and `advantage -> (state, metrics)` of an update with a rollout of 16 samples in
+  chunks of `size`; it leaves in `seen` the shapes that its programs were called with.
   """
   run = toy_programs(
     jax.devices()[:devices],
@@ -501,17 +511,18 @@ def toy(devices: int, scale: float, size: int = 8, best_of: int = 0) -> tuple[To
       for chunk in lanes.deal(16, size, 8)
     )
 
-  def arguments(advantage):
+  def updated(advantage, seen=None):
     rest = (np.float32(advantage), np.ones(16, np.float32), numbers, np.int32(0))
-    return (run.new_state(), {}, None, run.conditioning, ids, rolled, *rest)
+    compiled = run.compiled if seen is None else noting(run.compiled, seen)
+    return update_of(compiled, run.new_state(), {}, None, run.conditioning, ids, rolled, *rest)
 
-  return run, arguments
+  return run, updated
 
 
 def call(devices: int, scale: float, advantage):
-  run, arguments = toy(devices, scale)
+  run, updated = toy(devices, scale)
   with jax.set_mesh(run.mesh):
-    state, metrics = run.compiled.update(*arguments(advantage))
+    state, metrics = updated(advantage)
   return jax.device_get(state), jax.device_get(metrics)
 
 
@@ -528,7 +539,11 @@ def test_eight_devices_make_the_update_of_one(scale: float = 3.0):
   )  # the parameters stay, so the second step's ratio compares two passes
   assert_trees_equal(state.trainable, before)
   assert abs(metrics["ratio/min"] - 1) <= 1e-6 and abs(metrics["ratio/max"] - 1) <= 1e-6
-  assert toy(8, scale)[0].compiled.update._cache_size() == 1
+  update = toy(8, scale)[0].compiled.update
+  names = {"deal", "remember", "accumulate", "first_step", "step", "summary"}
+  assert {name: program._cache_size() for name, program in update.items()} == dict.fromkeys(
+    names, 1
+  )
 
 
 @pytest.mark.parametrize("best_of", [0, 4])  # 4: all, by way of the selection
@@ -538,9 +553,9 @@ def test_chunks_change_no_update(best_of):
   """
   changes = []
   for size in (8, 16):
-    run, arguments = toy(8, 1.0, size, best_of)
+    run, updated = toy(8, 1.0, size, best_of)
     with jax.set_mesh(run.mesh):
-      state, _ = run.compiled.update(*arguments(ADVANTAGE))
+      state, _ = updated(ADVANTAGE)
     changes.append(
       jax.tree.map(np.subtract, jax.device_get(state.trainable), jax.device_get(run.trainable))
     )
@@ -554,23 +569,15 @@ def test_no_device_fetches_trajectories(scale):
   """What lanes are for: nothing as large as a sample's latents moves between devices, only sums of
   gradients and statistics.
   """
-  run, arguments = toy(8, scale)
+  run, updated = toy(8, scale)
   with jax.set_mesh(run.mesh):
-    text = run.compiled.update.lower(*arguments(ADVANTAGE)).compile().as_text()
-  assert "all-reduce" in text  # the gradients: the text is that of a program on several devices
-  moves = re.findall(
-    r"= (.*?) (all-gather|all-to-all|collective-permute|collective-broadcast)[\w.-]*\(", text
-  )
+    seen: dict = {}
+    updated(ADVANTAGE, seen)
+    texts = {
+      name: program.lower(*seen[name]).compile().as_text()
+      for name, program in run.compiled.update.items()
+    }
+  assert "all-reduce" in texts["accumulate"]  # the gradients: of a program on several devices
   size = int(np.prod(TOY_SHAPE))
-  sizes = [
-    (
-      max(
-        np.prod([int(n) for n in dims.split(",") if n])
-        for dims in re.findall(r"\[([\d,]*)\]", shape)
-      ),
-      kind,
-      shape,
-    )
-    for shape, kind in moves
-  ]
-  assert not [move for move in sizes if move[0] >= size]
+  for name, text in texts.items():
+    assert not [move for move in moves_between_devices(text) if np.prod(move) >= size], name

@@ -7,6 +7,8 @@ zero or one too: a network whose last layer is zero would hide whatever comes be
 `toy_programs` has the programs of a run around a network that compiles in no time.
 """
 
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.pretrain import stages
+from dancegrpo_jax.programs import update
 from dancegrpo_jax.rl.state import init_state
 from dancegrpo_jax.settings import config_file
 from dancegrpo_jax.types import Conditioning, Media
@@ -340,6 +343,70 @@ def toy_programs(devices, **changes) -> Toy:
     Conditioning(positive, negative),
     lambda: init(jax.tree.map(jnp.copy, params)),
   )
+
+
+def update_of(
+  run: programs.Programs,
+  state: Any,
+  frozen: Any,
+  reference: Any,
+  conditioning: Any,
+  ids: Any,
+  rollouts: tuple,
+  *rest: Any,
+  most: int = 0,
+  stop: Callable[[], bool] = lambda: False,
+) -> Any:
+  """An iteration's update as the loop makes it: "deal", and the calls of `programs.update.run`.
+
+  Args:
+    run: the programs.
+    state: before.
+    frozen, reference, conditioning: as the programs take them.
+    ids: of the prompts.
+    rollouts: one a chunk.
+    rest: advantage, weight, chosen, iteration.
+    most: microbatches of one call, 0 for all.
+    stop: asked between two calls.
+
+  Returns:
+    (state, metrics), or None where it was stopped.
+  """
+  dealt = run.update["deal"](state.trainable, rollouts, ids, *rest)
+  return update.run(run.update, state, frozen, reference, conditioning, dealt, most, stop)
+
+
+def shapes_of(arguments: Any) -> Any:
+  """Shapes, dtypes and, of arrays on devices, shardings."""
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
+    arguments,
+  )
+
+
+def noting(run: programs.Programs, seen: dict) -> programs.Programs:
+  """The programs, those of the update leaving the shapes of their last arguments in `seen`."""
+
+  def noted(name: str, program: Callable) -> Callable:
+    def call(*arguments):
+      seen[name] = shapes_of(arguments)
+      return program(*arguments)
+
+    return call
+
+  return run._replace(update={name: noted(name, each) for name, each in run.update.items()})
+
+
+def moves_between_devices(text: str) -> list[list[int]]:
+  """Shapes of what a compiled program moves between devices, as it is: without sums of it."""
+  moves = re.findall(
+    r"= (.*?) (?:all-gather|all-to-all|collective-permute|collective-broadcast)[\w.-]*\(", text
+  )
+  return [
+    [int(n) for n in dims.split(",") if n]
+    for move in moves
+    for dims in re.findall(r"\[([\d,]*)\]", move)
+  ]
 
 
 def assert_trees_equal(actual, expected) -> None:

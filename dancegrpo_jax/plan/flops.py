@@ -33,7 +33,7 @@ class Flops(NamedTuple):
     return self._replace(total=self.total * count, kernels=self.kernels * count)
 
 
-def count(jaxpr: Any, platform: str, turns: float | None = None) -> Flops:
+def count(jaxpr: Any, platform: str, turns: float | int | None = None) -> Flops:
   """FLOPs of a jaxpr (`jit(f).trace(...).jaxpr`).
 
   Args:
@@ -62,7 +62,7 @@ def count(jaxpr: Any, platform: str, turns: float | None = None) -> Flops:
   return total
 
 
-def _equation(eqn: Any, platform: str, turns: float | None) -> Flops:
+def _equation(eqn: Any, platform: str, turns: float | int | None) -> Flops:
   """One equation that is no branch."""
   name, params = eqn.primitive.name, eqn.params
   if name == "dot_general":

@@ -116,13 +116,13 @@ def computations(text: str) -> tuple[dict[str, list[Instruction]], str]:
   return found, entry
 
 
-def summary(text: str, turns: float | None = None) -> Summary:
+def summary(text: str, turns: float | int | None = None) -> Summary:
   """Reads `compiled.as_text()`.
 
   Args:
     text: of a compiled program.
-    turns: of loops whose length the text does not state; without it their bodies count once, and
-      they are counted as unknown.
+    turns: of the outermost loops whose length the text does not state; without it their bodies
+      count once, and they are counted as unknown, as such loops inside them are.
   """
   code, entry = computations(text)
   collectives, parts, kernels, cycles, unknown = [], {}, {}, 0.0, 0
@@ -171,21 +171,20 @@ def _executions(
   code: dict[str, list[Instruction]],
   name: str,
   times: float = 1.0,
-  turns: float | None = None,
+  turns: float | int | None = None,
 ) -> Iterator[tuple[Instruction, float, dict[str, str], bool]]:
   """Every instruction that runs, how often, the shapes beside it, and whether a loop's length is
   known; longest branches.
   """
   inside = {instruction.name: instruction.shape for instruction in code.get(name, ())}
   for instruction in code.get(name, ()):
-    trips, opcode = 1.0, instruction.opcode
-    if opcode == "while":
-      trips = _trips(code, instruction)
-      trips = turns if trips is None else trips
+    trips, within, opcode = 1.0, turns, instruction.opcode
+    if opcode == "while" and (trips := _trips(code, instruction)) is None:
+      trips, within = turns, None
     yield instruction, times, inside, trips is not None
     if opcode in ("while", "call", "async-start"):
       for called in _CALLED.findall(instruction.rest):
-        yield from _executions(code, called, times * (trips or 1.0), turns)
+        yield from _executions(code, called, times * (1.0 if trips is None else trips), within)
     elif opcode == "fusion":  # its cycles are stated at the fusion itself
       for called in _CALLED.findall(instruction.rest):
         parts = (

@@ -172,7 +172,7 @@ def plan(
     topology: as "v5p:4x4x4", "" for the local devices.
     say: where each program's row is told when it is there.
     folder: for the compiled programs' text, "" for none.
-    only: names of programs, with commas between; "" for all.
+    only: as `chosen`.
     effort: as `compile_call`.
 
   Yields:
@@ -192,11 +192,7 @@ def plan(
   plain = inventory.without_weights(config)
   taken = inventory.take(plain, mesh, examples, held_out)
   names = [call.name for call in taken.calls]
-  wanted = only.split(",") if only else names
-  if unknown := sorted(set(wanted) - set(names)):
-    raise ConfigError(
-      f"--only={only}: no program {', '.join(unknown)}; there are {', '.join(names)}"
-    )
+  wanted = chosen(only, names)
   counted = counts(plain, mesh, examples, held_out, wanted)
   kept = {
     name: sum(map(loading.device_bytes, jax.tree.leaves(tree))) for name, tree in taken.kept.items()
@@ -235,6 +231,19 @@ def plan(
     say(f"{call.name}: compiled in {row.compile_seconds:.0f} s")
     rows.append(row._asdict())
     yield result | {"rows": list(rows)}
+
+
+def chosen(only: str, names: list[str]) -> list[str]:
+  """The programs that --only names: by their whole names or by the first words of them, with commas
+  between; "" for all. ConfigError where there is no such program.
+  """
+  words = only.split(",") if only else names
+  found = {word: [name for name in names if f"{name} ".startswith(f"{word} ")] for word in words}
+  if unknown := sorted(word for word in words if not found[word]):
+    raise ConfigError(
+      f"--only={only}: no program {', '.join(unknown)}; there are {', '.join(names)}"
+    )
+  return [name for name in names if any(name in group for group in found.values())]
 
 
 def libtpu_version() -> str:

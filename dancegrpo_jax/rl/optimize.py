@@ -94,7 +94,8 @@ def begin(algorithm: Algorithm, trainable: PyTree, batch: Any, keys: Any) -> tup
   work = Work(
     batch=batch,
     items=items,
-    totals=jnp.maximum(weights.reshape(updates, -1).sum(axis=1), 1.0),
+    # Not reshaped first: microbatches are split over devices along their last axis.
+    totals=jnp.maximum(weights.sum(axis=(1, 2)), 1.0),
   )
 
   def several(rows: PyTree) -> PyTree:

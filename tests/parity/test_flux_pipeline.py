@@ -12,7 +12,6 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from tiny_checkpoint import FLOW, PROMPTS, ROOT, TOKENS, relative_error, tiny_config, write_flux
 
-from dancegrpo_jax import programs
 from dancegrpo_jax.assembly import loading, sampling
 from dancegrpo_jax.assembly.encoding import as_examples
 from dancegrpo_jax.data.t5_tokenizer import load_t5_tokenizer
@@ -20,6 +19,7 @@ from dancegrpo_jax.data.tokenizer import load_tokenizer
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.pipelines import flux
 from dancegrpo_jax.rl import rng
+from dancegrpo_jax.types import Conditioning
 
 SIZE, STEPS = (32, 48), 30  # not square; latents [8, 12, 4], 24 tokens
 SCHNELL = FLOW | {"shift": 1.0, "use_dynamic_shifting": False}
@@ -68,7 +68,7 @@ def sampled(folder, steps: int, guidance: float, **changes) -> tuple:
     model, run = opened.model, opened.programs
     rows = run.encode(model.frozen, model.pipeline.prepare(as_examples(list(PROMPTS[:2]))))
     numbers, owners = np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32) % 2
-    conditioning = programs.Conditioning(rows, None)
+    conditioning = Conditioning(rows, None)
     latents = run.sample(model.trainable, model.frozen, conditioning, numbers, owners, np.int32(5))
     pixels = run.decode(model.frozen, latents)
     stream = rng.derive(rng.stream(0, "evaluation"), np.int32(5))

@@ -245,7 +245,7 @@ def test_laion_takes_transformers_weights_where_both_are(tmp_path):
   write_json(folder / "preprocessor_config.json", {"size": SIZE, "crop_size": SIZE})
   write_json(folder / "open_clip_config.json", {"model_cfg": model_cfg(vocabulary, False)})
   (reward,) = reward_builders.build_rewards(settings(reward__clip__checkpoint=folder)).values()
-  assert reward.components["clip"].table == "CLIPModel"
+  assert reward.components["clip"].table.name == "CLIPModel"
   assert (
     reward_builders.read_reward(reward, None)["clip"]["logit_scale"] == model.logit_scale.item()
   )

@@ -19,6 +19,7 @@ from torch_parity import nchw, nhwc, run
 from dancegrpo_jax.checkpoints import components
 from dancegrpo_jax.pipelines import stable_diffusion
 from dancegrpo_jax.pipelines.base import Pipeline
+from dancegrpo_jax.rl.grpo import Transitions, score
 from dancegrpo_jax.rl.rollout import Policy, Rollout, rollout
 
 STEPS = 30
