@@ -176,9 +176,10 @@ def get_config() -> ConfigDict:
     {
       # grpo (the clipped surrogate [P]) | dppo (a trust region, arXiv 2606.11025)
       "kind": "grpo",
-      "clip_range": 1e-4,  # grpo: c of the clipped surrogate, for the mean-reduced log-prob [C]
+      # grpo: c of the clipped surrogate, for the mean-reduced log-prob [C]; dppo clips nothing
+      "clip_range": 1e-4,
       "log_prob": "mean",  # mean (over latent dimensions [C]) | sum (the true density)
-      # recompute (the update's own forward: ratio exactly 1) | rollout
+      # recompute (the update's own forward: ratio exactly 1) | rollout (grpo without guard)
       "old_log_prob": "recompute",
       "timesteps": "random",  # first | random | last | all: which policy steps are trained
       "timestep_fraction": 0.6,  # share of the policy steps, rounded down [P]
