@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.rl import algorithms
 from dancegrpo_jax.settings import checks, command_line, config_file, stored_config
 
 COMMON = str(Path(__file__).parent.parent / "configs" / "common.py")
@@ -297,6 +298,20 @@ def test_the_common_config_is_sound():
       {"objective__guard": True, "objective__old_log_prob": "rollout"},
       "objective.guard = True: needs .*recompute",
     ),
+    (
+      {"objective__kind": "dpo"},
+      "objective.kind = 'dpo': unknown; one of grpo, dppo; did you mean 'dppo'",
+    ),
+    ({"objective__dppo__tau": 0.0}, "objective.dppo.tau = 0.0: must be above 0"),
+    (
+      {"objective__kind": "dppo", "objective__old_log_prob": "rollout"},
+      "objective.kind = 'dppo': needs .*recompute",
+    ),
+    (
+      {"objective__kind": "dppo", "objective__guard": True},
+      "objective.guard = True: is a ratio of GRPO's; .*use False",
+    ),
+    ({"optimizer__microbatches_per_call": -1}, "microbatches_per_call = -1: must be at least 0"),
     ({"optimizer__b2": 1.0}, r"optimizer.b2 = 1.0: must lie in \[0, 1\)"),
     (
       {"lora__rank": 8, "lora__targets": ".*kernel"},
@@ -379,6 +394,12 @@ def test_lanes_fit_the_devices():
 
 def test_prompts_must_suffice():
   assert "has 10 prompts; use at most 10" in problems(num_examples=10)[0]
+
+
+def test_every_kind_of_algorithm_is_accepted():
+  """...beside the settings of the others, which are harmless."""
+  for kind in algorithms.KINDS:
+    assert problems(objective__kind=kind) == []
 
 
 def test_a_custom_reward_is_accepted():

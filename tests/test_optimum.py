@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from dancegrpo_jax.rl.update import Batch, Objective
 
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.rl import grpo, optimize, state

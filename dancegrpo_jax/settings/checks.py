@@ -15,10 +15,11 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import errors
 from dancegrpo_jax.devices.sharding import AXES, REST, axis_sizes
+from dancegrpo_jax.diffusion import transitions, windows
 from dancegrpo_jax.models.attention import capability_of
 from dancegrpo_jax.pipelines.families import family_of
 from dancegrpo_jax.rewards import kinds
-from dancegrpo_jax.rl import timesteps
+from dancegrpo_jax.rl import advantages, algorithms, timesteps
 from dancegrpo_jax.settings import stored_config
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -27,16 +28,17 @@ CHOICES = {
   "model.frozen_dtype": _DTYPES,
   "model.attention": ("auto", "xla", "cudnn", "splash"),
   "model.matmul_precision": ("default", "highest"),
-  "sampler.kind": ("ddim", "dance", "flow", "cps"),
+  "sampler.kind": transitions.STOCHASTIC_KINDS,
   "sampler.last_step": ("ode", "x0hat", "sde"),
-  "sampler.window.mode": ("fixed", "sliding", "random"),
+  "sampler.window.mode": windows.MODES,
   "sampler.window.outside": ("ode", "dpm++"),
-  "reward.combine": ("advantages", "rewards", "gdpo"),
+  "reward.combine": advantages.MODES,
   "advantage.ddof": (0, 1),
+  "objective.kind": tuple(algorithms.KINDS),
   "objective.log_prob": ("mean", "sum"),
   "objective.old_log_prob": ("recompute", "rollout"),
-  "objective.timesteps": ("first", "random", "last", "all"),
-  "objective.kl.mode": ("exact", "no_dt", "mean_mse", "velocity_mse"),
+  "objective.timesteps": timesteps.MODES,
+  "objective.kl.mode": transitions.KL_MODES,
 }
 
 
@@ -87,6 +89,7 @@ LIMITS = {
   "advantage.history.size": _at_least(0),
   "advantage.history.min_count": _at_least(1),
   "objective.clip_range": _above(0),
+  "objective.dppo.tau": _above(0),
   "objective.timestep_fraction": ((lambda value: 0 < value <= 1), "must lie in (0, 1]"),
   "objective.kl.weight": _at_least(0),
   "optimizer.learning_rate": _above(0),
@@ -98,6 +101,7 @@ LIMITS = {
   "optimizer.max_grad_norm": _above(0),
   "optimizer.updates_per_iteration": _at_least(1),
   "optimizer.microbatch": _at_least(1),
+  "optimizer.microbatches_per_call": _at_least(0),
   "optimizer.max_skipped": _at_least(0),
   "lora.rank": _at_least(0),
   "lora.alpha": _at_least(0),
@@ -388,10 +392,15 @@ def _objective(config: ConfigDict) -> Iterator[str]:
     yield _line(
       field, mode, f"for the dance and flow samplers only, not {kind}; use exact or mean_mse"
     )
-  if objective.guard and objective.old_log_prob == "rollout":
-    yield _line(
-      "objective.guard", True, "needs the old means, so objective.old_log_prob = 'recompute'"
-    )
+  needs_means = "needs the old means, so objective.old_log_prob = 'recompute'"
+  if objective.kind == "dppo":
+    if objective.guard:
+      remedy = "is a ratio of GRPO's; objective.kind = 'dppo' has its own trust region: use False"
+      yield _line("objective.guard", True, remedy)
+    if objective.old_log_prob == "rollout":
+      yield _line("objective.kind", "dppo", needs_means)
+  elif objective.guard and objective.old_log_prob == "rollout":
+    yield _line("objective.guard", True, needs_means)
 
 
 def _lora(config: ConfigDict) -> Iterator[str]:

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import torch
-from dancegrpo_jax.rl.update import Transitions, score
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch_parity import nchw, nhwc, run
 
