@@ -11,6 +11,7 @@ import json
 import re
 from pathlib import Path
 
+from dancegrpo_jax import installation
 from dancegrpo_jax.checkpoints.safetensors_io import Reader, metadata
 from dancegrpo_jax.conversion.mapping import Row, Spec, Table
 from dancegrpo_jax.errors import ConversionError
@@ -41,7 +42,7 @@ def table_for(network: Table) -> Table:
 
 def find(path: str | Path) -> Path:
   """The weight file of a LoRA: itself, or in its folder. ConversionError: there is none."""
-  path = Path(path)
+  path = installation.find(path)
   if path.is_file() and path.suffix == ".safetensors":
     return path
   found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
