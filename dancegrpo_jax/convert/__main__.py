@@ -147,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if argv and argv[0] in WITH_CONFIG:
     return command_line.exit_on_mistake(lambda: WITH_CONFIG[argv[0]](argv[1:]))
   parser = argparse.ArgumentParser(
-    prog="python -m dancegrpo_jax.convert", description="Checkpoints out, in, and looked into."
+    prog=command_line.program(), description="Checkpoints out, in, and looked into."
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   commands.add_parser("export", help="a trained model as a diffusers folder; see export --help")
