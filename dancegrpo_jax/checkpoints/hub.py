@@ -125,8 +125,8 @@ def patterns(layout: Layout, variant: str = "") -> list[str]:
   times, one set alone.
   """
   mark = f".{variant}" if variant else ""
-  kinds = (f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors")
-  kinds += (f"{mark}.safetensors.index.json", f".safetensors.index{mark}.json")
+  kinds = [f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors"]
+  kinds += [f"{mark}.safetensors.index.json", f".safetensors.index{mark}.json"]
   weights = [
     str(Path(place) / f"{stem}{kind}")
     for place in layout.networks

@@ -120,9 +120,10 @@ def fitting(
   Raises:
     ConversionError: one line: no adapters, those of another model, another rank, or other layers.
   """
-  names = {name: spelled(network, name) for name in tensors if not name.endswith(".alpha")}
-  if not names or None in names.values():
-    first = next((name for name, found in names.items() if found is None), "nothing")
+  spellings = {name: spelled(network, name) for name in tensors if not name.endswith(".alpha")}
+  names = {name: found for name, found in spellings.items() if found is not None}
+  if not names or len(names) < len(spellings):
+    first = next((name for name in spellings if name not in names), "nothing")
     raise ConversionError(
       f"not a LoRA in diffusers' or peft's layout: it holds {first}; expected {next(iter(wanted))}"
     )

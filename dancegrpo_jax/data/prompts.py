@@ -42,6 +42,7 @@ def read_prompts(path: str, negative_prompt: str = "") -> list[Example]:
   Raises:
     ValueError: with one line that names the source and what to do.
   """
+  rows: list[dict]
   if path.startswith("tfds:"):
     rows = [{"prompt": text} for text in _read_tfds(path)]
   elif path.endswith(".json"):

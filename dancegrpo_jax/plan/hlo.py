@@ -178,7 +178,8 @@ def _executions(
   """
   inside = {instruction.name: instruction.shape for instruction in code.get(name, ())}
   for instruction in code.get(name, ()):
-    trips, opcode = 1.0, instruction.opcode
+    trips: float | None = 1.0
+    opcode = instruction.opcode
     if opcode == "while":
       trips = _trips(code, instruction)
       trips = turns if trips is None else trips
@@ -231,6 +232,8 @@ def _trips(code: dict[str, list[Instruction]], loop: Instruction) -> float | Non
   if stated:
     return float(stated[1])
   condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+  if condition is None:
+    return None
   reached = [
     name
     for instruction in code.get(condition[1], ())

@@ -110,6 +110,7 @@ def _import(path: str) -> ModuleType:
   """
   file = _file(path)
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+  assert spec is not None and spec.loader is not None, file  # None of names without .py
   module = importlib.util.module_from_spec(spec)
   folders = [str(file.parent.parent), str(file.parent)]
   last = [str(installation.ROOT)] if str(installation.ROOT) not in [*folders, *sys.path] else []
@@ -127,7 +128,7 @@ def _import(path: str) -> ModuleType:
 
 def _line_in(file: Path, error: Exception) -> int:
   lines = [
-    frame.lineno
+    frame.lineno or 0
     for frame in traceback.extract_tb(error.__traceback__)
     if Path(frame.filename) == file
   ]
