@@ -3,11 +3,13 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from tiny_checkpoint import ROOT
 
 from dancegrpo_jax import __version__, command
+
+ROOT = Path(__file__).parent.parent
 
 FOLDERS = ["main", "sample", "evaluate", "convert", "pretrain", "plan"]  # as `python -m` has them
 

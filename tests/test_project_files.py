@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_checkpoint import ROOT
 
 from dancegrpo_jax import __version__
+
+ROOT = Path(__file__).parent.parent
 
 # What a package is imported as, where that isn't its name.
 IMPORTED_AS = {"orbax_checkpoint": "orbax", "pillow": "PIL"}
