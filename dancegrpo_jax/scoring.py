@@ -38,7 +38,9 @@ def reward_features(
   padded = examples + [examples[-1]] * (-len(examples) % rows)
   result = {}
   for name, features in compute.items():
-    prepared = rewards[name].prepare(padded)
+    prepare = rewards[name].prepare
+    assert prepare is not None, name  # every reward that is a network has it
+    prepared = prepare(padded)
     parts = [
       jax.device_get(features(params[name], jax.tree.map(lambda x, i=i: x[i : i + rows], prepared)))
       for i in range(0, len(padded), rows)

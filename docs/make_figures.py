@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "docs" / "images"
 COMMAND, PROGRAM, DATA = "#e8e3f6", "#dbe9fb", "#fdf3d8"
 NOTES = {  # room -> what is in it, in two or three words
+  "command": "dancegrpo train, sample, ...",
   "main": "train",
   "sample": "draw images",
   "evaluate": "base against trained",
@@ -37,6 +38,7 @@ NOTES = {  # room -> what is in it, in two or three words
   "devices": "mesh, processes, memory",
   "types": "what crosses rooms",
   "errors": "mistakes of the user",
+  "installation": "where configs and assets are",
 }
 
 

@@ -143,6 +143,7 @@ MISTAKES = {
     (sample.main, ["--checkpoint=base", "--prompt=x", "--out=/dev/null/x"]),
     (evaluate.main, ["--checkpoint=base", "--out=/dev/null/x.json"]),
     (pretrain.main, ["--out=/dev/null/x"]),
+    (plan.main, ["--out=/dev/null/x.json"]),
     (lambda argv: convert.main(["import", *argv]), ["--out=/dev/null/x"]),
     (lambda argv: convert.main(["export", *argv]), ["--checkpoint=base", "--out=/dev/null/x"]),
   ],

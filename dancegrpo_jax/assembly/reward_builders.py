@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax.checkpoints import components, hub, weights
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.pipelines.layout import Layout, without_mark
+from dancegrpo_jax.pipelines.layout import Layout, local_path, without_mark
 from dancegrpo_jax.rewards import kinds
 from dancegrpo_jax.rewards.base import Files, Networks, Reward, RewardKind
 from dancegrpo_jax.types import PyTree
@@ -27,7 +27,7 @@ def load_tokenizer(field: str, source: str, network: dict[str, Any]) -> Callable
 
 def weight_file(field: str, source: str) -> Path:
   """A local weight file, or a folder with one. ConfigError where there is none."""
-  path = Path(without_mark(source))
+  path = local_path(source)
   if not path.exists():
     raise ConfigError(
       f"config.{field} = {source!r}: no such file (from {Path.cwd()}); configs/common.py says"

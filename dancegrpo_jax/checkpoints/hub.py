@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dancegrpo_jax.data.tokenizers import kind_of
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.pipelines.layout import RANDOM, Layout, is_random
+from dancegrpo_jax.pipelines.layout import RANDOM, Layout, is_random, local_path
 
 # folder of a checkpoint that `convert import` wrote: all networks' parameters as one Orbax tree
 ORBAX = "orbax"
@@ -54,7 +54,7 @@ def folder(field: str, name: str, layout: Layout, variant: str = "") -> Path:
   Raises:
     ConfigError: one line that says what is missing, what was found and how to get it.
   """
-  path = Path(name.removeprefix(RANDOM))
+  path = local_path(name)
   if path.is_dir():
     absent = missing(path, layout._replace(networks=()) if is_random(name) else layout)
     if absent:
@@ -89,7 +89,7 @@ def described(field: str, name: str, layout: Layout, published: Path) -> str:
     ConfigError: its JSON files are nowhere.
   """
   files = layout._replace(tokenizers={}, networks=())
-  path = Path(name.removeprefix(RANDOM))
+  path = local_path(name)
   for place in (path, None if is_random(name) else _cached(name, files), published / name):
     if place is not None and place.is_dir() and not missing(place, files):
       return f"{RANDOM}{place}"
@@ -125,8 +125,8 @@ def patterns(layout: Layout, variant: str = "") -> list[str]:
   times, one set alone.
   """
   mark = f".{variant}" if variant else ""
-  kinds = (f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors")
-  kinds += (f"{mark}.safetensors.index.json", f".safetensors.index{mark}.json")
+  kinds = [f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors"]
+  kinds += [f"{mark}.safetensors.index.json", f".safetensors.index{mark}.json"]
   weights = [
     str(Path(place) / f"{stem}{kind}")
     for place in layout.networks

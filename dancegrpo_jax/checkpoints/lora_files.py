@@ -11,6 +11,7 @@ import json
 import re
 from pathlib import Path
 
+from dancegrpo_jax import installation
 from dancegrpo_jax.checkpoints.safetensors_io import Reader, metadata
 from dancegrpo_jax.conversion.mapping import Row, Spec, Table
 from dancegrpo_jax.errors import ConversionError
@@ -41,7 +42,7 @@ def table_for(network: Table) -> Table:
 
 def find(path: str | Path) -> Path:
   """The weight file of a LoRA: itself, or in its folder. ConversionError: there is none."""
-  path = Path(path)
+  path = installation.find(path)
   if path.is_file() and path.suffix == ".safetensors":
     return path
   found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -119,9 +120,10 @@ def fitting(
   Raises:
     ConversionError: one line: no adapters, those of another model, another rank, or other layers.
   """
-  names = {name: spelled(network, name) for name in tensors if not name.endswith(".alpha")}
-  if not names or None in names.values():
-    first = next((name for name, found in names.items() if found is None), "nothing")
+  spellings = {name: spelled(network, name) for name in tensors if not name.endswith(".alpha")}
+  names = {name: found for name, found in spellings.items() if found is not None}
+  if not names or len(names) < len(spellings):
+    first = next((name for name in spellings if name not in names), "nothing")
     raise ConversionError(
       f"not a LoRA in diffusers' or peft's layout: it holds {first}; expected {next(iter(wanted))}"
     )

@@ -10,8 +10,11 @@ from dancegrpo_jax.types import PyTree
 
 NETWORKS: dict[str, Network] = {
   name: network
-  for kind in (*FAMILIES.values(), *KINDS.values())
-  for name, network in kind.networks.items()
+  for networks in (
+    *(family.networks for family in FAMILIES.values()),
+    *(kind.networks for kind in KINDS.values()),
+  )
+  for name, network in networks.items()
 }
 # Layouts without a config.json that names a class are found by their table alone.
 TABLES: dict[str, Table] = {name: network.table for name, network in NETWORKS.items()}

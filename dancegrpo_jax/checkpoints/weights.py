@@ -203,7 +203,7 @@ def _each(
   shardings: PyTree | Sharding | None, targets: dict[str, Spec]
 ) -> dict[str, Sharding | None]:
   """Path -> sharding, from a tree of them or one for all."""
-  placed = (
+  placed: dict[str, Sharding | None] = (
     flatten_dict(shardings, sep="/")
     if isinstance(shardings, dict)
     else dict.fromkeys(targets, shardings)
@@ -233,9 +233,10 @@ def draw(
 
   def one(path: str, spec: Spec) -> jax.Array:
     whole = _random(path, spec, seed)
-    if placed[path] is None:
+    place = placed[path]
+    if place is None:
       return jax.device_put(whole)
-    return jax.make_array_from_callback(spec.shape, placed[path], lambda index: whole[index])
+    return jax.make_array_from_callback(spec.shape, place, lambda index: whole[index])
 
   return unflatten_dict({path: one(path, spec) for path, spec in targets.items()}, sep="/")
 

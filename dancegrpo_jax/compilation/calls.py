@@ -36,7 +36,7 @@ class Call(NamedTuple):
   """
 
   name: str
-  program: Callable
+  program: Any
   arguments: tuple
   times: float | int
   turns: float | int = 1
@@ -224,7 +224,9 @@ def of_scores(
   }  # see scoring.from_host
   for name, program in run.features.items():
     params = model.reward_params[name]
-    prepared = abstract(model.rewards[name].prepare(blank_examples(prompts)))
+    prepare = model.rewards[name].prepare
+    assert prepare is not None, name  # every reward that is a network has it
+    prepared = abstract(prepare(blank_examples(prompts)))
     calls.append(Call(f"features {name}", program, (params, prepared), -(-examples // prompts)))
     features = abstract(jax.eval_shape(program, params, prepared))
     arguments = (params, media, features, numbers)

@@ -343,8 +343,14 @@ def match(
   problems += _uncovered(
     table, sources, targets, by_source, by_target, reported, unknown, set(buffers)
   )
-  tidy = [{key: tuple(blocks) for key, blocks in side.items()} for side in (by_source, by_target)]
-  return Mapping(sources, targets, *tidy, buffers), problems
+  found = Mapping(
+    sources=sources,
+    targets=targets,
+    by_source={name: tuple(blocks) for name, blocks in by_source.items()},
+    by_target={path: tuple(blocks) for path, blocks in by_target.items()},
+    buffers=buffers,
+  )
+  return found, problems
 
 
 def _uncovered(

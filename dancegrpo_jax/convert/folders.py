@@ -70,9 +70,7 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
       name, {trainable: components.placed(abstract, shardings[trainable])}, kind
     )[trainable]
     if part == "lora":
-      weights.save_lora(
-        folder, component.table, lora.scaled(trained, loading.lora_of(config).scale)
-      )
+      weights.save_lora(folder, component.table, lora.scaled(trained, _scale(config)))
     else:
       target = folder if part == "denoiser" else folder / component.folder
       whole = _whole(config, pipeline, trained, shardings)
@@ -108,7 +106,14 @@ def _whole(
     model.variant,
     model.allow_pickle,
   )
-  return lora.merged(base, trained, loading.lora_of(config).scale)
+  return lora.merged(base, trained, _scale(config))
+
+
+def _scale(config: ConfigDict) -> float:
+  """How often the adapters of a run that trained some count."""
+  adapters = loading.lora_of(config)
+  assert adapters is not None
+  return adapters.scale
 
 
 def import_checkpoint(config: ConfigDict, out: Path) -> None:

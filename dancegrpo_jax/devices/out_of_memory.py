@@ -201,7 +201,7 @@ def guarded(programs: Any, prefix: str = "") -> Any:
   """`Programs`, each `Guarded` by a prefix and its field's name, as "update"; rewards' as "score
   hps".
   """
-  each = {}
+  each: dict[str, Any] = {}
   for field, program in programs._asdict().items():
     if isinstance(program, dict):
       each[field] = {

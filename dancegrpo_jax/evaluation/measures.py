@@ -1,5 +1,7 @@
 """What is measured of a checkpoint's samples: scores, retrieval, diversity, and differences."""
 
+from typing import Any
+
 import numpy as np
 
 from dancegrpo_jax import programs, scoring
@@ -83,7 +85,8 @@ def measure(
     examples=examples,
     rows=rows,
   )
-  result = {term: values.reshape(len(examples), samples) for term, values in scores.items()}
+  result: dict[str, Any] = {}
+  result |= {term: values.reshape(len(examples), samples) for term, values in scores.items()}
   for name, reward in rewards.items():
     if reward.embed is None:
       continue
@@ -94,7 +97,7 @@ def measure(
     result[f"{name}/retrieval"] = top1(embeddings, np.asarray(features[name])).astype(np.float32)
     if samples > 1:
       result[f"{name}/diversity"] = diversity(embeddings)
-  return result, drawn.pixels
+  return result, np.asarray(drawn.pixels)
 
 
 def compare(base: dict, tuned: dict) -> dict:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dancegrpo_jax import installation
 from dancegrpo_jax.conversion.mapping import Table
 from dancegrpo_jax.types import PyTree
 
@@ -84,6 +85,13 @@ def is_random(name: str) -> bool:
 def without_mark(name: str) -> str:
   """A checkpoint's name without the mark of random weights."""
   return name.removeprefix(RANDOM)
+
+
+def local_path(name: str) -> Path:
+  """The local path that a checkpoint's name means, as `installation.find` has it. It need not
+  exist.
+  """
+  return installation.find(without_mark(name))
 
 
 def location_of(name: str, folder: Path) -> str:

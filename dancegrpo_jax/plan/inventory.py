@@ -6,24 +6,23 @@ of the right length.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import programs
+from dancegrpo_jax import installation, programs
 from dancegrpo_jax.assembly import loading, reward_builders
 from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.checkpoints import components, hub
 from dancegrpo_jax.compilation.calls import Call, of_run
-from dancegrpo_jax.pipelines.layout import Layout, without_mark
+from dancegrpo_jax.pipelines.layout import Layout, local_path
 from dancegrpo_jax.rewards import kinds
 from dancegrpo_jax.types import PyTree
 
 # JSON files of hub ids that the configs name
-PUBLISHED = Path(__file__).parents[2] / "assets" / "published"
+PUBLISHED = installation.ROOT / "assets" / "published"
 
 
 class Inventory(NamedTuple):
@@ -75,7 +74,7 @@ def outline(config: ConfigDict, mesh: jax.sharding.Mesh) -> Model:
     ConfigError: as `loading.build_pipeline` and `load`.
   """
   family = loading.family_of(config)
-  folder, layout = Path(without_mark(config.model.checkpoint)), family.layout
+  folder, layout = local_path(config.model.checkpoint), family.layout
   jsons = components.read_jsons(folder, layout)
   if hub.missing(folder, layout._replace(networks=())):  # published files have no tokenizers
     tokenizers = dict.fromkeys(layout.tokenizers, blank(family.text_length(jsons)))

@@ -25,8 +25,8 @@ from dancegrpo_jax.pipelines.layout import (
   Layout,
   is_random,
   layout_of,
+  local_path,
   location_of,
-  without_mark,
 )
 from dancegrpo_jax.rewards.base import Describe, Files, Networks, Reward, RewardKind, images
 from dancegrpo_jax.rewards.preprocess import (
@@ -227,7 +227,7 @@ def is_open_clip(source: str) -> bool:
   """Whether a local folder is in open_clip's layout. LAION's are in both: transformers' then, where
   its weights are there.
   """
-  folder = Path(without_mark(source))
+  folder = local_path(source)
   has_weights = is_random(source) or any(folder.glob("model*.safetensors*"))
   whole = (folder / FILES["clip"]).is_file() and has_weights
   return (folder / OPEN_CLIP_FILE).is_file() and not whole
@@ -253,8 +253,8 @@ def find_checkpoint(field: str, source: str, files: Files) -> Checkpoint:
 
 def describe_checkpoint(field: str, source: str, describe: Describe) -> str:
   """`RewardKind.blank` of a CLIP checkpoint."""
-  if (Path(without_mark(source)) / OPEN_CLIP_FILE).is_file():
-    return f"{RANDOM}{without_mark(source)}"
+  if (local_path(source) / OPEN_CLIP_FILE).is_file():
+    return f"{RANDOM}{local_path(source)}"
   return describe(field, source, TRANSFORMERS)
 
 

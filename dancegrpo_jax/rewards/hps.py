@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.pipelines.layout import RANDOM, location_of, without_mark
+from dancegrpo_jax.pipelines.layout import RANDOM, local_path, location_of
 from dancegrpo_jax.rewards.base import Describe, Files, Networks, Reward, RewardKind
 from dancegrpo_jax.rewards.clip import OPEN_CLIP_FILE, Checkpoint, cosine, open_clip_checkpoint
 
@@ -66,7 +66,7 @@ def build(name: str, section: ConfigDict, files: Files, networks: Networks) -> R
 def blank(section: ConfigDict, describe: Describe, published: Path) -> dict[str, Any]:
   """The section with random weights: of the published network, unless a folder says otherwise."""
   del describe
-  path = Path(without_mark(section.checkpoint))
+  path = local_path(section.checkpoint)
   return {"checkpoint": f"{RANDOM}{path if path.exists() else published}"}
 
 

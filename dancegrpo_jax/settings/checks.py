@@ -184,11 +184,11 @@ def problems(config: ConfigDict, *, num_devices: int, num_examples: int | None =
       _advantage,
       _objective,
       _lora,
-      _data,
+      lambda config: _data(config, num_examples),
       _mesh_rules,
       _logging,
     ):
-      lines += check(config, num_examples) if check is _data else check(config)
+      lines += check(config)
     wrong = {line.split(" ")[0].removeprefix("config.") for line in lines}
     lines += _sizes(config, num_devices, wrong)
   except (AttributeError, KeyError) as error:

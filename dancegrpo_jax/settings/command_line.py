@@ -63,10 +63,13 @@ def parse_argv(
     add_help=False,
     allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog=program(),
     usage="%(prog)s --config=FILE[:preset] [--config.key=value ...] [flags]",
   )
   parser.add_argument(
-    "--config", metavar="FILE[:preset]", help="python file with get_config(preset)"
+    "--config",
+    metavar="FILE[:preset]",
+    help="python file with get_config(preset), or the name of one in configs/",
   )
   parser.add_argument(
     "-h",
@@ -94,9 +97,19 @@ def parse_argv(
       )
     )
   if not flags.config:
-    raise ConfigError("--config is missing; give a file, as --config=configs/emoji_clip.py")
+    raise ConfigError("--config is missing; give a file or a name, as --config=emoji_clip")
   given = frozenset(override.partition("=")[0] for override in overrides)
   return CommandLine(config=load(flags.config, overrides), flags=flags, given=given)
+
+
+def program() -> str:
+  """How this process was started, for usage lines: `dancegrpo train`, or `python -m` and a
+  module.
+  """
+  spec = getattr(sys.modules["__main__"], "__spec__", None)
+  module = spec.name.removesuffix(".__main__") if spec else ""
+  by_module = module.startswith("dancegrpo_jax.")
+  return f"python -m {module}" if by_module else os.path.basename(sys.argv[0])
 
 
 def exit_on_mistake(command: Callable[[], int | None]) -> int:
