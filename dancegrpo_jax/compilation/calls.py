@@ -87,11 +87,8 @@ def of_run(
     examples: prompts in the data set.
     held_out: prompts in data.held_out.
   """
-  prompts, group, lanes = (
-    config.data.prompts_per_iteration,
-    config.rollout.samples_per_prompt,
-    config.mesh.lanes,
-  )
+  prompts, lanes = config.data.prompts_per_iteration, config.mesh.lanes
+  group = config.rollout.samples_per_prompt
   chunks = deal(prompts * group, config.rollout.chunk, lanes)
   ids, number, chunk = (abstract(x) for x in (np.zeros(prompts, np.int32), np.int32(0), chunks[0]))
 
