@@ -62,8 +62,8 @@ def update_programs(
   }
   if config.optimizer.updates_per_iteration > 1:
     listed["first_step"] = (step, after_step, (1,))
-    if algorithm_of({}, None, None).remember is not None:
-      listed["remember"] = (_remember(algorithm_of), sums, (4,))
+  if algorithms.kind_of(config).remembers(config):
+    listed["remember"] = (_remember(algorithm_of), sums, (4,))
   return {
     name: program(
       config, f"update {name}", function, out_shardings=shardings, donate_argnums=donated

@@ -151,6 +151,7 @@ def prepare(
   else:
     shardings = jax.tree.map(lambda x: x.sharding, loaded.state)
     state = init_state(config, len(examples), shardings)(model.trainable)
+  model = model._replace(trainable=None)  # the state owns it
   shown = examples[: config.evaluation.prompts], held_out[: config.evaluation.prompts]
   rows = config.data.prompts_per_iteration
 
@@ -165,7 +166,7 @@ def prepare(
     examples=examples,
     shown=shown,
     batches=prompts.prompt_batches(examples, rows, config.seed, config.data.shuffle),
-    model=model._replace(trainable=None),  # the state owns it
+    model=model,
     programs=compiled,
     shown_programs=shown_programs,
     encode=loaded.cached or encoding.encoder(model, compiled.encode),
