@@ -1,8 +1,11 @@
-"""Every value of a run, with its unit and source. Run files change what differs; code holds no
-defaults.
+"""Every value of a run, with its unit and its source. A run's config file starts from these values
+and changes what differs; the code holds no defaults of its own.
 
-Sources: [P] DanceGRPO paper, arXiv 2505.07818. [C] its PyTorch code, 2025-10. [F] Flow-GRPO, arXiv
-2505.05470.
+Every field has a comment above it or behind it. docs/make_configuration.py makes the page
+docs/configuration.md from these comments, so they are sentences that stand alone.
+
+Sources: [P] is the DanceGRPO paper, arXiv 2505.07818. [C] is its PyTorch code as of October 2025.
+[F] is Flow-GRPO, arXiv 2505.05470.
 """
 
 from ml_collections import ConfigDict
@@ -13,260 +16,413 @@ def get_config() -> ConfigDict:
   model.
   """
   config = ConfigDict()
-  config.name = "common"  # the default workdir is runs/<name>
-  config.seed = 0  # root of every random stream
-  config.iterations = 300  # GRPO iterations; one = rollout, reward, update
+  # The name of the run. Without `--workdir` a run writes into `runs/<name>`.
+  config.name = "common"
+  # The root of every random stream of the run.
+  config.seed = 0
+  # GRPO iterations. One iteration is a rollout, its rewards and an update.
+  config.iterations = 300
 
+  # The generator, and how its networks are computed.
   config.model = ConfigDict(
     {
-      "family": "stable_diffusion",  # pipelines/<family>.py
-      # folder in diffusers layout, hub id, or random:FOLDER (config.json files, weights drawn)
+      # The kind of model: `stable_diffusion` (1.x and 2.x) or `flux` (FLUX.1).
+      "family": "stable_diffusion",
+      # Where the model is: a folder in diffusers' layout, a Hugging Face hub id, a folder that
+      # `convert import` wrote, or `random:FOLDER`, which reads the config.json files of FOLDER and
+      # draws the weights.
       "checkpoint": "assets/emoji-sd",
-      # read .pt, .pth and .bin weights too, of models and rewards, through torch's weights_only
-      # loader
+      # Whether pickled weights (.pt, .pth, .bin, .ckpt) may be read too, for the model and for the
+      # rewards. They go through torch's weights_only loader, so torch must be installed.
       "allow_pickle": False,
-      "variant": "",  # which weight files to prefer, as "fp16"; "" = the full ones, then any
-      "size": (32, 32),  # height, width of the samples, pixels
-      # what the denoiser computes in; parameters and SDE arithmetic stay float32
+      # The weight files to prefer where a checkpoint has several, for example `fp16`. Empty means
+      # the full ones, and others only where those are missing.
+      "variant": "",
+      # Height and width of the samples, in pixels.
+      "size": (32, 32),
+      # What the denoiser computes in: `float32`, `bfloat16` or `float16`. Trained parameters and
+      # the arithmetic of the sampler stay float32.
       "dtype": "float32",
-      # text encoder and decoder, stored and computed; the denoiser under lora, stored
+      # What the frozen networks (text encoder, autoencoder, rewards) are stored and computed in:
+      # `float32`, `bfloat16` or `float16`. Under LoRA the denoiser's own weights are stored in it
+      # too.
       "frozen_dtype": "float32",
-      # recompute the denoiser's blocks in the backward pass: less memory, a third more time
+      # Whether the denoiser's blocks are recomputed in the backward pass. This takes less memory
+      # and about a third more time.
       "remat": False,
-      # auto (what suits the devices) | xla | cudnn (GPU) | splash (TPU); models/attention.py has
-      # the table
+      # The attention kernel: `auto` (what suits the devices), `xla`, `cudnn` (NVIDIA GPUs) or
+      # `splash` (TPUs). `models/attention.py` has the table.
       "attention": "auto",
-      # default | highest: of products and convolutions of float32 numbers, in every network.
-      # "default" is what the device is fast at: tf32 (10 bits of mantissa) on NVIDIA GPUs, bfloat16
-      # on TPUs, float32 on CPUs. Half precision isn't changed by it.
+      # The precision of float32 products and convolutions in every network. `default` is what the
+      # device is fast at: tf32 (10 bits of mantissa) on NVIDIA GPUs, bfloat16 on TPUs and float32
+      # on CPUs. `highest` is float32 everywhere. Half precision is not changed.
       "matmul_precision": "default",
-      # Stack the weights of equal blocks and compile one of a kind: of FLUX's transformer, T5 and
-      # every CLIP, the rewards' too. Deep networks compile many times faster; the UNet's and the
-      # autoencoder's blocks differ and stay as they are.
+      # Whether the weights of equal blocks are stacked and one block of a kind is compiled: in
+      # FLUX's transformer, T5 and every CLIP, the rewards' too. Deep networks compile many times
+      # faster. The blocks of the UNet and of the autoencoder differ, so they stay as they are.
       "scan_blocks": False,
-      # flux: tokens of T5's text, padded and cut to (FLUX.1-schnell was made with 256)
+      # FLUX only: the number of T5 tokens that a prompt is padded and cut to. FLUX.1-schnell was
+      # made with 256.
       "text_length": 512,
     }
   )
 
+  # The prompts.
   config.data = ConfigDict(
     {
-      "prompts": "assets/prompts/emoji_run.txt",  # text file, one prompt a line, or a .json list
-      # never trained on; evaluate.py scores them. "" = none
+      # The training prompts: a text file with one prompt a line, a .json list, or `tfds:NAME`.
+      "prompts": "assets/prompts/emoji_run.txt",
+      # Prompts that are never trained on. Training scores a few of them now and then, and
+      # `evaluate` scores all of them. Empty means none.
       "held_out": "assets/prompts/emoji_held_out.txt",
-      "prompts_per_iteration": 16,  # P
-      "negative_prompt": "",  # text of the unconditional branch when sampler.guidance_scale > 1
-      "shuffle": True,  # a new order each epoch, from the seed
-      # encode all prompts once, onto disk, and train without the text encoders in memory
+      # Prompts of one iteration. Each gets `rollout.samples_per_prompt` samples.
+      "prompts_per_iteration": 16,
+      # The text of the unconditional branch, used where `sampler.guidance_scale` is above 1.
+      "negative_prompt": "",
+      # Whether each epoch takes the prompts in a new order, drawn from the seed.
+      "shuffle": True,
+      # Whether all prompts are encoded once and kept on disk, so that the text encoders are not in
+      # memory while the model trains.
       "cache_embeddings": False,
-      # where to; "" = <workdir>/embeddings. One folder may serve many runs on the same prompts and
-      # encoders
+      # The folder of that cache. Empty means `<workdir>/embeddings`. One folder may serve many
+      # runs on the same prompts and encoders.
       "cache_folder": "",
     }
   )
 
+  # How samples are drawn, which is also the policy that is trained.
   config.sampler = ConfigDict(
     {
-      "kind": "ddim",  # ddim | dance | flow | cps: the stochastic step that is the policy
-      "noise_level": 1.0,  # eta of ddim and dance, a of flow and cps; 0 would be deterministic
-      "steps": 10,  # N, network calls a sample
-      # time shift of rectified flow; 1 = none, 0 = as the checkpoint's scheduler says. Diffusion
-      # models ignore it
+      # The stochastic step: `ddim`, `dance`, `flow` or `cps`.
+      "kind": "ddim",
+      # How much noise a stochastic step adds: eta of `ddim` and `dance`, a of `flow` and `cps`. It
+      # must be above 0, because a deterministic policy has no likelihood ratio.
+      "noise_level": 1.0,
+      # Denoising steps of a sample.
+      "steps": 10,
+      # The time shift of rectified flow: 1 is no shift and 0 takes what the checkpoint's scheduler
+      # says. Diffusion models ignore it.
       "shift": 1.0,
-      "guidance_scale": 1.0,  # classifier-free guidance in rollout and training; 1 = off
-      # the scale that a guidance-distilled model (FLUX.1-dev) is told; other models aren't
+      # The scale of classifier-free guidance, in rollout and training alike. 1 turns it off.
+      "guidance_scale": 1.0,
+      # The guidance scale that a guidance-distilled model (FLUX.1-dev) gets as an input. Other
+      # models ignore it.
       "embedded_guidance": 3.5,
-      # ode (deterministic, not trained) | x0hat | sde (as [C] for Stable Diffusion)
+      # The last step: `ode` (deterministic, not trained), `x0hat` (jumps to the estimate of the
+      # clean sample, not trained) or `sde` (stochastic and trained, as [C] does for Stable
+      # Diffusion).
       "last_step": "ode",
+      # The SDE window of MixGRPO, arXiv 2507.21802: steps inside it are stochastic and trained,
+      # steps outside it are deterministic.
       "window": ConfigDict(
-        {  # MixGRPO, arXiv 2507.21802: stochastic and trained inside, deterministic outside
-          "size": 0,  # steps; 0 = every policy step
-          "mode": "fixed",  # fixed | sliding | random
-          "start": 0,  # first step of a fixed window, and of a sliding one at iteration 0
-          "stride": 1,  # sliding: steps forward each `interval`
-          "interval": 25,  # sliding: iterations
-          "outside": "ode",  # ode | dpm++
+        {
+          # The width of the window in steps. 0 makes every step stochastic that may be.
+          "size": 0,
+          # Where the window lies: `fixed`, `sliding` or `random`.
+          "mode": "fixed",
+          # The first step of a fixed window, and of a sliding window at iteration 0.
+          "start": 0,
+          # Steps by which a sliding window moves at a time.
+          "stride": 1,
+          # Iterations between two moves of a sliding window.
+          "interval": 25,
+          # The deterministic step outside the window: `ode` or `dpm++` (DPM-Solver++(2M)).
+          "outside": "ode",
         }
       ),
     }
   )
 
+  # How many samples are drawn.
   config.rollout = ConfigDict(
     {
-      "samples_per_prompt": 16,  # G, the group
-      "shared_noise": True,  # one initial noise for a group [P, section 3]
-      "chunk": 256,  # samples that one call of the rollout program makes; bounds memory
+      # Samples of one prompt. They are the group within which rewards are compared.
+      "samples_per_prompt": 16,
+      # Whether all samples of a prompt start from the same noise [P].
+      "shared_noise": True,
+      # Samples that one call of the rollout program draws. It bounds the memory of the rollout;
+      # another size changes results by round-off at most.
+      "chunk": 256,
     }
   )
 
+  # What is rewarded. The sections of the single rewards are read only for the rewards in `terms`.
+  # A checkpoint there is a local folder or a hub id. A tokenizer is a folder or a hub id with
+  # CLIP's vocab.json, merges.txt and tokenizer_config.json.
   config.reward = ConfigDict(
     {
-      "terms": (
-        ("clip", 1.0),
-        # (term, weight): clip | hps | pickscore | aesthetic | compressibility | remote |
-        # module:function
-      ),
-      # advantages (sum of weighted advantages [P]) | rewards (normalise the weighted sum [F]) |
-      # gdpo
+      # The rewards as (term, weight) pairs. A term is `clip`, `hps`, `pickscore`, `aesthetic`,
+      # `compressibility`, `remote`, or `module:function` for a Python function.
+      "terms": (("clip", 1.0),),
+      # How several rewards become one advantage: `advantages` (the weighted sum of the terms'
+      # advantages [P]), `rewards` (the advantage of the weighted sum of rewards [F]) or `gdpo` (as
+      # `advantages`, then normalised over the whole batch, arXiv 2601.05242).
       "combine": "advantages",
-      "thresholds": (),  # (term, value): r = 1 where score > value, else 0
-      "max_failed": 0.5,  # an iteration with a larger share of failed (NaN) rewards stops the run
-      # The sections below are read for the rewards in `terms` alone. A checkpoint is a local folder
-      # or a hub id; a tokenizer is a folder or hub id with CLIP's vocab.json, merges.txt and
-      # tokenizer_config.json, "" the checkpoint's own.
+      # Terms that become binary, as (term, value) pairs: the reward is 1 where the score is above
+      # the value and 0 elsewhere.
+      "thresholds": (),
+      # The largest share of failed (NaN) rewards of an iteration. A larger share stops the run.
+      "max_failed": 0.5,
+      # The cosine similarity of CLIP's embeddings of image and prompt.
       "clip": ConfigDict(
         {
-          # transformers' CLIPModel layout (openai/clip-vit-large-patch14), or a local folder in
-          # open_clip's, with open_clip_config.json (apple/DFN5B-CLIP-ViT-H-14,
-          # laion/CLIP-ViT-H-14-laion2B-s32B-b79K)
+          # A CLIP in transformers' layout (openai/clip-vit-large-patch14), or a local folder in
+          # open_clip's layout with its open_clip_config.json (apple/DFN5B-CLIP-ViT-H-14,
+          # laion/CLIP-ViT-H-14-laion2B-s32B-b79K).
           "checkpoint": "assets/emoji-clip",
+          # The tokenizer. Empty means the checkpoint's own.
           "tokenizer": "",
         }
       ),
+      # HPS-v2.1, arXiv 2306.09341, the reward of the paper's main experiments [P].
       "hps": ConfigDict(
-        {  # HPS-v2.1, arXiv 2306.09341; the paper's reward [P]
-          # a file: `hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints/HPSv2`
-          # (needs model.allow_pickle), or a .safetensors with the same names
+        {
+          # The weight file, from `hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir
+          # checkpoints/HPSv2`, which needs `model.allow_pickle`; or a .safetensors file with the
+          # same tensor names.
           "checkpoint": "checkpoints/HPSv2/HPS_v2.1_compressed.pt",
+          # The tokenizer. Empty means the folder of the weight file.
           "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         }
       ),
+      # PickScore, arXiv 2305.01569.
       "pickscore": ConfigDict(
-        {  # arXiv 2305.01569
+        {
+          # A checkpoint in transformers' layout.
           "checkpoint": "yuvalkirstain/PickScore_v1",
-          "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",  # its authors' choice
+          # The tokenizer; the default is its authors' choice. Empty means the checkpoint's own.
+          "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         }
       ),
+      # LAION's aesthetic predictor v2, in points from about 1 to 10.
       "aesthetic": ConfigDict(
-        {  # LAION's predictor v2, points from 1 to 10
-          "checkpoint": "openai/clip-vit-large-patch14",  # the CLIP that the head was trained on
-          # a .safetensors copy, or the .pth itself (needs model.allow_pickle) from
-          # https://github.com/christophschuhmann/improved-aesthetic-predictor
+        {
+          # The CLIP that the predictor's head was trained on.
+          "checkpoint": "openai/clip-vit-large-patch14",
+          # The head: a .safetensors copy, or the .pth file itself (this one needs
+          # `model.allow_pickle`), from
+          # https://github.com/christophschuhmann/improved-aesthetic-predictor.
           "head": "checkpoints/sac+logos+ava1-l14-linearMSE.pth",
         }
       ),
+      # The size of the sample as a JPEG file, in units of 1000 bytes.
       "compressibility": ConfigDict(
-        {"quality": 95, "sign": -1.0}
-      ),  # JPEG quality; -1 rewards small files
+        {
+          # The quality of the JPEG, from 1 to 100.
+          "quality": 95,
+          # What the size is multiplied by: -1 rewards small files and 1 rewards large ones.
+          "sign": -1.0,
+        }
+      ),
+      # A scorer in another process or on another machine; `benchmarks/reward_server.py` is one.
       "remote": ConfigDict(
-        {  # a scorer of your own in another process or machine: benchmarks/reward_server.py
+        {
+          # The address of the scorer, http or https.
           "url": "http://127.0.0.1:8000/",
-          "timeout": 60.0,  # seconds of one attempt
-          "retries": 2,  # attempts after the first, 0.5, 1, 2 ... s apart
-          "format": "png",  # png (8 bits, base64 in JSON) | npz (numpy, for video too)
+          # Seconds that one attempt may take, from the connection to the end of the answer.
+          "timeout": 60.0,
+          # Attempts after the first one, with pauses of 0.5, 1, 2 ... seconds, at most 30.
+          "retries": 2,
+          # How images are sent: `png` (8 bits, base64 in JSON) or `npz` (numpy's format, for
+          # video too).
+          "format": "png",
         }
       ),
     }
   )
 
+  # How rewards become advantages.
   config.advantage = ConfigDict(
     {
-      "ddof": 1,  # 1 = unbiased std [C]; 0 as DDPO and Flow-GRPO
-      "eps": 1e-8,  # added to the std [C]
-      "clamp": 5.0,  # advantages are clipped to +-clamp [C]
-      "min_spread": 1e-6,  # groups whose rewards differ by less get advantage 0
-      "best_of": 0,  # k: train the k/2 best and k/2 worst of each group; 0 = all
+      # The standard deviation of a group: 1 is the unbiased one [C], 0 the one of DDPO and
+      # Flow-GRPO.
+      "ddof": 1,
+      # A number that is added to the standard deviation [C].
+      "eps": 1e-8,
+      # Advantages are clipped to the range from -clamp to clamp [C].
+      "clamp": 5.0,
+      # The smallest difference between the largest and the smallest reward of a group that counts.
+      # A group with less gets advantage 0.
+      "min_spread": 1e-6,
+      # The number of samples of each group that are trained: half are those with the highest
+      # advantages, half those with the lowest. 0 trains all.
+      "best_of": 0,
+      # Statistics of each prompt's rewards over iterations (DDPO), in place of the group's.
       "history": ConfigDict(
-        {"size": 0, "min_count": 16}
-      ),  # per-prompt statistics over iterations (DDPO); size 0 = off, 32 there
+        {
+          # Rewards of a prompt that are remembered. 0 turns this off; DDPO takes 32.
+          "size": 0,
+          # Rewards of a prompt from which on its own statistics are used. Until then those of the
+          # whole batch are.
+          "min_count": 16,
+        }
+      ),
     }
   )
 
+  # The loss.
   config.objective = ConfigDict(
     {
-      # grpo (the clipped surrogate [P]) | dppo (a trust region, arXiv 2606.11025)
+      # The algorithm: `grpo` (the clipped surrogate [P]) or `dppo` (a trust region in its place,
+      # arXiv 2606.11025).
       "kind": "grpo",
-      "clip_range": 1e-4,  # grpo: c of the clipped surrogate, for the mean-reduced log-prob [C]
-      "log_prob": "mean",  # mean (over latent dimensions [C]) | sum (the true density)
-      # recompute (the update's own forward: ratio exactly 1) | rollout
+      # How far the ratio may leave 1 before the surrogate is clipped. The default belongs to
+      # `log_prob = "mean"` [C]. Only `grpo` reads it.
+      "clip_range": 1e-4,
+      # How the log-density of a step is reduced over the latent's dimensions: `mean` [C] or
+      # `sum`, which is the true log-density.
+      "log_prob": "mean",
+      # Where the log-densities of the old policy come from: `recompute` (the update's own forward
+      # pass, so that the ratio is exactly 1 before the first optimizer step) or `rollout`.
       "old_log_prob": "recompute",
-      "timesteps": "random",  # first | random | last | all: which policy steps are trained
-      "timestep_fraction": 0.6,  # share of the policy steps, rounded down [P]
-      "guard": False,  # grpo: ratio and weight of GRPO-Guard, arXiv 2510.22319
-      # dppo: a transition whose KL to the old policy, in nats a latent dimension, is at least tau is
-      # dropped where its ratio moves further outwards
-      "dppo": ConfigDict({"tau": 1e-4}),
+      # Which stochastic steps of a sample are trained: `first`, `random`, `last` or `all`.
+      "timesteps": "random",
+      # The share of the stochastic steps that is trained, rounded down [P]. `all` ignores it.
+      "timestep_fraction": 0.6,
+      # Whether GRPO-Guard's ratio and weight are used, arXiv 2510.22319. For `grpo` alone.
+      "guard": False,
+      # Only `dppo` reads this section.
+      "dppo": ConfigDict(
+        {
+          # In nats a latent dimension. A (sample, step) pair whose KL between the new and the old
+          # policy is at least this is dropped where its ratio moves further from 1.
+          "tau": 1e-4,
+        }
+      ),
+      # A penalty on the distance from the base model.
       "kl": ConfigDict(
-        {"weight": 0.0, "mode": "exact"}
-      ),  # to the base model; exact | no_dt | mean_mse | velocity_mse
+        {
+          # The factor of the penalty in the loss. 0 turns it off.
+          "weight": 0.0,
+          # How the distance is measured: `exact`, `no_dt`, `mean_mse` or `velocity_mse`.
+          "mode": "exact",
+        }
+      ),
     }
   )
 
+  # AdamW, with the gradient clipped before it.
   config.optimizer = ConfigDict(
     {
-      "learning_rate": 1e-5,  # constant after warm-up [C]
-      "warmup_steps": 0,  # optimizer steps, linear from 0
+      # The learning rate, constant after the warm-up [C].
+      "learning_rate": 1e-5,
+      # Optimizer steps over which the rate rises linearly from 0.
+      "warmup_steps": 0,
+      # The decay of Adam's first moment [C].
       "b1": 0.9,
+      # The decay of Adam's second moment [C].
       "b2": 0.999,
+      # A number that is added to the root of Adam's second moment [C].
       "eps": 1e-8,
+      # The weight decay [C].
       "weight_decay": 1e-4,
-      "max_grad_norm": 1.0,  # global norm [C]
-      "updates_per_iteration": 1,  # optimizer steps an iteration
-      "microbatch": 256,  # transitions in one forward and backward pass
-      # Microbatches that one call of a program goes through; 0 = all. Between two calls the run
-      # hears SIGTERM. It changes nothing that is computed.
+      # The largest global norm of a gradient; larger ones are scaled down to it [C].
+      "max_grad_norm": 1.0,
+      # Optimizer steps of an iteration. The chosen (sample, step) pairs are shared out among them.
+      "updates_per_iteration": 1,
+      # (sample, step) pairs of one forward and backward pass. It bounds the memory of the update;
+      # another size changes results by round-off at most.
+      "microbatch": 256,
+      # Microbatches that one call of a program goes through; 0 is all of them. Between two calls
+      # the run hears SIGTERM. It changes nothing that is computed.
       "microbatches_per_call": 0,
-      "max_skipped": 10,  # optimizer steps with a non-finite loss or gradient before the run stops
+      # Optimizer steps with a non-finite loss or gradient that are skipped before the run stops.
+      "max_skipped": 10,
     }
   )
 
+  # Low-rank adapters over a frozen denoiser, arXiv 2106.09685.
   config.lora = ConfigDict(
-    # arXiv 2106.09685: train low-rank adapters over a frozen denoiser (stored in
-    # model.frozen_dtype)
     {
-      "rank": 0,  # 0 = train every weight
-      "alpha": 0.0,  # the adapters count alpha / rank times
-      # regex that matches the whole path of a dense kernel, as ".*attn.*/to_(q|k|v|out_0)/kernel"
+      # The rank of the adapters. 0 trains every weight of the denoiser instead.
+      "rank": 0,
+      # The product of the two factors is multiplied by `alpha / rank`.
+      "alpha": 0.0,
+      # A regular expression that matches the whole path of each dense kernel to adapt, for example
+      # `.*attn.*/to_(q|k|v|out_0)/kernel`.
       "targets": "",
-      # adapters to start from, in PEFT's or diffusers' layout: a file or its folder; "" = new ones
+      # Adapters to start from, in PEFT's or diffusers' layout: a file or its folder. Empty means
+      # new ones.
       "checkpoint": "",
     }
   )
-  config.ema = ConfigDict({"decay": 0.0})  # of the trained weights, float32; 0 = off
-
-  config.mesh = ConfigDict(
+  # A running average of the trained weights, in float32. Where there is one, samples, evaluations
+  # and exports take it.
+  config.ema = ConfigDict(
     {
-      "data": -1,  # devices along each axis; -1 takes what is left
-      "fsdp": 1,
-      "tensor": 1,
-      # samples lie in this many fixed lanes; a multiple of every data x fsdp to be supported
-      "lanes": 8,
-      # (regex over a parameter's path, partition spec); the first match holds; ("...", "fsdp")
-      # splits the last dimension
-      "rules": ((".*", ()),),
-      "reward_rules": (
-        (".*", ()),
-      ),  # the same for the rewards' networks; paths as hps/clip/text_projection/kernel
+      # What the average keeps of itself at each optimizer step. 0 turns it off.
+      "decay": 0.0,
     }
   )
 
-  config.checkpoint = ConfigDict({"every": 10, "keep": 2})  # iterations; checkpoints kept
+  # How devices share the work.
+  config.mesh = ConfigDict(
+    {
+      # Devices along the data axis, which splits the samples and copies the parameters. One of the
+      # three axes may be -1: it takes the devices that the others leave.
+      "data": -1,
+      # Devices along the fsdp axis, which splits both the samples and the parameters.
+      "fsdp": 1,
+      # Devices along the tensor axis, which splits parameters inside a layer.
+      "tensor": 1,
+      # The number of lanes that the samples of an iteration are dealt to. A device owns whole
+      # lanes, so the number must be a multiple of data x fsdp. Results depend on the number of
+      # lanes and not on the number of devices.
+      "lanes": 8,
+      # Where the model's parameters lie, as (regular expression, partition) pairs. The first
+      # expression that matches a parameter's whole path holds. `("...", "fsdp")` splits the
+      # last dimension over fsdp.
+      "rules": ((".*", ()),),
+      # The same for the rewards' networks, whose paths begin with the reward's name, as in
+      # `hps/clip/text_projection/kernel`.
+      "reward_rules": ((".*", ()),),
+    }
+  )
 
+  # Checkpoints of the run. A resumed run continues from the last one.
+  config.checkpoint = ConfigDict(
+    {
+      # Iterations between two checkpoints. The last iteration is always saved.
+      "every": 10,
+      # Checkpoints that are kept.
+      "keep": 2,
+    }
+  )
+
+  # Evaluations inside training, and what `evaluate` does.
   config.evaluation = ConfigDict(
     {
-      # iterations between evaluations inside training: sample grid of the report, held-out score; 0
-      # = start and end
+      # Iterations between two evaluations, which sample fixed prompts with fixed noise for the
+      # report and score held-out prompts. 0 evaluates at the start and at the end alone.
       "every": 10,
-      # of data.prompts in the grid, and as many of data.held_out that are scored with it
+      # The number of training prompts in such an evaluation, and of held-out ones.
       "prompts": 8,
-      "steps": 20,  # network calls of the deterministic sampler
-      "samples": 4,  # evaluate.py: samples a prompt
-      "seed": 1234,  # noise that training never sees
-      # evaluate.py: captions among which an image must be nearest to its own (retrieval)
+      # Denoising steps of the deterministic sampler, in evaluations, `sample` and `evaluate`.
+      "steps": 20,
+      # Samples of each prompt in `evaluate`.
+      "samples": 4,
+      # The seed of the noise of evaluations. Training never sees this noise.
+      "seed": 1234,
+      # Captions among which `evaluate` looks for the one nearest to an image (retrieval).
       "candidates": 200,
-      # evaluate.py: prompts file that the others come from; "" = the evaluated prompts
+      # The prompts file that the other captions come from. Empty means the evaluated prompts.
       "distractors": "",
     }
   )
 
+  # What a run writes besides its checkpoints and its report.
   config.logging = ConfigDict(
     {
+      # Whether TensorBoard events are written into `<workdir>/tensorboard`.
       "tensorboard": True,
-      "wandb": False,  # needs `pip install wandb`
-      "profile_steps": (),  # (first, last) iteration traced into <workdir>/profile
+      # Whether metrics go to Weights & Biases too, which needs `pip install wandb`.
+      "wandb": False,
+      # The (first, last) iteration that the profiler traces into `<workdir>/profile`. Empty
+      # means none.
+      "profile_steps": (),
       # Where compiled programs are kept, so that a second start compiles nothing: a folder, which
-      # all processes of a run must see; "default" = the user's cache folder, at most 8 GiB, for
-      # runs of a single process; "" = nowhere.
+      # all processes of a run must see; `default`, the user's cache folder with at most 8 GiB, for
+      # runs of a single process. Empty keeps none.
       "compilation_cache": "default",
     }
   )

@@ -31,7 +31,8 @@ def main(argv: list[str]) -> int:
     processes.require_same(
       stored_config.digest(line.config), "the processes have different configs", remedy
     )
-    train.run(line.config, Path(line.flags.workdir or f"runs/{line.config.name}"))
+    workdir = Path(line.flags.workdir or f"runs/{line.config.name}")
+    train.run(line.config, workdir, line.given)
 
   return command_line.exit_on_mistake(command)
 

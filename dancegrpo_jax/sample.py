@@ -47,7 +47,8 @@ def run(config, checkpoint: str, prompts: list[str], out: Path, samples: int, se
   accelerator.say_share(device.platform)
   with sampling.opened(config, checkpoint) as opened:
     examples = [Example(i, text, config.data.negative_prompt) for i, text in enumerate(prompts)]
-    pixels = sampling.images(opened, opened.weights, examples, samples, seed)
+    media = sampling.draw(opened, opened.weights, examples, samples, seed)
+  pixels = np.asarray(media.pixels)
   out.mkdir(parents=True, exist_ok=True)
   for p, row in enumerate(pixels):
     for s, image in enumerate(row):

@@ -4,20 +4,16 @@ together.
 
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.rewards.base import Reward
+from dancegrpo_jax.rewards.kinds import reward_of
 from dancegrpo_jax.types import Example, Media, PyTree
-
-
-def reward_of(term: str) -> str:
-  """The reward that a term of config.reward.terms belongs to: of "videoalign/vq" the first part."""
-  return term if ":" in term else term.split("/")[0]
 
 
 def reward_features(
@@ -42,7 +38,9 @@ def reward_features(
   padded = examples + [examples[-1]] * (-len(examples) % rows)
   result = {}
   for name, features in compute.items():
-    prepared = rewards[name].prepare(padded)
+    prepare = rewards[name].prepare
+    assert prepare is not None, name  # every reward that is a network has it
+    prepared = prepare(padded)
     parts = [
       jax.device_get(features(params[name], jax.tree.map(lambda x, i=i: x[i : i + rows], prepared)))
       for i in range(0, len(padded), rows)
@@ -52,31 +50,47 @@ def reward_features(
 
 
 def host_scores(
-  reward: Any, pixels: Any, examples: list[Example], say: Callable[[str], None]
+  reward: Reward, media: Media, examples: list[Example], say: Callable[[str], None]
 ) -> dict[str, np.ndarray]:
-  """A host reward of one chunk. A failure is NaN for the chunk's samples, and a line."""
+  """A host reward of some samples. A failure is NaN in all of its terms, and a line."""
   try:
-    return reward.score(Media(np.asarray(pixels)), examples)
-  except Exception as error:  # the user's own function: whatever it raises must not end the run
+    return reward.score(media, examples)
+  # The user's own function: whatever it raises must not end the run.
+  except Exception as error:
     say(f"reward {reward.name} failed for {len(examples)} samples: {type(error).__name__}: {error}")
-    return {reward.name: np.full(len(examples), np.nan, np.float32)}
+    return failed_scores(reward, len(examples))
+
+
+def failed_scores(reward: Reward, count: int) -> dict[str, np.ndarray]:
+  """NaN for every term of a reward and every sample."""
+  return {term: np.full(count, np.nan, np.float32) for term in reward.terms}
 
 
 def own_scores(
-  reward: Reward, pixels: sharding.Shards, examples: list[Example], say: Callable[[str], None]
-) -> tuple:
+  reward: Reward,
+  shards: sharding.Shards,
+  fps: float | None,
+  examples: list[Example],
+  say: Callable[[str], None],
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """A host reward of this process's rows of one chunk, in a thread: it may look at devices' data,
   and not compute on them.
+
+  Args:
+    reward: on the host.
+    shards: this process's rows of the chunk's pixels.
+    fps: of the media.
+    examples: one a row of the chunk.
+    say: where a failure is told.
 
   Returns:
     (numbers of the rows, {term: scores of these rows}).
   """
-  if not len(pixels.numbers):
-    return pixels.numbers, {}
-  rows = np.concatenate([np.asarray(part) for part in pixels.parts])
-  return pixels.numbers, host_scores(
-    reward, rows, [examples[number] for number in pixels.numbers], say
-  )
+  if not len(shards.numbers):
+    return shards.numbers, {}
+  rows = Media(np.concatenate([np.asarray(part) for part in shards.parts]), fps)
+  own = [examples[number] for number in shards.numbers]
+  return shards.numbers, host_scores(reward, rows, own, say)
 
 
 def from_host(
@@ -125,41 +139,42 @@ def score_all(
   rewards: dict[str, Reward],
   params: dict[str, PyTree],
   compute: dict[str, Callable],
-  pixels: np.ndarray,
+  media: Media,
   features: dict[str, PyTree],
-  owners: np.ndarray,
+  owners: Int[np.ndarray, "n"],
   examples: list[Example],
-  rows: np.ndarray,
+  rows: Int[np.ndarray, "calls size"],
   say: Callable[[str], None] = print,
 ) -> dict[str, np.ndarray]:
   """Every reward of samples that are there already: for evaluation; training scores chunk by chunk,
   as they come.
 
   Args:
-    rewards, params: by name.
+    rewards: by name.
+    params: by name.
     compute: compiled, `Programs.score`.
-    pixels: `[n, h, w, 3]`.
+    media: n samples, on the host.
     features: of the device rewards, one row an example.
-    owners: int32 `[n]`, each sample's row of `features` and `examples`.
+    owners: each sample's row of `features` and `examples`.
     examples: prompts.
     rows: `chunks(n, ..)`, what device rewards score at once.
     say: where failures are told.
 
   Returns:
     `{term: f32[n]}`, NaN where failed. Host rewards are process 0's alone, as all have the same
-    pixels: NaN elsewhere.
+    samples: NaN elsewhere.
   """
-  result = {}
+  result, count = {}, len(media.pixels)
   for name, reward in rewards.items():
     if reward.kind == "host":
-      if jax.process_index() == 0:
-        result |= host_scores(reward, pixels, [examples[owner] for owner in owners], say)
-      else:
-        result[name] = np.full(len(pixels), np.nan, np.float32)
+      is_first = jax.process_index() == 0
+      own = [examples[owner] for owner in owners]
+      result |= host_scores(reward, media, own, say) if is_first else failed_scores(reward, count)
       continue
-    parts = [compute[name](params[name], pixels[row], features[name], owners[row]) for row in rows]
-    result |= {
-      term: np.concatenate([np.asarray(part[term]) for part in parts])[: len(pixels)]
-      for term in parts[0]
-    }
+    parts = [
+      compute[name](params[name], Media(media.pixels[row], media.fps), features[name], owners[row])
+      for row in rows
+    ]
+    for term in parts[0]:
+      result[term] = np.concatenate([np.asarray(part[term]) for part in parts])[:count]
   return result

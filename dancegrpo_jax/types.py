@@ -1,13 +1,9 @@
-"""Values that cross rooms and belong to no single one of them.
+"""Values that cross rooms and belong to no single one of them. All of them are pytrees."""
 
-All are NamedTuples: they are pytrees, they cost nothing, and `jax.tree.map` rebuilds them without
-running checks.
-"""
-
+import dataclasses
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Array, Float
+import jax
 
 PyTree = Any
 
@@ -24,14 +20,14 @@ class Example(NamedTuple):
     id: position in the data set; with the seed it names the sample's noise.
     prompt: the text.
     negative_prompt: text of the unconditional branch of classifier-free guidance.
-    image: reference frame `[height, width, 3]` in [0, 1] for image-to-video, else None.
+    image: path of the picture that a video begins with, else None.
     metadata: anything a reward wants (an answer, a tag list).
   """
 
   id: int
   prompt: str
   negative_prompt: str = ""
-  image: np.ndarray | None = None
+  image: str | None = None
   metadata: dict | None = None
 
 
@@ -46,10 +42,17 @@ class Conditioning(NamedTuple):
   negative: PyTree | None
 
 
-class Media(NamedTuple):
-  """Decoded samples: `pixels` is `[batch, (frames,) height, width, 3]` in [0, 1]; `fps` is None for
-  images.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Media:
+  """Decoded samples.
+
+  Attributes:
+    pixels: `[batch, (frames,) height, width, 3]` in [0, 1], of JAX or NumPy; images have no frames
+      axis. Abstract where programs are only compiled.
+    fps: frames a second, None for images. It is part of the tree's structure and not a leaf, so
+      that a compiled program knows it.
   """
 
-  pixels: Float[Array, "batch *space 3"]
-  fps: float | None = None
+  pixels: Any
+  fps: float | None = dataclasses.field(default=None, metadata={"static": True})

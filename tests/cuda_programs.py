@@ -196,15 +196,16 @@ def reward_calls(
   """
   config = inventory.without_weights(config)
   decode = next(call for call in taken.calls if call.name == "decode")
-  pixels = jax.eval_shape(decode.program, *decode.arguments)
+  media = jax.eval_shape(decode.program, *decode.arguments)
   rules = config.mesh.reward_rules if mesh.size > 1 else ()
-  key = (config.reward.to_json(), str(config.model), pixels.shape, str(rules), mesh.size)
+  key = (config.reward.to_json(), str(config.model), media.pixels.shape, str(rules), mesh.size)
   if key in LOWERED:
     return []
   LOWERED.add(key)
-  rewards = reward_builders.build_rewards(
-    config, lambda field, name, network: inventory.blank(inventory.text_length(network))
+  files = reward_builders.FILES._replace(
+    tokenizer=lambda field, name, network: inventory.blank(inventory.text_length(network))
   )
+  rewards = reward_builders.build_rewards(config, files)
   shardings = loading.reward_shardings(config, rewards, mesh)
   params = {
     name: {
@@ -216,7 +217,7 @@ def reward_calls(
   model = taken.model._replace(rewards=rewards, reward_params=params)
   stats = next(call for call in taken.calls if call.name == "update").arguments[0].prompt_stats
   run = programs.build(config, model.pipeline, rewards, mesh, None)
-  return calls.of_scores(config, model, run, pixels, stats, examples=400)
+  return calls.of_scores(config, model, run, media, stats, examples=400)
 
 
 def rows(notes: Notes) -> list[str]:

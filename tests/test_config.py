@@ -5,12 +5,15 @@ user should read.
 import argparse
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
 from ml_collections import ConfigDict
 
+from dancegrpo_jax import installation
 from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.rl import algorithms
 from dancegrpo_jax.settings import checks, command_line, config_file, stored_config
 
 COMMON = str(Path(__file__).parent.parent / "configs" / "common.py")
@@ -87,6 +90,64 @@ def test_a_config_file_can_import_its_neighbour(tmp_path):
   assert config_file.load(str(tmp_path / "runs_of_mine" / "a.py")).seed == 0
   with pytest.raises(ConfigError, match="no presets"):
     config_file.load(str(tmp_path / "runs_of_mine" / "a.py:tiny"))
+
+
+def test_a_name_alone(tmp_path, monkeypatch):
+  """Means the working folder's file, one of its configs/, or one that comes with the package."""
+  monkeypatch.chdir(tmp_path)
+  for name in ("emoji_clip:tiny", "configs/emoji_clip:tiny", "emoji_clip.py:tiny"):
+    assert config_file.load(name).name == "emoji_clip_tiny"
+  (tmp_path / "configs").mkdir()
+  text = "from configs import common\ndef get_config():\n  return common.get_config()\n"
+  (tmp_path / "configs" / "emoji_clip.py").write_text(text)
+  assert config_file.load("emoji_clip").name == "common"
+  (tmp_path / "emoji_clip.py").write_text(text.replace("return ", "return 1, "))
+  with pytest.raises(AttributeError):  # a tuple can't be locked: it's this file
+    config_file.load("emoji_clip")
+
+
+def test_any_file_may_import_the_configs_of_the_package(tmp_path, monkeypatch):
+  """As in a process that starts elsewhere, with the package installed."""
+  root = str(installation.ROOT)
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr("sys.path", [p for p in sys.path if p not in ("", root)])
+  for name in [name for name in sys.modules if name.split(".")[0] == "configs"]:
+    monkeypatch.delitem(sys.modules, name)
+  (tmp_path / "my_run.py").write_text(
+    "from configs import emoji_clip\n"
+    "def get_config(preset=''):\n"
+    "  return emoji_clip.get_config('tiny')\n"
+  )
+  before = list(sys.path)
+  assert config_file.load("my_run").name == "emoji_clip_tiny"
+  assert sys.path == before
+
+
+@pytest.mark.parametrize(
+  "path, answer",
+  [
+    ("emoji_clipp", "no such file; did you mean 'emoji_clip'?"),
+    ("emoji_clipp.py", "no such file; did you mean 'emoji_clip.py'?"),
+    ("configs/emoji_clipp:tiny", "no such file; did you mean 'emoji_clip'?"),
+    ("qqq", "no such file; configs/ has .*common, emoji_clip, .*, mine, .*sd_pick"),
+    ("no/such.py", "no such file$"),
+    ("run.json", "must be a Python file"),
+  ],
+)
+def test_what_is_said_of_a_wrong_name(tmp_path, monkeypatch, path, answer):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "run.json").touch()
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "mine.py").touch()
+  with pytest.raises(ConfigError, match=answer):
+    config_file.load(path)
+
+
+def test_a_broken_file_of_a_relative_path_names_its_line(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "broken.py").write_text("x = 1\ny = x.nothing\n")
+  with pytest.raises(ConfigError, match="--config=broken.py: line 2: AttributeError"):
+    config_file.load("broken.py")
 
 
 def test_a_loaded_config_is_locked():
@@ -297,6 +358,20 @@ def test_the_common_config_is_sound():
       {"objective__guard": True, "objective__old_log_prob": "rollout"},
       "objective.guard = True: needs .*recompute",
     ),
+    (
+      {"objective__kind": "dpo"},
+      "objective.kind = 'dpo': unknown; one of grpo, dppo; did you mean 'dppo'",
+    ),
+    ({"objective__dppo__tau": 0.0}, "objective.dppo.tau = 0.0: must be above 0"),
+    (
+      {"objective__kind": "dppo", "objective__old_log_prob": "rollout"},
+      "objective.kind = 'dppo': needs .*recompute",
+    ),
+    (
+      {"objective__kind": "dppo", "objective__guard": True},
+      "objective.guard = True: is a ratio of GRPO's; .*use False",
+    ),
+    ({"optimizer__microbatches_per_call": -1}, "microbatches_per_call = -1: must be at least 0"),
     ({"optimizer__b2": 1.0}, r"optimizer.b2 = 1.0: must lie in \[0, 1\)"),
     (
       {"lora__rank": 8, "lora__targets": ".*kernel"},
@@ -379,6 +454,12 @@ def test_lanes_fit_the_devices():
 
 def test_prompts_must_suffice():
   assert "has 10 prompts; use at most 10" in problems(num_examples=10)[0]
+
+
+def test_every_kind_of_algorithm_is_accepted():
+  """...beside the settings of the others, which are harmless."""
+  for kind in algorithms.KINDS:
+    assert problems(objective__kind=kind) == []
 
 
 def test_a_custom_reward_is_accepted():

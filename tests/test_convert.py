@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dancegrpo_jax.checkpoints.mapping import (
+from dancegrpo_jax.conversion.mapping import (
   Buffer,
   Part,
   Row,
@@ -17,7 +17,7 @@ from dancegrpo_jax.checkpoints.mapping import (
   match,
   plan,
 )
-from dancegrpo_jax.checkpoints.transfer import export_tree, import_slice, import_tree, read_slice
+from dancegrpo_jax.conversion.transfer import export_tree, import_slice, import_tree, read_slice
 from dancegrpo_jax.errors import ConversionError
 
 F32 = np.dtype(np.float32)

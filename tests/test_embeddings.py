@@ -23,6 +23,7 @@ from tiny_checkpoint import (
 
 from dancegrpo_jax import main, programs
 from dancegrpo_jax.assembly import encoding, loading
+from dancegrpo_jax.assembly.encoding import as_examples
 from dancegrpo_jax.checkpoints import components, weights
 from dancegrpo_jax.data import prompt_embeddings as disk
 from dancegrpo_jax.data import prompts
@@ -77,7 +78,7 @@ def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_
   monkeypatch.setattr(components, "read_component", None)  # a whole cache needs no weights
   again = open_cache(config, tmp_path)
   texts = ["a red boat", "grey", "a red cat", "a red boat"]
-  assert_trees_equal(again(texts), encode(texts))
+  assert_trees_equal(again(as_examples(texts)), encode(as_examples(texts)))
   monkeypatch.undo()
   examples = prompts.read_examples(config)[3:7]
   with jax.set_mesh(mesh):
@@ -86,7 +87,7 @@ def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_
       programs.encoder(config, pipeline, mesh),
     )
     expected = encoding.conditioning(
-      config, lambda texts: program(params, pipeline.tokenize(texts)), examples
+      config, lambda examples: program(params, pipeline.prepare(examples)), examples
     )
   actual = encoding.conditioning(config, encode, examples)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), actual, expected)
@@ -117,8 +118,10 @@ def test_flux_rows_in_bfloat16(tmp_path, tiny_models):
   texts = [example.prompt for example in prompts.read_examples(config)][:4]
   with jax.set_mesh(mesh):
     params = loading.read(config, pipeline, pipeline.encoders, mesh)
-    expected = programs.encoder(config, pipeline, mesh)(params, pipeline.tokenize(texts))
-  rows = encode(texts)
+    expected = programs.encoder(config, pipeline, mesh)(
+      params, pipeline.prepare(as_examples(texts))
+    )
+  rows = encode(as_examples(texts))
   assert "tensorflow" not in sys.modules
   assert rows["text"].dtype == jax.numpy.bfloat16 and rows["text"].shape == (4, 8, 24)
   assert_trees_equal(rows, expected)

@@ -19,6 +19,7 @@ from dancegrpo_jax.convert import __main__ as command
 from dancegrpo_jax.convert import folders
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.pipelines.families import FAMILIES
 from dancegrpo_jax.rl import rng
 from dancegrpo_jax.settings import config_file
 from dancegrpo_jax.types import Example
@@ -195,7 +196,7 @@ def test_export_with_an_imported_base(run, tiny_models, tmp_path, capsys):
     for tensor, spec in before.specs.items():
       whole = (slice(None),) * len(spec.shape)
       np.testing.assert_array_equal(before.read(tensor, whole), after.read(tensor, whole))
-  assert hub.missing(tmp_path / "out", hub.layout_of(loading.FAMILIES["stable_diffusion"])) == []
+  assert hub.missing(tmp_path / "out", FAMILIES["stable_diffusion"].layout) == []
 
 
 def test_a_variant_is_copied_under_the_plain_name(run, tiny_models, tmp_path):

@@ -38,6 +38,7 @@ from dancegrpo_jax.data import prompts  # noqa: E402
 from dancegrpo_jax.devices import sharding  # noqa: E402
 from dancegrpo_jax.plan import inventory, planning  # noqa: E402
 from dancegrpo_jax.settings import checks, config_file  # noqa: E402
+from dancegrpo_jax.types import Example  # noqa: E402
 
 
 def run(*flags: str) -> subprocess.CompletedProcess:
@@ -341,7 +342,7 @@ def test_the_cut_recipes_are_sound_and_of_full_size(model, tmp_path):
     config, 1
   ) and "in 2 optimizer steps of 2 microbatches" in planning.geometry(config, 1)
   pipeline, rewards = loading.build_pipeline(config), reward_builders.build_rewards(config)
-  tokens = jax.tree.leaves(pipeline.tokenize(["a cat"]))
+  tokens = jax.tree.leaves(pipeline.prepare([Example(0, "a cat")]))
   assert {x.shape[1] for x in tokens} == ({77} if model == "sd" else {77, 512})
   assert {x.shape[-1] for x in jax.tree.leaves(rewards["hps"].prepare(examples[:1]))} == {77}
   size = sum(np.prod(x.shape) for x in jax.tree.leaves(pipeline.components["denoiser"].abstract))

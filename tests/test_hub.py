@@ -18,9 +18,10 @@ from dancegrpo_jax.assembly import loading
 from dancegrpo_jax.checkpoints import components, hub, weights
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.pipelines import flux, stable_diffusion
+from dancegrpo_jax.pipelines.layout import RANDOM
 from dancegrpo_jax.rewards import clip
 
-LAYOUT = hub.layout_of(stable_diffusion)
+LAYOUT = stable_diffusion.FAMILY.layout
 NAME = "nobody/no-such-model"
 # The weight files of CompVis/stable-diffusion-v1-4's unet, of a sharded one, and of a text encoder
 UNET = ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
@@ -58,11 +59,11 @@ def test_only_what_is_needed_is_fetched():
     file for file in others + unneeded if any(fnmatch.fnmatch(file, pattern) for pattern in wanted)
   ]
   assert match == others
-  assert "model.safetensors" in hub.patterns(hub.layout_of(clip))
+  assert "model.safetensors" in hub.patterns(clip.TRANSFORMERS)
 
 
 def test_flux_has_two_tokenizers(tmp_path):
-  layout = hub.layout_of(flux)
+  layout = flux.FAMILY.layout
   wanted = hub.patterns(layout)
   assert {"tokenizer/vocab.json", "tokenizer_2/tokenizer.json", "tokenizer_2/spiece.model"} <= set(
     wanted
@@ -195,9 +196,7 @@ def test_random_weights(tiny_models):
   """From JSON files alone; a function of the path, whatever the devices; no parameter is
   degenerate.
   """
-  config = tiny_config(
-    tiny_models, model__checkpoint=f"{hub.RANDOM}{ROOT / 'assets' / 'random-sd'}"
-  )
+  config = tiny_config(tiny_models, model__checkpoint=f"{RANDOM}{ROOT / 'assets' / 'random-sd'}")
   component = loading.build_pipeline(config).components["denoiser"]
   mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
   first = components.read_component(

@@ -377,9 +377,9 @@ def test_an_accelerator_without_a_size(launch):
 
 
 def examples() -> list:
-  """(script, CONFIG, devices, flags of main) of each run that README starts."""
-  found = []
-  for block in re.findall(r"(?:^    .*\n)+", (ROOT / "README.md").read_text(), re.MULTILINE):
+  """(script, CONFIG, devices, flags of main) of each run that docs/clusters.md starts."""
+  found, page = [], (ROOT / "docs" / "clusters.md").read_text()
+  for block in re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
     for script, words in re.findall(r"launch/(\w+)\.sh run *([^#\n]*)", block):
       variables = dict(re.findall(r"\b([A-Z]+)=(\S+)", block))
       chips = int(variables["ACCELERATOR"].rpartition("-")[2]) if "ACCELERATOR" in variables else 0

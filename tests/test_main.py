@@ -69,14 +69,14 @@ MISTAKES = {
   "unknown reward": (
     [],
     {"reward__terms": (("clipp", 1.0),)},
-    ["reward.terms = 'clipp'", "module:function", "mean 'clip'"],
+    ["reward.terms = 'clipp'", "module:object", "mean 'clip'"],
   ),
   "no such module": (
     [],
     {"reward__terms": (("no_such_module:f", 1.0),)},
     ["no_such_module:f", "importable"],
   ),
-  "no such function": ([], {"reward__terms": (("json:f", 1.0),)}, ["json:f", "module:function"]),
+  "no such function": ([], {"reward__terms": (("json:f", 1.0),)}, ["json:f", "module:object"]),
   "unknown sampler": (
     [],
     {"sampler__kind": "dimm"},
@@ -143,6 +143,7 @@ MISTAKES = {
     (sample.main, ["--checkpoint=base", "--prompt=x", "--out=/dev/null/x"]),
     (evaluate.main, ["--checkpoint=base", "--out=/dev/null/x.json"]),
     (pretrain.main, ["--out=/dev/null/x"]),
+    (plan.main, ["--out=/dev/null/x.json"]),
     (lambda argv: convert.main(["import", *argv]), ["--out=/dev/null/x"]),
     (lambda argv: convert.main(["export", *argv]), ["--checkpoint=base", "--out=/dev/null/x"]),
   ],

@@ -155,7 +155,7 @@ def test_a_failed_batch_is_nan_in_the_loop_and_said_once(tmp_path):
   said = []
   with reference(tmp_path, "broken") as (url, _):
     pixels, examples = np.zeros((3, 4, 4, 3), np.float32), [Example(i, "x") for i in range(3)]
-    scores = scoring.host_scores(reward(url), pixels, examples, said.append)
+    scores = scoring.host_scores(reward(url), Media(pixels), examples, said.append)
   assert (
     list(scores) == ["remote"]
     and np.isnan(scores["remote"]).all()

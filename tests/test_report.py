@@ -27,20 +27,22 @@ PROMPTS = [
 ]
 
 
-def make_run(workdir: Path, iterations=40, prompts=None, size=32) -> Path:
+def make_run(workdir: Path, iterations=40, prompts=None, size=32, kind="grpo") -> Path:
   """A workdir as a run leaves it, with made-up numbers: a reward that grows, a failed one, an
   iteration without ratio.
   """
   prompts, draw = prompts or PROMPTS, np.random.RandomState(0)
-  config = config_file.load(
-    COMMON, ["logging.tensorboard=False", f"iterations={iterations}", "name=synthetic"]
-  )
+  changes = [f"iterations={iterations}", "name=synthetic", f"objective.kind={kind}"]
+  config = config_file.load(COMMON, ["logging.tensorboard=False", *changes])
   workdir.mkdir(parents=True, exist_ok=True)
   (workdir / "config.json").write_text(stored_config.to_json(config))
   page.save_environment(workdir)
   with metrics.Writer(workdir, config) as writer:
     for i in range(iterations):
-      writer.write(i, make_row(i, draw))
+      row = make_row(i, draw)
+      if kind == "dppo":
+        row |= {"drop_fraction": row.pop("clip_fraction"), "policy_kl": 1e-4 * draw.rand()}
+      writer.write(i, row)
   for i in [0, *range(10, iterations + 1, 10)]:
     pixels = np.stack(
       [picture(number, i / iterations, draw, size) for number in range(len(prompts))]
@@ -170,6 +172,25 @@ def test_it_shows_curves_config_and_environment(html):
   assert "NaN" not in html.text and "nan" not in re.sub(
     r"[A-Za-z_]+nan|nan[A-Za-z_]+", "", html.text
   )
+
+
+def titles(workdir: Path) -> list[str]:
+  """Of the charts, in the page's order."""
+  return re.findall(
+    r'<figure class="chart"><figcaption><b>(.*?)</b>', page.write(workdir).read_text()
+  )
+
+
+def test_an_algorithm_shows_what_it_reports(run, tmp_path):
+  """GRPO clips; Flow-DPPO drops, in the same place, and says how far the policy has moved."""
+  other = make_run(tmp_path / "other", iterations=10, kind="dppo")
+  (place,) = [i for i, title in enumerate(titles(run)) if title == "Clipped"]
+  assert titles(other)[place : place + 2] == ["Dropped", "Divergence"]
+  assert [title for title in titles(other) if title not in ("Dropped", "Divergence")] == [
+    title for title in titles(run) if title != "Clipped"
+  ]
+  assert "GRPO on stable diffusion" in (run / "report.html").read_text()
+  assert "DPPO on stable diffusion" in (other / "report.html").read_text()
 
 
 def test_the_gain_is_that_of_the_rows(run, html):

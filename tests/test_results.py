@@ -1,6 +1,7 @@
 """RESULTS.md: each script of benchmarks/ replaces its own section, and leaves everything else byte
 for byte."""
 
+import contextlib
 import sys
 
 import pytest
@@ -8,6 +9,7 @@ from tiny_checkpoint import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import flow_dppo as flow_dppo_script  # noqa: E402
 import gpu as gpu_script  # noqa: E402
 import plans as plans_script  # noqa: E402
 import results  # noqa: E402
@@ -83,12 +85,25 @@ def test_a_file_is_made(tmp_path):
   assert (tmp_path / "new.md").read_text() == f"{BEGIN}new\n{END}"
 
 
-def write_plans(file):
-  """What benchmarks/plans.py --write does, into another file."""
+@contextlib.contextmanager
+def results_in(file):
+  """A script's section goes into another file."""
   write_section = results.write_section
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(results, "write_section", lambda name, body: write_section(name, body, file))
+    yield
+
+
+def write_plans(file):
+  """What benchmarks/plans.py --write does, into another file."""
+  with results_in(file):
     assert plans_script.main(["--write"]) == 0
+
+
+def write_flow_dppo(file):
+  """What benchmarks/flow_dppo.py table does, into another file."""
+  with results_in(file):
+    flow_dppo_script.main(["table"])
 
 
 def write_gpu(file):
@@ -97,7 +112,7 @@ def write_gpu(file):
   assert gpu_script.main(["--write", f"--results={file}", f"--out={out}"]) == 0
 
 
-WRITERS = {"plans": write_plans, "gpu": write_gpu}
+WRITERS = {"plans": write_plans, "gpu": write_gpu, "flow_dppo": write_flow_dppo}
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -114,9 +129,10 @@ def test_every_scripts_writer_keeps_foreign_text(name, tmp_path):
   assert file.read_bytes().decode() == text
 
 
-def test_the_page_holds_what_the_scripts_would_write(tmp_path):
-  """The plans' section is what the JSON files say, in the shared file as in a new one."""
-  write_plans(tmp_path / "new.md")
+@pytest.mark.parametrize("name", ["plans", "flow_dppo"])
+def test_the_page_holds_what_the_scripts_would_write(name, tmp_path):
+  """These sections are what the committed runs say, in the shared file as in a new one."""
+  WRITERS[name](tmp_path / "new.md")
   assert (tmp_path / "new.md").read_text() in results.FILE.read_text()
 
 

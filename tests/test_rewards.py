@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import torch
+from ml_collections import ConfigDict
 from PIL import Image
 from tiny_checkpoint import PROMPTS, tiny_config
 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
@@ -16,11 +17,18 @@ from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 from dancegrpo_jax.assembly import loading, reward_builders
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.rewards import callable as python_function
-from dancegrpo_jax.rewards import compressibility
+from dancegrpo_jax.rewards import kinds
+from dancegrpo_jax.rewards.base import Networks, Reward, RewardKind
 from dancegrpo_jax.types import Example, Media
 
 EXAMPLES = [Example(i, text) for i, text in enumerate(PROMPTS[:4])]
+
+
+def built(name: str, **section) -> Reward:
+  """A reward without files."""
+  return kinds.kind_of(name).build(
+    name, ConfigDict(section), reward_builders.FILES, Networks(dtype="float32")
+  )
 
 
 def pictures(height: int, width: int) -> np.ndarray:
@@ -50,7 +58,7 @@ def clip(tiny_models):
   with jax.default_matmul_precision("highest"):
     text = jax.jit(reward.features)(params, reward.prepare(EXAMPLES))
     score = jax.jit(lambda pixels: reward.score(params, Media(pixels), text)["clip"])
-    embed = jax.jit(lambda pixels: reward.embed(params, pixels))
+    embed = jax.jit(lambda pixels: reward.embed(params, Media(pixels)))
     yield score, embed
 
 
@@ -126,7 +134,7 @@ def of_wrong_shape(pixels, prompts, metadata):
 
 
 def test_python_function_gets_what_it_needs():
-  reward = python_function.build(f"{__name__}:brightness")
+  reward = built(f"{__name__}:brightness")
   assert reward.kind == "host" and reward.components == {}
   pixels = np.stack([np.full((4, 4, 3), value, np.float32) for value in (0.2, 0.7)])
   examples = [Example(0, "a"), Example(1, "b", metadata={"bonus": 5})]
@@ -136,7 +144,7 @@ def test_python_function_gets_what_it_needs():
 
 
 def test_python_function_of_a_video():
-  reward = python_function.build(f"{__name__}:brightness")
+  reward = built(f"{__name__}:brightness")
   (scores,) = reward.score(
     Media(np.full((2, 3, 4, 4, 3), 0.5, np.float32), 8.0), EXAMPLES[:2]
   ).values()
@@ -147,13 +155,13 @@ def test_python_function_of_a_video():
   "name, words",
   [
     ("no_such_module_here:f", ["no_such_module_here", "importable"]),
-    (f"{__name__}:no_such_function", ["no_such_function", "module:function"]),
+    (f"{__name__}:no_such_function", ["no_such_function", "module:object"]),
     (f"{__name__}:of_one_argument", ["of_one_argument", "(pixels, prompts, metadata)"]),
   ],
 )
 def test_python_function_that_can_t_be_used(name, words):
   with pytest.raises(ValueError) as error:
-    python_function.build(name)
+    built(name)
   text = str(error.value)
   assert (
     "\n" not in text
@@ -181,13 +189,31 @@ def test_module_that_can_t_be_used(tmp_path, monkeypatch, source, words):
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, "scorer_of_a_user", raising=False)
   with pytest.raises(ValueError) as error:
-    python_function.build("scorer_of_a_user:score")
+    built("scorer_of_a_user:score")
   text = str(error.value)
   assert text.startswith("config.reward.terms") and all(word in text for word in words), text
 
 
+A_KIND = RewardKind(build=lambda name, section, files, networks: built("compressibility"))
+NOTHING = 3.0
+
+
+def test_the_type_of_an_object_decides():
+  assert kinds.kind_of(f"{__name__}:A_KIND") is A_KIND
+  assert kinds.kind_of("compressibility").section == "compressibility"
+  for name, words in {
+    f"{__name__}:NOTHING": "is a float; it must be a function of",
+    f"{__name__}:Image": "is a module",
+    f"{__name__}:Reward": "is a type",
+    "clop": "unknown reward; one of clip, hps",
+  }.items():
+    with pytest.raises(ValueError, match=words) as error:
+      kinds.kind_of(name)
+    assert "\n" not in str(error.value)
+
+
 def test_python_function_must_score_every_sample():
-  reward = python_function.build(f"{__name__}:of_wrong_shape")
+  reward = built(f"{__name__}:of_wrong_shape")
   with pytest.raises(ValueError, match=r"of_wrong_shape.*\(1,\).*4 samples"):
     reward.score(Media(np.zeros((4, 2, 2, 3), np.float32)), EXAMPLES)
 
@@ -204,8 +230,12 @@ def test_compressibility_is_the_size_of_a_jpeg(quality, sign):
     Image.fromarray(image).save(buffer, format="JPEG", quality=quality)
     sizes.append(len(buffer.getvalue()) / 1000)
   pixels = np.float32(images) / 255
-  (scores,) = compressibility.build(quality, sign).score(Media(pixels), EXAMPLES).values()
+  (scores,) = (
+    built("compressibility", quality=quality, sign=sign).score(Media(pixels), EXAMPLES).values()
+  )
   np.testing.assert_allclose(scores, sign * np.float32(sizes), rtol=1e-6)
   pixels[1, 3, 3, 1] = np.inf
-  (scores,) = compressibility.build(quality, sign).score(Media(pixels), EXAMPLES).values()
+  (scores,) = (
+    built("compressibility", quality=quality, sign=sign).score(Media(pixels), EXAMPLES).values()
+  )
   assert np.isnan(scores[1]) and np.isfinite(np.delete(scores, 1)).all()

@@ -13,12 +13,11 @@ import jax
 import numpy as np
 import pytest
 
-from dancegrpo_jax.checkpoints.mapping import Mapping, Spec, expected_sources, plan
-from dancegrpo_jax.checkpoints.tables import TABLES
-from dancegrpo_jax.checkpoints.tables.clip import OPEN_CLIP
-from dancegrpo_jax.checkpoints.tables.rows import tree_path
+from dancegrpo_jax.checkpoints.networks import TABLES, abstract_params, class_name
 from dancegrpo_jax.checkpoints.weights import specs
-from dancegrpo_jax.convert.shapes import abstract_params, class_name
+from dancegrpo_jax.conversion.mapping import Mapping, Spec, expected_sources, plan
+from dancegrpo_jax.conversion.tables.clip import OPEN_CLIP
+from dancegrpo_jax.conversion.tables.rows import tree_path
 from dancegrpo_jax.errors import ConversionError
 from dancegrpo_jax.models import clip, flux, t5
 

@@ -17,9 +17,9 @@ import safetensors.numpy
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dancegrpo_jax.checkpoints import safetensors_io, weights
-from dancegrpo_jax.checkpoints.mapping import Spec
+from dancegrpo_jax.checkpoints.networks import abstract_params
+from dancegrpo_jax.conversion.mapping import Spec
 from dancegrpo_jax.convert.__main__ import main
-from dancegrpo_jax.convert.shapes import abstract_params
 from dancegrpo_jax.errors import ConversionError
 
 CONFIG = {
@@ -343,7 +343,7 @@ def test_inspect_says_what_is_wrong_in_one_line(tmp_path):
 
 MEMORY = """
 import sys, numpy as np, jax
-from dancegrpo_jax.convert.shapes import abstract_params
+from dancegrpo_jax.checkpoints.networks import abstract_params
 from dancegrpo_jax.checkpoints import weights
 def status(key):
   return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))

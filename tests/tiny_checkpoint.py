@@ -19,8 +19,9 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dancegrpo_jax import programs
 from dancegrpo_jax.assembly import loading
+from dancegrpo_jax.assembly.encoding import as_examples
 from dancegrpo_jax.checkpoints import weights
-from dancegrpo_jax.convert.shapes import abstract_params
+from dancegrpo_jax.checkpoints.networks import abstract_params
 from dancegrpo_jax.data import t5_tokenizer, tokenizer
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.diffusion import schedules
@@ -29,7 +30,7 @@ from dancegrpo_jax.pretrain import stages
 from dancegrpo_jax.programs import update
 from dancegrpo_jax.rl.state import init_state
 from dancegrpo_jax.settings import config_file
-from dancegrpo_jax.types import Conditioning
+from dancegrpo_jax.types import Conditioning, Media
 
 ROOT = Path(__file__).parent.parent
 PROMPTS = tuple(
@@ -274,15 +275,16 @@ def toy_pipeline() -> Pipeline:
     return schedules.diffusion_schedule(steps, spacing="leading", set_alpha_to_one=False, **numbers)
 
   return Pipeline(
-    tokenize=lambda texts: np.array(
-      [[ord(letter) for letter in f"{text:8.8}"] for text in texts], np.int32
+    prepare=lambda examples: np.array(
+      [[ord(letter) for letter in f"{example.prompt:8.8}"] for example in examples], np.int32
     ),
     encode=lambda params, tokens: jnp.sin(tokens.astype(jnp.float32)),
     denoise=denoise,
-    decode=lambda params, latents: jax.nn.sigmoid(jnp.repeat(latents[..., :1], 3, axis=-1)),
+    decode=lambda params, latents: Media(jax.nn.sigmoid(jnp.repeat(latents[..., :1], 3, axis=-1))),
     schedule=schedule,
     prediction="epsilon",
     latent_shape=TOY_SHAPE,
+    sample_shape=(*TOY_SHAPE[:2], 3),
     components={},
   )
 
@@ -327,12 +329,12 @@ def toy_programs(devices, **changes) -> Toy:
     shardings = loading.state_shardings(config, model, len(PROMPTS), mesh)
     compiled = programs.build(config, pipeline, {}, mesh, shardings)
     init = init_state(config, len(PROMPTS), shardings)
-    tokens = pipeline.tokenize(PROMPTS[:4])
+    tokens = pipeline.prepare(as_examples(list(PROMPTS[:4])))
     positive = compiled.encode({}, tokens)
     negative = (
       None
       if config.sampler.guidance_scale == 1
-      else compiled.encode({}, pipeline.tokenize([""] * 4))
+      else compiled.encode({}, pipeline.prepare(as_examples([""] * 4)))
     )
   return Toy(
     mesh,

@@ -25,22 +25,26 @@ from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.types import Conditioning, Example, PyTree
 
-
-def encoder(model: Model, encode: Callable) -> Callable[[list[str]], PyTree]:
-  """`texts -> rows` by the model's own encoders; `encode` is the compiled program."""
-  return lambda texts: encode(model.frozen, model.pipeline.tokenize(texts))
+Encode = Callable[[list[Example]], PyTree]  # examples -> rows
 
 
-def conditioning(
-  config: ConfigDict, encode: Callable[[list[str]], PyTree], examples: list[Example]
-) -> Conditioning:
-  """One row an example, of whatever `encode` makes of texts; the negative branch only where
-  guidance needs it.
-  """
-  positive = encode([e.prompt for e in examples])
+def encoder(model: Model, encode: Callable) -> Encode:
+  """`examples -> rows` by the model's own encoders; `encode` is the compiled program."""
+  return lambda examples: encode(model.frozen, model.pipeline.prepare(examples))
+
+
+def conditioning(config: ConfigDict, encode: Encode, examples: list[Example]) -> Conditioning:
+  """One row an example; the negative branch only where guidance needs it."""
+  positive = encode(examples)
   if config.sampler.guidance_scale == 1.0:
-    return Conditioning(positive, None)
-  return Conditioning(positive, encode([e.negative_prompt for e in examples]))
+    return Conditioning(positive=positive, negative=None)
+  negative = [example._replace(prompt=example.negative_prompt) for example in examples]
+  return Conditioning(positive=positive, negative=encode(negative))
+
+
+def as_examples(texts: list[str]) -> list[Example]:
+  """Texts alone, as a pipeline reads them."""
+  return [Example(number, text) for number, text in enumerate(texts)]
 
 
 def cached_encoder(
@@ -49,9 +53,9 @@ def cached_encoder(
   pipeline: Pipeline,
   examples: list[Example],
   mesh: jax.sharding.Mesh,
-) -> Callable[[list[str]], PyTree]:
-  """`texts -> rows`, on every device, read from config.data.cache_folder; what isn't there yet is
-  encoded first.
+) -> Encode:
+  """`examples -> rows`, on every device, read from config.data.cache_folder; what isn't there yet
+  is encoded first.
 
   The text encoders are loaded only where something is missing, and let go of before this returns.
 
@@ -84,8 +88,8 @@ def cached_encoder(
     raise ConfigError(f"config.data.cache_folder = {str(folder)!r}: {error}") from error
   structure, everywhere = jax.tree.structure(abstract), sharding.replicated(mesh)
 
-  def encode(texts: list[str]) -> PyTree:
-    rows = table.rows(texts)
+  def encode(examples: list[Example]) -> PyTree:
+    rows = table.rows([example.prompt for example in examples])
     return jax.device_put(
       jax.tree.unflatten(structure, [rows[name] for name in leaves]), everywhere
     )
@@ -104,7 +108,7 @@ def texts_of(config: ConfigDict, examples: list[Example]) -> list[str]:
 def abstract_rows(pipeline: Pipeline) -> PyTree:
   """Shapes and dtypes of what `encode` makes of one text."""
   params = {name: pipeline.components[name].abstract for name in pipeline.encoders}
-  return jax.eval_shape(pipeline.encode, params, pipeline.tokenize([""]))
+  return jax.eval_shape(pipeline.encode, params, pipeline.prepare(as_examples([""])))
 
 
 def named(rows: PyTree) -> dict[str, Any]:
@@ -125,7 +129,9 @@ def identity(config: ConfigDict, pipeline: Pipeline, texts: list[str]) -> disk.I
     config.model.matmul_precision != "default"
   ):  # left out else, so that caches without the field stay valid
     encoder["matmul_precision"] = config.model.matmul_precision
-  tokens = b"".join(np.asarray(ids).tobytes() for ids in jax.tree.leaves(pipeline.tokenize(texts)))
+  tokens = b"".join(
+    np.asarray(ids).tobytes() for ids in jax.tree.leaves(pipeline.prepare(as_examples(texts)))
+  )
   return disk.Identity(
     digest(json.dumps(texts).encode()),
     digest(json.dumps(encoder, sort_keys=True).encode()),
@@ -161,7 +167,7 @@ def fill(
     padded = texts + [texts[-1]] * (-len(texts) % size)
     starts = range(0, len(padded), size)
     rows = [
-      jax.device_get(named(program(params, pipeline.tokenize(padded[i : i + size]))))
+      jax.device_get(named(program(params, pipeline.prepare(as_examples(padded[i : i + size])))))
       for i in starts
     ]
     return {name: np.concatenate([row[name] for row in rows])[: len(texts)] for name in leaves}

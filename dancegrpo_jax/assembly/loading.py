@@ -11,18 +11,17 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import programs
 from dancegrpo_jax.assembly import reward_builders
-from dancegrpo_jax.checkpoints import components, weights
+from dancegrpo_jax.checkpoints import components, hub, weights
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.models import lora
 from dancegrpo_jax.models.lora import Lora
-from dancegrpo_jax.pipelines import flux, stable_diffusion
-from dancegrpo_jax.pipelines.base import Pipeline
+from dancegrpo_jax.pipelines import families
+from dancegrpo_jax.pipelines.base import Family, ModelSettings, Pipeline
+from dancegrpo_jax.pipelines.layout import location_of
 from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.rl.state import TrainState, init_state, optimizer_of
 from dancegrpo_jax.types import PyTree
-
-FAMILIES = {"stable_diffusion": stable_diffusion, "flux": flux}
 
 
 class Model(NamedTuple):
@@ -52,24 +51,23 @@ def lora_of(config: ConfigDict) -> Lora | None:
   return Lora(c.rank, c.alpha, c.targets) if c.rank else None
 
 
-def _family_options(config: ConfigDict) -> dict:
-  """What the family's `build` takes besides the common values."""
-  if config.model.family == "flux":
-    m, guidance = config.model, config.sampler.embedded_guidance
-    return {"text_length": m.text_length, "guidance": guidance}
-  return {}
+def family_of(config: ConfigDict) -> Family:
+  """The model family of a config. ConfigError as `families.family_of`."""
+  try:
+    return families.family_of(config.model.family)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
 
 
 def checkpoint_folder(config: ConfigDict) -> Path:
   """The local folder of config.model.checkpoint, whatever it names. ConfigError as `hub.folder`."""
-  return components.folder_of(
-    "model.checkpoint", config.model.checkpoint, FAMILIES[config.model.family], config.model.variant
-  )
+  layout, model = family_of(config).layout, config.model
+  return hub.folder("model.checkpoint", model.checkpoint, layout, model.variant)
 
 
 def model_location(config: ConfigDict) -> str:
   """config.model.checkpoint as `read_component` takes it."""
-  return components.location_of(config.model.checkpoint, checkpoint_folder(config))
+  return location_of(config.model.checkpoint, checkpoint_folder(config))
 
 
 def build_pipeline(config: ConfigDict) -> Pipeline:
@@ -79,9 +77,10 @@ def build_pipeline(config: ConfigDict) -> Pipeline:
     ConfigError: a folder or file that is missing, a network that is not implemented, or LoRA
       targets that aren't there.
   """
-  folder, family = checkpoint_folder(config), FAMILIES[config.model.family]
+  folder, layout = checkpoint_folder(config), family_of(config).layout
   try:
-    return pipeline_of(config, *components.read_files(folder, family))
+    jsons = components.read_jsons(folder, layout)
+    return pipeline_of(config, jsons, components.read_tokenizers(folder, layout))
   except (ValueError, FileNotFoundError) as error:
     raise ConfigError(str(error)) from error
 
@@ -89,21 +88,19 @@ def build_pipeline(config: ConfigDict) -> Pipeline:
 def pipeline_of(
   config: ConfigDict, jsons: dict[str, dict], tokenizers: dict[str, Callable]
 ) -> Pipeline:
-  """The pipeline of what `components.read_files` reads. ConfigError as `build_pipeline`."""
-  m, family = config.model, FAMILIES[config.model.family]
+  """The pipeline of a checkpoint's JSON files and tokenizers. ConfigError as `build_pipeline`."""
+  model, family = config.model, family_of(config)
+  settings = ModelSettings(
+    size=model.size,
+    dtype=model.dtype,
+    frozen_dtype=model.frozen_dtype,
+    remat=model.remat,
+    attention=model.attention,
+    scan_blocks=model.scan_blocks,
+    lora=lora_of(config),
+  )
   try:
-    return family.build(
-      jsons,
-      tokenizers,
-      size=m.size,
-      dtype=m.dtype,
-      frozen_dtype=m.frozen_dtype,
-      remat=m.remat,
-      attention=m.attention,
-      scan_blocks=m.scan_blocks,
-      lora=lora_of(config),
-      **_family_options(config),
-    )
+    return family.build(jsons, tokenizers, settings, **family.options(config))
   except ValueError as error:
     raise ConfigError(str(error)) from error
 
@@ -141,14 +138,11 @@ def read(
   """The parameters of these components of config.model, each device its share. ConfigError as
   `load`.
   """
-  shardings, location, m = (
-    shardings_of(config, pipeline, mesh),
-    model_location(config),
-    config.model,
-  )
+  shardings, location = shardings_of(config, pipeline, mesh), model_location(config)
+  variant, allow_pickle = config.model.variant, config.model.allow_pickle
   return {
     name: components.read_component(
-      location, pipeline.components[name], shardings[name], m.variant, m.allow_pickle
+      location, pipeline.components[name], shardings[name], variant, allow_pickle
     )
     for name in names
   }
@@ -167,17 +161,13 @@ def load(
     ConfigError: a checkpoint or LoRA that is missing, truncated or does not fit; a sharding rule
       that does not.
   """
-  shardings, of_rewards = (
-    shardings_of(config, pipeline, mesh),
-    reward_shardings(config, rewards, mesh),
-  )
-  name = pipeline.trainable
-  adapters = (
-    None if pipeline.adapters is None else load_adapters(config, pipeline, shardings[name])
-  )  # small, so first
-  params = read(
-    config, pipeline, [name for name in pipeline.components if name not in without], mesh
-  )
+  shardings = shardings_of(config, pipeline, mesh)
+  of_rewards = reward_shardings(config, rewards, mesh)
+  name, adapters = pipeline.trainable, None
+  if pipeline.adapters is not None:  # small, so that a mistake in them shows first
+    adapters = load_adapters(config, pipeline, shardings[name])
+  names = [component for component in pipeline.components if component not in without]
+  params = read(config, pipeline, names, mesh)
   reward_params = {
     name: reward_builders.read_reward(reward, of_rewards[name], config.model.allow_pickle)
     for name, reward in rewards.items()
@@ -186,7 +176,12 @@ def load(
     params[name] = adapters
   frozen = {key: value for key, value in params.items() if key != name}
   return Model(
-    pipeline, frozen, {name: params[name]}, rewards, reward_params, {name: shardings[name]}
+    pipeline=pipeline,
+    frozen=frozen,
+    trainable={name: params[name]},
+    rewards=rewards,
+    reward_params=reward_params,
+    shardings={name: shardings[name]},
   )
 
 
@@ -197,11 +192,7 @@ def load_adapters(config: ConfigDict, pipeline: Pipeline, shardings: PyTree) -> 
   Raises:
     ConfigError: no adapters there, another model's, or others than this config's.
   """
-  settings, component, name = (
-    lora_of(config),
-    pipeline.components["denoiser"],
-    config.lora.checkpoint,
-  )
+  component, name = pipeline.components["denoiser"], config.lora.checkpoint
   if not name:
     return programs.init_adapters(config, pipeline.adapters, shardings)
   everywhere = lora.abstract(component.abstract, Lora(1, 1.0, ".*"))
@@ -211,6 +202,7 @@ def load_adapters(config: ConfigDict, pipeline: Pipeline, shardings: PyTree) -> 
     )
   except weights.ConversionError as error:
     raise ConfigError(f"config.lora.checkpoint = {name!r}: {error}") from error
+  settings = Lora(config.lora.rank, config.lora.alpha, config.lora.targets)
   return lora.scaled(adapters, scale / settings.scale)
 
 
@@ -220,11 +212,9 @@ def outline(
   """What `load` returns, with `jax.ShapeDtypeStruct`s in the places of the weights. ConfigError: a
   rule that does not fit.
   """
-  shardings, of_rewards, name = (
-    shardings_of(config, pipeline, mesh),
-    reward_shardings(config, rewards, mesh),
-    pipeline.trainable,
-  )
+  shardings = shardings_of(config, pipeline, mesh)
+  of_rewards = reward_shardings(config, rewards, mesh)
+  name = pipeline.trainable
   params = {
     key: components.placed(part.abstract, shardings[key])
     for key, part in pipeline.components.items()
@@ -240,7 +230,12 @@ def outline(
   }
   frozen = {key: value for key, value in params.items() if key != name}
   return Model(
-    pipeline, frozen, {name: params[name]}, rewards, reward_params, {name: shardings[name]}
+    pipeline=pipeline,
+    frozen=frozen,
+    trainable={name: params[name]},
+    rewards=rewards,
+    reward_params=reward_params,
+    shardings={name: shardings[name]},
   )
 
 

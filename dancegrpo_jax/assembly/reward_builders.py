@@ -8,61 +8,26 @@ import jax
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.checkpoints import components, hub, weights
-from dancegrpo_jax.data.tokenizer import load_tokenizer
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.rewards import aesthetic, clip, compressibility, hps, pickscore, remote
-from dancegrpo_jax.rewards import callable as python_function
-from dancegrpo_jax.rewards.base import Reward
-from dancegrpo_jax.scoring import reward_of
+from dancegrpo_jax.pipelines.layout import Layout, local_path, without_mark
+from dancegrpo_jax.rewards import kinds
+from dancegrpo_jax.rewards.base import Files, Networks, Reward, RewardKind
 from dancegrpo_jax.types import PyTree
 
-Tokenizer = Callable[[str, str, dict[str, Any]], Callable]  # see build_rewards
 
-
-def _is_open_clip(source: str) -> bool:
-  """Whether a local folder is in open_clip's layout. LAION's are in both: transformers' then, where
-  its weights are there.
-  """
-  folder = Path(source.removeprefix(hub.RANDOM))
-  whole = (folder / clip.FILES["clip"]).is_file() and (
-    hub.is_random(source) or any(folder.glob("model*.safetensors*"))
-  )
-  return (folder / clip.OPEN_CLIP_FILE).is_file() and not whole
-
-
-def _clip_checkpoint(field: str, source: str) -> clip.Checkpoint:
-  """A CLIP in transformers' layout, or a local one in open_clip's."""
-  if not _is_open_clip(source):
-    folder = hub.folder(field, source, hub.layout_of(clip)._replace(tokenizers=()))
-    return clip.transformers_checkpoint(
-      components.location_of(source, folder), components.read_jsons(folder, clip)
-    )
-  folder = hub.folder(field, source, hub.Layout((clip.OPEN_CLIP_FILE,), (), ("",)))
-  # its own file: beside it may lie the same weights with transformers' names
-  names = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-  )
-  place = next((folder / name for name in names if (folder / name).is_file()), folder)
-  return clip.open_clip_checkpoint(
-    components.location_of(source, place), weights.read_config(folder, clip.OPEN_CLIP_FILE)
-  )
-
-
-def _tokenizer(field: str, source: str, network: dict[str, Any]) -> Callable:
+def load_tokenizer(field: str, source: str, network: dict[str, Any]) -> Callable:
   """The CLIP tokenizer of a folder or a hub id; it says itself how many tokens the network
   takes.
   """
   del network
-  return load_tokenizer(
-    str(hub.folder(field, source.removeprefix(hub.RANDOM), hub.Layout((), ("",), ())))
-  )
+  layout = Layout(files={}, tokenizers={"": "clip"}, networks=())
+  folder = hub.folder(field, without_mark(source), layout)
+  return components.read_tokenizers(folder, layout)[""]
 
 
-def _weight_file(field: str, source: str) -> Path:
-  """A weight file, or a folder with one. ConfigError where there is none."""
-  path = Path(source.removeprefix(hub.RANDOM))
+def weight_file(field: str, source: str) -> Path:
+  """A local weight file, or a folder with one. ConfigError where there is none."""
+  path = local_path(source)
   if not path.exists():
     raise ConfigError(
       f"config.{field} = {source!r}: no such file (from {Path.cwd()}); configs/common.py says"
@@ -71,81 +36,60 @@ def _weight_file(field: str, source: str) -> Path:
   return path
 
 
-def _network_options(config: ConfigDict) -> dict[str, Any]:
-  """How the rewards' networks are built, which config.model says for all networks."""
-  m = config.model
-  return {"dtype": m.frozen_dtype, "attention": m.attention, "scan_layers": m.scan_blocks}
+def kind_of(name: str) -> RewardKind:
+  """The kind of a reward of a config. ConfigError as `kinds.kind_of`."""
+  try:
+    return kinds.kind_of(name)
+  except ValueError as error:
+    raise ConfigError(str(error)) from error
 
 
-def _clip(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
-  c = config.reward.clip
-  checkpoint = _clip_checkpoint("reward.clip.checkpoint", c.checkpoint)
-  tokenize = tokenizer("reward.clip.tokenizer", c.tokenizer or c.checkpoint, checkpoint.config)
-  return clip.build("clip", checkpoint, tokenize, **_network_options(config))
+FILES = Files(
+  folder=hub.folder,
+  file=weight_file,
+  json=weights.read_config,
+  tokenizer=load_tokenizer,
+)
 
 
-def _hps(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
-  c = config.reward.hps
-  place = _weight_file("reward.hps.checkpoint", c.checkpoint)
-  folder = place if place.is_dir() else place.parent
-  said = (
-    weights.read_config(folder, clip.OPEN_CLIP_FILE)
-    if (folder / clip.OPEN_CLIP_FILE).is_file()
-    else None
-  )
-  checkpoint = hps.checkpoint(components.location_of(c.checkpoint, place), said)
-  tokenize = tokenizer("reward.hps.tokenizer", c.tokenizer or str(folder), checkpoint.config)
-  return clip.build("hps", checkpoint, tokenize, **_network_options(config))
-
-
-def _pickscore(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
-  c = config.reward.pickscore
-  folder = components.folder_of("reward.pickscore.checkpoint", c.checkpoint, pickscore)
-  values = components.read_jsons(folder, pickscore)["clip"]
-  checkpoint = pickscore.checkpoint(components.location_of(c.checkpoint, folder), values)
-  tokenize = tokenizer("reward.pickscore.tokenizer", c.tokenizer or c.checkpoint, checkpoint.config)
-  return clip.build("pickscore", checkpoint, tokenize, **_network_options(config))
-
-
-def _aesthetic(config: ConfigDict, tokenizer: Tokenizer) -> Reward:
-  del tokenizer
-  c = config.reward.aesthetic
-  checkpoint = _clip_checkpoint("reward.aesthetic.checkpoint", c.checkpoint)
-  head = c.head if hub.is_random(c.head) else str(_weight_file("reward.aesthetic.head", c.head))
-  return aesthetic.build(checkpoint, head, **_network_options(config))
-
-
-REWARDS = {
-  "clip": _clip,
-  "hps": _hps,
-  "pickscore": _pickscore,
-  "aesthetic": _aesthetic,
-  "compressibility": lambda config, _: compressibility.build(**config.reward.compressibility),
-  "remote": lambda config, _: remote.build(**config.reward.remote),
-}
-
-
-def build_rewards(config: ConfigDict, tokenizer: Tokenizer = _tokenizer) -> dict[str, Reward]:
+def build_rewards(config: ConfigDict, files: Files = FILES) -> dict[str, Reward]:
   """The rewards that config.reward.terms names, without weights; no other's files are looked at.
 
   Args:
     config: validated.
-    tokenizer: how a tokenizer is found: (field, its name there, the network's config.json) ->
-      tokenizer.
+    files: how their files are found.
 
   Raises:
     ConfigError: a file that is missing, or a value in one that is not implemented.
   """
+  model = config.model
+  networks = Networks(
+    dtype=model.frozen_dtype, attention=model.attention, scan_layers=model.scan_blocks
+  )
   rewards = {}
-  for term, _ in config.reward.terms:
-    name = reward_of(term)
+  for name in dict.fromkeys(kinds.reward_of(term) for term, _ in config.reward.terms):
+    kind = kind_of(name)
     try:
-      rewards[name] = (
-        REWARDS[name](config, tokenizer) if name in REWARDS else python_function.build(name)
-      )
+      section = config.reward[kind.section] if kind.section else ConfigDict()
+      rewards[name] = kind.build(name, section, files, networks)
+    except KeyError as error:
+      raise ConfigError(
+        f"config.reward.{kind.section}: missing; the reward {name!r} reads this section"
+      ) from error
     except (ValueError, FileNotFoundError) as error:
       raise ConfigError(str(error)) from error
+    _require_terms(config, rewards[name])
   return rewards
+
+
+def _require_terms(config: ConfigDict, reward: Reward) -> None:
+  """ConfigError where the config asks a reward for a term that it does not give."""
+  for term, _ in config.reward.terms:
+    if kinds.reward_of(term) == reward.name and term not in reward.terms:
+      raise ConfigError(
+        f"config.reward.terms: {term!r} is no score of {reward.name!r}, which gives"
+        f" {', '.join(reward.terms)}"
+      )
 
 
 def read_reward(

@@ -17,7 +17,7 @@ from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.checkpoints import components, store
 from dancegrpo_jax.devices import out_of_memory, program_cache, sharding
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.types import Example, PyTree
+from dancegrpo_jax.types import Example, Media, PyTree
 
 
 class Opened(NamedTuple):
@@ -110,27 +110,29 @@ def restore_weights(name: str, abstract: PyTree, kind: str) -> PyTree:
   return store.restore_fields(folder, {field: abstract})[field]
 
 
-def images(
+def draw(
   opened: Opened, weights: PyTree, examples: list[Example], samples: int, seed: int
-) -> np.ndarray:
+) -> Media:
   """Deterministic samples, chunk by chunk.
 
   Args:
     opened: the model.
     weights: trainable tree.
     examples: prompts; sample s of prompt p has noise of its own, a function of (seed, p, s).
-    samples: images a prompt.
+    samples: of one prompt.
     seed: of the noise; training never sees it.
 
   Returns:
-    Pixels `[prompts, samples, h, w, 3]` in [0, 1].
+    Media of NumPy pixels `[prompts, samples, (frames,) height, width, 3]`.
   """
   config, model, run = opened.config, opened.model, opened.programs
   conditioning = encoding.conditioning(config, encoding.encoder(model, run.encode), examples)
   total = len(examples) * samples
-  parts = []
+  parts, fps = [], None
   for row in scoring.chunks(total, config.rollout.chunk, config.mesh.lanes):
     latents = run.sample(weights, model.frozen, conditioning, row, row // samples, np.int32(seed))
-    parts.append(np.asarray(run.decode(model.frozen, latents)))
+    media = run.decode(model.frozen, latents)
+    parts.append(np.asarray(media.pixels))
+    fps = media.fps
   pixels = np.concatenate(parts)[:total]
-  return pixels.reshape(len(examples), samples, *pixels.shape[1:])
+  return Media(pixels.reshape(len(examples), samples, *pixels.shape[1:]), fps)

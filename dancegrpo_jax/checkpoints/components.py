@@ -4,49 +4,34 @@ alike.
 
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import jax
 
 from dancegrpo_jax.checkpoints import hub, store, weights
-from dancegrpo_jax.data.t5_tokenizer import load_t5_tokenizer
-from dancegrpo_jax.data.tokenizer import load_tokenizer
+from dancegrpo_jax.data.tokenizers import kind_of
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.pipelines.base import Component
+from dancegrpo_jax.pipelines.layout import RANDOM, Component, Layout, is_random
 from dancegrpo_jax.types import PyTree
 
 
-def folder_of(field: str, name: str, module: ModuleType, variant: str = "") -> Path:
-  """The local folder of a checkpoint, which is fetched from the hub where it must be. ConfigError
-  where that fails.
-  """
-  return hub.folder(field, name, hub.layout_of(module), variant)
-
-
-def location_of(name: str, folder: Path) -> str:
-  """A checkpoint's folder as `read_component` takes it: random weights stay marked as such."""
-  return f"{hub.RANDOM}{folder}" if hub.is_random(name) else str(folder)
-
-
-def read_jsons(folder: Path, module: ModuleType) -> dict[str, dict]:
-  """The JSON files that a family or a reward names."""
+def read_jsons(folder: Path, layout: Layout) -> dict[str, dict]:
+  """The JSON files of a layout, by their names there."""
   return {
     name: weights.read_config(folder / Path(file).parent, Path(file).name)
-    for name, file in module.FILES.items()
+    for name, file in layout.files.items()
   }
 
 
-def read_files(folder: Path, module: ModuleType) -> tuple[dict[str, dict], dict[str, Callable]]:
-  """The JSON files and tokenizers that a family names."""
-  layout = hub.layout_of(module)
-  tokenizers = {name: load_tokenizer(str(folder / name)) for name in layout.tokenizers}
-  tokenizers |= {name: load_t5_tokenizer(str(folder / name)) for name in layout.t5_tokenizers}
-  return read_jsons(folder, module), tokenizers
+def read_tokenizers(folder: Path, layout: Layout) -> dict[str, Callable]:
+  """The tokenizers of a layout, by their folders."""
+  return {
+    place: kind_of(named).load(str(folder / place)) for place, named in layout.tokenizers.items()
+  }
 
 
 def placed(tree: PyTree, shardings: PyTree) -> PyTree:
   """`jax.ShapeDtypeStruct`s of a tree's shapes and dtypes with shardings, as
-  `checkpoint.restore_fields` wants them.
+  `store.restore_fields` wants them.
   """
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
@@ -59,10 +44,10 @@ def identity(location: str, component: Component, variant: str = "") -> dict:
 
   Of an imported Orbax tree, all networks together: another denoiser then counts as another encoder.
   """
-  folder = Path(location.removeprefix(hub.RANDOM))
+  folder = Path(location.removeprefix(RANDOM))
   try:
     described = {"config": weights.read_config(folder / component.folder)}
-    if hub.is_random(location):
+    if is_random(location):
       return described | {"weights": "random"}
     if (folder / hub.ORBAX).is_dir():
       files = sorted(file for file in (folder / hub.ORBAX).rglob("*") if file.is_file())
@@ -94,7 +79,7 @@ def read_component(
     ConfigError: missing, truncated or misfitting weights, all of them named.
   """
   folder = Path(location)
-  if hub.is_random(location):
+  if is_random(location):
     return weights.draw(component.abstract, sharding)
   if (folder / hub.ORBAX).is_dir():
     one = isinstance(sharding, jax.sharding.Sharding)

@@ -8,16 +8,13 @@ memory (`weights.draw`).
 
 import re
 from pathlib import Path
-from types import ModuleType
-from typing import NamedTuple
 
+from dancegrpo_jax.data.tokenizers import kind_of
 from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.pipelines.layout import RANDOM, Layout, is_random, local_path
 
-RANDOM = "random:"
 # folder of a checkpoint that `convert import` wrote: all networks' parameters as one Orbax tree
 ORBAX = "orbax"
-TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
-T5_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _OPTIONAL = ("model_index.json",)  # only export needs it
 _STEMS = (
   "diffusion_pytorch_model",
@@ -34,46 +31,14 @@ _WEIGHTS = (
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-class Layout(NamedTuple):
-  """What a checkpoint consists of; paths are relative to its folder, "" is the folder itself.
-
-  Attributes:
-    files: that must be there.
-    tokenizers: folders of CLIP tokenizers.
-    networks: folders with weights.
-    t5_tokenizers: folders of T5 tokenizers.
-  """
-
-  files: tuple[str, ...]
-  tokenizers: tuple[str, ...]
-  networks: tuple[str, ...]
-  t5_tokenizers: tuple[str, ...] = ()
-
-  @property
-  def tokenizer_files(self) -> list[str]:
-    """The files of all tokenizers."""
-    kinds = ((self.tokenizers, TOKENIZER_FILES), (self.t5_tokenizers, T5_TOKENIZER_FILES))
-    return [
-      str(Path(place) / file) for places, files in kinds for place in places for file in files
-    ]
-
-
-def layout_of(module: ModuleType) -> Layout:
-  """The layout that a family's or a reward's module names with FILES, TOKENIZERS and, where there
-  are any, T5_TOKENIZERS.
-
-  A folder with a config.json has weights.
-  """
-  files = tuple(module.FILES.values())
-  networks = tuple(str(Path(f).parent) for f in files if Path(f).name == "config.json")
-  return Layout(
-    files, tuple(module.TOKENIZERS), networks, tuple(getattr(module, "T5_TOKENIZERS", ()))
-  )
-
-
-def is_random(name: str) -> bool:
-  """Whether a checkpoint's name asks for random weights."""
-  return name.startswith(RANDOM)
+def tokenizer_files(layout: Layout, optional: bool = False) -> list[str]:
+  """The files of all tokenizers: those that must be there, or those that may."""
+  kinds = {place: kind_of(named) for place, named in layout.tokenizers.items()}
+  return [
+    str(Path(place) / file)
+    for place, kind in kinds.items()
+    for file in (kind.optional if optional else kind.files)
+  ]
 
 
 def folder(field: str, name: str, layout: Layout, variant: str = "") -> Path:
@@ -89,7 +54,7 @@ def folder(field: str, name: str, layout: Layout, variant: str = "") -> Path:
   Raises:
     ConfigError: one line that says what is missing, what was found and how to get it.
   """
-  path = Path(name.removeprefix(RANDOM))
+  path = local_path(name)
   if path.is_dir():
     absent = missing(path, layout._replace(networks=()) if is_random(name) else layout)
     if absent:
@@ -123,13 +88,14 @@ def described(field: str, name: str, layout: Layout, published: Path) -> str:
   Raises:
     ConfigError: its JSON files are nowhere.
   """
-  files = layout._replace(tokenizers=(), t5_tokenizers=(), networks=())
-  path = Path(name.removeprefix(RANDOM))
+  files = layout._replace(tokenizers={}, networks=())
+  path = local_path(name)
   for place in (path, None if is_random(name) else _cached(name, files), published / name):
     if place is not None and place.is_dir() and not missing(place, files):
       return f"{RANDOM}{place}"
   raise ConfigError(
-    f"config.{field} = {name!r}: needs {', '.join(files.files)} of it, which are in no folder of"
+    f"config.{field} = {name!r}: needs {', '.join(files.files.values())} of it, which are in no"
+    " folder of"
     " that name, not in the Hugging"
     f" Face cache and not in {published}"
   )
@@ -138,7 +104,9 @@ def described(field: str, name: str, layout: Layout, published: Path) -> str:
 def missing(path: Path, layout: Layout) -> list[str]:
   """What of the layout is not in the folder; [] where it is whole."""
   absent = [
-    file for file in (*layout.files, *layout.tokenizer_files) if not (path / file).is_file()
+    file
+    for file in (*layout.files.values(), *tokenizer_files(layout))
+    if not (path / file).is_file()
   ]
   if (path / ORBAX).is_dir():
     return absent
@@ -157,24 +125,16 @@ def patterns(layout: Layout, variant: str = "") -> list[str]:
   times, one set alone.
   """
   mark = f".{variant}" if variant else ""
-  kinds = (f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors")
-  kinds += (f"{mark}.safetensors.index.json", f".safetensors.index{mark}.json")
-  optional = [
-    str(Path(place) / "special_tokens_map.json")
-    for place in (*layout.tokenizers, *layout.t5_tokenizers)
-  ]
-  optional += [
-    str(Path(place) / "spiece.model") for place in layout.t5_tokenizers
-  ]  # for other programs
+  kinds = [f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors"]
+  kinds += [f"{mark}.safetensors.index.json", f".safetensors.index{mark}.json"]
   weights = [
     str(Path(place) / f"{stem}{kind}")
     for place in layout.networks
     for stem in _STEMS
     for kind in kinds
   ]
-  return list(
-    dict.fromkeys([*_OPTIONAL, *layout.files, *layout.tokenizer_files, *optional, *weights])
-  )
+  tokenizers = tokenizer_files(layout) + tokenizer_files(layout, optional=True)
+  return list(dict.fromkeys([*_OPTIONAL, *layout.files.values(), *tokenizers, *weights]))
 
 
 def _cached(name: str, layout: Layout) -> Path | None:
@@ -183,7 +143,9 @@ def _cached(name: str, layout: Layout) -> Path | None:
   from huggingface_hub.errors import LocalEntryNotFoundError
 
   try:  # the JSON files alone are asked for: which weight files there are is seen below
-    path = Path(snapshot_download(name, allow_patterns=list(layout.files), local_files_only=True))
+    path = Path(
+      snapshot_download(name, allow_patterns=list(layout.files.values()), local_files_only=True)
+    )
   except (LocalEntryNotFoundError, ValueError):  # ValueError: not a valid id
     return None
   return None if missing(path, layout) else path
@@ -232,7 +194,10 @@ def _remedy(field: str, name: str, layout: Layout) -> str:
 
 
 def _accepted(layout: Layout) -> str:
-  tokenizers = [str(Path(place) / " + ".join(TOKENIZER_FILES[:2])) for place in layout.tokenizers]
-  tokenizers += [str(Path(place) / T5_TOKENIZER_FILES[0]) for place in layout.t5_tokenizers]
+  tokenizers = [
+    str(Path(place) / " + ".join(n for n in kind_of(named).files if n != "tokenizer_config.json"))
+    for place, named in layout.tokenizers.items()
+  ]
   networks = [str(Path(place) / "*.safetensors") for place in layout.networks]
-  return f"accepted is a folder with {', '.join([*layout.files, *tokenizers, *networks])}"
+  accepted = [*layout.files.values(), *tokenizers, *networks]
+  return f"accepted is a folder with {', '.join(accepted)}"

@@ -1,4 +1,4 @@
-"""LoRA files in diffusers' and peft's layouts: a table for the engine in core.py, a file's
+"""LoRA files in diffusers' and peft's layouts: a table for the engine in mapping.py, a file's
 strength, and whether it fits a run.
 
 A file holds `<network>.<module>.lora_A.weight [rank, in]` and `.lora_B.weight [out, rank]`, as
@@ -11,23 +11,20 @@ import json
 import re
 from pathlib import Path
 
-from dancegrpo_jax.checkpoints.mapping import Row, Spec, Table
+from dancegrpo_jax import installation
 from dancegrpo_jax.checkpoints.safetensors_io import Reader, metadata
+from dancegrpo_jax.conversion.mapping import Row, Spec, Table
 from dancegrpo_jax.errors import ConversionError
 
 FILE = "pytorch_lora_weights"
 _FILES = (f"{FILE}.safetensors", "adapter_model.safetensors")
-_PREFIXES = {
-  "UNet2DConditionModel": "unet",
-  "FluxTransformer2DModel": "transformer",
-}  # names of the networks in their pipelines
 _FACTORS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
 _METADATA = "lora_adapter_metadata"  # diffusers' key
 
 
-def table(network: Table) -> Table:
+def table_for(network: Table) -> Table:
   """The rows of adapters of every dense layer that a network's table has."""
-  rows, prefix = [], _PREFIXES[network.name]
+  rows, prefix = [], network.lora_prefix
   for row in network.rows:
     left, right = (tuple(side.split()) for side in row.axes.split("->"))
     if row.target.endswith("/kernel") and left == ("o", "i"):
@@ -45,7 +42,7 @@ def table(network: Table) -> Table:
 
 def find(path: str | Path) -> Path:
   """The weight file of a LoRA: itself, or in its folder. ConversionError: there is none."""
-  path = Path(path)
+  path = installation.find(path)
   if path.is_file() and path.suffix == ".safetensors":
     return path
   found = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -60,7 +57,7 @@ def find(path: str | Path) -> Path:
 
 def spelled(network: Table, name: str) -> str | None:
   """A tensor's name as the rows have it; None where it is no factor of an adapter."""
-  prefix = _PREFIXES[network.name]
+  prefix = network.lora_prefix
   factors = "|".join(map(re.escape, _FACTORS))
   found = re.fullmatch(
     rf"(?:base_model\.model\.)?(?:{prefix}\.)?(.+?)\.({factors})(?:\.\w+)?\.weight", name
@@ -90,7 +87,7 @@ def scale_of(file: Path, network: Table, reader: Reader, rank: int) -> float:
     )
   if alphas:
     return alphas.pop() / rank
-  prefix, beside = _PREFIXES[network.name], file.parent / "adapter_config.json"
+  prefix, beside = network.lora_prefix, file.parent / "adapter_config.json"
   if _METADATA in metadata(file):
     values = json.loads(metadata(file)[_METADATA])
     values = {key.removeprefix(f"{prefix}."): value for key, value in values.items()}
@@ -123,9 +120,10 @@ def fitting(
   Raises:
     ConversionError: one line: no adapters, those of another model, another rank, or other layers.
   """
-  names = {name: spelled(network, name) for name in tensors if not name.endswith(".alpha")}
-  if not names or None in names.values():
-    first = next((name for name, found in names.items() if found is None), "nothing")
+  spellings = {name: spelled(network, name) for name in tensors if not name.endswith(".alpha")}
+  names = {name: found for name, found in spellings.items() if found is not None}
+  if not names or len(names) < len(spellings):
+    first = next((name for name in spellings if name not in names), "nothing")
     raise ConversionError(
       f"not a LoRA in diffusers' or peft's layout: it holds {first}; expected {next(iter(wanted))}"
     )
@@ -161,7 +159,7 @@ def fitting(
       f"it adapts other layers than config.lora.targets: {', '.join(lines)}; set those that it"
       " was made with"
     )
-  return table(network)._replace(
+  return table_for(network)._replace(
     aliases=tuple((name, found) for name, found in names.items() if name != found)
   )
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from dancegrpo_jax.checkpoints.mapping import Slices, Spec
+from dancegrpo_jax.conversion.mapping import Slices, Spec
 from dancegrpo_jax.errors import ConversionError
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")

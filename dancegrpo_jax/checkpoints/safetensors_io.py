@@ -12,12 +12,13 @@ import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dancegrpo_jax.checkpoints.mapping import Slices, Spec
+from dancegrpo_jax.conversion.mapping import Slices, Spec
 from dancegrpo_jax.errors import ConversionError
 
 DTYPES = {
@@ -117,7 +118,7 @@ class Reader:
     self.files = files
     self.specs: dict[str, Spec] = {}
     self._where: dict[str, Path] = {}
-    self._open: tuple[Path, object] | None = None
+    self._open: tuple[Path, Any] | None = None
     self._read_bytes = 0
     for file in files:
       for name, spec in header(file).items():
@@ -186,10 +187,9 @@ def write(file: str | Path, specs: dict[str, Spec], value: Callable[[str], np.nd
   file = Path(file)
   # The order of the reference writer: wide dtypes first (so that all are aligned), then by name.
   order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
-  table, offset = (
-    {"__metadata__": {"format": "pt"}},
-    0,
-  )  # transformers refuses files that do not say so
+  # transformers refuses files that do not say so
+  table: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+  offset = 0
   for name in order:
     shape, dtype = specs[name]
     end = offset + math.prod(shape) * dtype.itemsize

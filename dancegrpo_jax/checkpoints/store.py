@@ -270,9 +270,9 @@ def _remedy(folder: epath.Path) -> str:
 
 
 def _unreadable(folder: epath.Path, error: Exception) -> CheckpointError:
-  root = error
-  while root.__cause__ or root.__context__:  # the file that is cut stands in the innermost error
-    root = root.__cause__ or root.__context__
+  root: BaseException = error
+  while inner := root.__cause__ or root.__context__:  # the innermost says which file is cut
+    root = inner
   reason = " ".join(str(root).split())[:200]
   return CheckpointError(
     f"checkpoint {folder}: truncated or damaged ({type(root).__name__}: {reason});"

@@ -18,10 +18,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
 from dancegrpo_jax.checkpoints import lora_files, pickled
-from dancegrpo_jax.checkpoints.mapping import Mapping, Spec, Table, expected_sources, plan
+from dancegrpo_jax.checkpoints.networks import table_of
 from dancegrpo_jax.checkpoints.safetensors_io import HOW, Reader, find_files, write
-from dancegrpo_jax.checkpoints.tables import TABLES
-from dancegrpo_jax.checkpoints.transfer import export_tensor, import_slice
+from dancegrpo_jax.conversion.mapping import Mapping, Spec, Table, expected_sources, plan
+from dancegrpo_jax.conversion.transfer import export_tensor, import_slice
 from dancegrpo_jax.errors import ConversionError
 from dancegrpo_jax.types import PyTree
 
@@ -40,14 +40,6 @@ __all__ = [
 ]
 
 AnyReader = Reader | pickled.Reader
-
-
-def _table(table: Table | str) -> Table:
-  if isinstance(table, Table):
-    return table
-  if table not in TABLES:
-    raise ConversionError(f"no table for {table!r}; known networks: {', '.join(TABLES)}")
-  return TABLES[table]
 
 
 def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
@@ -131,7 +123,7 @@ def fingerprint(files: list[Path], blocks: int = 64, size: int = 2**18) -> str:
 def _plan(folder: str | Path, table: Table | str, reader: AnyReader, params: PyTree) -> Mapping:
   """`plan` for a folder, which its message names."""
   try:
-    return plan(_table(table), reader.specs, specs(params))
+    return plan(table_of(table), reader.specs, specs(params))
   except ConversionError as error:
     raise ConversionError(f"{folder}: {error}") from error
 
@@ -176,7 +168,7 @@ def load(
 
 def load_lora(
   path: str | Path,
-  table: str,
+  table: Table | str,
   adapters: PyTree,
   everywhere: PyTree,
   shardings: PyTree | Sharding | None = None,
@@ -196,9 +188,9 @@ def load_lora(
   Raises:
     ConversionError: one line: no adapters, another model's, another rank, other layers.
   """
-  network, file = _table(table), lora_files.find(path)
+  network, file = table_of(table), lora_files.find(path)
   wanted, known = (
-    expected_sources(lora_files.table(network), specs(tree)) for tree in (adapters, everywhere)
+    expected_sources(lora_files.table_for(network), specs(tree)) for tree in (adapters, everywhere)
   )
   rank = next(spec.shape[0] for name, spec in wanted.items() if name.endswith("lora_A.weight"))
   with Reader([file]) as reader:
@@ -211,7 +203,7 @@ def _each(
   shardings: PyTree | Sharding | None, targets: dict[str, Spec]
 ) -> dict[str, Sharding | None]:
   """Path -> sharding, from a tree of them or one for all."""
-  placed = (
+  placed: dict[str, Sharding | None] = (
     flatten_dict(shardings, sep="/")
     if isinstance(shardings, dict)
     else dict.fromkeys(targets, shardings)
@@ -241,9 +233,10 @@ def draw(
 
   def one(path: str, spec: Spec) -> jax.Array:
     whole = _random(path, spec, seed)
-    if placed[path] is None:
+    place = placed[path]
+    if place is None:
       return jax.device_put(whole)
-    return jax.make_array_from_callback(spec.shape, placed[path], lambda index: whole[index])
+    return jax.make_array_from_callback(spec.shape, place, lambda index: whole[index])
 
   return unflatten_dict({path: one(path, spec) for path, spec in targets.items()}, sep="/")
 
@@ -315,7 +308,7 @@ def save(
   Returns:
     The weight file.
   """
-  table, folder, flat = _table(table), Path(folder), flatten_dict(params, sep="/")
+  table, folder, flat = table_of(table), Path(folder), flatten_dict(params, sep="/")
   if like is None:
     sources = expected_sources(table, specs(params))
   else:
@@ -336,13 +329,13 @@ def save(
   return file
 
 
-def save_lora(folder: str | Path, table: str, adapters: PyTree) -> Path:
+def save_lora(folder: str | Path, table: Table | str, adapters: PyTree) -> Path:
   """Writes adapters as diffusers' `save_lora_weights` does, float32; returns the file.
 
   It says nothing of alpha, which every reader takes for the rank: alpha / rank must be in the
   factors already.
   """
-  return save(folder, lora_files.table(_table(table)), adapters)
+  return save(folder, lora_files.table_for(table_of(table)), adapters)
 
 
 def _fetch(array: Any, index: tuple[slice, ...]) -> np.ndarray:

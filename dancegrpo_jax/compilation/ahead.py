@@ -133,7 +133,7 @@ def put_together(run: Programs, compiled: dict[str, Callable], prefix: str = "")
   def found(name: str, jitted: Any) -> Any:
     return compiled.get(prefix + name, compiled.get(name, jitted))
 
-  fields = {}
+  fields: dict[str, Any] = {}
   for field, program in run._asdict().items():
     if isinstance(program, dict):
       fields[field] = {name: found(f"{field} {name}", each) for name, each in program.items()}

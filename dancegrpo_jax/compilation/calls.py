@@ -17,7 +17,7 @@ from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.programs import update
 from dancegrpo_jax.rl.lanes import deal
 from dancegrpo_jax.rl.state import TrainState
-from dancegrpo_jax.types import Conditioning, Example, PyTree
+from dancegrpo_jax.types import Conditioning, Example, Media, PyTree
 
 SHOW = "show "  # how the names of the programs of an evaluation inside training begin
 
@@ -36,7 +36,7 @@ class Call(NamedTuple):
   """
 
   name: str
-  program: Callable
+  program: Any
   arguments: tuple
   times: float | int
   turns: float | int = 1
@@ -64,6 +64,11 @@ def abstract(tree: PyTree, sharding: jax.sharding.Sharding | None = None) -> PyT
   )
 
 
+def blank_examples(count: int) -> list[Example]:
+  """Stand-ins for prompts: the shapes of what is made of them are those of any others."""
+  return [Example(number, "") for number in range(count)]
+
+
 def of_run(
   config: ConfigDict,
   model: Model,
@@ -82,11 +87,8 @@ def of_run(
     examples: prompts in the data set.
     held_out: prompts in data.held_out.
   """
-  prompts, group, lanes = (
-    config.data.prompts_per_iteration,
-    config.rollout.samples_per_prompt,
-    config.mesh.lanes,
-  )
+  prompts, lanes = config.data.prompts_per_iteration, config.mesh.lanes
+  group = config.rollout.samples_per_prompt
   chunks = deal(prompts * group, config.rollout.chunk, lanes)
   ids, number, chunk = (abstract(x) for x in (np.zeros(prompts, np.int32), np.int32(0), chunks[0]))
 
@@ -94,7 +96,10 @@ def of_run(
   encoders = {name: model.frozen[name] for name in pipeline.encoders}
   frozen = {name: tree for name, tree in model.frozen.items() if not (cached and name in encoders)}
   calls, texts = [], 1 + (config.sampler.guidance_scale != 1.0)
-  reading = (encoders if cached else model.frozen, abstract(pipeline.tokenize([""] * prompts)))
+  reading = (
+    encoders if cached else model.frozen,
+    abstract(pipeline.prepare(blank_examples(prompts))),
+  )
   calls.append(
     Call(
       "encode", run.encode, reading, texts * (examples / prompts if cached else config.iterations)
@@ -103,7 +108,7 @@ def of_run(
 
   def conditioning(rows: int) -> Conditioning:
     branches = [
-      jax.eval_shape(run.encode, reading[0], abstract(pipeline.tokenize([""] * rows)))
+      jax.eval_shape(run.encode, reading[0], abstract(pipeline.prepare(blank_examples(rows))))
       for _ in range(texts)
     ]
     return Conditioning(*branches, *(None,) * (2 - texts))
@@ -114,8 +119,8 @@ def of_run(
   calls.append(Call("rollout", run.rollout, arguments, every_chunk))
   rollouts = tuple(_copy(jax.eval_shape(run.rollout, *arguments)) for _ in chunks)
   calls.append(Call("decode", run.decode, (frozen, rollouts[-1].sample), every_chunk))
-  pixels = jax.eval_shape(run.decode, *calls[-1].arguments)
-  calls += of_scores(config, model, run, pixels, state.prompt_stats, examples)
+  media = jax.eval_shape(run.decode, *calls[-1].arguments)
+  calls += of_scores(config, model, run, media, state.prompt_stats, examples)
   advantage, weight, chosen, _, _ = jax.eval_shape(calls[-1].program, *calls[-1].arguments)
   reference = None
   if config.objective.kl.weight:
@@ -133,7 +138,7 @@ def of_run(
     "rewards": model.reward_params,
     "conditioning": rows,
     "trajectories": rollouts,
-    "pixels": pixels,
+    "pixels": media,
   }
   return Calls(calls, kept)
 
@@ -195,7 +200,7 @@ def of_scores(
   config: ConfigDict,
   model: Model,
   run: programs.Programs,
-  pixels: Any,
+  media: Media,
   stats: PyTree,
   examples: int,
 ) -> list[Call]:
@@ -204,7 +209,7 @@ def of_scores(
 
   Args:
     config, model, run, examples: as `of_run`.
-    pixels: of a chunk, abstract.
+    media: of a chunk, abstract.
     stats: per-prompt statistics of the state, abstract.
   """
   calls, prompts, count = [], config.data.prompts_per_iteration, config.rollout.samples_per_prompt
@@ -216,10 +221,12 @@ def of_scores(
   }  # see scoring.from_host
   for name, program in run.features.items():
     params = model.reward_params[name]
-    prepared = abstract(model.rewards[name].prepare([Example(0, "")] * prompts))
+    prepare = model.rewards[name].prepare
+    assert prepare is not None, name  # every reward that is a network has it
+    prepared = abstract(prepare(blank_examples(prompts)))
     calls.append(Call(f"features {name}", program, (params, prepared), -(-examples // prompts)))
     features = abstract(jax.eval_shape(program, params, prepared))
-    arguments = (params, pixels, features, numbers)
+    arguments = (params, media, features, numbers)
     calls.append(Call(f"score {name}", run.score[name], arguments, chunks * config.iterations))
     parts = jax.eval_shape(run.score[name], *arguments)
     scores |= {term: [part] * chunks for term, part in parts.items()}
@@ -252,13 +259,13 @@ def _showing(
   branches = 1 + (text.negative is not None)
   drawn = (trainable, frozen, text, numbers, numbers, abstract(np.int32(0)))
   latents = jax.eval_shape(run.sample, *drawn)
-  pixels = abstract(jax.eval_shape(run.decode, frozen, latents))  # they come from the host
+  media = abstract(jax.eval_shape(run.decode, frozen, latents))  # it comes from the host
   result = [
     Call("sample", run.sample, drawn, shows),
     Call(f"{SHOW}decode", run.decode, (frozen, latents), shows),
   ]
   if not config.data.cache_embeddings:
-    tokens = abstract(model.pipeline.tokenize([""] * rows))
+    tokens = abstract(model.pipeline.prepare(blank_examples(rows)))
     result.append(
       Call(f"{SHOW}encode", run.encode, (earlier["encode"][0], tokens), branches * shows)
     )
@@ -267,7 +274,7 @@ def _showing(
     features = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), features
     )
-    result.append(Call(f"{SHOW}score {name}", program, (params, pixels, features, numbers), shows))
+    result.append(Call(f"{SHOW}score {name}", program, (params, media, features, numbers), shows))
   return result
 
 

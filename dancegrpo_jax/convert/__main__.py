@@ -17,11 +17,10 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from dancegrpo_jax import errors
+from dancegrpo_jax import errors, installation
 from dancegrpo_jax.checkpoints import weights
-from dancegrpo_jax.checkpoints.mapping import describe, match
-from dancegrpo_jax.checkpoints.tables import TABLES
-from dancegrpo_jax.convert.shapes import NETWORKS, abstract_params, class_name
+from dancegrpo_jax.checkpoints.networks import NETWORKS, TABLES, abstract_params, class_name
+from dancegrpo_jax.conversion.mapping import describe, match
 from dancegrpo_jax.errors import ConversionError
 from dancegrpo_jax.settings import command_line
 
@@ -60,7 +59,7 @@ def components(folder: Path) -> tuple[list[Path], list[str]]:
 
 def inspect(args: argparse.Namespace) -> int:
   """Prints the mapping of every network in the folder, then every problem."""
-  folders, skipped = components(Path(args.folder))
+  folders, skipped = components(installation.find(args.folder))
   problems = []
   for folder in folders:
     try:
@@ -148,7 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   if argv and argv[0] in WITH_CONFIG:
     return command_line.exit_on_mistake(lambda: WITH_CONFIG[argv[0]](argv[1:]))
   parser = argparse.ArgumentParser(
-    prog="python -m dancegrpo_jax.convert", description="Checkpoints out, in, and looked into."
+    prog=command_line.program(), description="Checkpoints out, in, and looked into."
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   commands.add_parser("export", help="a trained model as a diffusers folder; see export --help")

@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from dancegrpo_jax.assembly import loading, sampling
 from dancegrpo_jax.checkpoints import components, hub, store, weights
 from dancegrpo_jax.checkpoints.safetensors_io import find_files
-from dancegrpo_jax.checkpoints.tables import TABLES
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.models import lora
-from dancegrpo_jax.pipelines.base import Component, Pipeline
+from dancegrpo_jax.pipelines.base import Pipeline
+from dancegrpo_jax.pipelines.layout import Component, is_random
 from dancegrpo_jax.settings import checks, command_line
 from dancegrpo_jax.types import PyTree
 
@@ -70,9 +70,7 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
       name, {trainable: components.placed(abstract, shardings[trainable])}, kind
     )[trainable]
     if part == "lora":
-      weights.save_lora(
-        folder, component.table, lora.scaled(trained, loading.lora_of(config).scale)
-      )
+      weights.save_lora(folder, component.table, lora.scaled(trained, _scale(config)))
     else:
       target = folder if part == "denoiser" else folder / component.folder
       whole = _whole(config, pipeline, trained, shardings)
@@ -108,7 +106,14 @@ def _whole(
     model.variant,
     model.allow_pickle,
   )
-  return lora.merged(base, trained, loading.lora_of(config).scale)
+  return lora.merged(base, trained, _scale(config))
+
+
+def _scale(config: ConfigDict) -> float:
+  """How often the adapters of a run that trained some count."""
+  adapters = loading.lora_of(config)
+  assert adapters is not None
+  return adapters.scale
 
 
 def import_checkpoint(config: ConfigDict, out: Path) -> None:
@@ -185,8 +190,10 @@ def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
   """The base's folders without networks of ours: scheduler, tokenizer, and what else its index
   names (as feature_extractor).
   """
-  layout = hub.layout_of(loading.FAMILIES[config.model.family])
-  names = {str(Path(file).parent) for file in (*layout.files, *layout.tokenizer_files)}
+  layout = loading.family_of(config).layout
+  names = {
+    str(Path(file).parent) for file in (*layout.files.values(), *hub.tokenizer_files(layout))
+  }
   if (base / INDEX).is_file():
     names |= {key for key in weights.read_config(base, INDEX) if not key.startswith("_")}
   for name in sorted(names - set(layout.networks)):
@@ -201,10 +208,10 @@ def _copy_network(
   read and written anew.
   """
   location = loading.model_location(config)
-  stored = not hub.is_random(location) and any((base / component.folder).glob("*.safetensors"))
+  stored = not is_random(location) and any((base / component.folder).glob("*.safetensors"))
   files = find_files(base / component.folder, config.model.variant) if stored else []
   if len(files) == 1:
-    _copy(files[0], target / f"{TABLES[component.table].file}.safetensors")
+    _copy(files[0], target / f"{component.table.file}.safetensors")
   else:  # shards, pickles, an Orbax tree, random ones
     tree = components.read_component(
       location, component, sharding, config.model.variant, config.model.allow_pickle

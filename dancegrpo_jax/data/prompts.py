@@ -8,6 +8,7 @@ import os
 
 from ml_collections import ConfigDict
 
+from dancegrpo_jax import installation
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.types import Example
@@ -41,6 +42,7 @@ def read_prompts(path: str, negative_prompt: str = "") -> list[Example]:
   Raises:
     ValueError: with one line that names the source and what to do.
   """
+  rows: list[dict]
   if path.startswith("tfds:"):
     rows = [{"prompt": text} for text in _read_tfds(path)]
   elif path.endswith(".json"):
@@ -62,10 +64,8 @@ def read_prompts(path: str, negative_prompt: str = "") -> list[Example]:
 
 def _read_text(path: str) -> str:
   try:
-    with open(
-      path, encoding="utf-8-sig"
-    ) as file:  # -sig: editors on Windows put a byte-order mark first
-      return file.read()
+    # -sig: editors on Windows put a byte-order mark first
+    return installation.find(path).read_text(encoding="utf-8-sig")
   except (FileNotFoundError, NotADirectoryError) as error:
     raise ValueError(
       f"prompts file not found: {path} (from {os.getcwd()}); set data.prompts to an existing file"

@@ -202,7 +202,7 @@ def guarded(programs: Any, prefix: str = "") -> Any:
   """`Programs`, each `Guarded` by a prefix and its field's name, as "rollout"; rewards' and those of
   the update as "score hps" and "update step".
   """
-  each = {}
+  each: dict[str, Any] = {}
   for field, program in programs._asdict().items():
     if isinstance(program, dict):
       each[field] = {

@@ -4,6 +4,7 @@ save and end.
 
 import signal
 import threading
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ class Preemption:
   def __init__(self, mesh: Mesh):
     self._asked = False
     self._sharding = NamedSharding(mesh, P(mesh.axis_names)) if jax.process_count() > 1 else None
-    self._sent = None
-    self._before = None
+    self._sent: jax.Array | None = None
+    self._before: Any = None
 
   def reached(self, wait: bool = False) -> bool:
     """Whether to stop now. All processes call it equally often, at the same points.

@@ -37,7 +37,7 @@ def use(setting: str) -> None:
   if is_default and os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # the user has said it to JAX
     return
   folder = default_folder(jax.default_backend()) if is_default else Path(setting)
-  if str(folder) != jax.config.jax_compilation_cache_dir:
+  if str(folder) != jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
     # JAX looks for a folder at the first compilation of a process alone
     compilation_cache.reset_cache()
   jax.config.update("jax_compilation_cache_dir", str(folder))

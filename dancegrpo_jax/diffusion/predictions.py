@@ -43,7 +43,7 @@ def from_output(
   if kind == "epsilon":
     return Prediction((x - sigma * output) / alpha, output)
   if kind == "v":
-    return Prediction(alpha * x - sigma * output, alpha * output + sigma * x)
+    return Prediction(x * alpha - output * sigma, output * alpha + x * sigma)
   if kind == "velocity":
     return Prediction(x - sigma * output, x + alpha * output)
   raise ValueError(f"prediction type is {kind!r}, must be one of {', '.join(PREDICTION_TYPES)}")

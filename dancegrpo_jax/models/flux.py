@@ -136,14 +136,15 @@ class _Attention(nn.Module):
 
   def project(
     self, x: Float[Array, "b n d"], names: tuple[str, str, str], norms: tuple[str, str]
-  ) -> list[Array]:
+  ) -> tuple[Array, Array, Array]:
     """Queries, keys and values `[b, n, h, d]` from layers of these names; queries and keys are
     normed head by head.
     """
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     shape = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
     q, k, v = (Dense(x.shape[-1], name=name, **types)(x).reshape(shape) for name in names)
-    return [*(RMSNorm(_EPSILON, name=name, **types)(y) for name, y in zip(norms, (q, k))), v]
+    q, k = (RMSNorm(_EPSILON, name=name, **types)(y) for name, y in zip(norms, (q, k)))
+    return q, k, v
 
   def attend(self, q: Array, k: Array, v: Array, by: Rotation) -> Float[Array, "b n d"]:
     y = attention(rotate(q, by), rotate(k, by), v, impl=self.impl)
@@ -165,7 +166,8 @@ class JointAttention(_Attention):
   ) -> tuple[Float[Array, "b t d"], Float[Array, "b n d"]]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     both = zip(self.project(text, *_ADDED), self.project(image, *_OWN))
-    y = self.attend(*(jnp.concatenate(parts, axis=1) for parts in both), by)
+    q, k, v = (jnp.concatenate(parts, axis=1) for parts in both)
+    y = self.attend(q, k, v, by)
     tokens, width = text.shape[1:]
     return Dense(width, name="to_add_out", **types)(y[:, :tokens]), Dense(
       width, name="to_out_0", **types
@@ -199,10 +201,10 @@ class DoubleBlock(nn.Module):
     parts = [Modulation(6, name=f"norm1{suffix}", **types)(conditioning) for suffix in suffixes]
     normed = [modulate(x, shift, scale) for x, (shift, scale, *_) in zip(streams, parts)]
     attended = JointAttention(self.heads, self.impl, name="attn", **types)(*normed, by)
-    streams = [gated(x, gate, y) for x, (_, _, gate, *_), y in zip(streams, parts, attended)]
+    added = [gated(x, gate, y) for x, (_, _, gate, *_), y in zip(streams, parts, attended)]
     return tuple(
       gated(x, gate, FeedForward(name=f"ff{suffix}", **types)(modulate(x, shift, scale)))
-      for x, (*_, shift, scale, gate), suffix in zip(streams, parts, suffixes)
+      for x, (*_, shift, scale, gate), suffix in zip(added, parts, suffixes)
     ), None
 
 

@@ -149,7 +149,10 @@ def _convolve_backward(
     if stride > 1:
       return derivative(_native)(x, kernel, dy)[0], dkernel
     turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
-    return _native(dy, turned, 1, tuple((size - 1 - a, size - 1 - b) for a, b in padding)), dkernel
+    (top, bottom), (left, right) = padding
+    last = size - 1
+    around = (last - top, last - bottom), (last - left, last - right)
+    return _native(dy, turned, 1, around), dkernel
 
   tpu = derivative(_for_tpu(x, kernel, stride))
   return jax.lax.platform_dependent(

@@ -1,41 +1,30 @@
-"""What a model family offers to the rest: a `Pipeline` of pure functions, and the weights that it
-needs.
-"""
+"""What a model family offers to the rest: a `Pipeline` of pure functions, and how to build one."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
 from dancegrpo_jax.diffusion.schedules import Schedule
-from dancegrpo_jax.models import lora
-from dancegrpo_jax.types import PyTree
-
-
-class Component(NamedTuple):
-  """One network's weights, still to be loaded.
-
-  Attributes:
-    folder: inside the checkpoint.
-    table: the conversion table's name, the network's class in PyTorch.
-    abstract: tree of shapes and dtypes.
-  """
-
-  folder: str
-  table: str
-  abstract: PyTree
+from dancegrpo_jax.models.lora import COLLECTION, Lora, abstract
+from dancegrpo_jax.pipelines.layout import Component, Layout, Network, TokenizerKind, layout_of
+from dancegrpo_jax.types import Example, Media, PyTree
 
 
 class Pipeline(NamedTuple):
-  """A text-to-image model. `params` below is a dict of trees by component: denoiser, text_encoder,
-  decoder ...
+  """A generator. `params` below is a dict of trees by component, as denoiser and decoder.
 
   Attributes:
-    tokenize: host function, `list[str] -> tokens`, a pytree of int32 `[n, tokens]`.
-    encode: `(params, tokens) -> rows`, a pytree with one row a text, as `denoise` takes it.
+    prepare: host function, `(examples) -> inputs`: what `encode` reads of prompts, and of pictures
+      where there are any; a pytree of NumPy arrays with one row an example.
+    encode: `(params, inputs) -> rows`, a pytree with one row an example, as `denoise` takes it.
     denoise: `(params, x [b, ...], model_time [b], rows) -> output [b, ...]`.
-    decode: `(params, latents [b, ...]) -> pixels [b, h, w, 3]` in [0, 1].
+    decode: `(params, latents [b, ...]) -> Media` of b samples.
     schedule: `(steps, shift) -> Schedule`; the shift is rectified flow's, 0 = the checkpoint's own.
     prediction: "epsilon", "v" or "velocity".
     latent_shape: of one sample.
+    sample_shape: of one decoded sample: (height, width, 3), or (frames, height, width, 3).
     components: what `params` consists of.
     trainable: what is trained: a component, or "lora".
     encoders: the components that `encode` alone reads.
@@ -43,24 +32,98 @@ class Pipeline(NamedTuple):
       components; else None.
   """
 
-  tokenize: Callable[[list[str]], PyTree]
+  prepare: Callable[[list[Example]], PyTree]
   encode: Callable[[PyTree, Any], PyTree]
   denoise: Callable[[PyTree, Any, Any, PyTree], Any]
-  decode: Callable[[PyTree, Any], Any]
+  decode: Callable[[PyTree, Any], Media]
   schedule: Callable[[int, float], Schedule]
   prediction: str
   latent_shape: tuple[int, ...]
+  sample_shape: tuple[int, ...]
   components: dict[str, Component]
   trainable: str = "denoiser"
   encoders: tuple[str, ...] = ("text_encoder",)
   adapters: PyTree | None = None
 
 
-def adapted(pipeline: Pipeline, settings: lora.Lora | None) -> Pipeline:
+class ModelSettings(NamedTuple):
+  """How a family's networks are built; the fields are those of the config's model section.
+
+  Attributes:
+    size: height and width of the samples, pixels.
+    dtype: what the denoiser computes in; its parameters are float32 where they are trained.
+    frozen_dtype: of the other networks, stored and computed; under adapters of the denoiser's
+      parameters too.
+    remat: recompute the denoiser's blocks in the backward pass.
+    attention: see `models.attention.attention`.
+    scan_blocks: stack the weights of equal blocks.
+    lora: adapters to train in place of the denoiser's parameters, or None.
+  """
+
+  size: tuple[int, int]
+  dtype: str
+  frozen_dtype: str
+  remat: bool = False
+  attention: str = "auto"
+  scan_blocks: bool = False
+  lora: Lora | None = None
+
+  @property
+  def stored(self) -> Any:
+    """The dtype of the denoiser's parameters."""
+    return jnp.dtype(self.frozen_dtype if self.lora else "float32")
+
+
+def no_options(config: ConfigDict) -> dict[str, Any]:
+  """For families that read nothing of the config but `ModelSettings`."""
+  del config
+  return {}
+
+
+class Family(NamedTuple):
+  """A model family. pipelines/families.py lists those of this package; a config may name another
+  one as "module:object".
+
+  Attributes:
+    files: JSON files of its checkpoints, by the key under which `build` gets them.
+    tokenizers: the kind of each tokenizer's folder: a name in `data.tokenizers.KINDS`, or a
+      `TokenizerKind`.
+    paradigm: what its denoiser was trained as: "diffusion" or "flow" (rectified flow).
+    build: `(jsons, tokenizers by folder, settings, **options) -> Pipeline`. ValueError where a file
+      or a setting asks for what is not implemented.
+    networks: its networks by their class in PyTorch.
+    options: `(config) -> keyword arguments` of `build` beside the common settings.
+    text_length: `(jsons) -> tokens` of its texts, for plans of checkpoints without tokenizers.
+  """
+
+  files: dict[str, str]
+  tokenizers: dict[str, str | TokenizerKind]
+  paradigm: str
+  build: Callable[..., Pipeline]
+  networks: dict[str, Network]
+  options: Callable[[ConfigDict], dict[str, Any]] = no_options
+  text_length: Callable[[dict[str, dict]], int] = lambda jsons: 77
+
+  @property
+  def layout(self) -> Layout:
+    """The files of its checkpoints."""
+    return layout_of(self.files, self.tokenizers)
+
+
+def adapted(pipeline: Pipeline, settings: Lora | None) -> Pipeline:
   """The pipeline with its denoiser frozen under trained adapters; unchanged without settings.
-  ValueError as `lora.chosen`.
+
+  Raises:
+    ValueError: as `lora.chosen`.
   """
   if settings is None:
     return pipeline
-  adapters = lora.abstract(pipeline.components["denoiser"].abstract, settings)
-  return pipeline._replace(trainable=lora.COLLECTION, adapters=adapters)
+  adapters = abstract(pipeline.components["denoiser"].abstract, settings)
+  return pipeline._replace(trainable=COLLECTION, adapters=adapters)
+
+
+def text_inputs(
+  tokenize: Callable[[list[str]], PyTree],
+) -> Callable[[list[Example]], PyTree]:
+  """`Pipeline.prepare` of a model that reads prompts alone."""
+  return lambda examples: tokenize([example.prompt for example in examples])

@@ -8,17 +8,26 @@ has none.
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dancegrpo_jax.conversion.tables import flux as tables
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.models import autoencoder, clip, t5
 from dancegrpo_jax.models import flux as transformer
-from dancegrpo_jax.models.lora import Lora, variables
-from dancegrpo_jax.pipelines.base import Component, Pipeline, adapted
-from dancegrpo_jax.types import PyTree
+from dancegrpo_jax.models.lora import variables
+from dancegrpo_jax.pipelines import networks
+from dancegrpo_jax.pipelines.base import (
+  Family,
+  ModelSettings,
+  Pipeline,
+  adapted,
+  text_inputs,
+)
+from dancegrpo_jax.pipelines.layout import Component, Network
+from dancegrpo_jax.pipelines.networks import abstract
+from dancegrpo_jax.types import Media, PyTree
 
 FILES = {
   "transformer": "transformer/config.json",
@@ -27,8 +36,6 @@ FILES = {
   "text_encoder_2": "text_encoder_2/config.json",
   "scheduler": "scheduler/scheduler_config.json",
 }
-TOKENIZERS = ("tokenizer",)
-T5_TOKENIZERS = ("tokenizer_2",)
 # keys of the scheduler's config that would change the grid, with the values under which they don't
 _NEUTRAL = {
   "shift_terminal": None,
@@ -42,71 +49,61 @@ _NEUTRAL = {
 
 def build(
   jsons: dict[str, dict],
-  tokenize: dict[str, Callable[..., np.ndarray]],
+  tokenizers: dict[str, Callable[..., np.ndarray]],
+  settings: ModelSettings,
   *,
-  size: tuple[int, int],
-  dtype: str,
-  frozen_dtype: str,
-  remat: bool,
-  attention: str,
-  scan_blocks: bool,
   text_length: int,
   guidance: float,
-  lora: Lora | None = None,
 ) -> Pipeline:
-  """The pipeline of a checkpoint's JSON files (those of `FILES`).
+  """The pipeline of a checkpoint's JSON files.
 
   Args:
     jsons: parsed files, by the keys of `FILES`.
-    tokenize: by folder name, texts -> ids for `TOKENIZERS` and (texts, length) -> ids for
-      `T5_TOKENIZERS`.
-    size: height and width of the samples, pixels.
-    dtype: what the transformer computes in; its parameters are float32 where they are trained.
-    frozen_dtype: of the text encoders and the autoencoder, stored and computed; under adapters the
-      transformer's parameters too.
-    remat: recompute the transformer's blocks in the backward pass.
-    attention: see `models.attention.attention`.
-    scan_blocks: stack the blocks of the transformer, of T5 and of CLIP's text encoder.
+    tokenizers: by folder name, texts -> ids; T5's takes the number of tokens too.
+    settings: `scan_blocks` stacks the blocks of the transformer, of T5 and of CLIP's text encoder.
     text_length: of T5's tokens.
     guidance: what a guidance-distilled transformer is told.
-    lora: adapters to train in place of the transformer's parameters.
 
   Raises:
     ValueError: a size that does not divide, a dtype that T5 does not stand, networks that don't fit
       each other, adapters of nothing, or a config.json that asks for what is not implemented.
   """
-  if frozen_dtype == "float16":
+  if settings.frozen_dtype == "float16":
     raise ValueError(
       "config.model.frozen_dtype = 'float16': T5's activations overflow it; use 'bfloat16' or"
       " 'float32'"
     )
-  frozen = {"dtype": jnp.dtype(frozen_dtype), "param_dtype": jnp.dtype(frozen_dtype)}
-  stored = jnp.dtype(frozen_dtype if lora else "float32")
+  frozen = jnp.dtype(settings.frozen_dtype)
+  dtypes = {"dtype": frozen, "param_dtype": frozen}
   denoiser = transformer.from_json(
     jsons["transformer"],
-    dtype=jnp.dtype(dtype),
-    param_dtype=stored,
-    scan_blocks=scan_blocks,
-    remat=remat,
-    impl=attention,
+    dtype=jnp.dtype(settings.dtype),
+    param_dtype=settings.stored,
+    scan_blocks=settings.scan_blocks,
+    remat=settings.remat,
+    impl=settings.attention,
   )
-  vae = autoencoder.from_json(jsons["vae"], **frozen)
+  vae = autoencoder.from_json(jsons["vae"], **dtypes)
   pooler = clip.ClipText.from_json(
-    jsons["text_encoder"], **frozen, scan_layers=scan_blocks, impl=attention
+    jsons["text_encoder"], **dtypes, scan_layers=settings.scan_blocks, impl=settings.attention
   )
-  encoder = t5.from_json(jsons["text_encoder_2"], **frozen, scan_blocks=scan_blocks)
+  encoder = t5.from_json(jsons["text_encoder_2"], **dtypes, scan_blocks=settings.scan_blocks)
+  size = tuple(settings.size)
   _check_widths(denoiser, vae, pooler, encoder)
   factor = 2 ** (len(vae.block_out_channels) - 1)
   if any(side % (2 * factor) for side in size):
     raise ValueError(
-      f"config.model.size = {tuple(size)}: height and width must be multiples of {2 * factor}"
+      f"config.model.size = {size}: height and width must be multiples of {2 * factor}"
       " for this checkpoint"
     )
   latent_shape = (size[0] // factor, size[1] // factor, vae.latent_channels)
   own_shift = scheduler_shift(jsons["scheduler"], latent_shape[0] // 2 * (latent_shape[1] // 2))
 
   def both_tokenizers(texts: list[str]) -> dict[str, np.ndarray]:
-    return {"clip": tokenize["tokenizer"](texts), "t5": tokenize["tokenizer_2"](texts, text_length)}
+    return {
+      "clip": tokenizers["tokenizer"](texts),
+      "t5": tokenizers["tokenizer_2"](texts, text_length),
+    }
 
   def encode(params: PyTree, tokens: dict[str, Array]) -> dict[str, Array]:
     pooled = pooler.apply({"params": params["text_encoder"]}, tokens["clip"])[1]
@@ -119,10 +116,12 @@ def build(
     params: PyTree, x: Float[Array, "b h w c"], time: Float[Array, "b"], rows: dict[str, Array]
   ) -> Array:
     told = jnp.full(time.shape, guidance, jnp.float32) if denoiser.guidance_embeds else None
-    return denoiser.apply(variables(params, lora), x, time, rows["text"], rows["pooled"], told)
+    return denoiser.apply(
+      variables(params, settings.lora), x, time, rows["text"], rows["pooled"], told
+    )
 
-  def decode(params: PyTree, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
-    return autoencoder.pixels_of(vae, params["decoder"], latents)
+  def decode(params: PyTree, latents: Float[Array, "b h w c"]) -> Media:
+    return Media(autoencoder.pixels_of(vae, params["decoder"], latents))
 
   def schedule(steps: int, shift: float) -> schedules.Schedule:
     return schedules.flow_schedule(
@@ -130,17 +129,18 @@ def build(
     )
 
   base = Pipeline(
-    tokenize=both_tokenizers,
+    prepare=text_inputs(both_tokenizers),
     encode=encode,
     denoise=denoise,
     decode=decode,
     schedule=schedule,
     prediction="velocity",
     latent_shape=latent_shape,
+    sample_shape=(*size, vae.out_channels),
     components=_components(denoiser, vae, pooler, encoder, latent_shape, size),
     encoders=("text_encoder", "text_encoder_2"),
   )
-  return adapted(base, lora)
+  return adapted(base, settings.lora)
 
 
 def scheduler_shift(config: dict, tokens: int) -> float:
@@ -197,25 +197,60 @@ def _components(
   denoiser, vae, pooler, encoder, latent_shape: tuple[int, ...], size: tuple[int, int]
 ) -> dict[str, Component]:
   """What to load, with shapes from the networks themselves."""
-
-  def abstract(network, *shapes: tuple[int, ...], dtype=jnp.float32) -> PyTree:
-    return jax.eval_shape(
-      network.init, jax.random.key(0), *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
-    )["params"]
-
-  told = ((1,),) * denoiser.guidance_embeds
-  text, pooled = (1, 1, denoiser.joint_attention_dim), (1, denoiser.pooled_projection_dim)
   return {
     "denoiser": Component(
-      "transformer",
-      "FluxTransformer2DModel",
-      abstract(denoiser, (1, *latent_shape), (1,), text, pooled, *told),
+      folder="transformer", table=tables.FLUX, abstract=_abstract(denoiser, latent_shape)
     ),
-    "decoder": Component("vae", "AutoencoderKL", abstract(vae, (1, *size, vae.in_channels))),
+    "decoder": Component(
+      folder="vae",
+      table=networks.AUTOENCODER.table,
+      abstract=abstract(vae, (1, *size, vae.in_channels)),
+    ),
     "text_encoder": Component(
-      "text_encoder", "CLIPTextModel", abstract(pooler, (1, 1), dtype=jnp.int32)
+      folder="text_encoder",
+      table=networks.CLIP_TEXT.table,
+      abstract=abstract(pooler, (1, 1), dtype=jnp.int32),
     ),
     "text_encoder_2": Component(
-      "text_encoder_2", "T5EncoderModel", abstract(encoder, (1, 1), dtype=jnp.int32)
+      folder="text_encoder_2",
+      table=networks.T5.table,
+      abstract=abstract(encoder, (1, 1), dtype=jnp.int32),
     ),
   }
+
+
+def _abstract(denoiser, latent_shape: tuple[int, ...]) -> PyTree:
+  """Shapes and dtypes of a transformer's parameters."""
+  shapes = [
+    (1, *latent_shape),
+    (1,),
+    (1, 1, denoiser.joint_attention_dim),
+    (1, denoiser.pooled_projection_dim),
+  ]
+  if denoiser.guidance_embeds:
+    shapes.append((1,))
+  return abstract(denoiser, *shapes)
+
+
+def _transformer(config: dict) -> PyTree:
+  network = transformer.from_json(config)
+  return _abstract(network, (2, 2, network.in_channels // 4))
+
+
+FAMILY = Family(
+  files=FILES,
+  tokenizers={"tokenizer": "clip", "tokenizer_2": "t5"},
+  paradigm="flow",
+  build=build,
+  networks={
+    "FluxTransformer2DModel": Network(table=tables.FLUX, abstract=_transformer),
+    "AutoencoderKL": networks.AUTOENCODER,
+    "CLIPTextModel": networks.CLIP_TEXT,
+    "T5EncoderModel": networks.T5,
+  },
+  options=lambda config: {
+    "text_length": config.model.text_length,
+    "guidance": config.sampler.embedded_guidance,
+  },
+  text_length=lambda jsons: jsons["text_encoder"].get("max_position_embeddings", 77),
+)

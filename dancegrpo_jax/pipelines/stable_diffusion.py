@@ -4,16 +4,25 @@ layout.
 
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dancegrpo_jax.conversion.tables import stable_diffusion as tables
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.models import autoencoder, clip, unet
-from dancegrpo_jax.models.lora import Lora, variables
-from dancegrpo_jax.pipelines.base import Component, Pipeline, adapted
-from dancegrpo_jax.types import PyTree
+from dancegrpo_jax.models.lora import variables
+from dancegrpo_jax.pipelines import networks
+from dancegrpo_jax.pipelines.base import (
+  Family,
+  ModelSettings,
+  Pipeline,
+  adapted,
+  text_inputs,
+)
+from dancegrpo_jax.pipelines.layout import Component, Network
+from dancegrpo_jax.pipelines.networks import abstract
+from dancegrpo_jax.types import Media, PyTree
 
 FILES = {
   "unet": "unet/config.json",
@@ -21,55 +30,48 @@ FILES = {
   "text_encoder": "text_encoder/config.json",
   "scheduler": "scheduler/scheduler_config.json",
 }
-TOKENIZERS = ("tokenizer",)
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
 def build(
   jsons: dict[str, dict],
-  tokenize: dict[str, Callable[[list[str]], np.ndarray]],
-  *,
-  size: tuple[int, int],
-  dtype: str,
-  frozen_dtype: str,
-  remat: bool,
-  attention: str,
-  scan_blocks: bool = False,
-  lora: Lora | None = None,
+  tokenizers: dict[str, Callable[[list[str]], np.ndarray]],
+  settings: ModelSettings,
 ) -> Pipeline:
-  """The pipeline of a checkpoint's JSON files (those of `FILES`).
+  """The pipeline of a checkpoint's JSON files.
 
   Args:
     jsons: parsed files, by the keys of `FILES`.
-    tokenize: by folder name (`TOKENIZERS`), texts -> ids `[n, tokens]`.
-    size: height and width of the samples, pixels.
-    dtype: what the UNet computes in; its parameters are float32 where they are trained.
-    frozen_dtype: of the text encoder and the autoencoder, stored and computed; under adapters the
-      UNet's parameters too.
-    remat: recompute the UNet's blocks in the backward pass.
-    attention: see `models.attention.attention`.
-    scan_blocks: stack the layers of the text encoder.
-    lora: adapters to train in place of the UNet's parameters.
+    tokenizers: by folder name, texts -> ids `[n, tokens]`.
+    settings: `scan_blocks` stacks the layers of the text encoder.
 
   Raises:
     ValueError: a size that the autoencoder does not divide, adapters of nothing, or a config.json
       that asks for what is not implemented.
   """
-  frozen = jnp.dtype(frozen_dtype)
-  stored = frozen if lora else jnp.dtype("float32")
+  frozen = jnp.dtype(settings.frozen_dtype)
   denoiser = unet.from_json(
-    jsons["unet"], dtype=jnp.dtype(dtype), param_dtype=stored, remat=remat, impl=attention
+    jsons["unet"],
+    dtype=jnp.dtype(settings.dtype),
+    param_dtype=settings.stored,
+    remat=settings.remat,
+    impl=settings.attention,
   )
   vae = autoencoder.from_json(jsons["vae"], dtype=frozen, param_dtype=frozen)
   text = clip.ClipText.from_json(
-    jsons["text_encoder"], dtype=frozen, param_dtype=frozen, scan_layers=scan_blocks, impl=attention
+    jsons["text_encoder"],
+    dtype=frozen,
+    param_dtype=frozen,
+    scan_layers=settings.scan_blocks,
+    impl=settings.attention,
   )
+  size = tuple(settings.size)
   scheduler = jsons["scheduler"]
   factor = 2 ** (len(vae.block_out_channels) - 1)
   multiple = factor * 2 ** (len(denoiser.block_out_channels) - 1)
   if any(side % multiple for side in size):
     raise ValueError(
-      f"config.model.size = {tuple(size)}: height and width must be multiples of {multiple} for"
+      f"config.model.size = {size}: height and width must be multiples of {multiple} for"
       " this checkpoint"
     )
   if scheduler.get("prediction_type", "epsilon") not in _PREDICTIONS:
@@ -85,10 +87,10 @@ def build(
   def denoise(
     params: PyTree, x: Float[Array, "b h w c"], time: Float[Array, "b"], rows: Float[Array, "b t d"]
   ) -> Array:
-    return denoiser.apply(variables(params, lora), x, time, rows)
+    return denoiser.apply(variables(params, settings.lora), x, time, rows)
 
-  def decode(params: PyTree, latents: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 3"]:
-    return autoencoder.pixels_of(vae, params["decoder"], latents)
+  def decode(params: PyTree, latents: Float[Array, "b h w c"]) -> Media:
+    return Media(autoencoder.pixels_of(vae, params["decoder"], latents))
 
   def schedule(steps: int, shift: float) -> schedules.Schedule:
     del shift  # rectified flow's
@@ -104,36 +106,53 @@ def build(
     )
 
   base = Pipeline(
-    tokenize=tokenize["tokenizer"],
+    prepare=text_inputs(tokenizers["tokenizer"]),
     encode=encode,
     denoise=denoise,
     decode=decode,
     schedule=schedule,
     prediction=_PREDICTIONS[scheduler.get("prediction_type", "epsilon")],
     latent_shape=latent_shape,
+    sample_shape=(*size, vae.out_channels),
     components=_components(denoiser, vae, text, latent_shape),
   )
-  return adapted(base, lora)
+  return adapted(base, settings.lora)
 
 
 def _components(denoiser, vae, text, latent_shape: tuple[int, ...]) -> dict[str, Component]:
   """What to load, with shapes from the networks themselves."""
-  key = jax.random.key(0)
-  latents = jax.ShapeDtypeStruct((1, *latent_shape), jnp.float32)
-  tokens = jax.ShapeDtypeStruct((1, text.max_position_embeddings), jnp.int32)
-  rows = jax.ShapeDtypeStruct((1, text.max_position_embeddings, text.hidden_size), jnp.float32)
-  time = jax.ShapeDtypeStruct((1,), jnp.float32)
-  pixels = jax.ShapeDtypeStruct(
-    (1, 8 * latent_shape[0], 8 * latent_shape[1], vae.in_channels), jnp.float32
-  )
+  length = text.max_position_embeddings
+  pixels = (1, 8 * latent_shape[0], 8 * latent_shape[1], vae.in_channels)
   return {
     "denoiser": Component(
-      "unet",
-      "UNet2DConditionModel",
-      jax.eval_shape(denoiser.init, key, latents, time, rows)["params"],
+      folder="unet",
+      table=tables.UNET,
+      abstract=abstract(denoiser, (1, *latent_shape), (1,), (1, length, text.hidden_size)),
     ),
-    "decoder": Component("vae", "AutoencoderKL", jax.eval_shape(vae.init, key, pixels)["params"]),
+    "decoder": Component(folder="vae", table=tables.AUTOENCODER, abstract=abstract(vae, pixels)),
     "text_encoder": Component(
-      "text_encoder", "CLIPTextModel", jax.eval_shape(text.init, key, tokens)["params"]
+      folder="text_encoder",
+      table=networks.CLIP_TEXT.table,
+      abstract=abstract(text, (1, length), dtype=jnp.int32),
     ),
   }
+
+
+def _unet(config: dict) -> PyTree:
+  network = unet.from_json(config)
+  latents = (1, 64, 64, network.in_channels)
+  return abstract(network, latents, (1,), (1, 1, network.cross_attention_dim))
+
+
+FAMILY = Family(
+  files=FILES,
+  tokenizers={"tokenizer": "clip"},
+  paradigm="diffusion",
+  build=build,
+  networks={
+    "UNet2DConditionModel": Network(table=tables.UNET, abstract=_unet),
+    "AutoencoderKL": networks.AUTOENCODER,
+    "CLIPTextModel": networks.CLIP_TEXT,
+  },
+  text_length=lambda jsons: jsons["text_encoder"].get("max_position_embeddings", 77),
+)

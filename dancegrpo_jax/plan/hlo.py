@@ -230,6 +230,8 @@ def _trips(code: dict[str, list[Instruction]], loop: Instruction) -> float | Non
   if stated:
     return float(stated[1])
   condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+  if condition is None:
+    return None
   reached = [
     name
     for instruction in code.get(condition[1], ())

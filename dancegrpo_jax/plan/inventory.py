@@ -6,24 +6,23 @@ of the right length.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import programs
+from dancegrpo_jax import installation, programs
 from dancegrpo_jax.assembly import loading, reward_builders
 from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.checkpoints import components, hub
 from dancegrpo_jax.compilation.calls import Call, of_run
-from dancegrpo_jax.rewards import clip, pickscore
+from dancegrpo_jax.pipelines.layout import Layout, local_path
+from dancegrpo_jax.rewards import kinds
 from dancegrpo_jax.types import PyTree
 
-PUBLISHED = (
-  Path(__file__).parents[2] / "assets" / "published"
-)  # JSON files of hub ids that the configs name
+# JSON files of hub ids that the configs name
+PUBLISHED = installation.ROOT / "assets" / "published"
 
 
 class Inventory(NamedTuple):
@@ -43,37 +42,24 @@ class Inventory(NamedTuple):
 
 def without_weights(config: ConfigDict) -> ConfigDict:
   """The config with "random:FOLDER" in the place of each checkpoint: nothing but JSON files is
-  read. ConfigError: not there.
+  read.
+
+  Raises:
+    ConfigError: they are not there.
   """
-  family, reward = loading.FAMILIES[config.model.family], config.reward
-  terms = {term.split("/")[0] for term, _ in reward.terms}
+  layout = loading.family_of(config).layout
+
+  def describe(field: str, name: str, layout: Layout) -> str:
+    return hub.described(field, name, layout, PUBLISHED)
+
   with (config := config.copy_and_resolve_references()).unlocked():
-    config.model.checkpoint = hub.described(
-      "model.checkpoint", config.model.checkpoint, hub.layout_of(family), PUBLISHED
-    )
-    if "clip" in terms:
-      config.reward.clip.checkpoint = _clip("reward.clip.checkpoint", reward.clip.checkpoint)
-    if "aesthetic" in terms:
-      checkpoint = _clip("reward.aesthetic.checkpoint", reward.aesthetic.checkpoint)
-      config.reward.aesthetic.update(checkpoint=checkpoint, head=hub.RANDOM)
-    if "pickscore" in terms:
-      name, layout = reward.pickscore.checkpoint, hub.layout_of(pickscore)
-      config.reward.pickscore.checkpoint = hub.described(
-        "reward.pickscore.checkpoint", name, layout, PUBLISHED
-      )
-    if (
-      "hps" in terms
-    ):  # a file of weights alone: the network is the published one unless a folder says otherwise
-      path = Path(reward.hps.checkpoint.removeprefix(hub.RANDOM))
-      config.reward.hps.checkpoint = f"{hub.RANDOM}{path if path.exists() else PUBLISHED}"
+    config.model.checkpoint = describe("model.checkpoint", config.model.checkpoint, layout)
+    for term, _ in config.reward.terms:
+      kind = reward_builders.kind_of(kinds.reward_of(term))
+      if kind.section:
+        section = config.reward[kind.section]
+        section.update(kind.blank(section, describe, PUBLISHED))
   return config.lock()
-
-
-def _clip(field: str, name: str) -> str:
-  """A CLIP in transformers' layout, or a folder in open_clip's."""
-  if (Path(name.removeprefix(hub.RANDOM)) / clip.OPEN_CLIP_FILE).is_file():
-    return f"{hub.RANDOM}{name.removeprefix(hub.RANDOM)}"
-  return hub.described(field, name, hub.layout_of(clip), PUBLISHED)
 
 
 def blank(length: int) -> Callable:
@@ -82,21 +68,23 @@ def blank(length: int) -> Callable:
 
 
 def outline(config: ConfigDict, mesh: jax.sharding.Mesh) -> Model:
-  """The model and rewards of a config that `without_weights` made. ConfigError as
-  `loading.build_pipeline` and `load`.
+  """The model and rewards of a config that `without_weights` made.
+
+  Raises:
+    ConfigError: as `loading.build_pipeline` and `load`.
   """
-  family = loading.FAMILIES[config.model.family]
-  jsons = components.read_jsons(Path(config.model.checkpoint.removeprefix(hub.RANDOM)), family)
-  layout = hub.layout_of(family)
-  tokenizer = blank(
-    jsons["text_encoder"].get("max_position_embeddings", 77)
-  )  # transformers' default
-  pipeline = loading.pipeline_of(
-    config, jsons, dict.fromkeys([*layout.tokenizers, *layout.t5_tokenizers], tokenizer)
+  family = loading.family_of(config)
+  folder, layout = local_path(config.model.checkpoint), family.layout
+  jsons = components.read_jsons(folder, layout)
+  if hub.missing(folder, layout._replace(networks=())):  # published files have no tokenizers
+    tokenizers = dict.fromkeys(layout.tokenizers, blank(family.text_length(jsons)))
+  else:
+    tokenizers = components.read_tokenizers(folder, layout)
+  pipeline = loading.pipeline_of(config, jsons, tokenizers)
+  stand_in = reward_builders.FILES._replace(
+    tokenizer=lambda field, source, network: blank(text_length(network))
   )
-  rewards = reward_builders.build_rewards(
-    config, lambda field, name, network: blank(text_length(network))
-  )
+  rewards = reward_builders.build_rewards(config, stand_in)
   return loading.outline(config, pipeline, rewards, mesh)
 
 

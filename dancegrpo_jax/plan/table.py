@@ -44,7 +44,9 @@ class Row(NamedTuple):
   @property
   def seconds(self) -> float | None:
     """Of a call, as if nothing were sent while something is computed."""
-    return None if self.compute_seconds is None else self.compute_seconds + self.network_seconds
+    if self.compute_seconds is None or self.network_seconds is None:
+      return None
+    return self.compute_seconds + self.network_seconds
 
 
 def read_out(file: Path) -> dict:
@@ -107,18 +109,19 @@ def problems(rows: list[Row], memory: float) -> list[str]:
 
 def hours(rows: list[Row]) -> float | None:
   """Of the run, by the estimates; None where one is missing."""
-  seconds = [row.seconds for row in rows]
-  return None if None in seconds else sum(s * row.times for s, row in zip(seconds, rows)) / 3600
+  total = _total(rows, 1)
+  return None if total is None else total / 3600
 
 
 def iteration_seconds(rows: list[Row], iterations: int) -> float | None:
   """Of an iteration without what isn't done in each of them."""
-  often = [row for row in rows if row.times >= iterations]
-  return (
-    None
-    if any(row.seconds is None for row in often)
-    else sum((r.seconds * r.times / iterations for r in often), 0.0)
-  )
+  return _total([row for row in rows if row.times >= iterations], iterations)
+
+
+def _total(rows: list[Row], share: int) -> float | None:
+  """Seconds of all calls over `share`; None where a program's aren't known."""
+  known = [row.seconds * row.times / share for row in rows if row.seconds is not None]
+  return sum(known, 0.0) if len(known) == len(rows) else None
 
 
 def _number(value: float | int | None, form: str, scale: float | int = 1.0) -> str:

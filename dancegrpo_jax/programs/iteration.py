@@ -1,7 +1,7 @@
 """The programs of an iteration, and how they are built from a config."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -22,14 +22,14 @@ class Programs(NamedTuple):
   sample b % G of prompt b // G.
 
   Attributes:
-    encode: `(frozen, tokens [n, t]) -> rows`, on every device.
+    encode: `(frozen, inputs) -> rows`, on every device; inputs are those of `Pipeline.prepare`.
     rollout: `(trainable, frozen, conditioning, prompt_ids [P], numbers [chunk], iteration) ->
       Rollout`.
     sample: `(trainable, frozen, conditioning, prompt_ids [P], numbers [chunk], seed) -> latents`,
       deterministic sampler.
-    decode: `(frozen, latents) -> pixels`.
+    decode: `(frozen, latents) -> Media`.
     features: `(reward params, prepared) -> features`, per device reward.
-    score: `(reward params, pixels, features, numbers, group) -> {term: f32[chunk]}`, per device
+    score: `(reward params, Media, features, prompt [chunk]) -> {term: f32[chunk]}`, per device
       reward.
     join: `({term: [f32[chunk], ..]}, order [B]) -> {term: f32[P, G]}`: the chunks' scores, sample
       by sample.
@@ -65,8 +65,9 @@ def build(
     mesh: the devices; the caller has entered it with `jax.set_mesh`.
     state_shardings: of the TrainState.
   """
-  split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  steps_first = jax.NamedSharding(mesh, jax.P(None, *split.spec))
+  split: Any = sharding.batch_sharding(mesh)
+  whole: Any = sharding.replicated(mesh)
+  steps_first: Any = jax.NamedSharding(mesh, jax.P(None, *split.spec))
   rolled = Rollout(step_index=whole, latents=steps_first, log_probs=steps_first, sample=split)
   device = {name: reward for name, reward in rewards.items() if reward.kind == "device"}
 
@@ -90,5 +91,5 @@ def build(
 
 
 def encoder(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable:
-  """`(params of the encoders, tokens [n, t]) -> rows`, on every device."""
+  """`(params of the encoders, inputs) -> rows`, on every device."""
   return program(config, "encode", pipeline.encode, out_shardings=sharding.replicated(mesh))

@@ -48,7 +48,9 @@ def init_adapters(config: ConfigDict, adapters: PyTree, shardings: PyTree) -> Py
 
 
 def embed(config: ConfigDict, reward: Reward) -> Callable:
-  """`(reward params, pixels) -> embeddings`, for evaluate.py."""
+  """`(reward params, Media) -> embeddings`, for evaluate.py."""
+  if reward.embed is None:
+    raise ValueError(f"reward {reward.name} has no embedding")
   return program(config, f"embed {reward.name}", reward.embed)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.rewards.base import Reward
@@ -13,15 +13,17 @@ from dancegrpo_jax.types import Media, PyTree
 
 
 def score_program(reward: Reward) -> Callable:
-  def run(
-    params, pixels: Float[Array, "chunk h w 3"], features: PyTree, prompt: Int[Array, "chunk"]
-  ):
-    return reward.score(params, Media(pixels), jax.tree.map(lambda rows: rows[prompt], features))
+  """A device reward of one chunk."""
+
+  def run(params: PyTree, media: Media, features: PyTree, prompt: Int[Array, "chunk"]) -> dict:
+    return reward.score(params, media, jax.tree.map(lambda rows: rows[prompt], features))
 
   return run
 
 
 def join_program(config: ConfigDict) -> Callable:
+  """The chunks' scores, sample by sample."""
+
   def run(chunks: dict[str, list], order: Int[Array, "samples"]) -> dict:
     return {
       term: jnp.concatenate(parts)[order].reshape(-1, config.rollout.samples_per_prompt)
@@ -32,6 +34,7 @@ def join_program(config: ConfigDict) -> Callable:
 
 
 def advantages_program(config: ConfigDict) -> Callable:
+  """Scores to advantages and the samples that are trained."""
   c = config.advantage
   options = {"ddof": c.ddof, "eps": c.eps, "min_spread": c.min_spread}
   terms = tuple((name, weight) for name, weight in config.reward.terms)

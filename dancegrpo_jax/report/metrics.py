@@ -33,7 +33,7 @@ def read(workdir: str | os.PathLike) -> list[Row]:
   cut by a kill is left out.
   """
   path = Path(workdir) / FILE
-  rows = []
+  rows: list[Row] = []
   for line in path.read_text().splitlines() if path.exists() else []:
     try:
       row = json.loads(line)

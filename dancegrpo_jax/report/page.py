@@ -36,6 +36,8 @@ _SMALL = (
   ("Fixed prompts", "mean score, deterministic sampler", (("training", "samples/score"),)),
   ("Spread within groups", "mean std of rewards", (("std", "group/std_mean"),)),
   ("Clipped", "share of transitions", (("clipped", "clip_fraction"),)),
+  ("Dropped", "share of transitions", (("dropped", "drop_fraction"),)),
+  ("Divergence", "mean, nats a latent dimension", (("from the old policy", "policy_kl"),)),
   (
     "KL",
     "nats, as the log-prob is reduced",
@@ -164,7 +166,8 @@ def _subtitle(config: Mapping[str, Any]) -> str:
   )
   steps = fields.get("sampler.steps", "?")
   batch = f"{prompts} prompts × {group} samples an iteration, {steps} steps of the {kind} sampler"
-  return f"GRPO on {family}; reward {_terms(config)}; {batch}"
+  algorithm = fields.get("objective.kind", "grpo").upper()
+  return f"{algorithm} on {family}; reward {_terms(config)}; {batch}"
 
 
 def _tiles(rows: Sequence[metrics.Row], config: Mapping[str, Any]) -> list[dict[str, str]]:

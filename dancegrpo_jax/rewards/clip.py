@@ -1,21 +1,34 @@
 """CLIP score: cosine between image and prompt embeddings, by a checkpoint in transformers' or in
 open_clip's layout.
 
-`build` also makes what differs from it in weights and preprocessing alone: HPS-v2.1 (hps.py) and
+`cosine` also makes what differs from it in weights and preprocessing alone: HPS-v2.1 (hps.py) and
 PickScore (pickscore.py).
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
+from dancegrpo_jax.conversion.mapping import Table
+from dancegrpo_jax.conversion.tables import clip as tables
 from dancegrpo_jax.models.clip import Clip
-from dancegrpo_jax.pipelines.base import Component
-from dancegrpo_jax.rewards.base import Reward, images
+from dancegrpo_jax.pipelines import networks as shared
+from dancegrpo_jax.pipelines.layout import (
+  RANDOM,
+  Component,
+  Layout,
+  is_random,
+  layout_of,
+  local_path,
+  location_of,
+)
+from dancegrpo_jax.rewards.base import Describe, Files, Networks, Reward, RewardKind, images
 from dancegrpo_jax.rewards.preprocess import (
   Preprocessing,
   from_open_clip,
@@ -24,12 +37,16 @@ from dancegrpo_jax.rewards.preprocess import (
 )
 from dancegrpo_jax.types import Example, Media, PyTree
 
-FILES = {
-  "clip": "config.json",
-  "preprocessor": "preprocessor_config.json",
-}  # of the transformers layout
 OPEN_CLIP_FILE = "open_clip_config.json"
-TOKENIZERS = ("",)
+# Beside open_clip's own file may lie the same weights with transformers' names.
+OPEN_CLIP_WEIGHTS = (
+  "open_clip_model.safetensors",
+  "open_clip_pytorch_model.safetensors",
+  "open_clip_pytorch_model.bin",
+)
+FILES = {"clip": "config.json", "preprocessor": "preprocessor_config.json"}
+TRANSFORMERS = layout_of(FILES, {})  # its tokenizer may come from another place
+OPEN_CLIP_LAYOUT = Layout(files={"clip": OPEN_CLIP_FILE}, tokenizers={}, networks=("",))
 
 
 class Checkpoint(NamedTuple):
@@ -37,13 +54,13 @@ class Checkpoint(NamedTuple):
 
   Attributes:
     location: of its weights: a folder, a file, or "random:..." (weights are drawn).
-    table: the conversion table's name.
+    table: which tensors are which parameters.
     config: the network, as a CLIPModel config.json says it.
     preprocessing: of its images.
   """
 
   location: str
-  table: str
+  table: Table
   config: dict[str, Any]
   preprocessing: Preprocessing
 
@@ -54,14 +71,24 @@ def transformers_checkpoint(location: str, jsons: dict[str, dict]) -> Checkpoint
   """
   config = jsons["clip"]
   size = Clip.from_json(config).vision_model.image_size
-  return Checkpoint(location, "CLIPModel", config, from_transformers(jsons["preprocessor"], size))
+  return Checkpoint(
+    location=location,
+    table=tables.CLIP,
+    config=config,
+    preprocessing=from_transformers(jsons["preprocessor"], size),
+  )
 
 
 def open_clip_checkpoint(location: str, config: dict[str, Any]) -> Checkpoint:
   """DFN5B, LAION and their kind, from open_clip_config.json. ValueError: a network that is not
   implemented.
   """
-  return Checkpoint(location, "open_clip", clip_config(config["model_cfg"]), from_open_clip(config))
+  return Checkpoint(
+    location=location,
+    table=tables.OPEN_CLIP,
+    config=clip_config(config["model_cfg"]),
+    preprocessing=from_open_clip(config),
+  )
 
 
 # What open_clip's `model_cfg` and its towers may say, with open_clip's defaults; None has none.
@@ -91,9 +118,11 @@ def _fields(name: str, given: dict[str, Any], known: dict[str, Any]) -> dict[str
   unknown = sorted(set(given) - set(known))
   missing = sorted(key for key, value in known.items() if value is None and key not in given)
   if unknown or missing:
-    what = [f"not supported: {', '.join(unknown)}"] * bool(unknown) + [
-      f"missing: {', '.join(missing)}"
-    ] * bool(missing)
+    what = []
+    if unknown:
+      what.append(f"not supported: {', '.join(unknown)}")
+    if missing:
+      what.append(f"missing: {', '.join(missing)}")
     raise ValueError(f"open_clip_config.json, {name}: {'; '.join(what)}")
   return known | given
 
@@ -133,30 +162,29 @@ def normalise(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def network_of(
-  checkpoint: Checkpoint, dtype: str, attention: str = "auto", scan_layers: bool = False
-) -> tuple[Clip, Component]:
-  """The towers, computed and stored in `dtype`, and what to load for them. See `build` for the
-  rest.
-  """
-  kind = jnp.dtype(dtype)
+def network_of(checkpoint: Checkpoint, networks: Networks) -> tuple[Clip, Component]:
+  """The towers, and what to load for them."""
+  dtype = jnp.dtype(networks.dtype)
   network = Clip.from_json(
-    checkpoint.config, dtype=kind, param_dtype=kind, scan_layers=scan_layers, impl=attention
+    checkpoint.config,
+    dtype=dtype,
+    param_dtype=dtype,
+    scan_layers=networks.scan_layers,
+    impl=networks.attention,
   )
   size = checkpoint.preprocessing.size
   tokens = jax.ShapeDtypeStruct((1, network.text_model.max_position_embeddings), jnp.int32)
   pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
   abstract = jax.eval_shape(network.init, jax.random.key(0), tokens, pixels)["params"]
-  return network, Component(checkpoint.location, checkpoint.table, abstract)
+  component = Component(folder=checkpoint.location, table=checkpoint.table, abstract=abstract)
+  return network, component
 
 
-def build(
+def cosine(
   name: str,
   checkpoint: Checkpoint,
   tokenize: Callable[[list[str]], np.ndarray],
-  dtype: str,
-  attention: str = "auto",
-  scan_layers: bool = False,
+  networks: Networks,
 ) -> Reward:
   """The cosine of a two-tower checkpoint as the term `name`.
 
@@ -164,11 +192,9 @@ def build(
     name: of the reward and its one term.
     checkpoint: from `transformers_checkpoint`, `open_clip_checkpoint`, hps.py or pickscore.py.
     tokenize: texts -> ids.
-    dtype: stored and computed; images are prepared in float32.
-    attention: see `models.attention.attention`.
-    scan_layers: stack the towers' layers.
+    networks: how the towers are built; images are prepared in float32 whatever the dtype.
   """
-  network, component = network_of(checkpoint, dtype, attention, scan_layers)
+  network, component = network_of(checkpoint, networks)
 
   def prepare(examples: list[Example]) -> np.ndarray:
     return tokenize([example.prompt for example in examples])
@@ -176,13 +202,80 @@ def build(
   def features(params: PyTree, tokens: Array) -> Float[Array, "n d"]:
     return normalise(network.apply({"params": params["clip"]}, tokens, method="text_features"))
 
-  def embed(params: PyTree, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b d"]:
-    ready = preprocess(pixels, checkpoint.preprocessing)
+  def embed(params: PyTree, media: Media) -> Float[Array, "b d"]:
+    ready = preprocess(images(name, media), checkpoint.preprocessing)
     return normalise(network.apply({"params": params["clip"]}, ready, method="image_features"))
 
   def score(
     params: PyTree, media: Media, text: Float[Array, "b d"]
   ) -> dict[str, Float[Array, "b"]]:
-    return {name: jnp.sum(embed(params, images(name, media)) * text, axis=-1)}
+    return {name: jnp.sum(embed(params, media) * text, axis=-1)}
 
-  return Reward(name, "device", prepare, features, score, {"clip": component}, embed)
+  return Reward(
+    name=name,
+    kind="device",
+    terms=(name,),
+    score=score,
+    prepare=prepare,
+    features=features,
+    components={"clip": component},
+    embed=embed,
+  )
+
+
+def is_open_clip(source: str) -> bool:
+  """Whether a local folder is in open_clip's layout. LAION's are in both: transformers' then, where
+  its weights are there.
+  """
+  folder = local_path(source)
+  has_weights = is_random(source) or any(folder.glob("model*.safetensors*"))
+  whole = (folder / FILES["clip"]).is_file() and has_weights
+  return (folder / OPEN_CLIP_FILE).is_file() and not whole
+
+
+def find_checkpoint(field: str, source: str, files: Files) -> Checkpoint:
+  """A CLIP in transformers' layout, or a local one in open_clip's.
+
+  Args:
+    field: of the config, for messages.
+    source: folder, hub id, or "random:FOLDER".
+    files: how to get at them.
+  """
+  if not is_open_clip(source):
+    folder = files.folder(field, source, TRANSFORMERS)
+    jsons = {name: files.json(folder, file) for name, file in FILES.items()}
+    return transformers_checkpoint(location_of(source, folder), jsons)
+  folder = files.folder(field, source, OPEN_CLIP_LAYOUT)
+  named = (folder / name for name in OPEN_CLIP_WEIGHTS)
+  place = next((path for path in named if path.is_file()), folder)
+  return open_clip_checkpoint(location_of(source, place), files.json(folder, OPEN_CLIP_FILE))
+
+
+def describe_checkpoint(field: str, source: str, describe: Describe) -> str:
+  """`RewardKind.blank` of a CLIP checkpoint."""
+  if (local_path(source) / OPEN_CLIP_FILE).is_file():
+    return f"{RANDOM}{local_path(source)}"
+  return describe(field, source, TRANSFORMERS)
+
+
+def build(name: str, section: ConfigDict, files: Files, networks: Networks) -> Reward:
+  """CLIP score as the term `name`; the section has `checkpoint` and `tokenizer`."""
+  checkpoint = find_checkpoint("reward.clip.checkpoint", section.checkpoint, files)
+  source = section.tokenizer or section.checkpoint
+  tokenize = files.tokenizer("reward.clip.tokenizer", source, checkpoint.config)
+  return cosine(name, checkpoint, tokenize, networks)
+
+
+def blank(section: ConfigDict, describe: Describe, published: Path) -> dict[str, Any]:
+  """The section with random weights."""
+  del published
+  place = describe_checkpoint("reward.clip.checkpoint", section.checkpoint, describe)
+  return {"checkpoint": place}
+
+
+KIND = RewardKind(
+  build=build,
+  section="clip",
+  blank=blank,
+  networks={"CLIPModel": shared.CLIP, "CLIPVisionModel": shared.CLIP_VISION},
+)

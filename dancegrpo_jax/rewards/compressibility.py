@@ -3,8 +3,9 @@
 import io
 
 import numpy as np
+from ml_collections import ConfigDict
 
-from dancegrpo_jax.rewards.base import Reward
+from dancegrpo_jax.rewards.base import Files, Networks, Reward, RewardKind, images
 from dancegrpo_jax.types import Example, Media
 
 
@@ -23,15 +24,24 @@ def size_kb(pixels: np.ndarray, quality: int) -> float:
   return len(buffer.getvalue()) / 1000
 
 
-def build(quality: int, sign: float) -> Reward:
-  """Args: `quality` of the JPEG, 1-100; `sign` -1 rewards small files, +1 large ones."""
+def build(name: str, section: ConfigDict, files: Files, networks: Networks) -> Reward:
+  """The term of that name.
+
+  Args:
+    name: of the reward.
+    section: `quality` of the JPEG, 1 to 100; `sign` -1 rewards small files, +1 large ones.
+    files: not used.
+    networks: not used.
+  """
+  del files, networks
+  quality, sign = section.quality, section.sign
 
   def score(media: Media, examples: list[Example]) -> dict[str, np.ndarray]:
     del examples
-    return {
-      "compressibility": np.array(
-        [sign * size_kb(image, quality) for image in media.pixels], np.float32
-      )
-    }
+    sizes = [sign * size_kb(image, quality) for image in images(name, media)]
+    return {name: np.array(sizes, np.float32)}
 
-  return Reward("compressibility", "host", None, None, score)
+  return Reward(name=name, kind="host", terms=(name,), score=score)
+
+
+KIND = RewardKind(build=build, section="compressibility")

@@ -6,18 +6,43 @@ and images) of laion/CLIP-ViT-H-14-laion2B-s32B-b79K. Its own scale multiplies t
 exp(logit_scale), about 100, which the normalisation of advantages would take out again.
 """
 
+from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
+from dancegrpo_jax.conversion.tables import clip as tables
 from dancegrpo_jax.models.clip import Clip
-from dancegrpo_jax.rewards.clip import Checkpoint
+from dancegrpo_jax.pipelines.layout import layout_of, location_of
+from dancegrpo_jax.rewards.base import Describe, Files, Networks, Reward, RewardKind
+from dancegrpo_jax.rewards.clip import Checkpoint, cosine
 from dancegrpo_jax.rewards.preprocess import Preprocessing
 
-FILES = {"clip": "config.json"}
-TOKENIZERS = ()
+LAYOUT = layout_of({"clip": "config.json"}, {})
 
 
 def checkpoint(location: str, config: dict[str, Any]) -> Checkpoint:
   """PickScore's checkpoint from its config.json; CLIP's own preprocessing."""
+  size = Clip.from_json(config).vision_model.image_size
   return Checkpoint(
-    location, "CLIPModel", config, Preprocessing(Clip.from_json(config).vision_model.image_size)
+    location=location, table=tables.CLIP, config=config, preprocessing=Preprocessing(size)
   )
+
+
+def build(name: str, section: ConfigDict, files: Files, networks: Networks) -> Reward:
+  """PickScore as the term `name`; the section has `checkpoint` and `tokenizer`."""
+  folder = files.folder("reward.pickscore.checkpoint", section.checkpoint, LAYOUT)
+  config = files.json(folder, "config.json")
+  found = checkpoint(location_of(section.checkpoint, folder), config)
+  source = section.tokenizer or section.checkpoint
+  tokenize = files.tokenizer("reward.pickscore.tokenizer", source, found.config)
+  return cosine(name, found, tokenize, networks)
+
+
+def blank(section: ConfigDict, describe: Describe, published: Path) -> dict[str, Any]:
+  """The section with random weights."""
+  del published
+  return {"checkpoint": describe("reward.pickscore.checkpoint", section.checkpoint, LAYOUT)}
+
+
+KIND = RewardKind(build=build, section="pickscore", blank=blank)

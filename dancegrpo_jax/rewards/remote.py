@@ -22,7 +22,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
-from dancegrpo_jax.rewards.base import Reward
+from dancegrpo_jax.rewards.base import Reward, RewardKind
 from dancegrpo_jax.types import Example, Media
 
 FORMATS = ("png", "npz")
@@ -87,7 +87,10 @@ def build(
     )
     return {"remote": np.where(sound, scores, np.nan).astype(np.float32)}
 
-  return Reward("remote", "host", None, None, score)
+  return Reward(name="remote", kind="host", terms=("remote",), score=score)
+
+
+KIND = RewardKind(build=lambda name, section, files, networks: build(**section), section="remote")
 
 
 def _address(url: str) -> SplitResult:

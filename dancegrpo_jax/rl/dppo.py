@@ -27,7 +27,9 @@ def trust_region(tau: float) -> Surrogate:
     ratio = jnp.exp(log_ratio)
     divergence = jax.lax.stop_gradient(objective.mean_kl(new.mean, old.mean, new.std))
     dropped = (divergence >= tau) & objective.moves_outwards(ratio, t.advantage)
-    losses = jnp.where(dropped, 0.0, -ratio * t.advantage)
+    # Of a ratio that overflows the gradient would be 0 * inf: a dropped one must not enter at all.
+    kept = jnp.exp(jnp.where(dropped, 0.0, log_ratio))
+    losses = jnp.where(dropped, 0.0, -kept * t.advantage)
     return losses, {
       "ratio": ratio,
       "drop_fraction": dropped.astype(jnp.float32),

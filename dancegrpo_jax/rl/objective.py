@@ -72,11 +72,12 @@ def mean_kl(
 ) -> Float[Array, "batch"]:
   """KL between two Gaussian steps of the same std, averaged over the latent dimensions.
 
-  (mean - old_mean)^2 / (2 std^2) in each dimension (Flow-DPPO, arXiv 2606.11025, eq. (14)). Every
-  step must be stochastic (std > 0).
+  (mean - old_mean)^2 / (2 std^2) in each dimension (Flow-DPPO, arXiv 2606.11025, eq. (14)). A
+  deterministic step (std 0) has no density: the value is 0 there, as that of its log-prob is.
   """
   squares = jnp.square(mean - old_mean).reshape(len(mean), -1)
-  return jnp.mean(squares, axis=1) / (2.0 * jnp.square(std))
+  variance = jnp.square(jnp.where(std > 0, std, 1.0))
+  return jnp.where(std > 0, jnp.mean(squares, axis=1) / (2.0 * variance), 0.0)
 
 
 def moves_outwards(

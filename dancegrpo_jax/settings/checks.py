@@ -15,32 +15,30 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import errors
 from dancegrpo_jax.devices.sharding import AXES, REST, axis_sizes
+from dancegrpo_jax.diffusion import transitions, windows
 from dancegrpo_jax.models.attention import capability_of
-from dancegrpo_jax.rl import timesteps
+from dancegrpo_jax.pipelines.families import family_of
+from dancegrpo_jax.rewards import kinds
+from dancegrpo_jax.rl import advantages, algorithms, timesteps
 from dancegrpo_jax.settings import stored_config
-
-# Families that pipelines/ has, and what their denoiser was trained as: rectified flow or diffusion.
-FAMILIES = {"stable_diffusion": "diffusion", "flux": "flow"}
-# Rewards that rewards/ has; anything else is module:function.
-REWARDS = ("clip", "hps", "pickscore", "aesthetic", "compressibility", "remote")
 
 _DTYPES = ("float32", "bfloat16", "float16")
 CHOICES = {
-  "model.family": tuple(FAMILIES),
   "model.dtype": _DTYPES,
   "model.frozen_dtype": _DTYPES,
   "model.attention": ("auto", "xla", "cudnn", "splash"),
   "model.matmul_precision": ("default", "highest"),
-  "sampler.kind": ("ddim", "dance", "flow", "cps"),
+  "sampler.kind": transitions.STOCHASTIC_KINDS,
   "sampler.last_step": ("ode", "x0hat", "sde"),
-  "sampler.window.mode": ("fixed", "sliding", "random"),
+  "sampler.window.mode": windows.MODES,
   "sampler.window.outside": ("ode", "dpm++"),
-  "reward.combine": ("advantages", "rewards", "gdpo"),
+  "reward.combine": advantages.MODES,
   "advantage.ddof": (0, 1),
+  "objective.kind": tuple(algorithms.KINDS),
   "objective.log_prob": ("mean", "sum"),
   "objective.old_log_prob": ("recompute", "rollout"),
-  "objective.timesteps": ("first", "random", "last", "all"),
-  "objective.kl.mode": ("exact", "no_dt", "mean_mse", "velocity_mse"),
+  "objective.timesteps": timesteps.MODES,
+  "objective.kl.mode": transitions.KL_MODES,
 }
 
 
@@ -91,6 +89,7 @@ LIMITS = {
   "advantage.history.size": _at_least(0),
   "advantage.history.min_count": _at_least(1),
   "objective.clip_range": _above(0),
+  "objective.dppo.tau": _above(0),
   "objective.timestep_fraction": ((lambda value: 0 < value <= 1), "must lie in (0, 1]"),
   "objective.kl.weight": _at_least(0),
   "optimizer.learning_rate": _above(0),
@@ -102,6 +101,7 @@ LIMITS = {
   "optimizer.max_grad_norm": _above(0),
   "optimizer.updates_per_iteration": _at_least(1),
   "optimizer.microbatch": _at_least(1),
+  "optimizer.microbatches_per_call": _at_least(0),
   "optimizer.max_skipped": _at_least(0),
   "lora.rank": _at_least(0),
   "lora.alpha": _at_least(0),
@@ -177,17 +177,18 @@ def problems(config: ConfigDict, *, num_devices: int, num_examples: int | None =
   lines = [*_single_values(fields)]
   try:
     for check in (
+      _family,
       _sampler,
       _window,
       _rewards,
       _advantage,
       _objective,
       _lora,
-      _data,
+      lambda config: _data(config, num_examples),
       _mesh_rules,
       _logging,
     ):
-      lines += check(config, num_examples) if check is _data else check(config)
+      lines += check(config)
     wrong = {line.split(" ")[0].removeprefix("config.") for line in lines}
     lines += _sizes(config, num_devices, wrong)
   except (AttributeError, KeyError) as error:
@@ -242,8 +243,23 @@ def policy_steps(config: ConfigDict) -> int:
   return config.sampler.steps - (config.sampler.last_step != "sde")
 
 
+def _paradigm(config: ConfigDict) -> str:
+  """What the family's denoiser was trained as, "" where there is no such family."""
+  try:
+    return family_of(config.model.family).paradigm
+  except ValueError:
+    return ""
+
+
+def _family(config: ConfigDict) -> Iterator[str]:
+  try:
+    family_of(config.model.family)
+  except ValueError as error:
+    yield str(error)
+
+
 def _sampler(config: ConfigDict) -> Iterator[str]:
-  sampler, paradigm = config.sampler, FAMILIES.get(config.model.family)
+  sampler, paradigm = config.sampler, _paradigm(config)
   if sampler.kind == "flow" and paradigm == "diffusion":
     remedy = (
       f"for rectified flow only; {config.model.family} is a diffusion model: use ddim, dance or cps"
@@ -298,22 +314,17 @@ def _rewards(config: ConfigDict) -> Iterator[str]:
     )
     return
   names = [name for name, _ in terms]
-  for name in names:
-    reward, custom = name.split("/")[0], re.fullmatch(r"[\w.]+:[\w.]+", name)
-    if not custom and reward not in REWARDS:
-      close = difflib.get_close_matches(reward, REWARDS, n=1)
-      hint = f"; did you mean {close[0]!r}?" if close else ""
-      yield _line(
-        "reward.terms",
-        name,
-        f"unknown reward; one of {', '.join(REWARDS)}, or module:function{hint}",
-      )
-    elif not custom and reward not in config.reward:
-      yield _line(
-        "reward.terms",
-        name,
-        f"its section config.reward.{reward} is missing; configs/common.py has it",
-      )
+  for name in dict.fromkeys(map(kinds.reward_of, names)):
+    try:
+      section = kinds.kind_of(name).section
+    except ValueError as error:
+      yield str(error)
+      continue
+    if section and section not in config.reward:
+      remedy = f"its section config.reward.{section} is missing"
+      if name in kinds.KINDS:
+        remedy += "; configs/common.py has it"
+      yield _line("reward.terms", name, remedy)
   for name in sorted({name for name in names if names.count(name) > 1}):
     yield _line("reward.terms", name, "named twice; give it one weight")
   for threshold in config.reward.thresholds:
@@ -368,7 +379,7 @@ def _objective(config: ConfigDict) -> Iterator[str]:
   objective, kind, paradigm = (
     config.objective,
     config.sampler.kind,
-    FAMILIES.get(config.model.family),
+    _paradigm(config),
   )
   field, mode = "objective.kl.mode", objective.kl.mode
   if mode in ("no_dt", "velocity_mse") and paradigm == "diffusion":
@@ -381,10 +392,15 @@ def _objective(config: ConfigDict) -> Iterator[str]:
     yield _line(
       field, mode, f"for the dance and flow samplers only, not {kind}; use exact or mean_mse"
     )
-  if objective.guard and objective.old_log_prob == "rollout":
-    yield _line(
-      "objective.guard", True, "needs the old means, so objective.old_log_prob = 'recompute'"
-    )
+  needs_means = "needs the old means, so objective.old_log_prob = 'recompute'"
+  if objective.kind == "dppo":
+    if objective.guard:
+      remedy = "is a ratio of GRPO's; objective.kind = 'dppo' has its own trust region: use False"
+      yield _line("objective.guard", True, remedy)
+    if objective.old_log_prob == "rollout":
+      yield _line("objective.kind", "dppo", needs_means)
+  elif objective.guard and objective.old_log_prob == "rollout":
+    yield _line("objective.guard", True, needs_means)
 
 
 def _lora(config: ConfigDict) -> Iterator[str]:

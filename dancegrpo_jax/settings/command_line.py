@@ -20,10 +20,17 @@ from dancegrpo_jax.settings.stored_config import flatten
 
 
 class CommandLine(NamedTuple):
-  """What a command was asked: the config with overrides applied, and the command's own flags."""
+  """What a command was asked.
+
+  Attributes:
+    config: with overrides applied.
+    flags: the command's own.
+    given: fields of the config that were set on the command line, as "sampler.steps".
+  """
 
   config: ConfigDict
   flags: argparse.Namespace
+  given: frozenset[str] = frozenset()
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,10 +63,13 @@ def parse_argv(
     add_help=False,
     allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
+    prog=program(),
     usage="%(prog)s --config=FILE[:preset] [--config.key=value ...] [flags]",
   )
   parser.add_argument(
-    "--config", metavar="FILE[:preset]", help="python file with get_config(preset)"
+    "--config",
+    metavar="FILE[:preset]",
+    help="python file with get_config(preset), or the name of one in configs/",
   )
   parser.add_argument(
     "-h",
@@ -87,8 +97,19 @@ def parse_argv(
       )
     )
   if not flags.config:
-    raise ConfigError("--config is missing; give a file, as --config=configs/emoji_clip.py")
-  return CommandLine(load(flags.config, overrides), flags)
+    raise ConfigError("--config is missing; give a file or a name, as --config=emoji_clip")
+  given = frozenset(override.partition("=")[0] for override in overrides)
+  return CommandLine(config=load(flags.config, overrides), flags=flags, given=given)
+
+
+def program() -> str:
+  """How this process was started, for usage lines: `dancegrpo train`, or `python -m` and a
+  module.
+  """
+  spec = getattr(sys.modules["__main__"], "__spec__", None)
+  module = spec.name.removesuffix(".__main__") if spec else ""
+  by_module = module.startswith("dancegrpo_jax.")
+  return f"python -m {module}" if by_module else os.path.basename(sys.argv[0])
 
 
 def exit_on_mistake(command: Callable[[], int | None]) -> int:

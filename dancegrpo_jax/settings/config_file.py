@@ -3,6 +3,10 @@
 A config file is Python with a function `get_config(preset="")` that returns a ConfigDict with every
 value. A list `PRESETS` in the file names the presets that it knows. An override takes the type of
 the value that it replaces.
+
+A file is named by its path, or by its name alone where it is in the working folder, in `configs/`
+there or among the configs that come with the package: `--config=emoji_clip:tiny` is
+`--config=configs/emoji_clip.py:tiny`.
 """
 
 import ast
@@ -18,14 +22,20 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dancegrpo_jax import installation
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.settings.stored_config import flatten, tuples
 
+_FOLDER = Path("configs")  # where a name alone is looked up
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
 def load(path_with_preset: str, overrides: Sequence[str] = ()) -> ConfigDict:
   """The config of FILE[:preset] with overrides ("key=value") applied, locked.
+
+  Args:
+    path_with_preset: a path or a name, as the module's first lines say.
+    overrides: applied in order.
 
   Raises:
     ConfigError: no such file, no get_config, unknown preset, unknown key, or a value of the wrong
@@ -35,7 +45,8 @@ def load(path_with_preset: str, overrides: Sequence[str] = ()) -> ConfigDict:
   module = _import(path)
   if not hasattr(module, "get_config"):
     raise ConfigError(
-      f"--config={path}: the file has no get_config(preset=''); copy one of configs/"
+      f"--config={path}: the file has no get_config(preset=''); copy one of"
+      f" {installation.find(_FOLDER)}/"
     )
   presets = getattr(module, "PRESETS", None)
   if preset and presets is not None and preset not in presets:
@@ -58,40 +69,66 @@ def load(path_with_preset: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 def _split_preset(path_with_preset: str) -> tuple[str, str]:
   path, _, preset = path_with_preset.rpartition(".py:")
-  return (f"{path}.py", preset) if path else (path_with_preset, "")
+  if path:
+    return f"{path}.py", preset
+  if path_with_preset.endswith(".py"):
+    return path_with_preset, ""
+  path, _, preset = path_with_preset.partition(":")
+  return path, preset
+
+
+def _file(path: str) -> Path:
+  """The file that a path or a name means, absolute. ConfigError, with a near one: there is none."""
+  asked = Path(path if path.endswith(".py") else f"{path}.py")
+  candidates = [asked, _FOLDER / asked] if asked.parent == Path() else [asked]
+  for file in map(installation.find, candidates):
+    if file.is_file():
+      return file.resolve()
+  if not path.endswith(".py") and Path(path).is_file():
+    raise ConfigError(f"--config={path}: must be a Python file, with a name that ends with .py")
+  suffix = "" if path.endswith(".py") else ".py"  # names are told as they were asked for
+  near, listed = (
+    [name.removesuffix(suffix) for name in _names(file.parent)]
+    for file in (candidates[0], candidates[-1])
+  )
+  remedy = did_you_mean(asked.name.removesuffix(suffix), near + listed) or (
+    f"; {candidates[-1].parent}/ has {', '.join(listed)}" if listed else ""
+  )
+  raise ConfigError(f"--config={path}: no such file{remedy}")
+
+
+def _names(folder: Path) -> list[str]:
+  """The Python files of a folder: of the user's and of the one that comes with the package."""
+  places = installation.places(folder)
+  return sorted({file.name for place in places for file in place.glob("*.py")})
 
 
 def _import(path: str) -> ModuleType:
-  """Executes a config file; its folder and the one above are importable meanwhile (`from configs
-  import common`).
+  """Executes a config file. Its folder and the one above are importable meanwhile, and so are the
+  configs that come with the package where nothing else has the name: `from configs import common`
+  works in a file of the user's, wherever it lies.
   """
-  file = Path(path)
-  if not file.is_file():
-    siblings = (
-      sorted(other.name for other in file.parent.glob("*.py")) if file.parent.is_dir() else []
-    )
-    remedy = did_you_mean(file.name, siblings) or (
-      f"; {file.parent}/ has {', '.join(siblings)}" if siblings else ""
-    )
-    raise ConfigError(f"--config={path}: no such file{remedy}")
+  file = _file(path)
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
+  assert spec is not None and spec.loader is not None, file  # None of names without .py
   module = importlib.util.module_from_spec(spec)
-  folders = [str(file.resolve().parent.parent), str(file.resolve().parent)]
-  sys.path[:0] = folders
+  folders = [str(file.parent.parent), str(file.parent)]
+  last = [str(installation.ROOT)] if str(installation.ROOT) not in [*folders, *sys.path] else []
+  sys.path[:] = [*folders, *sys.path, *last]
   try:
     spec.loader.exec_module(module)
   except Exception as error:
     line = error.lineno if isinstance(error, SyntaxError) else _line_in(file, error)
     raise ConfigError(f"--config={path}: line {line}: {type(error).__name__}: {error}") from error
-  finally:
-    for folder in folders:
+  finally:  # what the file itself added stays: a reward of its own may lie there
+    for folder in folders + last:
       sys.path.remove(folder)
   return module
 
 
 def _line_in(file: Path, error: Exception) -> int:
   lines = [
-    frame.lineno
+    frame.lineno or 0
     for frame in traceback.extract_tb(error.__traceback__)
     if Path(frame.filename) == file
   ]

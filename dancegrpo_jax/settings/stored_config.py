@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -21,6 +22,27 @@ RESUMABLE = (
   "data.cache_folder",
 )
 _ABSENT = "(absent)"
+
+
+class Added(NamedTuple):
+  """A field that was added after runs were stored without it.
+
+  Attributes:
+    version: of the package that introduced it.
+    value: the one under which a run computes what it computed before.
+  """
+
+  version: str
+  value: Any
+
+
+# A field that a stored config lacks counts as this value.
+ADDED = {
+  "model.matmul_precision": Added("0.2.0", "default"),
+  "objective.kind": Added("0.2.0", "grpo"),
+  "objective.dppo.tau": Added("0.2.0", 1e-4),
+  "optimizer.microbatches_per_call": Added("0.2.0", 0),
+}
 
 
 class Difference(NamedTuple):
@@ -70,9 +92,11 @@ def differences(old: dict, new: ConfigDict) -> tuple[list[Difference], list[Diff
   """Fields in which a stored config and a new one differ: those that a resumed run may change, and
   those it may not.
 
-  A tuple equals a list of the same values, so `old` may come straight from JSON.
+  A tuple equals a list of the same values, so `old` may come straight from JSON. A field of `ADDED`
+  that `old` lacks counts as its value there.
   """
   before, after = tuples(flatten(old)), tuples(flatten(new))
+  before = {field: added.value for field, added in ADDED.items() if field in after} | before
   allowed, refused = [], []
   for field in dict.fromkeys([*before, *after]):
     difference = Difference(field, before.get(field, _ABSENT), after.get(field, _ABSENT))
@@ -80,3 +104,42 @@ def differences(old: dict, new: ConfigDict) -> tuple[list[Difference], list[Diff
       may_change = any(field == name or field.startswith(f"{name}.") for name in RESUMABLE)
       (allowed if may_change else refused).append(difference)
   return allowed, refused
+
+
+def as_stored(
+  old: dict, new: ConfigDict, given: Collection[str] = ()
+) -> tuple[ConfigDict, list[str]]:
+  """The config with which a run that was stored by an earlier version goes on.
+
+  A config file may have changed together with a field that is new to the run. The run keeps what
+  it has computed so far, unless the user has set the field.
+
+  Args:
+    old: the stored config.
+    new: the config as it was read.
+    given: fields that were set on the command line.
+
+  Returns:
+    (`new` with the values of `ADDED` where the stored config lacks the field; a line for the user
+    about each value that changed).
+  """
+  before, after = flatten(old), flatten(new)
+  changed = {
+    field: added
+    for field, added in ADDED.items()
+    if field in after and field not in before and field not in given
+    if after[field] != added.value
+  }
+  with (kept := new.copy_and_resolve_references()).unlocked():
+    for field, added in changed.items():
+      section, _, name = field.rpartition(".")
+      place = kept
+      for part in section.split("."):
+        place = place[part]
+      place[name] = added.value
+  lines = [
+    f"config.{field} = {added.value!r}: the run is older than this field (version"
+    f" {added.version}) and goes on as it began; the config says {after[field]!r}"
+    for field, added in changed.items()
+  ]
+  return kept.lock(), lines

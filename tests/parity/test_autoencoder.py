@@ -7,7 +7,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch_parity import convert, error, nchw, nhwc, randomise, run
 
-from dancegrpo_jax.checkpoints.tables.stable_diffusion import AUTOENCODER
+from dancegrpo_jax.conversion.tables.stable_diffusion import AUTOENCODER
 from dancegrpo_jax.models import autoencoder
 
 SD = {

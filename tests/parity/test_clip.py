@@ -8,7 +8,7 @@ import torch
 from torch_parity import convert, error, nhwc, randomise, run
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
 
-from dancegrpo_jax.checkpoints.tables.clip import CLIP, CLIP_TEXT
+from dancegrpo_jax.conversion.tables.clip import CLIP, CLIP_TEXT
 from dancegrpo_jax.models.clip import Clip, ClipText
 
 TEXT = {

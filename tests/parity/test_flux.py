@@ -14,7 +14,7 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 from tiny_checkpoint import relative_error
 from torch_parity import convert, error, nhwc, randomise, run
 
-from dancegrpo_jax.checkpoints.tables.flux import FLUX
+from dancegrpo_jax.conversion.tables.flux import FLUX
 from dancegrpo_jax.models import flux
 
 SCHNELL = {

@@ -13,6 +13,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from tiny_checkpoint import FLOW, PROMPTS, ROOT, TOKENS, relative_error, tiny_config, write_flux
 
 from dancegrpo_jax.assembly import loading, sampling
+from dancegrpo_jax.assembly.encoding import as_examples
 from dancegrpo_jax.data.t5_tokenizer import load_t5_tokenizer
 from dancegrpo_jax.data.tokenizer import load_tokenizer
 from dancegrpo_jax.errors import ConfigError
@@ -65,7 +66,7 @@ def sampled(folder, steps: int, guidance: float, **changes) -> tuple:
   )
   with sampling.opened(config, "base") as opened, jax.default_matmul_precision("highest"):
     model, run = opened.model, opened.programs
-    rows = run.encode(model.frozen, model.pipeline.tokenize(list(PROMPTS[:2])))
+    rows = run.encode(model.frozen, model.pipeline.prepare(as_examples(list(PROMPTS[:2]))))
     numbers, owners = np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32) % 2
     conditioning = Conditioning(rows, None)
     latents = run.sample(model.trainable, model.frozen, conditioning, numbers, owners, np.int32(5))

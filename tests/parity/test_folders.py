@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from dancegrpo_jax.checkpoints import weights
-from dancegrpo_jax.convert.shapes import abstract_params, class_name
+from dancegrpo_jax.checkpoints.networks import abstract_params, class_name
 
 TOWER = {
   "hidden_size": 16,

@@ -24,7 +24,7 @@ from torch_parity import error, nchw, nhwc, randomise, run
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from dancegrpo_jax.checkpoints import weights
-from dancegrpo_jax.convert.shapes import abstract_params, class_name
+from dancegrpo_jax.checkpoints.networks import abstract_params, class_name
 from dancegrpo_jax.models import autoencoder, unet
 from dancegrpo_jax.models.clip import ClipText
 

@@ -11,7 +11,7 @@ from torch_parity import convert, error, randomise, run
 from transformers import T5Config, T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from dancegrpo_jax.checkpoints.tables.flux import T5
+from dancegrpo_jax.conversion.tables.flux import T5
 from dancegrpo_jax.models import t5
 
 SMALL = {

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from flax.traverse_util import unflatten_dict
 
-from dancegrpo_jax.checkpoints.mapping import Spec, Table, plan
-from dancegrpo_jax.checkpoints.transfer import export_tree, import_tree
 from dancegrpo_jax.checkpoints.weights import specs
+from dancegrpo_jax.conversion.mapping import Spec, Table, plan
+from dancegrpo_jax.conversion.transfer import export_tree, import_tree
 
 
 def randomise(module: torch.nn.Module, seed: int, scale: float = 1.0) -> torch.nn.Module:

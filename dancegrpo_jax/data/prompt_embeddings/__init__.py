@@ -43,7 +43,7 @@ class Identity(NamedTuple):
   prompts: str
   encoder: str
   tokens: str
-  count: int
+  count: int  # type: ignore[assignment]  # hides tuple.count; the name is in files
   checkpoint: str
 
 

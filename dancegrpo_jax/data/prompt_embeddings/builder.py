@@ -56,6 +56,7 @@ class PromptEmbeddings(tfds.core.GeneratorBasedBuilder):
     return {"train": self._generate_examples()}
 
   def _generate_examples(self):
+    assert self.encode is not None  # of a part that isn't there
     arrays = self.encode(self.texts)
     for i, text in enumerate(self.texts):
       rows = {

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from dancegrpo_jax.checkpoints.mapping import Box, Mapping, Piece, Read, Slices
+from dancegrpo_jax.conversion.mapping import Box, Mapping, Piece, Read, Slices
 from dancegrpo_jax.errors import ConversionError
 
 

@@ -89,6 +89,7 @@ class Table(NamedTuple):
       one name, some both. Only for reading, where the second is missing; else left out.
     others: tensors of networks in the same file that aren't wanted here. Left out.
     file: stem of the weight file in this layout.
+    lora_prefix: what the network is called in LoRA files of its pipeline.
   """
 
   name: str
@@ -98,6 +99,7 @@ class Table(NamedTuple):
   copies: tuple[tuple[str, str], ...] = ()
   others: tuple[str, ...] = ()
   file: str = "model"
+  lora_prefix: str = "transformer"
 
 
 class Block(NamedTuple):
@@ -341,8 +343,14 @@ def match(
   problems += _uncovered(
     table, sources, targets, by_source, by_target, reported, unknown, set(buffers)
   )
-  tidy = [{key: tuple(blocks) for key, blocks in side.items()} for side in (by_source, by_target)]
-  return Mapping(sources, targets, *tidy, buffers), problems
+  found = Mapping(
+    sources=sources,
+    targets=targets,
+    by_source={name: tuple(blocks) for name, blocks in by_source.items()},
+    by_target={path: tuple(blocks) for path, blocks in by_target.items()},
+    buffers=buffers,
+  )
+  return found, problems
 
 
 def _uncovered(

@@ -3,8 +3,8 @@
 Names were checked against the published files' inventories (tests/fixtures/tensors).
 """
 
-from dancegrpo_jax.checkpoints.mapping import Row, Table
-from dancegrpo_jax.checkpoints.tables.rows import dense, embedding, join, layers, scale, under
+from dancegrpo_jax.conversion.mapping import Row, Table
+from dancegrpo_jax.conversion.tables.rows import dense, embedding, join, layers, scale, under
 
 # ---- FLUX
 # -----------------------------------------------------------------------------------------------------------

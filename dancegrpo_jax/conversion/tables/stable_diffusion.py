@@ -3,8 +3,8 @@
 Names were checked against the published files' inventories (tests/fixtures/tensors).
 """
 
-from dancegrpo_jax.checkpoints.mapping import Row, Table
-from dancegrpo_jax.checkpoints.tables.rows import both, conv, dense, join, norm, tree_path, under
+from dancegrpo_jax.conversion.mapping import Row, Table
+from dancegrpo_jax.conversion.tables.rows import both, conv, dense, join, norm, tree_path, under
 
 # ---- Stable Diffusion
 # -----------------------------------------------------------------------------------------------
@@ -50,6 +50,7 @@ UNET = Table(
     conv("conv_out"),
   ),
   file="diffusion_pytorch_model",
+  lora_prefix="unet",
 )
 
 # Biases everywhere; 1x1 convolutions in the oldest files of the LDM lineage, linear layers in all

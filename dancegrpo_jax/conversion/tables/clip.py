@@ -4,8 +4,8 @@ head.
 Names were checked against the published files' inventories (tests/fixtures/tensors).
 """
 
-from dancegrpo_jax.checkpoints.mapping import Buffer, Part, Row, Table
-from dancegrpo_jax.checkpoints.tables.rows import (
+from dancegrpo_jax.conversion.mapping import Buffer, Part, Row, Table
+from dancegrpo_jax.conversion.tables.rows import (
   Rows,
   conv,
   dense,

@@ -6,7 +6,7 @@ need the torch name alone.
 
 import re
 
-from dancegrpo_jax.checkpoints.mapping import Row
+from dancegrpo_jax.conversion.mapping import Row
 
 Rows = tuple[Row, ...]
 

@@ -1,0 +1,54 @@
+"""All networks of families and rewards by their class in PyTorch."""
+
+from dancegrpo_jax.conversion.mapping import Table
+from dancegrpo_jax.conversion.tables import clip
+from dancegrpo_jax.errors import ConversionError
+from dancegrpo_jax.pipelines.families import FAMILIES
+from dancegrpo_jax.pipelines.layout import Network
+from dancegrpo_jax.rewards.kinds import KINDS
+from dancegrpo_jax.types import PyTree
+
+NETWORKS: dict[str, Network] = {
+  name: network
+  for networks in (
+    *(family.networks for family in FAMILIES.values()),
+    *(kind.networks for kind in KINDS.values()),
+  )
+  for name, network in networks.items()
+}
+# Layouts without a config.json that names a class are found by their table alone.
+TABLES: dict[str, Table] = {name: network.table for name, network in NETWORKS.items()}
+TABLES |= {table.name: table for table in (clip.OPEN_CLIP, clip.AESTHETIC)}
+
+
+def table_of(table: Table | str) -> Table:
+  """A table, or that of a network's class. ConversionError: an unknown class."""
+  if isinstance(table, Table):
+    return table
+  if table not in TABLES:
+    raise ConversionError(f"no table for {table!r}; known networks: {', '.join(TABLES)}")
+  return TABLES[table]
+
+
+def class_name(config: dict) -> str:
+  """The network's class: diffusers' `_class_name` or transformers' first `architectures`; "" where
+  a config.json names none.
+  """
+  return config.get("_class_name") or (config.get("architectures") or [""])[0]
+
+
+def abstract_params(config: dict) -> PyTree:
+  """The parameters of the network that a config.json describes, as shapes and dtypes.
+
+  Raises:
+    ConversionError: the class, or a value in the file, is not implemented.
+  """
+  name = class_name(config)
+  if name not in NETWORKS:
+    raise ConversionError(f"config.json names the class {name!r}; known: {', '.join(NETWORKS)}")
+  try:
+    return NETWORKS[name].abstract(config)
+  except (ValueError, KeyError, TypeError) as error:
+    raise ConversionError(
+      f"{name}: config.json does not describe a network that is implemented: {error}"
+    ) from error

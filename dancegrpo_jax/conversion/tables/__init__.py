@@ -1,0 +1,1 @@
+"""Conversion tables: which tensors of a published file are which parameters."""

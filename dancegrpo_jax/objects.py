@@ -1,0 +1,37 @@
+"""Python objects that a config names as "module:object"."""
+
+import importlib
+from typing import Any
+
+
+def is_named(name: str) -> bool:
+  """Whether a name is of the form "module:object"."""
+  return ":" in name
+
+
+def load(field: str, name: str) -> Any:
+  """The object that `name` names, as "my_package.my_module:my_object".
+
+  Args:
+    field: of the config, for messages.
+    name: the module must be importable from the working folder or through PYTHONPATH.
+
+  Raises:
+    ValueError: one line: the module can't be imported, or has no such object.
+  """
+  module, _, path = name.partition(":")
+  try:
+    value = importlib.import_module(module)
+    for part in path.split("."):
+      value = getattr(value, part)
+  except ImportError as error:
+    raise ValueError(
+      f"config.{field}: {name!r}: {error}; the module must be importable from here (PYTHONPATH)"
+    ) from error
+  except AttributeError as error:
+    raise ValueError(f"config.{field}: {name!r}: {error}; write module:object") from error
+  except Exception as error:  # the user's own module: whatever it raises is a mistake there
+    raise ValueError(
+      f"config.{field}: {name!r}: {type(error).__name__} in {module}: {error}"
+    ) from error
+  return value

@@ -1,0 +1,30 @@
+"""Traces of some iterations for a profiler."""
+
+import contextlib
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from dancegrpo_jax.types import PyTree
+
+
+def start_profile(config: ConfigDict, workdir: Path, iteration: int) -> None:
+  """Starts a trace into <workdir>/profile before the first of logging.profile_steps."""
+  if config.logging.profile_steps and iteration == config.logging.profile_steps[0]:
+    jax.profiler.start_trace(str(workdir / "profile"))
+
+
+def stop_profile(config: ConfigDict, iteration: int, result: PyTree) -> None:
+  """Ends the trace when the last of logging.profile_steps is done."""
+  if config.logging.profile_steps and iteration == config.logging.profile_steps[1]:
+    jax.block_until_ready(result)
+    end_trace()
+
+
+def end_trace() -> None:
+  """Ends a trace if one is running: a resumed run may have missed its start, a run that stops early
+  its end.
+  """
+  with contextlib.suppress(RuntimeError):
+    jax.profiler.stop_trace()

@@ -1,0 +1,186 @@
+"""Writes docs/configuration.md from configs/common.py: each field, its default, and the comment
+above or behind it.
+
+    python docs/make_configuration.py
+
+A comment belongs to the field or section that follows it on the next line, or that stands before it
+on the same line. tests/test_docs.py checks that the page is up to date and that nothing lacks a
+comment.
+"""
+
+import ast
+import importlib.util
+import io
+import re
+import tokenize
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "configs" / "common.py"
+PAGE = ROOT / "docs" / "configuration.md"
+SOURCES = {  # abbreviations in the comments -> what they stand for
+  "P": "https://arxiv.org/abs/2505.07818",
+  "C": "https://github.com/XueZeyue/DanceGRPO",
+  "F": "https://arxiv.org/abs/2505.05470",
+}
+HEAD = """\
+# Configuration
+
+Every value of a run stands in one config. [`configs/common.py`](../configs/common.py) holds all
+fields with their defaults, which are those of the paper's algorithm on the embedded emoji model. A
+run's own file in `configs/` starts from it and changes what differs. The code itself holds no
+defaults.
+
+This page is made from the comments in that file by `python docs/make_configuration.py`.
+
+## Setting a field
+
+A field is set on the command line by its full name. The text takes the type of the present value.
+
+```bash
+python -m dancegrpo_jax.main --config=configs/emoji_clip.py --config.iterations=10
+python -m dancegrpo_jax.main --config=configs/emoji_clip.py:tiny --config.model.size="(32, 32)"
+python -m dancegrpo_jax.main --config=configs/emoji_clip.py --help
+```
+
+The name after the colon is a preset of the file, see [Recipes](recipes.md). With `--help` a command
+prints every field of the config and its value, after presets and overrides.
+
+A misspelt field, a value of the wrong type, and values that do not fit each other are answered
+before anything is loaded, all in one message. [Troubleshooting](troubleshooting.md) lists the usual
+ones.
+
+## What may change on resume
+
+The same command on the same workdir resumes a run. `iterations`, `mesh`, `rollout.chunk`,
+`optimizer.microbatch`, `logging`, `checkpoint`, `evaluation`, `data.cache_embeddings` and
+`data.cache_folder` may differ then. They say where and how fast the run computes and what it
+writes. Any other difference is refused, field by field.
+
+## Sources of the defaults
+
+A mark behind a sentence says where the default comes from:
+[P](https://arxiv.org/abs/2505.07818) is the DanceGRPO paper,
+[C](https://github.com/XueZeyue/DanceGRPO) is its PyTorch code as of October 2025, and
+[F](https://arxiv.org/abs/2505.05470) is Flow-GRPO.
+"""
+
+
+class Entry(NamedTuple):
+  """A field or a section of the config.
+
+  Attributes:
+    path: its dotted name.
+    is_section: whether it holds other entries.
+    comment: the text above it and behind it, "" where there is none.
+  """
+
+  path: str
+  is_section: bool
+  comment: str
+
+
+def entries(source: str) -> list[Entry]:
+  """The fields and sections of a config file in the order of the file, each section before its
+  fields.
+  """
+  comments = _comments(source)
+  found: list[Entry] = []
+  for node in ast.walk(ast.parse(source)):
+    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+      _collect(node.targets[0].attr, node, node.value, comments, found)
+  return found
+
+
+def _collect(path: str, start: ast.AST, value: ast.expr, comments: dict, found: list) -> None:
+  """Adds an entry and what is inside it; `start` is the node at which its first line begins."""
+  section = _dict_of(value)
+  last = section.lineno if section else value.end_lineno
+  found.append(Entry(path, section is not None, _comment(start.lineno, last, comments)))
+  for key, inner in zip(section.keys, section.values) if section else ():
+    _collect(f"{path}.{key.value}", key, inner, comments, found)
+
+
+def _dict_of(value: ast.expr) -> ast.Dict | None:
+  """The dict of `ConfigDict({...})`, or None for a plain value."""
+  is_section = isinstance(value, ast.Call) and getattr(value.func, "id", "") == "ConfigDict"
+  return value.args[0] if is_section and value.args else None
+
+
+def _comments(source: str) -> dict[int, tuple[bool, str]]:
+  """Line -> (whether the comment is alone on it, its text)."""
+  lines = source.splitlines()
+  found = {}
+  for token in tokenize.generate_tokens(io.StringIO(source).readline):
+    if token.type == tokenize.COMMENT:
+      row, column = token.start
+      found[row] = (not lines[row - 1][:column].strip(), token.string.lstrip("#").strip())
+  return found
+
+
+def _comment(first: int, last: int, comments: dict[int, tuple[bool, str]]) -> str:
+  """The comment lines directly above line `first`, and those on the lines from there to `last`."""
+  above = []
+  row = first - 1
+  while row in comments and comments[row][0]:
+    above.insert(0, comments[row][1])
+    row -= 1
+  return " ".join(above + [comments[row][1] for row in range(first, last + 1) if row in comments])
+
+
+def defaults() -> dict[str, Any]:
+  """Dotted path -> value, of the config that the file returns."""
+  spec = importlib.util.spec_from_file_location("common", SOURCE)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+
+  def flat(values: dict, prefix: str) -> dict[str, Any]:
+    result = {}
+    for key, value in values.items():
+      is_section = isinstance(value, dict)
+      result |= flat(value, f"{prefix}{key}.") if is_section else {f"{prefix}{key}": value}
+    return result
+
+  return flat(module.get_config().to_dict(), "")
+
+
+def marked_up(comment: str) -> str:
+  """A comment as markdown: source marks, papers and addresses become links outside of backticks."""
+  parts = comment.replace("|", "\\|").split("`")
+  for i in range(0, len(parts), 2):
+    text = re.sub(r"\[([PCF])\]", lambda m: f"[{m[1]}]({SOURCES[m[1]]})", parts[i])
+    text = re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+    parts[i] = re.sub(r"(?<!\()https://\S+[^\s.,]", r"<\g<0>>", text)
+  return "`".join(parts)
+
+
+def page() -> str:
+  """The whole page."""
+  listed, values = entries(SOURCE.read_text()), defaults()
+  sections = {entry.path: [] for entry in listed if entry.is_section}
+  top = [entry for entry in listed if not entry.is_section and "." not in entry.path]
+  for entry in listed:
+    if not entry.is_section and "." in entry.path:
+      sections[entry.path.rpartition(".")[0]].append(entry)
+  parts = [HEAD, "## The run\n", _table(top, values)]
+  for entry in listed:
+    if entry.is_section:
+      level = "#" * (2 + entry.path.count("."))
+      parts += [f"{level} {entry.path}\n", marked_up(entry.comment) + "\n"]
+      if sections[entry.path]:
+        parts.append(_table(sections[entry.path], values))
+  return "\n".join(parts)
+
+
+def _table(fields: list[Entry], values: dict[str, Any]) -> str:
+  rows = ["| field | default | meaning |", "| --- | --- | --- |"]
+  for entry in fields:
+    default = repr(values[entry.path]).replace("'", '"').replace("|", "\\|")
+    rows.append(f"| `{entry.path}` | `{default}` | {marked_up(entry.comment)} |")
+  return "\n".join(rows) + "\n"
+
+
+if __name__ == "__main__":
+  PAGE.write_text(page())
+  print(f"{PAGE.relative_to(ROOT)}: {len(defaults())} fields")
