@@ -104,7 +104,7 @@ def rooms() -> str:
     for column, room in enumerate(floor):
       lines = [room, *([NOTES[room]] if room in NOTES else [])]
       x, y = left + column * (each + gap), 20 + row * (height + gap)
-      parts.append(box(x, y, each, height, PROGRAM if row else COMMAND, lines))
+      parts.append(box(x, y, each, height, PROGRAM if row > 1 else COMMAND, lines))
   bottom = 20 + len(layers()) * (height + gap)
   parts.append(
     label(width / 2, bottom + 12, "A room imports only from the rows below it.", "middle")
