@@ -7,7 +7,7 @@
 
 inspect: every tensor's name, shape, dtype and parameter, and all that does not fit. FOLDER is a
 diffusers pipeline (model_index.json) or one network's folder (config.json and safetensors). export:
-a trained model as a diffusers folder, or its adapters as a LoRA file.
+a trained model in its base's layout (diffusers'), or its adapters as a LoRA file.
 import: the config's base model as an Orbax tree, for repeated starts; `config.model.checkpoint`
 takes it.
 """
@@ -107,7 +107,9 @@ def export(argv: Sequence[str]) -> None:
       help="default: averaged where the run kept them",
     )
 
-  line = command_line.parse_argv(argv, "Write a trained model as a diffusers folder.", add_flags)
+  line = command_line.parse_argv(
+    argv, "Write a trained model as a folder in its base's layout.", add_flags
+  )
   from dancegrpo_jax.convert import folders  # after the flags: a misspelt one is answered at once
 
   _converted(
@@ -150,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog=command_line.program(), description="Checkpoints out, in, and looked into."
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
-  commands.add_parser("export", help="a trained model as a diffusers folder; see export --help")
+  commands.add_parser("export", help="a trained model as a folder; see export --help")
   commands.add_parser(
     "import", help="a base model as an Orbax tree, for repeated starts; see import --help"
   )

@@ -94,6 +94,7 @@ class Family(NamedTuple):
     networks: its networks by their class in PyTorch.
     options: `(config) -> keyword arguments` of `build` beside the common settings.
     text_length: `(jsons) -> tokens` of its texts, for plans of checkpoints without tokenizers.
+    index: `layout.INDEX` where its checkpoints are diffusers pipelines; "" for a layout of its own.
   """
 
   files: dict[str, str]
@@ -103,11 +104,12 @@ class Family(NamedTuple):
   networks: dict[str, Network]
   options: Callable[[ConfigDict], dict[str, Any]] = no_options
   text_length: Callable[[dict[str, dict]], int] = lambda jsons: 77
+  index: str = ""
 
   @property
   def layout(self) -> Layout:
     """The files of its checkpoints."""
-    return layout_of(self.files, self.tokenizers)
+    return layout_of(self.files, self.tokenizers, self.index)
 
 
 def adapted(pipeline: Pipeline, settings: Lora | None) -> Pipeline:

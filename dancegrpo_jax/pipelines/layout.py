@@ -11,6 +11,7 @@ from dancegrpo_jax.conversion.mapping import Table
 from dancegrpo_jax.types import PyTree
 
 RANDOM = "random:"  # before a folder: its networks get random weights
+INDEX = "model_index.json"  # diffusers' list of a pipeline's parts
 
 
 class Component(NamedTuple):
@@ -62,19 +63,24 @@ class Layout(NamedTuple):
     files: JSON files, by the name that the builder of its networks knows them by.
     tokenizers: the kind of each tokenizer's folder: a name in `data.tokenizers.KINDS`, or a kind.
     networks: folders with weights.
+    index: the file in which diffusers reads a pipeline's parts, which export alone needs; "" where
+      the layout has none.
   """
 
   files: dict[str, str]
   tokenizers: dict[str, str | TokenizerKind]
   networks: tuple[str, ...]
+  index: str = ""
 
 
-def layout_of(files: dict[str, str], tokenizers: dict[str, str | TokenizerKind]) -> Layout:
+def layout_of(
+  files: dict[str, str], tokenizers: dict[str, str | TokenizerKind], index: str = ""
+) -> Layout:
   """The layout in which every folder with a config.json has weights."""
   networks = tuple(
     str(Path(file).parent) for file in files.values() if Path(file).name == "config.json"
   )
-  return Layout(files=files, tokenizers=tokenizers, networks=networks)
+  return Layout(files=files, tokenizers=tokenizers, networks=networks, index=index)
 
 
 def is_random(name: str) -> bool:
