@@ -60,6 +60,8 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
       f"{base}: has no {index}, so the pipeline's class is unknown; export it with --part=denoiser"
     )
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
+  if part == "pipeline":
+    _check_folders(pipeline)
   component = pipeline.components["denoiser"]
   shardings = loading.shardings_of(config, pipeline, mesh)
   trainable = pipeline.trainable
@@ -126,6 +128,7 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
   check_free(out)
   checks.validate(config, num_devices=jax.device_count())
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
+  _check_folders(pipeline)
   shardings, location = loading.shardings_of(config, pipeline, mesh), loading.model_location(config)
   with jax.set_mesh(mesh), written(out) as folder:
     trees = {
@@ -144,6 +147,18 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
     if index and (base / index).is_file():
       _copy(base / index, folder / index)
   print(f"{config.model.checkpoint}: {out}; use it with --config.model.checkpoint={out}")
+
+
+def _check_folders(pipeline: Pipeline) -> None:
+  """ConfigError where two networks lie in one folder: one would be written over the other."""
+  owners: dict[str, str] = {}
+  for name, component in pipeline.components.items():
+    other = owners.setdefault(str(Path(component.folder)), name)
+    if other != name:
+      raise ConfigError(
+        f"the networks {other} and {name} share the folder {component.folder!r} of the checkpoint,"
+        " which can be read and not written; --part=denoiser and --part=lora are possible"
+      )
 
 
 def check_free(out: Path) -> None:
