@@ -15,11 +15,6 @@ from dancegrpo_jax.pipelines.layout import RANDOM, Layout, is_random, local_path
 
 # folder of a checkpoint that `convert import` wrote: all networks' parameters as one Orbax tree
 ORBAX = "orbax"
-_STEMS = (
-  "diffusion_pytorch_model",
-  "model",
-  "open_clip_model",
-)  # of weight files: diffusers, transformers, open_clip
 _WEIGHTS = (
   ".safetensors",
   ".bin",
@@ -129,7 +124,7 @@ def patterns(layout: Layout, variant: str = "") -> list[str]:
   weights = [
     str(Path(place) / f"{stem}{kind}")
     for place in layout.networks
-    for stem in _STEMS
+    for stem in layout.stems
     for kind in kinds
   ]
   tokenizers = tokenizer_files(layout) + tokenizer_files(layout, optional=True)

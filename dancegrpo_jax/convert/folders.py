@@ -228,7 +228,8 @@ def _copy_network(
   """
   location = loading.model_location(config)
   stored = not is_random(location) and any((base / component.folder).glob("*.safetensors"))
-  files = find_files(base / component.folder, config.model.variant) if stored else []
+  place, variant, stem = base / component.folder, config.model.variant, component.table.file
+  files = find_files(place, variant, stem) if stored else []
   if len(files) == 1:
     _copy(files[0], target / f"{component.table.file}.safetensors")
   else:  # shards, pickles, an Orbax tree, random ones

@@ -8,7 +8,14 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax.diffusion.schedules import Schedule
 from dancegrpo_jax.models.lora import COLLECTION, Lora, abstract
-from dancegrpo_jax.pipelines.layout import Component, Layout, Network, TokenizerKind, layout_of
+from dancegrpo_jax.pipelines.layout import (
+  STEMS,
+  Component,
+  Layout,
+  Network,
+  TokenizerKind,
+  layout_of,
+)
 from dancegrpo_jax.types import Example, Media, PyTree
 
 
@@ -109,7 +116,9 @@ class Family(NamedTuple):
   @property
   def layout(self) -> Layout:
     """The files of its checkpoints."""
-    return layout_of(self.files, self.tokenizers, self.index)
+    stems = dict.fromkeys(network.table.file for network in self.networks.values())
+    layout = layout_of(self.files, self.tokenizers)
+    return layout._replace(index=self.index, stems=tuple(stems) or STEMS)
 
 
 def adapted(pipeline: Pipeline, settings: Lora | None) -> Pipeline:

@@ -12,6 +12,8 @@ from dancegrpo_jax.types import PyTree
 
 RANDOM = "random:"  # before a folder: its networks get random weights
 INDEX = "model_index.json"  # diffusers' list of a pipeline's parts
+# Of weight files: diffusers, transformers, open_clip
+STEMS = ("diffusion_pytorch_model", "model", "open_clip_model")
 
 
 class Component(NamedTuple):
@@ -65,22 +67,22 @@ class Layout(NamedTuple):
     networks: folders with weights.
     index: the file in which diffusers reads a pipeline's parts, which export alone needs; "" where
       the layout has none.
+    stems: of the names of weight files that may be fetched.
   """
 
   files: dict[str, str]
   tokenizers: dict[str, str | TokenizerKind]
   networks: tuple[str, ...]
   index: str = ""
+  stems: tuple[str, ...] = STEMS
 
 
-def layout_of(
-  files: dict[str, str], tokenizers: dict[str, str | TokenizerKind], index: str = ""
-) -> Layout:
+def layout_of(files: dict[str, str], tokenizers: dict[str, str | TokenizerKind]) -> Layout:
   """The layout in which every folder with a config.json has weights."""
   networks = tuple(
     str(Path(file).parent) for file in files.values() if Path(file).name == "config.json"
   )
-  return Layout(files=files, tokenizers=tokenizers, networks=networks, index=index)
+  return Layout(files=files, tokenizers=tokenizers, networks=networks)
 
 
 def is_random(name: str) -> bool:
