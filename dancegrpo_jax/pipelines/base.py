@@ -24,7 +24,8 @@ class Pipeline(NamedTuple):
 
   Attributes:
     prepare: host function, `(examples) -> inputs`: what `encode` reads of prompts, and of pictures
-      where there are any; a pytree of NumPy arrays with one row an example.
+      where there are any; a pytree of NumPy arrays with one row an example. It gets blank examples
+      too (prompt ""), from whose shapes programs are compiled.
     encode: `(params, inputs) -> rows`, a pytree with one row an example, as `denoise` takes it.
     denoise: `(params, x [b, ...], model_time [b], rows) -> output [b, ...]`.
     decode: `(params, latents [b, ...]) -> Media` of b samples.
@@ -32,7 +33,7 @@ class Pipeline(NamedTuple):
     prediction: "epsilon", "v" or "velocity".
     latent_shape: of one sample.
     sample_shape: of one decoded sample: (height, width, 3), or (frames, height, width, 3).
-    components: what `params` consists of.
+    components: what `params` consists of; the network that is trained is called "denoiser".
     trainable: what is trained: a component, or "lora".
     encoders: the components that `encode` alone reads.
     adapters: where "lora" is trained, the abstract tree that `params` then may hold beside the
