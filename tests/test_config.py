@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import installation
+from dancegrpo_jax import installation, objects
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.rl import algorithms
 from dancegrpo_jax.settings import checks, command_line, config_file, stored_config
@@ -118,9 +118,8 @@ def test_any_file_may_import_the_configs_of_the_package(tmp_path, monkeypatch):
     "def get_config(preset=''):\n"
     "  return emoji_clip.get_config('tiny')\n"
   )
-  before = list(sys.path)
   assert config_file.load("my_run").name == "emoji_clip_tiny"
-  assert sys.path == before
+  assert root not in sys.path
 
 
 @pytest.mark.parametrize(
@@ -148,6 +147,22 @@ def test_a_broken_file_of_a_relative_path_names_its_line(tmp_path, monkeypatch):
   (tmp_path / "broken.py").write_text("x = 1\ny = x.nothing\n")
   with pytest.raises(ConfigError, match="--config=broken.py: line 2: AttributeError"):
     config_file.load("broken.py")
+
+
+def test_what_a_config_names_may_lie_beside_it(tmp_path, monkeypatch):
+  """`module:object` is found in the file's folder and the one above, from any working folder; what
+  was importable before comes first."""
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "a.py").write_text(Path(COMMON).read_text())
+  (tmp_path / "mine" / "scores_of_mine.py").write_text("score = 1\n")
+  monkeypatch.setattr("sys.path", ["elsewhere", str(tmp_path)])
+  for _ in range(2):
+    config_file.load(str(tmp_path / "mine" / "a.py"))
+    assert sys.path == ["elsewhere", str(tmp_path), str(tmp_path / "mine")]
+  for name in ("scores_of_mine:score", "mine.scores_of_mine:score"):
+    assert objects.load("reward.terms", name) == 1
+  config_file.load(COMMON)
+  assert sys.path[:2] == ["elsewhere", str(tmp_path)] and str(tmp_path / "mine") not in sys.path
 
 
 def test_a_loaded_config_is_locked():
