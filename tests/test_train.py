@@ -31,6 +31,8 @@ from dancegrpo_jax.report import metrics
 from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.settings import stored_config
+from dancegrpo_jax.training import outcome, tracing
+from dancegrpo_jax.training import session as session_room
 
 ITERATIONS, PROMPTS, GROUP, CHUNK = 4, 4, 8, 8
 SAMPLES, RATE, CLIP_RANGE = PROMPTS * GROUP, 2e-4, 1e-3
@@ -432,7 +434,7 @@ def test_iterations_may_grow(straight, flags, capsys):
   """As in `halves`, from 2 to 4; here only what is said about it."""
   config = json.loads((straight.workdir / "config.json").read_text())
   changed = stored_config.from_json(json.dumps(config | {"iterations": 9}))
-  assert train.iterations_done(changed, straight.workdir) == ITERATIONS
+  assert session_room.iterations_done(changed, straight.workdir) == ITERATIONS
   assert f"config.iterations: {ITERATIONS} -> 9" in capsys.readouterr().out
 
 
@@ -626,7 +628,7 @@ def test_resuming_inside_the_profiler_s_window():
   """The first iteration of the window is past, so no trace was started: nothing to stop, and no
   reason to crash.
   """
-  train.stop_profile(tiny_config(logging__profile_steps=(1, 2)), 2, None)
+  tracing.stop_profile(tiny_config(logging__profile_steps=(1, 2)), 2, None)
 
 
 SIGNAL = f"""
@@ -710,14 +712,14 @@ def test_too_many_skipped_steps_stop_a_run(tmp_path):
   with metrics.Writer(tmp_path, config) as writer, ThreadPoolExecutor(1) as pool:
     clock = Clock(pool)
     clock.phase("update", jnp.zeros(()))
-    train.flush(config, tmp_path, train.Pending(0, values, clock), writer, progress)
+    outcome.flush(config, tmp_path, outcome.Pending(0, values, clock), writer, progress)
     with pytest.raises(
-      train.RunError, match=r"optimizer.max_skipped = 3.*no checkpoint.*optimizer.learning_rate"
+      outcome.RunError, match=r"optimizer.max_skipped = 3.*no checkpoint.*optimizer.learning_rate"
     ):
-      train.flush(
+      outcome.flush(
         config,
         tmp_path,
-        train.Pending(1, values | {"optimizer/skipped_total": 4.0}, clock),
+        outcome.Pending(1, values | {"optimizer/skipped_total": 4.0}, clock),
         writer,
         progress,
       )

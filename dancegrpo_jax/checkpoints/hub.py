@@ -15,12 +15,6 @@ from dancegrpo_jax.pipelines.layout import RANDOM, Layout, is_random, local_path
 
 # folder of a checkpoint that `convert import` wrote: all networks' parameters as one Orbax tree
 ORBAX = "orbax"
-_OPTIONAL = ("model_index.json",)  # only export needs it
-_STEMS = (
-  "diffusion_pytorch_model",
-  "model",
-  "open_clip_model",
-)  # of weight files: diffusers, transformers, open_clip
 _WEIGHTS = (
   ".safetensors",
   ".bin",
@@ -130,11 +124,12 @@ def patterns(layout: Layout, variant: str = "") -> list[str]:
   weights = [
     str(Path(place) / f"{stem}{kind}")
     for place in layout.networks
-    for stem in _STEMS
+    for stem in layout.stems
     for kind in kinds
   ]
   tokenizers = tokenizer_files(layout) + tokenizer_files(layout, optional=True)
-  return list(dict.fromkeys([*_OPTIONAL, *layout.files.values(), *tokenizers, *weights]))
+  index = [layout.index] if layout.index else []
+  return list(dict.fromkeys([*index, *layout.files.values(), *tokenizers, *weights]))
 
 
 def _cached(name: str, layout: Layout) -> Path | None:

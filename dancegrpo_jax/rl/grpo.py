@@ -190,6 +190,13 @@ def keys_of(seed: int, iteration: Array, prompt_ids: Array, sample: Array) -> Ke
   return steps, rng.derive(rng.stream(seed, "shuffle"), iteration)
 
 
+def remembers(settings: Objective) -> bool:
+  """Whether the old policy needs a pass of its own: the first optimizer step's old policy is the
+  policy itself, later ones' is not.
+  """
+  return settings.old_log_prob == "recompute" and settings.updates > 1
+
+
 def algorithm(
   policy_output: PolicyOutput,
   schedule: Schedule,
@@ -261,7 +268,7 @@ def algorithm(
     take=gather,
     weigh=weigh,
     blank=blank,
-    remember=(lambda p, t: kept(forward(p, t))) if recomputes and settings.updates > 1 else None,
+    remember=(lambda p, t: kept(forward(p, t))) if remembers(settings) else None,
     loss=loss,
     metrics=summary,
   )
