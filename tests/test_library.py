@@ -1,4 +1,6 @@
-"""The package as a library: what it offers, that asking for it is cheap, and the defaults."""
+"""The package as a library: what it offers, that asking for it is cheap, the defaults, and the
+snippets of docs/library.md.
+"""
 
 import ast
 import inspect
@@ -246,3 +248,44 @@ def test_a_microbatch_that_does_not_fit():
     ValueError, match=r"1 x 4, must divide the 6 transitions \(6 samples x 1 steps"
   ):
     update(4)
+
+
+# docs/library.md
+
+
+@pytest.fixture(scope="module")
+def page() -> dict:
+  """What the snippets of the page define, one after the other, as they stand there."""
+  names: dict = {}
+  text = (ROOT / "docs" / "library.md").read_text()
+  for number, block in enumerate(re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)):
+    exec(compile(block, f"docs/library.md, block {number}", "exec"), names)
+  return names
+
+
+def test_the_pages_training_learns(page):
+  first, last = np.array(page["means"][:5]), np.array(page["means"][-5:])
+  error = np.sqrt((first.var(ddof=1) + last.var(ddof=1)) / 5)
+  assert last.mean() - first.mean() > 3 * error
+
+
+def test_the_pages_guidance(page):
+  """Three times the prompt's row: the negative branch of the page has nothing but zeros."""
+  params = {"kernel": jax.random.normal(jax.random.key(0), (4, 2))}
+  x, time, prompt = jnp.ones((4, 2)), jnp.zeros(4), jnp.arange(4)
+  expected = x - 3.0 * params["kernel"]
+  np.testing.assert_allclose(page["guided_output"](params, x, time, prompt), expected, rtol=1e-6)
+
+
+def test_the_pages_own_surrogate(page):
+  """Before the first optimizer step its gradient is that of the clipped one."""
+  optimizer = optax.sgd(1.0)
+  found = []
+  for surrogate in (page["surrogate"], dg.grpo.clipped()):
+    learned = algorithm(surrogate, microbatch=6)
+    state = dg.state.create({"factor": -jnp.ones(())}, optimizer)
+    batch = dg.grpo.batch_of_groups(draw(), RESULT)
+    keys = dg.grpo.keys_of(0, 0, jnp.arange(6) // 3, jnp.arange(6) % 3)
+    after, _ = dg.optimize.update(learned, optimizer, state, batch, keys)
+    found.append(float(after.trainable["factor"]))
+  assert found[0] == found[1] != -1.0
