@@ -99,7 +99,7 @@ def log_prob(
 
 
 def rollout(
-  denoise: Callable[[Array, Array], Array],
+  network_output: Callable[[Array, Array], Array],
   schedule: Schedule,
   policy: Policy,
   start: Int[Array, ""] | int,
@@ -109,7 +109,8 @@ def rollout(
   """Samples a batch.
 
   Args:
-    denoise: `(x [batch, ...], model_time [batch]) -> output`, conditioning and guidance included.
+    network_output: `(x [batch, ...], model_time [batch]) -> output`, conditioning and guidance
+      included.
     schedule: N steps.
     policy: the sampler.
     start: first step of the window, traced or not; 0 <= start <= policy_steps - window.
@@ -152,7 +153,7 @@ def rollout(
 
   def step(carry, i):
     x, history = carry
-    output = denoise(x, jnp.broadcast_to(schedule.model_time[i], (batch,)))
+    output = network_output(x, jnp.broadcast_to(schedule.model_time[i], (batch,)))
     if policy.window:
       inside = (i >= start) & (i < start + policy.window)
       x_next, score, history = jax.lax.cond(
