@@ -88,15 +88,24 @@ class Transitions(NamedTuple):
 
 
 class Scored(NamedTuple):
-  """The policy at a microbatch: log-prob of the actions, mean, std and network output.
+  """The policy at a microbatch: log-prob of the actions, mean, std and network output."""
 
-  Of the old policy, which is stored, only the log-prob is there, and the mean where it is needed.
+  log_prob: Float[Array, "m"]
+  mean: Float[Array, "m *shape"]
+  std: Float[Array, "m"]
+  output: Float[Array, "m *shape"]
+
+
+class Remembered(NamedTuple):
+  """The old policy at a microbatch, as far as it has to be stored.
+
+  Attributes:
+    log_prob: of the actions.
+    mean: None where the surrogate does not read it.
   """
 
   log_prob: Float[Array, "m"]
   mean: Float[Array, "m *shape"] | None
-  std: Float[Array, "m"] | None
-  output: Float[Array, "m *shape"] | None
 
 
 class Surrogate(NamedTuple):
@@ -109,7 +118,7 @@ class Surrogate(NamedTuple):
     needs_means: whether it reads the old policy's means, which then have to be stored.
   """
 
-  loss: Callable[[Transitions, Scored, Scored, Schedule], tuple[Array, dict[str, Array]]]
+  loss: Callable[[Transitions, Scored, Remembered, Schedule], tuple[Array, dict[str, Array]]]
   reports: tuple[str, ...] = ()
   needs_means: bool = False
 
@@ -129,10 +138,11 @@ def clipped(clip_range: float = 1e-4, guard: bool = False) -> Surrogate:
       `old_log_prob` to be "recompute".
   """
 
-  def loss(t: Transitions, new: Scored, old: Scored, schedule: Schedule) -> tuple[Array, dict]:
+  def loss(t: Transitions, new: Scored, old: Remembered, schedule: Schedule) -> tuple[Array, dict]:
     log_ratio = objective.log_ratio(new.log_prob, old.log_prob)
     weight: Array | float = 1.0
     if guard:
+      assert old.mean is not None  # because of needs_means
       log_ratio = jax.vmap(objective.guard_log_ratio)(new.mean, old.mean, new.std, t.x_next)
       weight = objective.guard_weight(schedule.sigma[t.step], schedule.sigma[t.step + 1])
     ratio = jnp.exp(log_ratio)
@@ -265,16 +275,17 @@ def algorithm(
   def forward(trainable: PyTree, t: Transitions) -> Scored:
     return score(policy_output, schedule, policy, trainable, t)
 
-  def kept(scored: Scored) -> Scored:
-    """What has to be stored of the old policy."""
-    mean = scored.mean if surrogate.needs_means else None
-    return Scored(log_prob=scored.log_prob, mean=mean, std=None, output=None)
+  def remembered_of(log_prob: Array, mean: Array) -> Remembered:
+    return Remembered(log_prob=log_prob, mean=mean if surrogate.needs_means else None)
 
-  def blank(t: Transitions) -> tuple[Scored, dict[str, Array]]:
+  def remember(trainable: PyTree, t: Transitions) -> Remembered:
+    old = forward(trainable, t)
+    return remembered_of(old.log_prob, old.mean)
+
+  def blank(t: Transitions) -> tuple[Remembered, dict[str, Array]]:
     numbers = jnp.zeros_like(t.weight)
     names = ("weight", "ratio", "approx_kl", "kl", "rollout_drift", *surrogate.reports)
-    scored = Scored(log_prob=numbers, mean=jnp.zeros_like(t.x), std=None, output=None)
-    return kept(scored), dict.fromkeys(names, numbers)
+    return remembered_of(numbers, jnp.zeros_like(t.x)), dict.fromkeys(names, numbers)
 
   def deal(batch: Batch, keys: Keys) -> tuple[Array, Array]:
     count, samples = batch.prompt.shape
@@ -287,9 +298,11 @@ def algorithm(
   def weigh(batch: Batch, items: tuple[Array, Array]) -> Float[Array, "m"]:
     return jax.vmap(lambda weight, sample: weight[sample])(batch.weight, items[0]).reshape(-1)
 
-  def loss(trainable: PyTree, t: Transitions, remembered: Scored | None, is_first: Array) -> tuple:
+  def loss(
+    trainable: PyTree, t: Transitions, remembered: Remembered | None, is_first: Array
+  ) -> tuple:
     new = forward(trainable, t)
-    now = kept(jax.lax.stop_gradient(new))
+    now = jax.lax.stop_gradient(remembered_of(new.log_prob, new.mean))
     if not recomputes:
       old = now._replace(log_prob=t.rollout_log_prob)
     elif remembered is None:  # there is one optimizer step: the policy is the old one
@@ -310,7 +323,7 @@ def algorithm(
     take=gather,
     weigh=weigh,
     blank=blank,
-    remember=(lambda p, t: kept(forward(p, t))) if remembers(settings) else None,
+    remember=remember if remembers(settings) else None,
     loss=loss,
     metrics=summary,
   )
@@ -419,7 +432,7 @@ def _distances(
 def summary(statistics: dict[str, Float[Array, "u n m"]]) -> dict[str, Array]:
   """Scalars out of the statistics; samples of weight 0 stay out.
 
-  A statistic of a surrogate's own, as "clip_fraction", becomes its mean over the transitions.
+  What a surrogate reports, for example "clip_fraction", becomes its mean over the transitions.
   """
   weight = statistics["weight"]
   used, total = weight > 0, jnp.maximum(weight.sum(), 1.0)

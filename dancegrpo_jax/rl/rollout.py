@@ -139,7 +139,7 @@ def log_prob(
 
 
 def rollout(
-  denoise: Callable[[Array, Array], Array],
+  network_output: Callable[[Array, Array], Array],
   schedule: Schedule,
   policy: Policy,
   start: Int[Array, ""] | int,
@@ -149,7 +149,8 @@ def rollout(
   """Samples a batch: N calls of the denoiser.
 
   Args:
-    denoise: `(x [batch, ...], model_time [batch]) -> output`, conditioning and guidance included.
+    network_output: `(x [batch, ...], model_time [batch]) -> output`, conditioning and guidance
+      included.
     schedule: N steps.
     policy: the sampler.
     start: first step of the window, traced or not; 0 <= start <= policy_steps - window. 0 where
@@ -198,7 +199,7 @@ def rollout(
 
   def step(carry, i):
     x, history = carry
-    output = denoise(x, jnp.broadcast_to(schedule.model_time[i], (batch,)))
+    output = network_output(x, jnp.broadcast_to(schedule.model_time[i], (batch,)))
     if policy.width:
       inside = (i >= start) & (i < start + policy.width)
       x_next, score, history = jax.lax.cond(
