@@ -86,8 +86,8 @@ def components(folder: Path, known: Known) -> tuple[list[Path], list[str]]:
     for name, value in index.items()
     if isinstance(value, list) and len(value) == 2 and value[1]
   }
-  found = [folder / name for name, kind in parts.items() if kind in known.networks]
-  return found, [
+  folders = [folder / name for name, kind in parts.items() if kind in known.networks]
+  return folders, [
     f"{name} ({kind}): not a network that is converted"
     for name, kind in parts.items()
     if kind not in known.networks

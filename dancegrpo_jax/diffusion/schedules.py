@@ -168,6 +168,7 @@ def _training_times(
     raise ValueError(
       f"steps is {steps}, must lie between 1 and num_train_timesteps = {num_train_timesteps}"
     )
+  times: np.ndarray
   if spacing == "leading":
     times = np.arange(steps)[::-1] * (num_train_timesteps // steps) + steps_offset
   elif spacing == "trailing":
