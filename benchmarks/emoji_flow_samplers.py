@@ -1,11 +1,14 @@
-"""Which steps of a trajectory to train: seven ways on emoji-flux, at an equal number of the
-denoiser's forward passes.
+"""Compares seven ways of choosing the steps of a trajectory to train, on emoji-flux.
 
-    python benchmarks/emoji_flow_samplers.py run [--folder=runs/samplers] [ARM ...]   # about 3 minutes a run, 21 runs
-    python benchmarks/emoji_flow_samplers.py plot                                     # the figure and the table
+All of them get the same number of forward passes of the denoiser.
 
-A run that is finished is a line of emoji_flow_samplers.jsonl, beside this file, and is not
-repeated; one that was interrupted goes on from its checkpoint.
+    # 21 runs of about 3 minutes each:
+    python benchmarks/emoji_flow_samplers.py run [--folder=runs/samplers] [ARM ...]
+    # The figure and the table:
+    python benchmarks/emoji_flow_samplers.py plot
+
+Each finished run is a line of emoji_flow_samplers.jsonl, beside this file, and is not repeated. An
+interrupted run resumes from its checkpoint.
 """
 
 import argparse
@@ -21,10 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 from dancegrpo_jax.diffusion import windows  # noqa: E402
 from dancegrpo_jax.rl import timesteps  # noqa: E402
-from dancegrpo_jax.settings import (
-  checks,  # noqa: E402
-  config_file,  # noqa: E402
-)
+from dancegrpo_jax.settings import checks, config_file  # noqa: E402
 
 CONFIG = str(ROOT / "configs" / "emoji_flow_clip.py")
 RESULTS = Path(__file__).with_suffix(".jsonl")

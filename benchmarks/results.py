@@ -67,9 +67,8 @@ def write_section(name: str, body: str, file: Path = FILE) -> None:
   try:
     with os.fdopen(handle, "wb") as opened:
       opened.write(new)
-    os.chmod(
-      partial, file.stat().st_mode & 0o777 if file.exists() else 0o644
-    )  # mkstemp's is for its owner alone
+    # mkstemp makes files that their owner alone can read.
+    os.chmod(partial, file.stat().st_mode & 0o777 if file.exists() else 0o644)
     os.replace(partial, file)
   except BaseException:
     Path(partial).unlink(missing_ok=True)

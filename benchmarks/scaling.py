@@ -1,8 +1,11 @@
-"""How a FLUX update's cost grows from 8 to 256 v5p chips at fixed work a chip, from programs
-compiled without a TPU.
+"""How the cost of a FLUX update grows from 8 to 256 v5p chips when each chip's work is fixed.
 
-    python benchmarks/scaling.py run     # plans, into scaling.jsonl beside this file; a finished one is not repeated
+The numbers come from programs that are compiled without a TPU.
+
+    python benchmarks/scaling.py run     # writes plans to scaling.jsonl, beside this file
     python benchmarks/scaling.py plot    # the figure and the table
+
+A finished plan is not repeated.
 
 Each chip has 3 samples an iteration and 27 of their transitions, in 3 optimizer steps of 9
 microbatches with 1 transition a chip: flux_hps's recipe, which 64 chips give its 192 samples.

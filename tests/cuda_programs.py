@@ -166,9 +166,8 @@ def lower_group(group: list[ConfigDict], devices: int) -> Notes:
   mesh = sharding.make_mesh(group[0].mesh, jax.devices()[:devices])
   with h100() as notes:
     with (plain := group[0].copy_and_resolve_references()).unlocked():
-      plain.reward.terms = (
-        ("compressibility", 1.0),
-      )  # the networks of rewards are lowered below, each once
+      # The networks of the rewards are lowered below, each once.
+      plain.reward.terms = (("compressibility", 1.0),)
     taken = inventory.take(
       inventory.without_weights(plain.lock()), mesh, examples=400, held_out=100
     )

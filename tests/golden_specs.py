@@ -30,9 +30,8 @@ RUNS = {
   "flux_hps_lora": ("v5e", 16),
   "sd_hps": ("v5e", 8),
 }  # config: preset, devices
-REWARDS = dict.fromkeys(
-  ("sd_clip", "sd_pick", "sd_aesthetic"), ("v5e", 8)
-)  # the same, of which the rewards alone are new
+# Variants of the configurations above of which only the rewards are new.
+REWARDS = dict.fromkeys(("sd_clip", "sd_pick", "sd_aesthetic"), ("v5e", 8))
 
 
 def specs(name: str) -> list[str]:
@@ -42,9 +41,8 @@ def specs(name: str) -> list[str]:
   path, (preset, devices) = ROOT / "configs" / f"{name}.py", {**RUNS, **REWARDS}[name]
   config = inventory.without_weights(config_file.load(f"{path}:{preset}" if preset else str(path)))
   sizes = sharding.axis_sizes(config.mesh, devices)
-  mesh = jax.sharding.Mesh(
-    np.resize(np.array(jax.devices()), sizes), sharding.AXES
-  )  # nothing is put on them, so any may stand in
+  # Nothing is put on these devices, so any may stand in.
+  mesh = jax.sharding.Mesh(np.resize(np.array(jax.devices()), sizes), sharding.AXES)
   model = inventory.outline(config, mesh)
   trees = {"rewards": model.reward_params}
   if name in RUNS:

@@ -57,16 +57,14 @@ def test_equal_rewards_give_exactly_0(value):
   scores = {"clip": jnp.full((2, 12), value, jnp.float32)}
   for mode in advantages.MODES:
     got = combine(scores, (("clip", 0.7),), mode)
-    assert not np.any(got.advantage) and np.all(
-      got.weight == 1
-    )  # weight 1: a KL penalty still acts
+    # The weight is 1: a KL penalty still acts.
+    assert not np.any(got.advantage) and np.all(got.weight == 1)
     assert float(got.flat_groups) == 1.0
 
 
 def test_a_large_common_part_costs_no_precision():
-  values = (
-    4096.0 + np.array([1, 4, 2, 9, 3, 7]) / 1024
-  )  # exact in float32, whose mean of them isn't
+  # These values are exact in float32, but their mean in float32 is not.
+  values = 4096.0 + np.array([1, 4, 2, 9, 3, 7]) / 1024
   small = values - 4096.0
   want = (small - small.mean()) / small.std(ddof=1)
   np.testing.assert_allclose(normalise(rewards(values)), [want], rtol=1e-5)
@@ -134,9 +132,8 @@ def test_gdpo_normalises_over_the_batch():
   np.testing.assert_allclose(jnp.sum(got.advantage, axis=1), 0.0, atol=1e-5)
   summed = combine({"a": values[0], "b": values[1]}, (("a", 1.0), ("b", 0.5)))
   ratio = np.asarray(got.advantage / summed.advantage)
-  np.testing.assert_allclose(
-    ratio, ratio[0, 0], rtol=1e-4
-  )  # one factor for the whole batch, groups being centred already
+  # One factor for the whole batch, since groups are centred already.
+  np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-4)
 
 
 def test_thresholds_keep_failures():

@@ -383,9 +383,8 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
   expected, _, initial = trained("sd", sizes)
   settings = {"iterations": 1000, "logging__tensorboard": True}
   processes = command(models, workdir, 2, sizes, {1: {"FAIL": str(broken)}}, **settings)
-  watchdog = threading.Timer(
-    900, lambda: [process.kill() for process in processes]
-  )  # a hang is a failure, not a hang
+  # The timer turns a hang into a failure.
+  watchdog = threading.Timer(900, lambda: [process.kill() for process in processes])
   watchdog.start()
   said = []
   for line in processes[0].stdout:
@@ -474,8 +473,9 @@ LOAD = """
       requested[0] = 0
       tree = loading.read(config, pipeline, [name], mesh)
       leaves = jax.tree.leaves(tree)
-      whole = [sum(x.nbytes for x in leaves if x.is_fully_replicated == kind) for kind in (True, False)]
-      print(json.dumps([name, requested[0], *whole]), flush=True)
+      whole = sum(x.nbytes for x in leaves if x.is_fully_replicated)
+      split = sum(x.nbytes for x in leaves if not x.is_fully_replicated)
+      print(json.dumps([name, requested[0], whole, split]), flush=True)
 """
 
 

@@ -100,10 +100,8 @@ def test_transformers_scores_the_same(opened):
   ).eval()
   tokenizer = transformers.CLIPTokenizer.from_pretrained(str(ASSETS / "emoji-clip"))
   pixels = np.random.default_rng(1).uniform(size=(2, 32, 32, 3)).astype(np.float32)
-  mean, std = (
-    np.array([0.48145466, 0.4578275, 0.40821073]),
-    np.array([0.26862954, 0.26130258, 0.27577711]),
-  )
+  mean = np.array([0.48145466, 0.4578275, 0.40821073])
+  std = np.array([0.26862954, 0.26130258, 0.27577711])
   with torch.no_grad():
     images = torch.from_numpy(
       ((pixels - mean) / std).transpose(0, 3, 1, 2).astype(np.float32).copy()

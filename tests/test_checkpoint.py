@@ -42,10 +42,8 @@ class State(NamedTuple):
 
 def make_state(seed=0, ema=False) -> State:
   keys = jax.random.split(jax.random.key(seed), 2)
-  kernel, bias = (
-    jax.random.normal(keys[0], (64, 32)),
-    jax.random.normal(keys[1], (32,)).astype(jnp.bfloat16),
-  )
+  kernel = jax.random.normal(keys[0], (64, 32))
+  bias = jax.random.normal(keys[1], (32,)).astype(jnp.bfloat16)
   params = {"dense": {"kernel": kernel, "bias": bias}}
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.0, 1e-3, 10))
@@ -220,7 +218,8 @@ SAVE_UNTIL_KILLED = """
   from dancegrpo_jax.checkpoints import store
   saver = store.Saver(sys.argv[1], keep=3)
   for iteration in range(1, 1000):
-    saver.save(iteration, {"w": jnp.full((2_000_000,), iteration, jnp.float32)}, {"iteration": iteration})
+    state = {"w": jnp.full((2_000_000,), iteration, jnp.float32)}
+    saver.save(iteration, state, {"iteration": iteration})
 """
 
 

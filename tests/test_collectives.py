@@ -97,16 +97,13 @@ def check(
   """
   collected = collecting(summary)
   assert collected and summary.unknown == 0
-  largest = max(
-    collected, key=lambda c: hlo.largest(c.shape)
-  )  # of several arrays sent at once, the largest
+  # Of several arrays that are sent at once, the largest.
+  largest = max(collected, key=lambda c: hlo.largest(c.shape))
   assert hlo.largest(largest.shape) <= 4 * largest_block(taken.model), largest
   # Whatever is as large as a sample's latents is a parameter or its gradient by its shape: no
   # trajectory, however it is packed.
-  sample, known = (
-    prod(taken.kept["trajectories"][0].sample.shape[1:]),
-    parameter_shapes(taken.model.trainable),
-  )
+  sample = prod(taken.kept["trajectories"][0].sample.shape[1:])
+  known = parameter_shapes(taken.model.trainable)
   for c in collected:
     for dims in re.findall(r"[a-z]+\d+\[([\d,]+)\]", c.shape):
       assert prod(map(int, dims.split(","))) < sample or is_parameter(dims, known), c

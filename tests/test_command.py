@@ -62,8 +62,9 @@ def python(*words: str) -> subprocess.CompletedProcess:
 def test_as_a_process():
   """--version imports nothing large; usage lines have the name that was typed."""
   code = "import sys; from dancegrpo_jax.command import main; main(['--version']);"
-  done = python("-c", code + "print([m for m in ('jax', 'numpy', 'ml_collections')"
-    " if m in sys.modules])")  # fmt: skip
+  done = python(
+    "-c", code + "print([m for m in ('jax', 'numpy', 'ml_collections') if m in sys.modules])"
+  )
   assert done.stdout == f"dancegrpo {__version__}\n[]\n", done.stderr
   done = python("-m", "dancegrpo_jax", "train", "--help")
   assert done.stdout.startswith("usage: dancegrpo train --config="), done.stderr

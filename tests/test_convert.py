@@ -197,10 +197,8 @@ def test_stacked_and_apart_come_from_one_table():
     Row("layers.{i}.w", "layers_{i}/w", "o i -> i o"),
     Row("layers.{i}.w", "layers/w", "o i -> {i} i o"),
   )
-  table, t = (
-    Table("Either", rows),
-    {f"layers.{i}.w": np.full((2, 3), i, np.float32) for i in range(4)},
-  )
+  table = Table("Either", rows)
+  t = {f"layers.{i}.w": np.full((2, 3), i, np.float32) for i in range(4)}
   apart = plan(table, spec_of(t), {f"layers_{i}/w": Spec((3, 2), F32) for i in range(4)})
   stacked = plan(table, spec_of(t), {"layers/w": Spec((4, 3, 2), F32)})
   assert (
@@ -216,9 +214,8 @@ def test_stacked_and_apart_come_from_one_table():
 
 def test_every_problem_is_in_one_message():
   t = tensors()
-  t["conv.wieght"] = t.pop(
-    "conv.weight"
-  )  # misspelt: unexpected and missing, each with the other as a hint
+  # A misspelt name is both unexpected and missing, and each hints at the other.
+  t["conv.wieght"] = t.pop("conv.weight")
   t["point.weight"] = np.zeros((5, 9, 1, 1), np.float32)  # wrong shape
   t["gamma"] = np.zeros((7, 2), np.float32)  # wrong number of axes
   t["layers.2.fc.weight"] = np.zeros((3, 5), np.float32)  # one layer too many

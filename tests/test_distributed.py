@@ -54,9 +54,8 @@ def test_a_single_process_does_nothing(started):
   assert started() is None
   assert started(["--coordinator=localhost:1234", "--num-processes=1", "--process-id=0"]) is None
   assert started(**SLURM | {"SLURM_NTASKS": "1"}) is None
-  assert (
-    started(**{name: value for name, value in SLURM.items() if "STEP" not in name}) is None
-  )  # sbatch without srun
+  # As under sbatch without srun.
+  assert started(**{name: value for name, value in SLURM.items() if "STEP" not in name}) is None
   assert started(TPU_WORKER_HOSTNAMES="localhost") is None
 
 

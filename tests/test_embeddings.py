@@ -52,11 +52,9 @@ def open_cache(config, workdir):
 
 
 def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_parts):
-  config, written, write = (
-    tiny_config(tiny_models, **GUIDED, data__cache_folder=tmp_path / "cache"),
-    [],
-    disk.write,
-  )
+  config = tiny_config(tiny_models, **GUIDED, data__cache_folder=tmp_path / "cache")
+  written = []
+  write = disk.write
 
   def interrupted(folder, leaves, part, texts, arrays):
     if part == 1 and not written[1:]:
@@ -82,10 +80,8 @@ def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_
   monkeypatch.undo()
   examples = prompts.read_examples(config)[3:7]
   with jax.set_mesh(mesh):
-    params, program = (
-      loading.read(config, pipeline, pipeline.encoders, mesh),
-      programs.encoder(config, pipeline, mesh),
-    )
+    params = loading.read(config, pipeline, pipeline.encoders, mesh)
+    program = programs.encoder(config, pipeline, mesh)
     expected = encoding.conditioning(
       config, lambda examples: program(params, pipeline.prepare(examples)), examples
     )
@@ -110,11 +106,9 @@ def test_flux_rows_in_bfloat16(tmp_path, tiny_models):
     sampler__kind="flow",
     reward__terms=(("compressibility", 1.0),),
   )
-  encode, pipeline, mesh = (
-    open_cache(config, tmp_path),
-    loading.build_pipeline(config),
-    sharding.make_mesh(config.mesh),
-  )
+  encode = open_cache(config, tmp_path)
+  pipeline = loading.build_pipeline(config)
+  mesh = sharding.make_mesh(config.mesh)
   texts = [example.prompt for example in prompts.read_examples(config)][:4]
   with jax.set_mesh(mesh):
     params = loading.read(config, pipeline, pipeline.encoders, mesh)

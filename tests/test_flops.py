@@ -46,9 +46,8 @@ def test_loops_branches_and_recomputation():
     return jax.grad(lambda x, w: jnp.sum(wrap(lambda x: jnp.tanh(x @ w) @ w)(x)))
 
   assert count(layers_of(lambda f: f), (n, n), (n, n)).total == (2 + 2) * block
-  assert (
-    count(layers_of(jax.checkpoint), (n, n), (n, n)).total == (2 + 1 + 2) * block
-  )  # x w once more
+  # Rematerialisation computes x w once more.
+  assert count(layers_of(jax.checkpoint), (n, n), (n, n)).total == (2 + 1 + 2) * block
   either = count(
     lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), (n, n)
   )
@@ -75,9 +74,8 @@ def test_convolution_and_its_gradient():
     gradient = count(
       jax.grad(lambda x, w, apply=apply: jnp.sum(apply(x, w) ** 2), (0, 1)), *shapes, platform="tpu"
     ).total
-    assert gradient == pytest.approx(
-      3 * forward, rel=0.6
-    )  # the gradient to x covers its padding too
+    # The gradient with respect to x covers the padding too.
+    assert gradient == pytest.approx(3 * forward, rel=0.6)
 
 
 def test_attention():
@@ -110,12 +108,10 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
   split, whole = jax.NamedSharding(mesh, jax.P(None, None, "fsdp")), sharding.replicated(mesh)
 
   def run(w, x):
-    step = lambda x, w: (
-      jax.lax.with_sharding_constraint(
-        jnp.tanh(x @ jax.lax.with_sharding_constraint(w, whole)), whole
-      ),
-      None,
-    )  # noqa: E731
+    def step(x, w):
+      product = x @ jax.lax.with_sharding_constraint(w, whole)
+      return jax.lax.with_sharding_constraint(jnp.tanh(product), whole), None
+
     return jax.lax.scan(step, x, w)[0]
 
   arguments = (
@@ -180,24 +176,29 @@ def test_collectives_of_a_loop_whose_length_is_an_argument():
 
 TPU_TEXT = """
 %fused (p: bf16[4,8]) -> bf16[4,8] {
-  %all-gather.7 = bf16[4,16] all-gather(%p), channel_id=9, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  %all-gather.7 = bf16[4,16] all-gather(%p), channel_id=9, \
+backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
   ROOT %all-reduce.9 = bf16[4,8]{1,0} all-reduce(%p), to_apply=%add
 }
 
 %started (p.1: bf16[4,8]) -> bf16[4,8] {
-  %all-gather.8 = bf16[4,16] all-gather(%p.1), channel_id=9, backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
+  %all-gather.8 = bf16[4,16] all-gather(%p.1), channel_id=9, \
+backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
 }
 
 %body (param: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %x = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%param), index=1
-  %all-gather.1 = bf16[4,32]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=3, metadata={op_name="jit(f)/dot_general"}
-  %fusion.1 = bf16[4,8]{1,0} fusion(%all-gather.1), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %all-gather.1 = bf16[4,32]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=3, \
+metadata={op_name="jit(f)/dot_general"}
+  %fusion.1 = bf16[4,8]{1,0} fusion(%all-gather.1), kind=kOutput, calls=%fused, \
+backend_config={"estimated_cycles":"100"}
 }
 
 %all-reduce-scatter.4.clone (input.1: f32[16,8]) -> f32[2,8] {
   %input.1 = f32[16,8]{1,0:T(8,128)} parameter(0)
   %all-reduce.5 = f32[16,8]{1,0:T(8,128)} all-reduce(%input.1), channel_id=4, to_apply=%add
-  ROOT %dynamic-slice.1 = f32[2,8]{1,0} dynamic-slice(%all-reduce.5, %i, %zero), dynamic_slice_sizes={2,8}
+  ROOT %dynamic-slice.1 = f32[2,8]{1,0} dynamic-slice(%all-reduce.5, %i, %zero), \
+dynamic_slice_sizes={2,8}
 }
 
 %condition (param.1: (s32[], bf16[4,8])) -> pred[] {
@@ -235,9 +236,10 @@ def test_text_with_a_loop_whose_length_is_an_argument():
   assert (once.cycles, once.unknown) == (100 + 30 + 7, 1)
   assert (seven.cycles, seven.unknown) == (7 * 100 + 30 + 7, 0)
   assert [c.times for c in seven.collectives] == [7, 7, 1, 1]
+  # A loop within the loop: its body of 30 cycles counts once in each turn.
   again = DYNAMIC_TEXT.replace(
     "  %fusion.1 =", "  %while.2 = s32[] while(%x), condition=%condition, body=%dear\n  %fusion.1 ="
-  )  # a loop in the loop: its body, of 30 cycles, once each time
+  )
   nested = hlo.summary(again, 7)
   assert (nested.cycles, nested.unknown) == (7 * (100 + 30) + 30 + 7, 1)
 
@@ -257,14 +259,16 @@ def test_text_of_the_tpu_compiler():
     "jit(f)/dot_general",
   )
   assert (reduce.opcode, reduce.moved) == ("all-reduce", 2 * 4 * 8 * 2 * 16)
+  # Each device keeps 2 rows of the sum.
   assert (scatter.opcode, scatter.moved) == (
     "reduce-scatter",
     16 * 8 * 4,
-  )  # each device keeps 2 rows of the sum
+  )
+  # Of one collective that several fusions share, only the start counts.
   assert (in_parts.bytes, in_parts.times) == (
     4 * 16 * 2,
     1,
-  )  # of one collective that several fusions do, its start alone
+  )
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,20 @@ from dancegrpo_jax.rewards import clip
 
 LAYOUT = stable_diffusion.FAMILY.layout
 NAME = "nobody/no-such-model"
-# The weight files of CompVis/stable-diffusion-v1-4's unet, of a sharded one, and of a text encoder
-UNET = ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
-        "diffusion_pytorch_model.non_ema.safetensors", "diffusion_pytorch_model.fp16.bin"]  # fmt: skip
-SHARDED = ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.json",
-           "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
-           "diffusion_pytorch_model.safetensors.index.fp16.json"]  # fmt: skip
+# Weight files: of CompVis/stable-diffusion-v1-4's unet, of a sharded unet, and of a text encoder.
+UNET = [
+  "diffusion_pytorch_model.bin",
+  "diffusion_pytorch_model.safetensors",
+  "diffusion_pytorch_model.fp16.safetensors",
+  "diffusion_pytorch_model.non_ema.safetensors",
+  "diffusion_pytorch_model.fp16.bin",
+]
+SHARDED = [
+  "diffusion_pytorch_model-00001-of-00002.safetensors",
+  "diffusion_pytorch_model.safetensors.index.json",
+  "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+  "diffusion_pytorch_model.safetensors.index.fp16.json",
+]
 
 
 def fetched(files: list[str], variant: str = "") -> list[str]:
@@ -202,8 +210,13 @@ def test_random_weights(tiny_models):
   first = components.read_component(
     loading.model_location(config), component, jax.NamedSharding(mesh, jax.P())
   )
-  split = jax.tree.map(lambda x: jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 1), "fsdp")) if x.shape[-1] % 8 == 0
-                       else jax.NamedSharding(mesh, jax.P()), component.abstract)  # fmt: skip
+
+  def split_last_axis(x):
+    divisible = x.shape[-1] % 8 == 0
+    axes = [None] * (x.ndim - 1) + ["fsdp"] if divisible else []
+    return jax.NamedSharding(mesh, jax.P(*axes))
+
+  split = jax.tree.map(split_last_axis, component.abstract)
   again = weights.draw(component.abstract, split)
   for (path, a), b in zip(
     jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(again), strict=True

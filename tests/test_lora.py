@@ -85,10 +85,8 @@ def test_adapters_are_a_change_of_the_kernels(kind, options):
 
 def test_stacked_adapters_are_those_of_single_blocks():
   """FLUX's scanned and looped forms, the same factors in both."""
-  (loop, params, arguments, settings), (scan, stacked, *_) = (
-    build("flux"),
-    build("flux", scan_blocks=True),
-  )
+  loop, params, arguments, settings = build("flux")
+  scan, stacked, *_ = build("flux", scan_blocks=True)
   adapters = draw(lora.abstract(stacked, settings), seed=2)
   assert adapters["transformer_blocks"]["attn"]["to_q"]["a"].shape == (2, 16, 4)
 

@@ -103,9 +103,8 @@ def test_only_adapters_are_trained_saved_and_averaged(run):
   ) == len(fields["trainable"])
   assert all("/lora/" in path and path.endswith(("/a", "/b")) for path in adapters)
   moments = [path for path in fields["opt_state"] if path.endswith(("/a", "/b"))]
-  assert (
-    len(moments) == 2 * len(adapters) and len(fields["opt_state"]) - len(moments) <= 2
-  )  # and counters
+  # Beside the moments there are only counters.
+  assert len(moments) == 2 * len(adapters) and len(fields["opt_state"]) - len(moments) <= 2
   assert "denoiser" not in json.dumps(fields)
 
 
@@ -147,12 +146,18 @@ def test_every_kl_mode_holds_to_the_base(flux_folder):
   """The first update finds adapters that are the base: KL 0. From there it is more, and its
   gradient counts.
   """
-  config = flux_config(flux_folder, optimizer__updates_per_iteration=1, optimizer__microbatch=16, mesh__data=1, mesh__fsdp=1,
-    mesh__rules=((".*", ()),), model__remat=False, sampler__steps=2)  # fmt: skip
-  pipeline, mesh = (
-    loading.build_pipeline(config),
-    sharding.make_mesh(config.mesh, jax.devices()[:1]),
+  config = flux_config(
+    flux_folder,
+    optimizer__updates_per_iteration=1,
+    optimizer__microbatch=16,
+    mesh__data=1,
+    mesh__fsdp=1,
+    mesh__rules=((".*", ()),),
+    model__remat=False,
+    sampler__steps=2,
   )
+  pipeline = loading.build_pipeline(config)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   with jax.set_mesh(mesh):
     model = loading.load(config, pipeline, {}, mesh)
     shardings = loading.state_shardings(config, model, 8, mesh)

@@ -140,9 +140,8 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
     progress.status("compiling update: 3.2 s")
   lines = stream.getvalue().splitlines()
   assert lines[0] == "iteration 1/100  reward 0.5000  42.0 images/s  -- left"
-  assert (
-    lines[3] == "iteration 4/100  reward 0.5000  42.0 images/s  55 min 28 s left"
-  )  # 96 x 104/3 s
+  # 96 iterations are left, at 104/3 s each.
+  assert lines[3] == "iteration 4/100  reward 0.5000  42.0 images/s  55 min 28 s left"
   assert lines[4:] == ["compiling update: 3.2 s"]
 
 

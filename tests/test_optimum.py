@@ -69,11 +69,9 @@ def step_costs(params, policy: Policy, schedule, rolled) -> jax.Array:
 @functools.cache
 def train(steps: int, reward: str, costs_in_returns: bool, seed: int = 0) -> dict:
   """The corrections after training."""
-  policy, schedule, start = (
-    policy_of(steps),
-    schedules.flow_schedule(steps, 1.0),
-    no_correction(steps),
-  )
+  policy = policy_of(steps)
+  schedule = schedules.flow_schedule(steps, 1.0)
+  start = no_correction(steps)
   settings = Objective(
     old_log_prob="recompute",
     timesteps="all",
@@ -136,12 +134,10 @@ def policy_chain(params, n: int) -> tuple[float, float, float]:
   """The trained sampler, as the project draws it: affine in x, so two values of x tell
   everything.
   """
-  policy, schedule, probe, steps = (
-    policy_of(n),
-    schedules.flow_schedule(n, 1.0),
-    jnp.array([[0.0], [1.0]]),
-    [],
-  )
+  policy = policy_of(n)
+  schedule = schedules.flow_schedule(n, 1.0)
+  probe = jnp.array([[0.0], [1.0]])
+  steps = []
   for i in range(n):
     output = velocity(params, probe, jnp.full(2, schedule.model_time[i]))
     if i < n - 1:

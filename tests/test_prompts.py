@@ -118,9 +118,8 @@ def test_no_prompt_is_twice_in_a_batch_and_none_is_forgotten():
   assert all(len(set(batch)) == 4 for batch in drawn)
   counts = collections.Counter(sum(drawn, []))
   assert set(counts) == set(range(10))
-  assert (
-    min(counts.values()) > 85 and max(counts.values()) < 155
-  )  # 120 expected, std 5.3 (2 of 10 dropped an epoch)
+  # 120 are expected, with a standard deviation of 5.3 (2 of 10 are dropped in an epoch).
+  assert min(counts.values()) > 85 and max(counts.values()) < 155
 
 
 def test_in_order():

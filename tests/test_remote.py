@@ -23,7 +23,8 @@ import time
 
 def brightness(pixels, prompts, metadata):
   assert pixels.dtype == 'float32' and pixels.shape[-1] == 3
-  return [x.mean() + len(p) + (m or {}).get('bonus', 0) for x, p, m in zip(pixels, prompts, metadata)]
+  samples = zip(pixels, prompts, metadata)
+  return [x.mean() + len(p) + (m or {}).get('bonus', 0) for x, p, m in samples]
 
 def nulls(pixels, prompts, metadata):
   return [None if p == 'bad' else float('nan') if p == 'odd' else 1.0 for p in prompts]
@@ -44,16 +45,27 @@ RUDE = """
 import http.server, sys, time
 kind, seen = sys.argv[1], []
 ANSWERS = {
-  'garbage': b'<html>welcome</html>', 'text': b'{"scores": ["1", "2"]}', 'bools': b'{"scores": [true, false]}', 'empty': b'',
-  'infinite': b'{"scores": [Infinity, 2]}', 'other': b'[1, 2]', 'missing': b'{"error": "no"}', 'good': b'{"scores": [1, 2]}',
-  'fails first': b'{"scores": [1, 2]}', 'trickles': b'', 'refuses': b'{"error": "who are you?"}',
+  'garbage': b'<html>welcome</html>',
+  'text': b'{"scores": ["1", "2"]}',
+  'bools': b'{"scores": [true, false]}',
+  'empty': b'',
+  'infinite': b'{"scores": [Infinity, 2]}',
+  'other': b'[1, 2]',
+  'missing': b'{"error": "no"}',
+  'good': b'{"scores": [1, 2]}',
+  'fails first': b'{"scores": [1, 2]}',
+  'trickles': b'',
+  'refuses': b'{"error": "who are you?"}',
 }
 class Handler(http.server.BaseHTTPRequestHandler):
   def do_POST(self):
     self.rfile.read(int(self.headers['Content-Length']))
     seen.append(time.time())
     print('request', flush=True)
-    self.send_response(503 if kind == 'fails first' and len(seen) < 3 else 403 if kind == 'refuses' else 200)
+    if kind == 'fails first' and len(seen) < 3:
+      self.send_response(503)
+    else:
+      self.send_response(403 if kind == 'refuses' else 200)
     self.end_headers()
     self.wfile.write(ANSWERS[kind])
     for _ in range(100 if kind == 'trickles' else 0):
@@ -143,9 +155,8 @@ def test_video_goes_as_npz(tmp_path):
 
 def test_single_failures_are_nan_alone(tmp_path):
   pixels = np.full((4, 4, 4, 3), 0.5, np.float32)
-  pixels[3, 0, 0, 0] = (
-    np.nan
-  )  # the generator's own failure: no score, whatever the server says of it
+  # The generator failed here, so there is no score, whatever the server answers.
+  pixels[3, 0, 0, 0] = np.nan
   with reference(tmp_path, "nulls") as (url, _):
     scores = ask(reward(url), ("good", "bad", "odd", "good"), pixels)
   np.testing.assert_array_equal(scores, np.array([1, np.nan, np.nan, np.nan], np.float32))

@@ -324,7 +324,8 @@ def test_a_browser_renders_it(run, tmp_path, width):
   probe = """<script>addEventListener("load", () => {
     const images = [...document.images], charts = [...document.querySelectorAll("svg")];
     document.title = JSON.stringify({
-      overflow: document.documentElement.scrollWidth - innerWidth, images: images.length, charts: charts.length,
+      overflow: document.documentElement.scrollWidth - innerWidth,
+      images: images.length, charts: charts.length,
       broken: images.filter(image => !image.complete || !image.naturalWidth).length,
       flat: charts.filter(chart => chart.getBoundingClientRect().height < 80).length,
       lines: document.querySelectorAll("path.line").length,

@@ -137,7 +137,9 @@ def test_the_page_holds_what_the_scripts_would_write(name, tmp_path):
 
 
 def test_the_rows_of_an_update_as_one():
-  """By hand: 3 iterations with 4 calls of one program and 2 of another; MFU is of all their time."""
+  """By hand, from 3 iterations with 4 calls of one program and 2 of another. The MFU refers to
+  all of their time.
+  """
   row = {"compute_seconds": 2.0, "network_seconds": 1.0, "flops": 10.0, "collective": 5.0}
   row |= {"peak": 7.0, "arguments": 6.0, "compile_seconds": 4.0, "mfu": 0.5, "times": 12}
   step = row | {"flops": 0.0, "compute_seconds": 1.0, "peak": 8.0, "mfu": 0.0, "times": 6}

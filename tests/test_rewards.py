@@ -98,9 +98,8 @@ def test_clip_score_is_that_of_transformers(clip, reference, size, tolerance):
   pixels = np.float32(images) / 255
   expected, embeddings = reference(images)
   actual = np.asarray(score(pixels))
-  assert (
-    actual.shape == (4,) and actual.dtype == np.float32 and np.ptp(expected) > 50 * tolerance
-  )  # they tell images apart
+  # The scores tell images apart.
+  assert actual.shape == (4,) and actual.dtype == np.float32 and np.ptp(expected) > 50 * tolerance
   np.testing.assert_allclose(actual, expected, atol=tolerance)
   np.testing.assert_allclose(embed(pixels), embeddings, atol=tolerance)
   np.testing.assert_allclose(np.linalg.norm(embed(pixels), axis=1), 1.0, rtol=1e-5)

@@ -281,12 +281,10 @@ def test_dpm_solver_outside_the_window_starts_anew_after_it():
   """arXiv 2211.01095, algorithm 2, with the multistep history cut by the window's noise."""
   start, width = 3, 2
   policy = make_policy(outside="dpm++", window=width)
-  rolled, (initial, noise), denoise, schedule = (
-    run(policy, start),
-    draw(),
-    network(),
-    grid("velocity"),
-  )
+  rolled = run(policy, start)
+  initial, noise = draw()
+  denoise = network()
+  schedule = grid("velocity")
   at, x, previous = points(schedule), np.float64(initial), None
   with np.errstate(divide="ignore"):
     logs = [np.log(alpha) - np.log(sigma) for alpha, sigma in at]

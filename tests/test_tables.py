@@ -60,10 +60,8 @@ def parameters(name: str, scan: bool = False) -> dict[str, Spec]:
     return specs(abstract_params(config(name)))
   kind = class_name(config(name))
   if kind == "FluxTransformer2DModel":
-    network, arguments = (
-      flux.from_json(config(name), scan_blocks=True),
-      [np.zeros((1, 2, 2, 16)), np.zeros(1)],
-    )
+    network = flux.from_json(config(name), scan_blocks=True)
+    arguments = [np.zeros((1, 2, 2, 16)), np.zeros(1)]
     arguments += [
       np.zeros((1, 1, network.joint_attention_dim)),
       np.zeros((1, network.pooled_projection_dim)),
@@ -72,10 +70,8 @@ def parameters(name: str, scan: bool = False) -> dict[str, Spec]:
   elif kind == "T5EncoderModel":
     network, arguments = t5.from_json(config(name), scan_blocks=True), [np.zeros((1, 1), np.int32)]
   elif kind == "CLIPTextModel":
-    network, arguments = (
-      clip.ClipText.from_json(config(name), scan_layers=True),
-      [np.zeros((1, 1), np.int32)],
-    )
+    network = clip.ClipText.from_json(config(name), scan_layers=True)
+    arguments = [np.zeros((1, 1), np.int32)]
   else:
     network = clip.Clip.from_json(config(name), scan_layers=True)
     arguments = [np.zeros((1, 1), np.int32), np.zeros((1, 224, 224, 3), np.float32)]

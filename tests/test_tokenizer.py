@@ -44,10 +44,11 @@ def test_files(folder):
   vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
   assert len(vocab) <= 1000 and sorted(vocab.values()) == list(range(len(vocab)))
   assert vocab["<|startoftext|>"] == len(vocab) - 2 and vocab["<|endoftext|>"] == len(vocab) - 1
+  # transformers' legacy pooling looks for an eos id of 2.
   assert 2 not in (
     vocab["<|startoftext|>"],
     vocab["<|endoftext|>"],
-  )  # transformers' legacy pooling looks for eos 2
+  )
 
 
 def test_transformers_gives_the_same_ids(folder, clip_tokenizer):
@@ -78,9 +79,8 @@ def test_every_caption_fits_and_reads_back(folder, clip_tokenizer):
 def test_unseen_text_becomes_bytes_never_unknown(clip_tokenizer):
   text = "ünïcodé 漢字 quixotic"
   ids = clip_tokenizer(text).input_ids
-  assert (
-    ids.count(clip_tokenizer.eos_token_id) == 1 and ids[-1] == clip_tokenizer.eos_token_id
-  )  # unk is eos too
+  # The unknown token is the end token too.
+  assert ids.count(clip_tokenizer.eos_token_id) == 1 and ids[-1] == clip_tokenizer.eos_token_id
   assert clip_tokenizer.decode(ids, skip_special_tokens=True).strip() == text
 
 
@@ -99,10 +99,12 @@ def test_training_is_deterministic(folder, tmp_path):
   tokenizer.write_tokenizer(CAPTIONS, str(tmp_path))
   for path in folder.iterdir():
     assert (tmp_path / path.name).read_bytes() == path.read_bytes()
-  code = f"import sys; from dancegrpo_jax.data import tokenizer; tokenizer.write_tokenizer({CAPTIONS!r}, sys.argv[1])"
-  subprocess.run(
-    [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True
-  )  # nor does another process differ
+  code = (
+    "import sys; from dancegrpo_jax.data import tokenizer;"
+    f" tokenizer.write_tokenizer({CAPTIONS!r}, sys.argv[1])"
+  )
+  # Another process writes the same files.
+  subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
   for path in folder.iterdir():
     assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 

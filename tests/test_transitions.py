@@ -93,10 +93,8 @@ def test_kl(kind, noise_level, mode, value):
   def at(reduce, copies):
     steps = [flow_step(kind, noise_level, v=v) for v in (-0.5, -0.45)]
     policy, reference = (Transition(jnp.full(copies, step.mean), step.std) for step in steps)
-    output, reference_output = (
-      jnp.full(copies, -0.5, jnp.float32),
-      jnp.full(copies, -0.45, jnp.float32),
-    )
+    output = jnp.full(copies, -0.5, jnp.float32)
+    reference_output = jnp.full(copies, -0.45, jnp.float32)
     return transitions.kl(
       mode,
       kind=kind,
@@ -428,10 +426,8 @@ def test_mean_ratio_under_the_mean_reduction():
   std^2.
   """
   dim, std = 4, 0.3
-  old, new = (
-    Transition(jnp.zeros(dim), jnp.float32(std)),
-    Transition(jnp.full(dim, 0.15), jnp.float32(std)),
-  )
+  old = Transition(jnp.zeros(dim), jnp.float32(std))
+  new = Transition(jnp.full(dim, 0.15), jnp.float32(std))
   x_next = std * jax.random.normal(jax.random.key(3), (200_000, dim))
   log_ratio = jax.vmap(
     lambda x: transitions.log_prob(new, x, "mean") - transitions.log_prob(old, x, "mean")

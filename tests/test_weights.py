@@ -300,10 +300,8 @@ def test_inspect_a_pipeline(folder, capsys):
   )
   assert "# scheduler (DDIMScheduler): not a network" in out
   # Problems of several networks come together.
-  index["vae"], index["unet"] = (
-    ["diffusers", "AutoencoderKL"],
-    ["diffusers", "UNet2DConditionModel"],
-  )
+  index["vae"] = ["diffusers", "AutoencoderKL"]
+  index["unet"] = ["diffusers", "UNet2DConditionModel"]
   (root / "model_index.json").write_text(json.dumps(index))
   (root / "unet").mkdir()
   (root / "unet" / "config.json").write_text(
@@ -346,12 +344,19 @@ import sys, numpy as np, jax
 from dancegrpo_jax.checkpoints.networks import abstract_params
 from dancegrpo_jax.checkpoints import weights
 def status(key):
-  return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-config = {"architectures": ["CLIPTextModel"], "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 18}
+  lines = open("/proc/self/status")
+  return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+config = {
+  "architectures": ["CLIPTextModel"],
+  "hidden_size": 1024,
+  "intermediate_size": 4096,
+  "num_hidden_layers": 18,
+}
 abstract = abstract_params(config)
 if sys.argv[2] == "save":
   rng = np.random.default_rng(0)
-  weights.save(sys.argv[1], "CLIPTextModel", jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32), abstract), config)
+  params = jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32), abstract)
+  weights.save(sys.argv[1], "CLIPTextModel", params, config)
 else:
   jax.numpy.zeros(1).block_until_ready()
   open("/proc/self/clear_refs", "w").write("5")  # resets the peak

@@ -304,11 +304,9 @@ def toy_programs(devices, **changes) -> Toy:
   these devices.
   """
   config, pipeline = tiny_config(mesh__data=len(devices), **changes), toy_pipeline()
-  mesh, size, rng = (
-    sharding.make_mesh(config.mesh, devices),
-    int(np.prod(TOY_SHAPE)),
-    np.random.default_rng(0),
-  )
+  mesh = sharding.make_mesh(config.mesh, devices)
+  size = int(np.prod(TOY_SHAPE))
+  rng = np.random.default_rng(0)
   with jax.set_mesh(mesh):
     whole = sharding.replicated(mesh)
     drawn = {

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-SMALL = (
-  2**16
-)  # elements: what has fewer is made on the host, where no program need be compiled for it
+# Elements: smaller arrays are made on the host, where no program need be compiled for them.
+SMALL = 2**16
 
 
 def deviation(path: str, shape: tuple[int, ...]) -> float:

@@ -45,12 +45,10 @@ class Side:
   def __init__(self, context, made: loaded.Loaded, ours: Ours, flops: dict[str, float]):
     from gpu_parts import peer_models
 
-    self.peer, self.say, self.model, self.tiny = (
-      peer_models,
-      context.say,
-      context.argument,
-      context.tiny,
-    )
+    self.peer = peer_models
+    self.say = context.say
+    self.model = context.argument
+    self.tiny = context.tiny
     self.ours, self.work = ours, Work(made.config)
     self.peak_flops = chips.gpu_peak(made.mesh.devices.flat[0].device_kind)
     row = flops["rollout"] / (self.work.steps * self.work.chunk_rows)

@@ -86,10 +86,8 @@ def _kernels(model: str, seconds: float) -> Part:
 
 
 def _start(name: str, seconds: float) -> Part:
-  title, columns = (
-    f"From the command to an iteration, `{name}.py`",
-    ("first iteration", "afterwards"),
-  )
+  title = f"From the command to an iteration, `{name}.py`"
+  columns = ("first iteration", "afterwards")
   return Part(
     f"start-{name}", "gpu_parts.start_times", name, seconds, title, columns, _STARTS[name]
   )
@@ -98,10 +96,8 @@ def _start(name: str, seconds: float) -> Part:
 def _peer(model: str, seconds: float) -> Part:
   rows = ("forward: ours", *(f"forward: diffusers, {kind}" for kind in _PEER[model]))
   rows += ("training: ours", *(f"training: diffusers, {kind}" for kind in _TRAINING[model]))
-  title, columns = (
-    f"{NAMES[model]} beside PyTorch",
-    ("time", "MFU", "PyTorch's peak", "ours is faster by"),
-  )
+  title = f"{NAMES[model]} beside PyTorch"
+  columns = ("time", "MFU", "PyTorch's peak", "ours is faster by")
   # JAX gives memory back between its calls, so that both frameworks find room on one card.
   environment = (
     ("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),

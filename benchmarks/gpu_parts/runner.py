@@ -66,6 +66,7 @@ def run_part(
     own = {"PYTHONUNBUFFERED": "1"} | dict(part.environment)
     environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | own  # one card, unless told which
     with log.open("w") as output:
+      # In a session of its own, so that the processes it starts are killed with it.
       process = subprocess.Popen(
         command + ["--tiny"] * tiny,
         cwd=ROOT,
@@ -73,7 +74,7 @@ def run_part(
         stderr=output,
         env=environment,
         start_new_session=True,
-      )  # a session of its own: it is killed with the processes that it starts
+      )
       try:
         late = _follow(process, rows, start + seconds, result, say)
       finally:

@@ -122,10 +122,8 @@ def test_model(act, scan):
   config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
   theirs = randomise(CLIPModel(config), seed=2)
   network = Clip.from_json(config.to_dict(), scan_layers=scan)
-  ids, pixels = (
-    tokens(63, 63),
-    torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0)),
-  )
+  ids = tokens(63, 63)
+  pixels = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
   params = convert(CLIP, theirs, network, ids, nhwc(pixels))
 
   def forward(p, ids, pixels):

@@ -80,9 +80,8 @@ def test_transformer(guidance, scale):
   arguments = inputs(guidance)
   network, apply = ours_of(guidance, scan=True)
   ours = run(apply, convert(FLUX, theirs, network, *ours_in(*arguments)), *ours_in(*arguments))
-  assert (
-    error(ours, torch.from_numpy(nhwc(their_output(theirs, *arguments)))) <= 5e-5
-  )  # an exact gelu is 1.6e-4 off
+  # An exact gelu would be 1.6e-4 off.
+  assert error(ours, torch.from_numpy(nhwc(their_output(theirs, *arguments)))) <= 5e-5
 
 
 def test_full_depth():

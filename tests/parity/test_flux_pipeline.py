@@ -77,10 +77,8 @@ def sampled(folder, steps: int, guidance: float, **changes) -> tuple:
       stream, 0, numbers, numbers, shared=True, shape=model.pipeline.latent_shape
     )
     ours = jax.device_get((latents, pixels, rows))
-  pipe, noise = (
-    their_pipeline(folder),
-    torch.from_numpy(np.ascontiguousarray(np.asarray(noise).transpose(0, 3, 1, 2))),
-  )
+  pipe = their_pipeline(folder)
+  noise = torch.from_numpy(np.ascontiguousarray(np.asarray(noise).transpose(0, 3, 1, 2)))
   size = config.model.size
   options = {
     "height": size[0],

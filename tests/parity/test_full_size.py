@@ -158,10 +158,8 @@ def test_trajectories_and_log_probs(scratch, measured):
   """30 steps of v1.4, and what the update scores of them, by a network in float64."""
   jsons = {name: published(f"sd14-{file}") for name, file in trajectories.FILES.items()}
   drawn(UNet2DConditionModel, jsons["unet"], scratch / "unet")
-  inputs, steps = (
-    trajectories.draw_inputs(jsons["unet"], batch=1, side=SIDE, tokens=77),
-    (0, 15, 29),
-  )
+  inputs = trajectories.draw_inputs(jsons["unet"], batch=1, side=SIDE, tokens=77)
+  steps = (0, 15, 29)
 
   def network(dtype: torch.dtype) -> UNet2DConditionModel:
     return reread(UNet2DConditionModel, jsons["unet"], scratch / "unet", dtype)

@@ -67,9 +67,10 @@ def write_tokenizer(folder: Path) -> np.ndarray:
     {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **ends},
   )
   ids = source(PROMPTS).numpy()
+  # Their padding is 0.
   np.testing.assert_array_equal(
     tokenizer.load_tokenizer(str(folder))(PROMPTS), np.where(ids == 0, EOS, ids)
-  )  # 0 pads there
+  )
   return ids
 
 
@@ -185,8 +186,12 @@ def test_hps(scratch, measured, images):
   torch.save({"epoch": 1, "state_dict": model.state_dict()}, file)
   theirs = open_clip_embeddings(model.float(), padded(images, 224), ids)
   del model
-  config = settings(reward__terms=(("hps", 1.0),), reward__hps__checkpoint=file, reward__hps__tokenizer=scratch / "tokenizer",
-                    model__allow_pickle=True)  # fmt: skip
+  config = settings(
+    reward__terms=(("hps", 1.0),),
+    reward__hps__checkpoint=file,
+    reward__hps__tokenizer=scratch / "tokenizer",
+    model__allow_pickle=True,
+  )
   check(measured, "HPS-v2.1", config, "hps", images, theirs)
 
 
@@ -194,6 +199,9 @@ def test_pickscore(scratch, measured, images):
   """yuvalkirstain/PickScore_v1: transformers' layout, the tokenizer in another folder."""
   ids, folder = write_tokenizer(scratch / "tokenizer"), scratch / "PickScore_v1"
   theirs = transformers_clip(folder, "clip-h", images, ids)
-  config = settings(reward__terms=(("pickscore", 1.0),), reward__pickscore__checkpoint=folder,
-                    reward__pickscore__tokenizer=scratch / "tokenizer")  # fmt: skip
+  config = settings(
+    reward__terms=(("pickscore", 1.0),),
+    reward__pickscore__checkpoint=folder,
+    reward__pickscore__tokenizer=scratch / "tokenizer",
+  )
   check(measured, "PickScore", config, "pickscore", images, theirs)

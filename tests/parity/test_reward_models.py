@@ -56,10 +56,25 @@ def model_cfg(vocabulary: int, quick_gelu: bool) -> dict:
 
 def torch_clip(vocabulary: int, act: str, seed: int) -> CLIPModel:
   """The same network as transformers builds it, written out."""
-  text = {"vocab_size": vocabulary, "max_position_embeddings": TOKENS, "hidden_size": 32, "intermediate_size": 128,
-          "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 2, "hidden_act": act}  # fmt: skip
-  vision = {"image_size": SIZE, "patch_size": 7, "hidden_size": 40, "intermediate_size": 160, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "hidden_act": act}  # fmt: skip
+  text = {
+    "vocab_size": vocabulary,
+    "max_position_embeddings": TOKENS,
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "eos_token_id": 2,
+    "hidden_act": act,
+  }
+  vision = {
+    "image_size": SIZE,
+    "patch_size": 7,
+    "hidden_size": 40,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "hidden_act": act,
+  }
   return randomise(
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)), seed
   )
@@ -76,8 +91,13 @@ def open_clip_state(model: CLIPModel) -> dict[str, torch.Tensor]:
         out[f"{target}.attn.in_proj_{kind}"] = torch.cat(
           [state[f"{source}.self_attn.{n}_proj.{kind}"] for n in "qkv"]
         )
-        names = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
-                 "mlp.c_proj": "mlp.fc2"}  # fmt: skip
+        names = {
+          "attn.out_proj": "self_attn.out_proj",
+          "ln_1": "layer_norm1",
+          "ln_2": "layer_norm2",
+          "mlp.c_fc": "mlp.fc1",
+          "mlp.c_proj": "mlp.fc2",
+        }
         out |= {
           f"{target}.{new}.{kind}": state[f"{source}.{old}.{kind}"] for new, old in names.items()
         }
@@ -90,10 +110,8 @@ def open_clip_state(model: CLIPModel) -> dict[str, torch.Tensor]:
   out["visual.class_embedding"] = state["vision_model.embeddings.class_embedding"]
   out["visual.positional_embedding"] = state["vision_model.embeddings.position_embedding.weight"]
   out["visual.conv1.weight"] = state["vision_model.embeddings.patch_embedding.weight"]
-  out["visual.proj"], out["text_projection"] = (
-    state["visual_projection.weight"].T,
-    state["text_projection.weight"].T,
-  )
+  out["visual.proj"] = state["visual_projection.weight"].T
+  out["text_projection"] = state["text_projection.weight"].T
   return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
@@ -214,8 +232,10 @@ def test_clip_in_transformers_layout(tmp_path, act, h, w):
   folder, vocabulary = write_tokenizer(tmp_path / "clip")
   model = torch_clip(vocabulary, act, seed=1)
   model.save_pretrained(folder)
-  write_json(folder / "preprocessor_config.json", {"size": SIZE, "crop_size": SIZE, "resample": 3, "image_mean": MEAN,
-                                                   "image_std": STD})  # fmt: skip
+  write_json(
+    folder / "preprocessor_config.json",
+    {"size": SIZE, "crop_size": SIZE, "resample": 3, "image_mean": MEAN, "image_std": STD},
+  )
   pixels = pictures(h, w)
   config = settings(reward__clip__checkpoint=folder)
   assert_agrees(config, "clip", model, pil_pixels(pixels), pixels, folder)
@@ -227,9 +247,8 @@ def test_clip_in_open_clip_layout(tmp_path, act, mode):
   folder, vocabulary = write_tokenizer(tmp_path / "open_clip")
   model = torch_clip(vocabulary, act, seed=2)
   save_file(open_clip_state(model), folder / "open_clip_model.safetensors")
-  save_file(
-    {"other": torch.zeros(1)}, folder / "model.safetensors"
-  )  # transformers' file, as LAION's repositories have it
+  # transformers' file, which LAION's repositories hold too.
+  save_file({"other": torch.zeros(1)}, folder / "model.safetensors")
   preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": mode}
   said = {"model_cfg": model_cfg(vocabulary, act == "quick_gelu"), "preprocess_cfg": preprocess}
   write_json(folder / "open_clip_config.json", said)
@@ -264,8 +283,11 @@ def test_hps_from_safetensors(hps_folder, h, w):
   folder, model = hps_folder
   save_file(open_clip_state(model), folder / "HPS_v2.1_compressed.safetensors")
   pixels = pictures(h, w)
-  config = settings(reward__terms=(("hps", 1.0),), reward__hps__checkpoint=folder / "HPS_v2.1_compressed.safetensors",
-                    reward__hps__tokenizer=folder)  # fmt: skip
+  config = settings(
+    reward__terms=(("hps", 1.0),),
+    reward__hps__checkpoint=folder / "HPS_v2.1_compressed.safetensors",
+    reward__hps__tokenizer=folder,
+  )
   assert_agrees(config, "hps", model, padded(pixels), pixels, folder)
 
 
@@ -352,8 +374,11 @@ def test_pickscore(tmp_path, h, w):
   model = torch_clip(vocabulary, "gelu", seed=4)
   model.save_pretrained(tmp_path / "PickScore_v1")
   pixels = pictures(h, w)
-  config = settings(reward__terms=(("pickscore", 1.0),), reward__pickscore__checkpoint=tmp_path / "PickScore_v1",
-                    reward__pickscore__tokenizer=tokens)  # fmt: skip
+  config = settings(
+    reward__terms=(("pickscore", 1.0),),
+    reward__pickscore__checkpoint=tmp_path / "PickScore_v1",
+    reward__pickscore__tokenizer=tokens,
+  )
   assert_agrees(config, "pickscore", model, pil_pixels(pixels), pixels, tokens)
 
 
@@ -384,8 +409,12 @@ def test_aesthetic(tmp_path, pickled):
   file = tmp_path / ("head.pth" if pickled else "head.safetensors")
   torch.save(state, file) if pickled else save_file(state, file)
   pixels = pictures(40, 61)
-  config = settings(reward__terms=(("aesthetic", 1.0),), reward__aesthetic__checkpoint=tmp_path / "clip",
-                    reward__aesthetic__head=file, model__allow_pickle=pickled)  # fmt: skip
+  config = settings(
+    reward__terms=(("aesthetic", 1.0),),
+    reward__aesthetic__checkpoint=tmp_path / "clip",
+    reward__aesthetic__head=file,
+    model__allow_pickle=pickled,
+  )
   scores, params, _ = scored(config, pixels)
   assert set(params) == {"clip", "head"}
   with torch.no_grad():

@@ -68,10 +68,8 @@ def test_the_norms_epsilon_is_the_configs(epsilon):
 
 
 def test_scan_and_loop_agree():
-  theirs, states = (
-    torch_encoder(),
-    [both(torch_encoder(), *ours_of(scan))[0] for scan in (False, True)],
-  )
+  theirs = torch_encoder()
+  states = [both(torch_encoder(), *ours_of(scan))[0] for scan in (False, True)]
   assert theirs.config.dense_act_fn == "gelu_new"  # what the config file's gated-gelu means
   assert relative_error(states[1], states[0]) <= 1e-5
 

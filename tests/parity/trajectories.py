@@ -52,11 +52,9 @@ def their_states(
   """`[STEPS + 1, b, h, w, c]`: the scheduler's own loop, diffusers' last step included."""
   scheduler = DDIMScheduler.from_config(scheduler_json)
   scheduler.set_timesteps(STEPS)
-  x, context, states = (
-    torch.from_numpy(nchw(inputs.initial)),
-    torch.from_numpy(inputs.context),
-    [inputs.initial],
-  )
+  x = torch.from_numpy(nchw(inputs.initial))
+  context = torch.from_numpy(inputs.context)
+  states = [inputs.initial]
   for noise, time in zip(inputs.noise, scheduler.timesteps, strict=True):
     with torch.no_grad():
       output = theirs(x, time, context).sample
