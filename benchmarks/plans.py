@@ -1,5 +1,4 @@
-"""Plans of the published recipes on TPUs and GPUs: runs `dancegrpo_jax.plan` and writes the
-section of RESULTS.md.
+"""Plans the published recipes on TPUs and GPUs, and writes the section of RESULTS.md.
 
     # All plans, then the section. Takes hours on one core, and 20 GB of memory for the updates of
     # Stable Diffusion on TPUs. Needs libtpu and JAX's CUDA plugin, but no TPU and no GPU.
@@ -60,7 +59,7 @@ the compiler states none for GPUs.
 
 
 def run(name: str, only: str) -> int:
-  """One plan, or some of its programs; the exit code."""
+  """Makes one plan, or plans some of its programs. Returns the exit code."""
   config, topology = ALL[name]
   flags = [
     *f"--config={config}".split(),
@@ -74,7 +73,7 @@ def run(name: str, only: str) -> int:
 
 
 def page(named: dict[str, tuple[str, str]], head: str) -> str:
-  """A head and the plans of `named` for which there are JSON files."""
+  """The heading, then the plans of `named` that have JSON files."""
   sys.path.insert(0, str(HERE.parent))
   from dancegrpo_jax.plan import table
 
@@ -89,7 +88,7 @@ def page(named: dict[str, tuple[str, str]], head: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-  """Runs what is asked and writes the section; 1 where a plan did not fit or failed."""
+  """Makes the requested plans and writes the section. Returns 1 where a plan failed or did not fit."""
   asked = [] if arguments == ["--write"] else arguments or list(ALL)
   names = {name: only for name, _, only in (word.partition(":") for word in asked)}
   unknown = set(names) - set(ALL)

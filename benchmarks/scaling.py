@@ -27,7 +27,7 @@ SHAPES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: 
 
 
 def plan(chips: int) -> dict:
-  """The update of an iteration by one plan: its programs' rows together."""
+  """Plans one update iteration and returns the rows of all its programs."""
   changes = {
     "mesh.lanes": chips,
     "rollout.chunk": chips,
@@ -50,7 +50,7 @@ def plan(chips: int) -> dict:
 
 
 def whole(result: dict) -> dict:
-  """What the calls of an iteration sum up to, and the most memory that one of them takes."""
+  """Sums over all calls of an iteration, and the most memory that one of them takes."""
   rows, iterations = result["rows"], result["iterations"]
 
   def total(value: Callable[[dict], float]) -> float:
@@ -74,7 +74,7 @@ def read() -> list[dict]:
 
 
 def run() -> None:
-  """What is missing, the smallest first."""
+  """Makes the plans that are missing, the smallest first."""
   done = {row["chips"] for row in read()}
   for chips in SHAPES:
     if chips not in done:
@@ -84,7 +84,7 @@ def run() -> None:
 
 
 def plot() -> None:
-  """The figure, and its numbers as a table."""
+  """Draws the figure and prints its numbers as a table."""
   import matplotlib
 
   matplotlib.use("Agg")

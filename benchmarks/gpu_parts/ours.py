@@ -1,4 +1,4 @@
-"""Our side of the comparison: the rollout and the update, and how much work each of them is."""
+"""This project's side of the comparison: the rollout and the update, and how much work each is."""
 
 import jax
 
@@ -8,21 +8,21 @@ from gpu_parts import loaded
 
 
 class Ours:
-  """The rollout and the update, compiled, with what they are called with."""
+  """The compiled rollout and update, with their arguments."""
 
   def __init__(self, made: loaded.Loaded, given: loaded.Feed):
     self._made, self._given, self._state = made, given, made.state
     self._rollout = None
 
   def rollout(self):
-    """One rollout, which is `steps` forward passes and what is between them."""
+    """Runs one rollout: `steps` forward passes and the transitions between them."""
     arguments = loaded.rollout_arguments(self._made._replace(state=self._state), self._given)
     with jax.set_mesh(self._made.mesh):
       self._rollout = self._made.calls["rollout"].program(*arguments)
     return self._rollout
 
   def update(self):
-    """One update on the last rollout's trajectories; its metrics."""
+    """Runs one update on the trajectories of the last rollout and returns its metrics."""
     rest = loaded.update_rest(self._made, self._given, self._rollout)
     with jax.set_mesh(self._made.mesh):
       self._state, metrics = self._made.calls["update"].program(self._state, *rest)
@@ -30,7 +30,7 @@ class Ours:
 
 
 class Work:
-  """What an iteration asks of the network, in rows; with guidance a sample is two."""
+  """The rows that an iteration passes through the network. With guidance a sample has two rows."""
 
   def __init__(self, config):
     branches = 1 + (config.sampler.guidance_scale != 1.0)
