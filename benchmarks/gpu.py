@@ -9,7 +9,7 @@
 The results are a table, a JSON file and a section of RESULTS.md, which lists as not measured what a
 part could not finish in its time. Needs the packages of requirements-gpu.txt; the PyTorch side runs
 where torch and diffusers are installed too. No weights are read or downloaded. Parts that are not
-run keep their results in the JSON file; --cache=FOLDER keeps compiled programs for the next command.
+run keep their results in the JSON file; --cache=FOLDER keeps compiled programs for later.
 """
 
 import argparse

@@ -88,7 +88,10 @@ def page(named: dict[str, tuple[str, str]], head: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-  """Makes the requested plans and writes the section. Returns 1 where a plan failed or did not fit."""
+  """Makes the requested plans and writes the section.
+
+  Returns 1 where a plan failed or did not fit.
+  """
   asked = [] if arguments == ["--write"] else arguments or list(ALL)
   names = {name: only for name, _, only in (word.partition(":") for word in asked)}
   unknown = set(names) - set(ALL)

@@ -1,4 +1,6 @@
-"""Test setup: 8 forced CPU devices, no silent rank promotion, key reuse is an error, shapes are
+"""Setup of all tests.
+
+There are 8 virtual CPU devices; silent rank promotion and reuse of keys are errors; shapes are
 checked.
 """
 
@@ -30,9 +32,7 @@ install_import_hook("dancegrpo_jax", "beartype.beartype")
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-  """Folders of a tiny random Stable Diffusion and CLIP, and a prompts file:
-  `tiny_checkpoint.Folders`.
-  """
+  """Folders of a tiny random Stable Diffusion and CLIP, and a file of prompts."""
   from tiny_checkpoint import write_models
 
   return write_models(tmp_path_factory.mktemp("tiny"))
@@ -40,7 +40,7 @@ def tiny_models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def program_cache(tmp_path_factory):
-  """A folder for compiled programs, and JAX's cache turned on for the tests of a module."""
+  """A folder of compiled programs, with JAX's cache turned on for the tests of a module."""
   fields = (
     "jax_enable_compilation_cache",
     "jax_compilation_cache_dir",

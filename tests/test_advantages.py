@@ -1,6 +1,4 @@
-"""Group normalisation, masking of failures, several rewards, selection, and statistics over
-iterations.
-"""
+"""Group normalisation, failed samples, several rewards, selection, and running statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -208,7 +206,7 @@ def test_more_rewards_than_slots_keep_the_last_ones():
 
 
 def test_statistics_over_iterations_replace_the_groups():
-  """Prompt 0 has seen enough: its own mean and std. Prompt 1 hasn't: those of the whole batch."""
+  """Prompt 0 has enough scores for its own mean and std; prompt 1 gets those of the whole batch."""
   old, new = [[1.0, 2.0], [0.0, 0.0]], [[3.0, 4.0], [10.0, 13.0]]
   prompts, ok = jnp.int32([0, 1]), jnp.ones((2, 2), bool)
   stats = advantages.update_stats(

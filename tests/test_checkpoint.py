@@ -1,5 +1,6 @@
-"""Checkpoints come back bit for bit, in part or whole, onto other devices; a killed or damaged one
-is never taken for good.
+"""Checkpoints come back bit for bit, in part or whole, and onto other devices.
+
+A checkpoint that is incomplete or damaged is never accepted.
 """
 
 import os

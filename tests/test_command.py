@@ -1,4 +1,4 @@
-"""`dancegrpo COMMAND ...`: what it answers itself, and that each command is the module's own."""
+"""`dancegrpo COMMAND ...`: its own answers, and that each command runs its module."""
 
 import importlib
 import subprocess
@@ -60,7 +60,7 @@ def python(*words: str) -> subprocess.CompletedProcess:
 
 
 def test_as_a_process():
-  """--version imports nothing large; usage lines have the name that was typed."""
+  """--version imports no large library, and usage lines have the name that was typed."""
   code = "import sys; from dancegrpo_jax.command import main; main(['--version']);"
   done = python(
     "-c", code + "print([m for m in ('jax', 'numpy', 'ml_collections') if m in sys.modules])"

@@ -1,4 +1,4 @@
-"""The table engine: rows forwards, backwards and by slices; every mistake named."""
+"""The conversion tables: forwards, backwards and by slices, with all mistakes named."""
 
 import math
 
@@ -284,8 +284,9 @@ def test_description_names_what_goes_where():
 
 
 def test_volumes_agree():
-  """The toy file and the toy network hold the same number of elements, or these tests prove less
-  than they seem to.
+  """The toy file and network have the same number of elements.
+
+  Otherwise these tests would prove less than they seem to.
   """
   elements = sum(math.prod(shape) for name, shape in SOURCES.items() if name != "position_ids")
   assert elements == sum(math.prod(shape) for shape in TARGETS.values())

@@ -1,8 +1,7 @@
-"""The cache of prompt embeddings: it has the encoder's rows, goes on where it stopped, and refuses
-what isn't its own.
+"""The cache of prompt embeddings.
 
-That training by it is training without it, bit for bit, is in test_train.py, beside the run that it
-is compared with.
+It holds the encoder's rows, resumes where it stopped, and refuses another model's or dataset's
+files. test_train.py shows that training with it equals training without it, bit for bit.
 """
 
 import json
@@ -45,7 +44,7 @@ GUIDED = {  # so that negative prompts are encoded too; and no reward with a tex
 
 
 def open_cache(config, workdir):
-  """The cached encoder of the config's prompts."""
+  """The encoder with a cache, for the config's prompts."""
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     return encoding.cached_encoder(config, workdir, pipeline, prompts.read_examples(config), mesh)
@@ -94,7 +93,7 @@ def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_
 
 
 def test_flux_rows_in_bfloat16(tmp_path, tiny_models):
-  """Two encoders, a dtype that numpy alone doesn't know."""
+  """Two encoders, and a dtype that is not among numpy's."""
   folder = write_flux(tmp_path / "flux")
   config = tiny_config(
     None,
@@ -123,7 +122,7 @@ def test_flux_rows_in_bfloat16(tmp_path, tiny_models):
 
 @pytest.fixture
 def other(tiny_models, tmp_path):
-  """`(what) -> (folders, words of the refusal)`: the tiny models with something changed."""
+  """`(what) -> (folders, fragments of the message)`: the tiny models with one change."""
 
   def change(what: str):
     folders = tiny_models._replace(model=tmp_path / "other-sd", prompts=tmp_path / "other.txt")
@@ -175,8 +174,9 @@ def test_a_folder_of_something_else_and_a_damaged_part_are_refused(tiny_models, 
 
 
 def test_fingerprint(tmp_path):
-  """Sizes and evenly spread blocks: another size shows, and so does any block; small files are read
-  whole.
+  """It covers the size and evenly spread blocks, so that a change of either is noticed.
+
+  Small files are read completely.
   """
   file, data = tmp_path / "weights", bytearray(np.random.default_rng(0).bytes(1000))
   prints = set()

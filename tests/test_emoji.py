@@ -1,6 +1,4 @@
-"""The text-to-emoji pictures: what is drawn, what is held out, and that nothing depends on
-chance.
-"""
+"""The text-to-emoji pictures: what is drawn, what is held out, and that nothing is random."""
 
 import collections
 import os
@@ -81,8 +79,9 @@ LOOKS = [("red apple", "R", "GB"), ("star", "RG", "B"), ("frog", "G", "B"), ("gh
 
 @pytest.mark.parametrize("name, bright, dark", LOOKS)
 def test_glyph_has_its_colours(name, bright, dark):
-  """An apple is red, a star yellow, a frog greenish and a ghost white, as anyone sees: rows 8 to 12
-  (apple: middle) of 32.
+  """An apple is red, a star yellow, a frog greenish and a ghost white.
+
+  Colours are those of rows 8 to 12 (apple: middle) of 32.
   """
   picture = emoji.draw(SUBSET, name, "purple", 32, 0)
   assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8

@@ -51,15 +51,16 @@ def test_loops_branches_and_recomputation():
   either = count(
     lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), (n, n)
   )
-  assert either.total == 2 * block  # the dearer one
+  assert either.total == 2 * block  # the more expensive branch
   endless = count(lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x), (n, n))
   assert (endless.total, endless.unknown) == (block, {"while"})
   assert count(jax.jit(lambda x: x @ x), (n, n)).total == block
 
 
 def test_convolution_and_its_gradient():
-  """2 B H' W' k^2 i o; a strided one's gradient has no more products than the convolution
-  itself.
+  """2 B H' W' k^2 i o FLOPs.
+
+  A strided convolution's gradient has no more products than the convolution.
   """
   b, side, i, o, k = 2, 8, 3, 5, 3
   for stride in (1, 2):
@@ -79,9 +80,7 @@ def test_convolution_and_its_gradient():
 
 
 def test_attention():
-  """2 n m d for the logits and as much for the values, each head; a kernel computes padded
-  lengths.
-  """
+  """2 n m d for the logits and as much for the values, per head; kernels compute padded lengths."""
   b, n, m, h, d = 2, 10, 12, 3, 8
   xla = count(
     lambda q, k, v: attention(q, k, v, impl="xla"), (b, n, h, d), (b, m, h, d), (b, m, h, d)
@@ -103,7 +102,7 @@ def test_a_device_s_part_counts_for_all_devices():
 
 
 def test_collectives_of_a_loop_count_as_often_as_it_runs():
-  """Weights split over 8 devices and gathered one after the other: 8 * 8 * 4 bytes each."""
+  """Weights are split over 8 devices and gathered one after the other: 8 * 8 * 4 bytes each."""
   mesh = sharding.make_mesh(config_file.ConfigDict({"data": 1, "fsdp": 8, "tensor": 1}))
   split, whole = jax.NamedSharding(mesh, jax.P(None, None, "fsdp")), sharding.replicated(mesh)
 
@@ -124,8 +123,9 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
 
 
 def test_a_loop_whose_length_is_an_argument_counts_its_turns():
-  """...as the caller says; without that once, and the count says so. A loop inside it whose length
-  nobody knows does not take the turns of the outer one.
+  """The caller gives the number of turns; by default it is 1, and the result says so.
+
+  A loop inside it whose length is unknown does not get the turns of the outer loop.
   """
 
   def outer(x, w, stop):
@@ -151,7 +151,7 @@ def test_a_loop_whose_length_is_an_argument_counts_its_turns():
 
 
 def test_collectives_of_a_loop_whose_length_is_an_argument():
-  """The compiled text doesn't say how often it runs."""
+  """The compiled text does not say how often the loop runs."""
   mesh = sharding.make_mesh(config_file.ConfigDict({"data": 1, "fsdp": 8, "tensor": 1}))
   split, whole = jax.NamedSharding(mesh, jax.P(None, None, "fsdp")), sharding.replicated(mesh)
 
@@ -291,9 +291,7 @@ def test_text_of_the_tpu_compiler():
   ],
 )
 def test_bytes_of_a_collective(line, moved):
-  """What a device sends on a ring, from the shapes: XLA's own forms of one and of several
-  arrays.
-  """
+  """Bytes that a device sends on a ring, from the shapes of one or of several arrays."""
   head = "ENTRY %main (p: f32[4,8], r: f32[32,8]) -> f32[4,8] {\n"
   inputs = "  %p = f32[4,8] parameter(0)\n  %r = f32[32,8] parameter(1)\n"
   (found,) = hlo.summary(f"{head}{inputs}  %c = {line}\n}}").collectives
@@ -323,7 +321,7 @@ backend_config={"known_trip_count":{"n":"16"},"known_init_step":{"init":"0","ste
 
 
 def test_a_gpu_s_text_is_read_without_cycles():
-  """As XLA writes for GPUs: a gather of 4 x 32 bf16 and a product, 16 times; no cycles."""
+  """In XLA's text for GPUs: 16 times a gather of 4 x 32 bf16 and a product, without cycles."""
   read = hlo.summary(GPU_TEXT)
   (gather,) = read.collectives
   assert (gather.opcode, gather.bytes, gather.times) == ("all-gather", 4 * 32 * 2, 16)
@@ -331,7 +329,7 @@ def test_a_gpu_s_text_is_read_without_cycles():
 
 
 def test_a_gpu_takes_the_branch_for_cuda():
-  """2 * 4 * 8 * 16 FLOPs of a product on CUDA, twice that elsewhere."""
+  """A product has 2 * 4 * 8 * 16 FLOPs on CUDA, and twice that elsewhere."""
   a, b = jnp.ones((4, 8)), jnp.ones((8, 16))
   once, twice = (lambda a, b: a @ b), (lambda a, b: a @ b + a @ (2 * b))
 

@@ -1,5 +1,6 @@
-"""LoRA through whole runs: what is trained, saved and averaged, what stays, and what the KL penalty
-holds to.
+"""LoRA through whole runs.
+
+What is trained, saved and averaged; what does not change; and the reference of the KL penalty.
 """
 
 import json
@@ -35,7 +36,7 @@ LORA = {
 
 
 def flux_config(folder, **changes):
-  """A run with stacked, rematerialised blocks and adapters that are split over the devices."""
+  """A run with stacked, rematerialised blocks and adapters that are split over devices."""
   values = {
     "model__family": "flux",
     "model__checkpoint": str(folder),
@@ -63,7 +64,7 @@ def flux_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["sd", "flux"])
 def run(request, tiny_models, flux_folder, tmp_path_factory):
-  """Two iterations with a KL penalty and an average: (config, workdir)."""
+  """(config, workdir) after two iterations with a KL penalty and averaged weights."""
   changes = {"objective__kl__weight": 0.1}
   if request.param == "sd":
     config = tiny_config(tiny_models, **LORA, **changes)
@@ -133,7 +134,7 @@ def test_sampling_with_the_checkpoint(run):
   ],
 )
 def test_a_checkpoint_of_other_adapters(run, changes, message):
-  """Another alpha fits the arrays, but would change the model."""
+  """Adapters with another alpha have the same shapes, but make another model."""
   config = run[0].copy_and_resolve_references()
   with config.unlocked():
     for key, value in changes.items():
@@ -143,8 +144,9 @@ def test_a_checkpoint_of_other_adapters(run, changes, message):
 
 
 def test_every_kl_mode_holds_to_the_base(flux_folder):
-  """The first update finds adapters that are the base: KL 0. From there it is more, and its
-  gradient counts.
+  """The first update starts from adapters that equal the base, with KL 0.
+
+  From then on the KL is positive, and its gradient counts.
   """
   config = flux_config(
     flux_folder,

@@ -1,5 +1,6 @@
-"""Metrics on disk are complete, valid and free of duplicates after a resume; the progress line says
-what a person wants.
+"""Metrics on disk are complete, valid, and without duplicates after a resume.
+
+Also the progress line.
 """
 
 import io

@@ -90,7 +90,7 @@ def test_batches_hold_examples():
 
 
 def test_random_access_is_the_same_in_any_order_and_process():
-  """A resumed run asks for iteration 7 without having asked for 0 to 6."""
+  """A resumed run requests iteration 7 without having requested 0 to 6."""
   whole = prompt_batches(EXAMPLES, 4, seed=3, shuffle=True)
   expected = [ids(whole[i]) for i in range(12)]
   again = prompt_batches(EXAMPLES, 4, seed=3, shuffle=True)

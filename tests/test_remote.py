@@ -1,6 +1,4 @@
-"""The remote reward against real server processes on 127.0.0.1: the reference server, and ones that
-misbehave.
-"""
+"""The remote reward against real servers on 127.0.0.1: the reference, and faulty ones."""
 
 import contextlib
 import socket
@@ -82,7 +80,7 @@ server.serve_forever()
 
 @contextlib.contextmanager
 def process(*arguments, cwd=None):
-  """(url, process) of a server that says `listening on URL` first; it is ended afterwards."""
+  """(url, process) of a server that prints `listening on URL`; it is ended afterwards."""
   child = subprocess.Popen(
     [sys.executable, *arguments],
     stdout=subprocess.PIPE,
@@ -202,7 +200,7 @@ def test_a_retry_can_succeed():
   "server", [lambda path: reference(path, "slow"), lambda path: rude("trickles")]
 )
 def test_a_slow_server_times_out(tmp_path, server):
-  """One that doesn't answer, and one that sends a byte now and then for ever."""
+  """One server does not answer, and one sends single bytes forever."""
   with server(tmp_path) as (url, _):
     start = time.monotonic()
     with pytest.raises(remote.RemoteError, match="timed out.*attempts: 2"):
@@ -231,7 +229,7 @@ def test_a_server_that_dies(tmp_path):
 
 @pytest.mark.parametrize("kind", ["garbage", "text", "bools", "empty", "other", "missing"])
 def test_a_malformed_answer(kind):
-  """It would come again, so it isn't asked for again."""
+  """The answer would be the same again, so that there is no retry."""
   pauses = []
   with rude(kind) as (url, _), pytest.raises(remote.RemoteError, match="the answer is not"):
     ask(reward(url, retries=3, pauses=pauses))

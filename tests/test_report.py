@@ -1,6 +1,4 @@
-"""The report is one valid file that says what the run did; a real browser renders it, wide and
-narrow.
-"""
+"""The report is one valid file about the run, and a real browser renders it, wide and narrow."""
 
 import base64
 import json
@@ -28,8 +26,9 @@ PROMPTS = [
 
 
 def make_run(workdir: Path, iterations=40, prompts=None, size=32, kind="grpo") -> Path:
-  """A workdir as a run leaves it, with made-up numbers: a reward that grows, a failed one, an
-  iteration without ratio.
+  """A workdir with made-up numbers.
+
+  The reward grows; one score failed, and one iteration has no ratio.
   """
   prompts, draw = prompts or PROMPTS, np.random.RandomState(0)
   changes = [f"iterations={iterations}", "name=synthetic", f"objective.kind={kind}"]
@@ -99,7 +98,7 @@ def picture(number, sharpness, draw, size) -> np.ndarray:
 
 
 class Page(HTMLParser):
-  """Counts tags, checks that they nest, collects text and addresses."""
+  """Counts tags, checks their nesting, and collects text and addresses."""
 
   VOID = {"meta", "img", "br", "link", "i/"}
 
@@ -175,14 +174,14 @@ def test_it_shows_curves_config_and_environment(html):
 
 
 def titles(workdir: Path) -> list[str]:
-  """Of the charts, in the page's order."""
+  """The titles of the charts, in the page's order."""
   return re.findall(
     r'<figure class="chart"><figcaption><b>(.*?)</b>', page.write(workdir).read_text()
   )
 
 
 def test_an_algorithm_shows_what_it_reports(run, tmp_path):
-  """GRPO clips; Flow-DPPO drops, in the same place, and says how far the policy has moved."""
+  """Where GRPO shows clipping, Flow-DPPO shows dropped samples and the distance of the policy."""
   other = make_run(tmp_path / "other", iterations=10, kind="dppo")
   (place,) = [i for i, title in enumerate(titles(run)) if title == "Clipped"]
   assert titles(other)[place : place + 2] == ["Dropped", "Divergence"]
@@ -317,8 +316,9 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BRO
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path; set CHROMIUM to its binary")
 @pytest.mark.parametrize("width", [1200, 500])
 def test_a_browser_renders_it(run, tmp_path, width):
-  """The html's own layout, as the browser computed it, reaches its title by a copy of the html with
-  one script added.
+  """The browser's layout of the page is read from its title.
+
+  A script, added to a copy of the page, puts it there.
   """
   html = (run / "report.html").read_text()
   probe = """<script>addEventListener("load", () => {

@@ -1,5 +1,6 @@
-"""Noise is a function of (seed, stream, iteration, prompt, sample, step) alone: never of the batch
-or the devices.
+"""Noise depends only on (seed, stream, iteration, prompt, sample, step).
+
+It never depends on the batch or the devices.
 """
 
 import jax

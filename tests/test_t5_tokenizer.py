@@ -1,4 +1,4 @@
-"""T5's tokenizer: what is written, and that transformers reads the folder alike."""
+"""T5's tokenizer: the files that are written, and that transformers reads them alike."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def test_words_are_pieces_and_the_rest_is_spelled(folder):
 
 
 def test_transformers_reads_it(folder):
-  """As diffusers does, by the class that the folder names; at a length other than its own too."""
+  """As diffusers does, by the class that the folder names, also at another length."""
   tokenizer = AutoTokenizer.from_pretrained(folder)
   assert type(tokenizer).__name__ == "T5Tokenizer" and tokenizer.model_max_length == 8
   for length in (4, 8, 12):

@@ -1,4 +1,4 @@
-"""Which steps are trained: counts of the paper's recipes, and what a selection must be."""
+"""Which steps are trained: their number in the paper's recipes, and the rules for a selection."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,4 @@
-"""The captions' BPE: transformers' CLIPTokenizer loads the written folder as it is and gives the
-same ids.
-"""
+"""The captions' BPE: transformers' CLIPTokenizer loads the folder and gives the same ids."""
 
 import json
 import pathlib
@@ -85,7 +83,7 @@ def test_unseen_text_becomes_bytes_never_unknown(clip_tokenizer):
 
 
 def test_common_words_are_single_tokens(clip_tokenizer):
-  """Merges work at all: the words that are in every caption, and the colours."""
+  """Merges work: the words of all captions, and the colours, are single tokens."""
   for word in ("a", "on", "background", *emoji.COLOURS):
     assert clip_tokenizer.tokenize(word) == [word + "</w>"]
 
@@ -110,8 +108,9 @@ def test_training_is_deterministic(folder, tmp_path):
 
 
 def test_bpe_by_hand():
-  """Two merges by hand: "ab</w>" is in both words (2x), then "c" + "ab</w>"; with one merge of room
-  only the first.
+  """Two merges by hand: "ab</w>" occurs in both words, then "c" + "ab</w>".
+
+  With room for one merge only the first is made.
   """
   two = tokenizer.train_tokenizer(["ab cab ab"], length=8, size=516)
   assert (
@@ -125,7 +124,7 @@ def test_bpe_by_hand():
 
 
 def test_pad_token_of_its_own(folder, tmp_path):
-  """Stable Diffusion 2.x pads with "!", not with eos."""
+  """Stable Diffusion 2.x pads with "!" instead of the end of text."""
   for path in folder.iterdir():
     (tmp_path / path.name).write_bytes(path.read_bytes())
   config = json.loads((tmp_path / "tokenizer_config.json").read_text())

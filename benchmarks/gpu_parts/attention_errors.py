@@ -1,4 +1,4 @@
-"""Errors of bfloat16 attention against float32: by xla, and by the kernel that the device supports."""
+"""Errors of bfloat16 attention against float32, by xla and by the device's own kernel."""
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,6 @@
-"""FLUX from a folder: text, a whole deterministic sampling and pixels against diffusers'
-FluxPipeline on the same files.
+"""FLUX from a folder against diffusers' FluxPipeline on the same files.
+
+Compares text states, a whole deterministic sampling, and pixels.
 """
 
 import json
@@ -27,7 +28,7 @@ SCHNELL = FLOW | {"shift": 1.0, "use_dynamic_shifting": False}
 
 
 def flux_config(folder, **changes):
-  """The tiny config on a FLUX folder, with the checkpoint's own time shift."""
+  """The tiny config on a FLUX folder, with the checkpoint's time shift."""
   values = {
     "model__family": "flux",
     "model__checkpoint": str(folder),
@@ -59,8 +60,9 @@ def their_pipeline(folder) -> FluxPipeline:
 
 
 def sampled(folder, steps: int, guidance: float, **changes) -> tuple:
-  """(our latents and pixels, diffusers') of two prompts from the same noise, and our
-  conditioning.
+  """Samples two prompts from the same noise by diffusers and by us.
+
+  Returns (our latents and pixels, diffusers' latents and pixels), and our conditioning.
   """
   config = flux_config(
     folder, evaluation__steps=steps, sampler__embedded_guidance=guidance, **changes
@@ -99,8 +101,10 @@ def sampled(folder, steps: int, guidance: float, **changes) -> tuple:
 
 
 def check(ours, theirs) -> None:
-  """Text within a network's bound, latents within a trajectory's, pixels within a quarter of an
-  8-bit step.
+  """Checks text, latents and pixels.
+
+  Text is held to the bound of a network, latents to the bound of a trajectory, and pixels to a
+  quarter of an 8-bit step.
   """
   text, pooled, _ = (x.detach().numpy() for x in theirs[2])
   errors = (

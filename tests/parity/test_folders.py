@@ -1,6 +1,4 @@
-"""Folders that we write are loaded by diffusers and transformers as they are, and theirs by us, bit
-for bit.
-"""
+"""Diffusers and transformers load the folders that we write, and we load theirs, bit for bit."""
 
 import json
 

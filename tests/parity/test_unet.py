@@ -42,7 +42,10 @@ def draw(*shape: int) -> torch.Tensor:
 
 @cache
 def ours_of(second: bool):
-  """Our network and its function; the same object for each test, so that it compiles once."""
+  """Our network and its function.
+
+  They are the same objects in each test, so that they compile once.
+  """
   network = unet.from_json(SD2 if second else SD1)
   return network, lambda params, *arguments: network.apply({"params": params}, *arguments)
 
@@ -50,7 +53,7 @@ def ours_of(second: bool):
 @pytest.mark.parametrize("config", [SD1, SD2], ids=["sd1", "sd2"])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_unet(config, scale):
-  """Full depth, reduced width; latents that are not square, times that are no integers."""
+  """Full depth and reduced width; latents are not square, and times are not integers."""
   theirs = randomise(UNet2DConditionModel(**config), seed=1, scale=scale)
   network, apply = ours_of(config is SD2)
   latents, context, time = draw(2, 4, 16, 24), draw(2, 7, 24), torch.tensor([981.0, 0.5])
@@ -87,7 +90,7 @@ def test_config_values_are_used(change):
 
 @pytest.mark.parametrize("flip, shift", [(True, 0), (False, 1)])
 def test_time_embedding(flip, shift):
-  """An angle of 999 in float32 is good to 6e-5, on both sides."""
+  """An angle of 999 in float32 is accurate to 6e-5, on both sides."""
   time = torch.tensor([0.0, 0.5, 1.0, 501.25, 999.0])
   ours = run(lambda t: unet.sinusoid(t, 320, flip, shift), time.numpy())
   assert (
