@@ -20,7 +20,8 @@ from pathlib import Path
 import results
 
 HERE = Path(__file__).parent
-PLANS = {  # name: config, topology; a config may be followed by overrides and flags
+# Name: (config, topology). A config may be followed by overrides and flags.
+PLANS = {
   "flux_hps_v5p_64": ("configs/flux_hps.py", "v5p:4x4x4"),
   "flux_hps_v6e_64": ("configs/flux_hps.py", "v6e:8x8"),
   "flux_hps_lora_v5e_16": ("configs/flux_hps_lora.py:v5e", "v5e:4x4"),

@@ -47,7 +47,8 @@ def test_groups_are_independent_and_sum_to_0():
   got = normalise(values)
   np.testing.assert_allclose(jnp.sum(got, axis=1), 0.0, atol=1e-5)
   np.testing.assert_allclose(normalise(values[2:3]), got[2:3], atol=1e-6)
-  np.testing.assert_allclose(normalise(values * 10 + 3), got, atol=2e-4)  # shift and scale fall out
+  # A shift and a scale have no effect.
+  np.testing.assert_allclose(normalise(values * 10 + 3), got, atol=2e-4)
 
 
 @pytest.mark.parametrize("value", [0.3, 0.1, 1e6, 0.0])
@@ -106,10 +107,8 @@ def test_weighted_advantages_and_weighted_rewards():
   linear = np.array([-1.5, -0.5, 0.5, 1.5]) / np.sqrt(5 / 3)  # unbiased std of 1, 2, 3, 4
   summed = combine({"a": a, "b": b}, (("a", 0.7), ("b", 1.4)))
   np.testing.assert_allclose(summed.advantage, [0.7 * np.array(GOLDEN) + 1.4 * linear], atol=3e-6)
-  parts = {
-    "a": rewards([0.1, 0.0, 0.2, 0.4]),
-    "b": rewards([0.0, 0.2, 0.0, 0.25]),
-  }  # a + 2 b is the golden group
+  # a + 2 b is the golden group.
+  parts = {"a": rewards([0.1, 0.0, 0.2, 0.4]), "b": rewards([0.0, 0.2, 0.0, 0.25])}
   np.testing.assert_allclose(
     combine(parts, (("a", 1.0), ("b", 2.0)), "rewards").advantage, [GOLDEN], atol=1e-6
   )

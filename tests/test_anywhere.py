@@ -78,7 +78,7 @@ COMMON = {
   "checkpoint__every": 3,
   "checkpoint__keep": 9,
   "rollout__chunk": 8,
-  # the cleanest step's std is .03, and its gradient mostly round-off
+  # The step with the least noise has a std of .03, and its gradient is mostly round-off.
   "sampler__steps": 4,
   "sampler__window__size": 2,
 }
@@ -119,7 +119,7 @@ class Machine(NamedTuple):
   mesh: Any
   session: train.Session
   state: Any
-  abstract: Any  # of the state, with shardings
+  abstract: Any  # shapes, dtypes and shardings of the state
 
 
 class Trained(NamedTuple):
@@ -265,7 +265,7 @@ def assert_alike(trained, network: str, sizes: tuple[int, int, int]) -> None:
   print(f"{network} {sizes}: gradient {error:.1e}, parameters {drift:.1e}")
   assert error <= 1e-5
   assert_same_course(other.rows, other.parameters[-1], one, initial)
-  if sizes[1] > 1:  # the rules did split them, optimizer state too
+  if sizes[1] > 1:  # the rules split parameters and optimizer state
     leaves = jax.tree.leaves((other.state.trainable, other.state.opt_state))
     assert sum(x.size for x in leaves if not x.is_fully_replicated) > 0.5 * sum(
       x.size for x in leaves
@@ -400,7 +400,7 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
   assert [code for code, _, _ in results] == [0, 0], "".join(said) + results[0][2] + results[1][2]
 
   rows, done = metrics.read(workdir), store.latest(workdir / "checkpoints")
-  assert [row["iteration"] for row in rows] == list(range(done)) and done >= 6  # one writer
+  assert [row["iteration"] for row in rows] == list(range(done)) and done >= 6  # one process writes
   assert f"stopped by SIGTERM: {done} iterations are saved" in results[0][1]
   assert (
     len(list((workdir / "tensorboard").glob("*tfevents*"))) == 1
@@ -420,11 +420,8 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
   assert_one_run(rows[:ITERATIONS], state, expected, initial)
 
   failed = {row["reward/failed"] for row in rows[ITERATIONS:]}
-  assert 0.5 in failed and failed <= {
-    0.0,
-    0.25,
-    0.5,
-  }  # the second process's half; a quarter where a chunk was done before
+  # Half of the scores are the second process's; a quarter fails where a chunk was done before.
+  assert 0.5 in failed and failed <= {0.0, 0.25, 0.5}
   assert re.search(
     r"process 1: reward scorer_anywhere:score failed for 4 samples: ConnectionError", results[1][1]
   )

@@ -21,15 +21,15 @@ TURING, AMD, CPU, TPU = Place("gpu", (7, 5)), Place("gpu"), Place("cpu"), Place(
   "impl, place, dtype, head_dim, expected",
   [
     ("auto", HOPPER, "bfloat16", 40, "cudnn"),  # Stable Diffusion v1.4, 64x64
-    ("auto", HOPPER, "bfloat16", 160, "cudnn"),  # and 16x16
+    ("auto", HOPPER, "bfloat16", 160, "cudnn"),  # Stable Diffusion v1.4, 16x16
     ("auto", HOPPER, "float16", 256, "cudnn"),
     ("auto", HOPPER, "bfloat16", 264, "xla"),
     ("auto", HOPPER, "bfloat16", 36, "xla"),
     ("auto", HOPPER, "float32", 64, "xla"),
     ("auto", AMPERE, "bfloat16", 128, "cudnn"),
-    ("auto", AMPERE, "bfloat16", 160, "xla"),  # no backward pass there
+    ("auto", AMPERE, "bfloat16", 160, "xla"),  # cuDNN has no backward pass there
     ("auto", BLACKWELL, "bfloat16", 128, "cudnn"),
-    ("auto", BLACKWELL, "bfloat16", 160, "xla"),  # not in every version of cuDNN
+    ("auto", BLACKWELL, "bfloat16", 160, "xla"),  # not every version of cuDNN can
     ("auto", TURING, "float16", 64, "xla"),
     ("auto", AMD, "bfloat16", 64, "xla"),
     ("auto", CPU, "bfloat16", 128, "xla"),
@@ -40,12 +40,12 @@ TURING, AMD, CPU, TPU = Place("gpu", (7, 5)), Place("gpu"), Place("cpu"), Place(
     ("xla", TPU, "bfloat16", 128, "xla"),
     ("cudnn", HOPPER, "bfloat16", 64, "cudnn"),
     ("cudnn", CPU, "bfloat16", 64, "xla"),
-    ("splash", CPU, "float32", 128, "splash"),  # in Pallas's interpreter
+    ("splash", CPU, "float32", 128, "splash"),  # runs in Pallas's interpreter
     ("splash", HOPPER, "float32", 64, "xla"),
   ],
 )
 def test_the_table_of_kernels(impl, place, dtype, head_dim, expected):
-  for queries, keys in ((4096, 77), (2537, 2537), (2, 1)):  # no length decides
+  for queries, keys in ((4096, 77), (2537, 2537), (2, 1)):  # the lengths do not matter
     shape = Shape(queries=queries, keys=keys, heads=8, head_dim=head_dim, dtype=dtype)
     assert kernel(impl=impl, place=place, shape=shape, plain=True) == expected
     assert kernel(impl=impl, place=place, shape=shape, plain=False) == "xla"
@@ -64,7 +64,7 @@ def test_compute_capabilities_are_read_from_devices():
     (0, 0),
   ]
   assert module.place() == Place("cpu")
-  for card in gpu_topologies.CARDS.values():  # which plan.py compiles for
+  for card in gpu_topologies.CARDS.values():  # the cards that plan.py compiles for
     assert capability_of(SimpleNamespace(device_kind=card.kind)) == card.capability
 
 
@@ -126,7 +126,7 @@ def test_padding_for_cudnn_changes_nothing(monkeypatch, queries, keys, lengths, 
   monkeypatch.setattr(module, "kernel", lambda impl, **_: impl)
   q, k, v = draw(queries, keys)
   key_lengths = None if lengths is None else jnp.minimum(jnp.array(lengths), keys)
-  if key_lengths is not None:  # what no query may look at is far too large to go unnoticed
+  if key_lengths is not None:  # invalid keys are so large that they would be noticed
     beyond = (jnp.arange(keys)[None, :] >= key_lengths[:, None])[..., None, None]
     k, v = (jnp.where(beyond, 1e3, x) for x in (k, v))
   options = {"key_lengths": key_lengths, "causal": causal}
@@ -206,7 +206,7 @@ def test_auto_asks_where_it_runs_and_a_kernel_that_can_not_is_named_once(monkeyp
   monkeypatch.setattr(module, "_fused", lambda q, *_, **__: called.append("cudnn") or q)
   q, k, v = draw(8, 8, dim=128)
   half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-  attention(q, k, v)  # a CPU
+  attention(q, k, v)  # on a CPU
   assert called == []
   monkeypatch.setattr(module, "place", lambda: TPU)
   attention(q, k, v)

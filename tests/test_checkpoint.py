@@ -113,7 +113,8 @@ def test_restores_onto_other_devices(saved, tmp_path):
   assert state.trainable["dense"]["kernel"].sharding == split
   assert state.trainable["dense"]["kernel"].addressable_shards[0].data.shape == (16, 32)
   assert_equal(state, make_state(3))
-  with store.Saver(tmp_path / "again", keep=1) as saver:  # and back: saved from eight, read on one
+  # The way back: saved from eight devices, read on one.
+  with store.Saver(tmp_path / "again", keep=1) as saver:
     saver.save(4, state, {})
   assert_equal(store.restore(tmp_path / "again", abstract(make_state())).state, make_state(3))
 
@@ -244,6 +245,6 @@ def test_a_killed_save_never_looks_like_a_good_one(tmp_path):
     )
     assert restored.meta == {"iteration": iteration}
     assert (np.asarray(restored.state["w"]) == iteration).all()
-  with store.Saver(tmp_path, keep=3) as saver:  # leftovers don't stop the next run
+  with store.Saver(tmp_path, keep=3) as saver:  # partial files do not stop the next run
     saver.save(found[-1] + 1, {"w": jnp.zeros((2,))}, {})
   assert all(path.name.isdigit() for path in tmp_path.iterdir())

@@ -105,8 +105,8 @@ def check(
   # Of several arrays that are sent at once, the largest.
   largest = max(collected, key=lambda c: hlo.largest(c.shape))
   assert hlo.largest(largest.shape) <= 4 * largest_block(taken.model), largest
-  # Whatever is as large as a sample's latents is a parameter or its gradient by its shape: no
-  # trajectory, however it is packed.
+  # All arrays as large as a sample's latents have the shape of a parameter or its gradient, so that
+  # none is a trajectory, however it is packed.
   sample = prod(taken.kept["trajectories"][0].sample.shape[1:])
   known = parameter_shapes(taken.model.trainable)
   for c in collected:
@@ -122,11 +122,11 @@ def test_the_update_gathers_kernels_alone():
   summary, optimizer = compiled_update(taken, mesh)
   check(summary, optimizer, taken)
   known = parameter_shapes(taken.model.trainable)
-  for c in gathered(summary):  # the small ones too
+  for c in gathered(summary):  # also the small ones
     (dims,) = re.findall(r"[a-z]+\d+\[([\d,]+)\]", c.shape)
     assert is_parameter(dims, known), c
   sample = prod(taken.kept["trajectories"][0].sample.shape[1:])
-  packed = hlo.Collective("all-gather", f"bf16[3,{sample}]", 0, 1.0, "")  # would be found
+  packed = hlo.Collective("all-gather", f"bf16[3,{sample}]", 0, 1.0, "")  # the check would find it
   with pytest.raises(AssertionError, match="bf16"):
     check(summary._replace(collectives=[*summary.collectives, packed]), optimizer, taken)
 

@@ -11,7 +11,7 @@ from dancegrpo_jax import __version__, command
 
 ROOT = Path(__file__).parent.parent
 
-FOLDERS = ["main", "sample", "evaluate", "convert", "pretrain", "plan"]  # as `python -m` has them
+FOLDERS = ["main", "sample", "evaluate", "convert", "pretrain", "plan"]  # the names for `python -m`
 
 
 def test_every_command_is_there():

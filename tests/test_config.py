@@ -103,7 +103,7 @@ def test_a_name_alone(tmp_path, monkeypatch):
   (tmp_path / "configs" / "emoji_clip.py").write_text(text)
   assert config_file.load("emoji_clip").name == "common"
   (tmp_path / "emoji_clip.py").write_text(text.replace("return ", "return 1, "))
-  with pytest.raises(AttributeError):  # a tuple can't be locked: it's this file
+  with pytest.raises(AttributeError):  # this file's config is a tuple, which cannot be locked
     config_file.load("emoji_clip")
 
 
@@ -435,7 +435,7 @@ def test_one_wrong_value_is_one_line(changes, text):
 @pytest.mark.parametrize(
   "changes, text",
   [
-    # 256 samples; their divisors that are multiples of 8 lanes: 8, 16, 32, 64, 128, 256
+    # 256 samples have these divisors that are multiples of 8 lanes: 8, 16, 32, 64, 128, 256.
     (
       {"rollout__chunk": 100},
       "rollout.chunk = 100: must divide the 256 samples .*mesh.lanes = 8; use 16, 32, 64 or 128",
@@ -502,7 +502,7 @@ def test_a_missing_field_is_named():
 @pytest.mark.parametrize(
   "facts, said",
   [
-    ({}, ""),  # nothing is known, as where a checkpoint is exported
+    ({}, ""),  # numbers of devices and prompts are unknown, as in an export
     ({"platform": "gpu", "capability": (9, 0)}, ""),
     ({"platform": "gpu", "capability": (8, 0)}, ""),
     (

@@ -45,7 +45,7 @@ def test_all_are_there():
   assert wanted <= set(RUNS) and len(CASES) >= 4 * 6 + 3 + 2 + 3 * 4 + 4
   assert {"emoji_clip", "emoji_flow_clip"} <= set(RUNS)
   assert {"flux_hps", "flux_hps_8gpu", "flux_hps_lora", "flux_hps_clip", "flux_pick"} <= set(RUNS)
-  for name in RUNS:  # one H100 or eight: the small ones run anywhere
+  for name in RUNS:  # the presets for one or eight H100s; small configs run anywhere
     assert name.startswith("emoji") or {"1gpu", "8gpu"} & set(presets(name)), name
 
 
@@ -153,13 +153,7 @@ def test_flux_recipes_are_the_published_ones():
       5.0,
       300,
     )
-  for name in (
-    "flux_hps",
-    "flux_hps_clip",
-    "flux_pick",
-    "flux_hps_8gpu",
-    "flux_hps_lora",
-  ):  # other pieces
+  for name in ("flux_hps", "flux_hps_clip", "flux_pick", "flux_hps_8gpu", "flux_hps_lora"):
     preset = stored_config.flatten(load(name, "1gpu" if name == "flux_hps_lora" else "8gpu"))
     changed = {
       key for key, value in stored_config.flatten(load(name)).items() if preset[key] != value

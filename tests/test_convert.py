@@ -219,9 +219,9 @@ def test_every_problem_is_in_one_message():
   t["point.weight"] = np.zeros((5, 9, 1, 1), np.float32)  # wrong shape
   t["gamma"] = np.zeros((7, 2), np.float32)  # wrong number of axes
   t["layers.2.fc.weight"] = np.zeros((3, 5), np.float32)  # one layer too many
-  del t["experts.1.2.weight"]  # one of a stack
-  t["in_proj"] = np.zeros((13, 5), np.float32)  # does not divide
-  t["module.temperature"] = t["temperature"]  # two spellings
+  del t["experts.1.2.weight"]  # one tensor of a stack
+  t["in_proj"] = np.zeros((13, 5), np.float32)  # its size does not divide
+  t["module.temperature"] = t["temperature"]  # two names of one tensor
   wanted = targets()
   del wanted["fused/kernel"]  # tensors without a parameter
   wanted["extra/bias"] = Spec((3,), F32)

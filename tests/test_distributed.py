@@ -74,7 +74,7 @@ def test_clusters(started, monkeypatch):
   assert started(TPU_WORKER_HOSTNAMES="a", MEGASCALE_NUM_SLICES="2") == {}
   assert started(TPU_WORKER_HOSTNAMES="a,b", JAX_PLATFORMS="cpu") is None
   monkeypatch.setattr(processes, "has_tpu", lambda: True)
-  assert started() == {}  # a TPU VM: the metadata server knows
+  assert started() == {}  # on a TPU VM the metadata server has the addresses
   assert started(TPU_SKIP_MDS_QUERY="1") is None and started(JAX_PLATFORMS="cpu") is None
 
 
@@ -278,4 +278,4 @@ def test_a_signal_between_a_save_and_the_next_question(tmp_path, number):
   ]
   for code, output, errors in finish(processes):
     assert code == 0, errors
-    assert output.splitlines()[-1] == "5 False True True", errors  # gloo says something before
+    assert output.splitlines()[-1] == "5 False True True", errors  # gloo prints lines before it

@@ -35,7 +35,9 @@ def small_parts(monkeypatch):
   monkeypatch.setattr(disk, "PART", 3)
 
 
-GUIDED = {  # so that negative prompts are encoded too; and no reward with a text encoder of its own
+# With guidance, so that negative prompts are encoded, too, and without a reward that has a text
+# encoder.
+GUIDED = {
   "sampler__guidance_scale": 3.0,
   "data__negative_prompt": "grey",
   "reward__terms": (("compressibility", 1.0),),
@@ -66,13 +68,13 @@ def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_
   with pytest.raises(KeyboardInterrupt):
     open_cache(config, tmp_path)
   encode = open_cache(config, tmp_path)
-  assert written == [0, "interrupted", 1, 2]  # 8 prompts and the negative one
+  assert written == [0, "interrupted", 1, 2]  # 8 prompts and the negative prompt
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   vocabulary = pipeline.components["text_encoder"].abstract["embeddings"]["token_embedding"][
     "embedding"
   ]
-  assert vocabulary.shape not in {x.shape for x in jax.live_arrays()}  # the encoder has gone
-  monkeypatch.setattr(components, "read_component", None)  # a whole cache needs no weights
+  assert vocabulary.shape not in {x.shape for x in jax.live_arrays()}  # the encoder was freed
+  monkeypatch.setattr(components, "read_component", None)  # a complete cache needs no weights
   again = open_cache(config, tmp_path)
   texts = ["a red boat", "grey", "a red cat", "a red boat"]
   assert_trees_equal(again(as_examples(texts)), encode(as_examples(texts)))

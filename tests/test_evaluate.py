@@ -20,14 +20,14 @@ def test_bootstrap_interval_is_the_normal_one_of_the_prompts_means():
   np.testing.assert_allclose(
     [low, high], [prompts.mean() - half, prompts.mean() + half], atol=0.1 * half
   )
-  prompts[0] = np.nan  # a failed score is left out
+  prompts[0] = np.nan  # failed scores are left out
   assert np.isfinite(evaluate.bootstrap(np.repeat(prompts, 8, axis=1))).all()
 
 
 def test_diversity():
   axes = np.eye(4)
   assert evaluate.diversity(np.stack([axes, axes])) == pytest.approx(1.0)  # orthogonal
-  assert evaluate.diversity(np.ones((3, 5, 1))) == pytest.approx(0.0)  # all alike
+  assert evaluate.diversity(np.ones((3, 5, 1))) == pytest.approx(0.0)  # all equal
   pair = np.array([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])
   assert evaluate.diversity(pair) == pytest.approx(0.5)  # the mean of two groups
 

@@ -110,7 +110,7 @@ def test_diffusers_draws_our_pixels(emoji, tmp_path):
         f" {255 * change:.1f}/255"
       )
       assert error <= 2 / 255
-      assert change > 10 / 255  # else the base's weights would pass
+      assert change > 10 / 255  # otherwise the base's weights would pass
 
 
 @pytest.fixture

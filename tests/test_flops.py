@@ -260,15 +260,9 @@ def test_text_of_the_tpu_compiler():
   )
   assert (reduce.opcode, reduce.moved) == ("all-reduce", 2 * 4 * 8 * 2 * 16)
   # Each device keeps 2 rows of the sum.
-  assert (scatter.opcode, scatter.moved) == (
-    "reduce-scatter",
-    16 * 8 * 4,
-  )
+  assert (scatter.opcode, scatter.moved) == ("reduce-scatter", 16 * 8 * 4)
   # Of one collective that several fusions share, only the start counts.
-  assert (in_parts.bytes, in_parts.times) == (
-    4 * 16 * 2,
-    1,
-  )
+  assert (in_parts.bytes, in_parts.times) == (4 * 16 * 2, 1)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 
 from dancegrpo_jax.models.layers import _product, _upright, convolve
 
-CASES = [  # stride, padding, kernel, input height and width
+# Stride, padding, kernel, input height and width.
+CASES = [
   (1, ((1, 1), (1, 1)), 3, (8, 8)),
   (1, ((0, 0), (0, 0)), 3, (7, 5)),
   (1, ((2, 1), (0, 3)), 3, (6, 7)),

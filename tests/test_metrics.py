@@ -44,7 +44,7 @@ def test_one_row_an_iteration(tmp_path):
 def test_resume_leaves_no_duplicates(tmp_path):
   write(tmp_path, range(5))
   with (tmp_path / "metrics.jsonl").open("a") as file:
-    file.write('{"iteration": 5, "rew')  # killed while it wrote
+    file.write('{"iteration": 5, "rew')  # as if killed while writing
   write(tmp_path, range(3, 6), offset=0.5)
   rows = metrics.read(tmp_path)
   assert [(row["iteration"], row["reward/mean"]) for row in rows] == [

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_checkpoint import TOY_SHAPE, Toy, toy_programs
 
-IDS = np.array([5, 0, 7, 2], np.int32)  # of the iteration's 4 prompts; 4 samples each
+IDS = np.array([5, 0, 7, 2], np.int32)  # ids of the iteration's 4 prompts, with 4 samples each
 
 
 @functools.cache

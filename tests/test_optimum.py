@@ -26,7 +26,7 @@ from dancegrpo_jax.rl.grpo import Batch, Objective
 from dancegrpo_jax.rl.rollout import Policy, distribution, rollout
 
 BETA, LEVEL = 1.0, 2**0.5
-PROMPTS, GROUP, ITERATIONS, RATE = 8, 64, 200, 0.05  # a "prompt" is an x_T, shared by its group
+PROMPTS, GROUP, ITERATIONS, RATE = 8, 64, 200, 0.05  # a "prompt" is an x_T that its group shares
 SAMPLES = PROMPTS * GROUP
 REWARDS = {"linear": lambda x: x, "curved": lambda x: -((x - 1) ** 2)}
 X, X_T = np.linspace(-8, 8, 1601), np.linspace(-5, 5, 101)

@@ -30,7 +30,7 @@ def cache(tmp_path_factory):
   """A compilation cache, so that a stage is compiled only once in this file."""
   names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   before = {name: getattr(jax.config, name) for name in names}
-  # JAX looks for a folder at the first compilation of a process alone
+  # JAX looks for the folder only at the first compilation of a process.
   compilation_cache.reset_cache()
   for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.0)):
     jax.config.update(name, value)
@@ -84,7 +84,7 @@ def test_what_it_writes_loads_in_diffusers_and_transformers(made):
 def test_it_resumes_where_it_stopped(made, tmp_path):
   """Two steps and then a third give the weights of three steps in one run."""
   work, out = tmp_path / "work", tmp_path / "out"
-  for name in ("emoji-sd/vae", "emoji-clip"):  # what the denoiser's stage reads
+  for name in ("emoji-sd/vae", "emoji-clip"):  # the inputs of the denoiser's stage
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).symlink_to(made / "out" / name)
   assert command(tmp_path, "--stage=denoiser", "--config.denoiser.steps=2") == 0

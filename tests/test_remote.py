@@ -37,8 +37,8 @@ def short(pixels, prompts, metadata):
   return [1.0]
 """
 
-# Answers what its argument says, byte for byte; "fails first" answers 503 twice and then well;
-# "trickles" never ends.
+# A server that answers with the bytes that its argument names. "fails first" answers twice with 503
+# and then correctly; "trickles" never ends.
 RUDE = """
 import http.server, sys, time
 kind, seen = sys.argv[1], []
@@ -130,14 +130,14 @@ def ask(reward, prompts=("a", "bb"), pixels=None, metadata=None):
 @pytest.mark.parametrize("format", remote.FORMATS)
 def test_scores_come_back_in_order(tmp_path, format):
   pixels = np.random.default_rng(1).random((3, 8, 6, 3), np.float32)
-  pixels[0] += 2  # above the range: clipped
+  pixels[0] += 2  # above the range, and therefore clipped
   with reference(tmp_path, "brightness") as (url, _):
     scorer = reward(url, format=format)
     scores = ask(scorer, ("a", "a cat", "größer 😀"), pixels, {"bonus": 10})
     again = ask(scorer, ("a",), pixels[1:2])
   expected = np.clip(pixels, 0, 1).mean((1, 2, 3)) + np.array([1, 5, 8]) + 10
   assert scores.dtype == np.float32 and scores.shape == (3,)
-  np.testing.assert_allclose(scores, expected, atol=2e-3)  # 8 bits
+  np.testing.assert_allclose(scores, expected, atol=2e-3)  # pixels are sent in 8 bits
   np.testing.assert_allclose(again, pixels[1].mean() + 1, atol=2e-3)
 
 
@@ -210,7 +210,7 @@ def test_a_slow_server_times_out(tmp_path, server):
 
 def test_a_server_that_is_not_there():
   with socket.socket() as held:
-    held.bind(("127.0.0.1", 0))  # taken, but nobody listens
+    held.bind(("127.0.0.1", 0))  # the port is taken, but nothing listens
     with pytest.raises(
       remote.RemoteError, match="http://127.0.0.1:.*ConnectionRefusedError.*attempts: 3"
     ):

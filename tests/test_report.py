@@ -149,7 +149,7 @@ def test_it_shows_prompts_with_base_first(html):
   assert PROMPTS[1] in html.text  # escaped in the file, read back as written
   assert html.text.index("base") < html.text.index("iteration 10") < html.text.index("iteration 40")
   assert html.tags.count("img") == 3 * 5 + 2 * 4
-  assert "failed" in html.text  # the score that is NaN
+  assert "failed" in html.text  # the score is NaN
 
 
 def test_embedded_images_are_the_saved_ones(run, html):
@@ -297,7 +297,7 @@ def test_grid_places_images_and_captions():
     images.grid(pixels, 2, captions=["one", "two", "three"], headers=["left", "right"])
   )
   plain = np.asarray(images.grid(pixels, 2))
-  assert plain.shape == (2 * 96 + 3 * 6, 2 * 96 + 3 * 6, 3)  # enlarged three times, gaps of 6
+  assert plain.shape == (2 * 96 + 3 * 6, 2 * 96 + 3 * 6, 3)  # enlarged three times, with gaps of 6
   assert (
     plain[6, 6, 0] == 51
     and plain[6, 108, 0] == 102

@@ -54,7 +54,8 @@ def test_what_full_flux_keeps(flux):
   one = resident.device_bytes(config, *abstract(config, 1))
   assert one["trained weights"] == pytest.approx(4 * 11.90e9, rel=1e-3)
   assert one["optimizer"] == pytest.approx(8 * 11.90e9, rel=1e-3)
-  assert one["gradients"] == one["trained weights"]  # at least: their sum over microbatches
+  # The least are the sums of gradients over microbatches.
+  assert one["gradients"] == one["trained weights"]
   assert one["frozen weights"] == pytest.approx(2 * (4.76e9 + 123.1e6 + 83.8e6), rel=2e-3)
   assert one["rewards"] == pytest.approx(2 * 986.1e6, rel=1e-3)
   assert one["average"] == one["KL reference"] == 0
@@ -87,7 +88,7 @@ def test_adapters_fit_on_one_gpu(monkeypatch):
   monkeypatch.setattr(chips, "chip_of", lambda device: small)
   with pytest.raises(ConfigError, match=r"has 22\.35 .*frozen weights 31\.") as caught:
     require_room(lora, 1)
-  assert "lora.rank" not in str(caught.value)  # it has adapters already
+  assert "lora.rank" not in str(caught.value)  # the config has adapters already
 
 
 def test_one_microbatch_needs_no_sum_and_a_penalty_and_an_average_are_copies(tiny_models):

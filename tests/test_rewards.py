@@ -167,7 +167,7 @@ def test_python_function_that_can_t_be_used(name, words):
     and text.startswith("config.reward.terms")
     and all(word in text for word in words)
   ), text
-  with pytest.raises(ConfigError, match="config.reward.terms"):  # what a command makes of it
+  with pytest.raises(ConfigError, match="config.reward.terms"):  # the error that a command prints
     reward_builders.build_rewards(tiny_config(reward__terms=((name, 1.0),)))
 
 

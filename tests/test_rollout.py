@@ -124,7 +124,7 @@ def points(schedule: schedules.Schedule) -> list[tuple[np.float64, np.float64]]:
 def test_every_state_is_mean_plus_std_times_noise(prediction, kind, level):
   policy, denoise = make_policy(prediction, kind, level), network()
   rolled, (initial, noise), schedule = run(policy), draw(), grid(prediction)
-  steps = STEPS - 1  # the last one is deterministic
+  steps = STEPS - 1  # the last step is deterministic
   assert rolled.latents.shape == (steps + 1, BATCH, *SHAPE) and rolled.latents.dtype == np.float32
   assert rolled.log_probs.shape == (steps, BATCH) and rolled.sample.shape == (BATCH, *SHAPE)
   np.testing.assert_array_equal(rolled.step_index, np.arange(steps))
@@ -311,4 +311,5 @@ def test_dpm_solver_outside_the_window_starts_anew_after_it():
     previous = (m, h)
   np.testing.assert_allclose(rolled.sample, x, atol=1e-4)
   euler = run(policy._replace(outside="ode"), start)
-  assert np.abs(euler.sample - rolled.sample).max() > 1e-3  # so that the comparison means something
+  # Otherwise the comparison would prove nothing.
+  assert np.abs(euler.sample - rolled.sample).max() > 1e-3

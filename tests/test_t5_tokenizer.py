@@ -30,7 +30,7 @@ def test_words_are_pieces_and_the_rest_is_spelled(folder):
   assert spelled[2].startswith("▁a ▁cat ▁red </s>")
   assert spelled[3] == "▁a ▁red ▁ d o g ! </s>" and spelled[4].startswith("▁a ▁ C a t </s>")
   assert spelled[5].startswith("▁ <unk> t <unk> </s>")
-  assert spelled[6] == "▁a ▁red ▁cat ▁a ▁red ▁cat ▁a </s>"  # cut, with its end
+  assert spelled[6] == "▁a ▁red ▁cat ▁a ▁red ▁cat ▁a </s>"  # cut to the length, with the end token
 
 
 def test_transformers_reads_it(folder):

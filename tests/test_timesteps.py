@@ -42,7 +42,7 @@ def test_random_is_a_subset_in_order_for_each_sample():
   assert chosen.shape == (64, 6) and chosen.dtype == jnp.int32
   # Ascending, so drawn without replacement.
   assert (np.diff(chosen, axis=1) > 0).all() and chosen.min() >= 0 and chosen.max() <= 9
-  assert len({tuple(row) for row in np.asarray(chosen).tolist()}) > 30  # of 210 subsets, 64 draws
+  assert len({tuple(row) for row in np.asarray(chosen).tolist()}) > 30  # 64 draws from 210 subsets
   share = np.bincount(np.ravel(chosen), minlength=10) / 64
   assert np.abs(share - 0.6).max() < 0.25  # four standard errors
 

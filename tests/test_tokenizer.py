@@ -43,10 +43,7 @@ def test_files(folder):
   assert len(vocab) <= 1000 and sorted(vocab.values()) == list(range(len(vocab)))
   assert vocab["<|startoftext|>"] == len(vocab) - 2 and vocab["<|endoftext|>"] == len(vocab) - 1
   # transformers' legacy pooling looks for an eos id of 2.
-  assert 2 not in (
-    vocab["<|startoftext|>"],
-    vocab["<|endoftext|>"],
-  )
+  assert 2 not in (vocab["<|startoftext|>"], vocab["<|endoftext|>"])
 
 
 def test_transformers_gives_the_same_ids(folder, clip_tokenizer):

@@ -206,7 +206,7 @@ def broken(folder: Path, how: str) -> None:
     file.write_bytes(file.read_bytes()[:-100])
   elif how == "empty file":
     file.write_bytes(b"")
-  elif how == "web page":  # what a download without a token leaves
+  elif how == "web page":  # which a download without a token writes
     file.write_text("<html>401 Unauthorized</html>" * 10)
   elif how == "index":
     file.rename(folder / "a.safetensors")
@@ -303,7 +303,7 @@ def test_inspect_a_pipeline(folder, capsys):
     in out
   )
   assert "# scheduler (DDIMScheduler): not a network" in out
-  # Problems of several networks come together.
+  # Problems of several networks are reported together.
   index["vae"] = ["diffusers", "AutoencoderKL"]
   index["unet"] = ["diffusers", "UNet2DConditionModel"]
   (root / "model_index.json").write_text(json.dumps(index))

@@ -119,7 +119,8 @@ T5 = {
   "tie_word_embeddings": False,
   "pad_token_id": 0,
 }
-FLOW = {  # FLUX.1-dev's
+# FLUX.1-dev's scheduler.
+FLOW = {
   "_class_name": "FlowMatchEulerDiscreteScheduler",
   "base_image_seq_len": 256,
   "base_shift": 0.5,

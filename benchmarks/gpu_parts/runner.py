@@ -69,9 +69,8 @@ def run_part(
     rows.touch()
     command = [sys.executable, str(WORKER), part.module, part.argument, str(rows), str(cache)]
     own = {"PYTHONUNBUFFERED": "1"} | dict(part.environment)
-    environment = (
-      {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | own
-    )  # one GPU, unless the environment chooses
+    # One GPU, unless the environment chooses others.
+    environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | own
     with log.open("w") as output:
       # In a session of its own, so that the processes it starts are killed with it.
       process = subprocess.Popen(

@@ -23,7 +23,7 @@ from dancegrpo_jax.pipelines.base import ModelSettings
 from dancegrpo_jax.rl import rng
 from dancegrpo_jax.types import Conditioning
 
-SIZE, STEPS = (32, 48), 30  # not square; latents [8, 12, 4], 24 tokens
+SIZE, STEPS = (32, 48), 30  # not square: latents are [8, 12, 4], with 24 tokens
 SCHNELL = FLOW | {"shift": 1.0, "use_dynamic_shifting": False}
 
 
@@ -115,7 +115,7 @@ def check(ours, theirs) -> None:
   shift = np.abs(ours[1] - theirs[1]).max()
   print("text {:.1e}, pooled {:.1e}, latents {:.1e}, pixels {:.1e}".format(*errors, shift))
   assert max(errors[:2]) <= 1e-4 and errors[2] <= 1e-3 and shift <= 1 / 1024
-  assert np.ptp(theirs[1], axis=0).mean() > 0.05  # different noise, different images
+  assert np.ptp(theirs[1], axis=0).mean() > 0.05  # different noise gives different images
 
 
 @pytest.mark.parametrize("scan", [False, True])

@@ -29,7 +29,7 @@ from dancegrpo_jax.models.clip import ClipText
 
 pytestmark = pytest.mark.full_size
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tensors"
-BOUND = 1e-4  # of full-depth networks
+BOUND = 1e-4  # the bound for networks of full depth
 # Side of the trajectories' latents: the 120 forward passes take ten minutes, and would take four
 # times that at 64x64.
 SIDE = 32

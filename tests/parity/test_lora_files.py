@@ -29,6 +29,7 @@ from dancegrpo_jax.errors import ConfigError
 
 RANK, ALPHA = 4, 10.0
 TARGETS = r".*attn.*/(to_(q|k|v|out_0)|add_[qkv]_proj|to_add_out)/kernel"
+# The same layers in peft's spelling.
 MODULES = [
   "to_q",
   "to_k",
@@ -38,7 +39,7 @@ MODULES = [
   "add_k_proj",
   "add_v_proj",
   "to_add_out",
-]  # peft's spelling of it
+]
 FILE = "pytorch_lora_weights.safetensors"
 
 

@@ -26,7 +26,7 @@ SMALL = {
   "relative_attention_max_distance": 20,
   "layer_norm_epsilon": 1e-6,
 }
-LENGTH = 40  # longer than the largest distance that has a bias of its own
+LENGTH = 40  # longer than the largest distance with a separate bias
 
 
 def torch_encoder(scale: float = 1.0, **change) -> T5EncoderModel:
@@ -70,7 +70,7 @@ def test_the_norms_epsilon_is_the_configs(epsilon):
 def test_scan_and_loop_agree():
   theirs = torch_encoder()
   states = [both(torch_encoder(), *ours_of(scan))[0] for scan in (False, True)]
-  assert theirs.config.dense_act_fn == "gelu_new"  # what the config file's gated-gelu means
+  assert theirs.config.dense_act_fn == "gelu_new"  # the meaning of gated-gelu in the config file
   assert relative_error(states[1], states[0]) <= 1e-5
 
 

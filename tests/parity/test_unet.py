@@ -127,7 +127,8 @@ def test_transformer(linear, scale):
   theirs = randomise(
     Transformer2DModel(**shape, num_layers=2, use_linear_projection=linear), seed=4, scale=scale
   )
-  if scale != 1.0:  # the residual would hide the branch, and the branch's own products would vanish
+  # With small inputs the residual would hide the branch, whose products would vanish.
+  if scale != 1.0:
     with torch.no_grad():
       theirs.proj_out.weight.mul_(1 / scale)
   network = Transformer2D(4, 2, 16, linear)

@@ -24,7 +24,7 @@ def randomise(module: torch.nn.Module, seed: int, scale: float = 1.0) -> torch.n
       value = torch.randn(parameter.shape, generator=generator)
       if parameter.ndim > 1 and "embedding" not in name:
         value = value / parameter[0].numel() ** 0.5 * scale
-      elif "norm" in name or "layrnorm" in name or "ln_" in name:  # ln_: open_clip's
+      elif "norm" in name or "layrnorm" in name or "ln_" in name:  # ln_ is open_clip's name
         value = 0.3 * value + name.endswith("weight")
       else:
         value = 0.3 * value * scale

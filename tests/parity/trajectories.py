@@ -22,12 +22,8 @@ from dancegrpo_jax.rl.grpo import Transitions, score
 from dancegrpo_jax.rl.rollout import Policy, Rollout, rollout
 
 STEPS = 30
-FILES = {
-  "unet": "unet",
-  "vae": "vae",
-  "text_encoder": "text",
-  "scheduler": "scheduler",
-}  # of a pipeline, in the fixtures
+# The fixtures' names for the files of a pipeline.
+FILES = {"unet": "unet", "vae": "vae", "text_encoder": "text", "scheduler": "scheduler"}
 
 
 class Inputs(NamedTuple):
