@@ -1,4 +1,4 @@
-"""Our side of the comparison: the rollout and the update, and how much work each of them is."""
+"""This project's side of the comparison: the rollout and the update, and how much work each is."""
 
 import jax
 
@@ -8,7 +8,7 @@ from gpu_parts import loaded
 
 
 class Ours:
-  """The rollout and the update, compiled, with what they are called with."""
+  """The compiled rollout and update, with their arguments."""
 
   def __init__(self, made: loaded.Loaded, given: loaded.Feed):
     self._made, self._given = made, given
@@ -34,7 +34,7 @@ class Ours:
 
 
 class Work:
-  """What an iteration asks of the network, in rows; with guidance a sample is two."""
+  """The rows that an iteration passes through the network. With guidance a sample has two rows."""
 
   def __init__(self, config):
     branches = 1 + (config.sampler.guidance_scale != 1.0)
