@@ -177,26 +177,27 @@ def load_lora(
 
   Args:
     path: a file, or its folder.
-    table: the name of the adapted network.
-    adapters: abstract tree of the adapters wanted (models/lora.py).
+    table: the adapted network's table, or its name.
+    adapters: abstract tree of the adapters of the run (models/lora.py).
     everywhere: the same for adapters of rank 1 on every dense layer.
     shardings: as in `load`.
 
   Returns:
-    (the tree, how often the product of its factors counts in the file).
+    The tree of arrays, and the factor of the product of its matrices in the file.
 
   Raises:
-    ConversionError: one line: no adapters, another model's, another rank, other layers.
+    ConversionError: one line: the file holds no adapters, those of another model, another rank, or
+      those of other layers.
   """
   network, file = table_of(table), lora_files.find(path)
-  wanted, known = (
-    expected_sources(lora_files.table_for(network), specs(tree)) for tree in (adapters, everywhere)
-  )
-  rank = next(spec.shape[0] for name, spec in wanted.items() if name.endswith("lora_A.weight"))
+  adapter_table = lora_files.table_for(network)
+  expected = expected_sources(adapter_table, specs(adapters))
+  every_layer = expected_sources(adapter_table, specs(everywhere))
+  rank = next(spec.shape[0] for name, spec in expected.items() if name.endswith("lora_A.weight"))
   with Reader([file]) as reader:
-    own = lora_files.fitting(network, reader.specs, wanted, known, rank)
+    file_table = lora_files.table_of_file(network, reader.specs, expected, every_layer, rank)
     scale = lora_files.scale_of(file, network, reader, rank)
-  return load(file, own, adapters, shardings), scale
+  return load(file, file_table, adapters, shardings), scale
 
 
 def _each(
