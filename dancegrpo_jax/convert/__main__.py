@@ -81,9 +81,8 @@ def inspect(args: argparse.Namespace) -> int:
   for line in skipped:
     print(f"# {line}")
   if problems:
-    print(
-      f"{len(problems)} problem{'s' * (len(problems) > 1)}:", *problems, sep="\n  ", file=sys.stderr
-    )
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    print(f"{count}:", *problems, sep="\n  ", file=sys.stderr)
   return 2 if problems else 0
 
 
@@ -97,18 +96,19 @@ def export(argv: Sequence[str]) -> None:
       "--part",
       default="",
       choices=("", "pipeline", "denoiser", "lora"),
-      help="all of it, the trained network (with adapters merged in), or adapters alone, the"
-      " default where they were trained",
+      help="the whole pipeline, the trained network (with adapters merged in), or only the"
+      " adapters, which is the default where adapters were trained",
     )
     parser.add_argument(
       "--weights",
       default="",
       choices=("", "ema", "raw"),
-      help="default: averaged where the run kept them",
+      help="default: the averaged weights where the checkpoint has them",
     )
 
   line = command_line.parse_argv(argv, "Write a trained model as a diffusers folder.", add_flags)
-  from dancegrpo_jax.convert import folders  # after the flags: a misspelt one is answered at once
+  # Imported after the flags have been read, so that a misspelt flag is reported at once.
+  from dancegrpo_jax.convert import folders
 
   _converted(
     lambda: folders.export(
@@ -126,12 +126,13 @@ def import_checkpoint(argv: Sequence[str]) -> None:
       "--out", required=True, help="folder to write; must not exist"
     ),
   )
-  from dancegrpo_jax.convert import folders
+  from dancegrpo_jax.convert import folders  # late, as in `export`
 
   _converted(lambda: folders.import_checkpoint(line.config, Path(line.flags.out)))
 
 
 def _converted(run: Callable[[], None]) -> None:
+  """Calls `run`, and turns its ConversionError into a ConfigError."""
   try:
     run()
   except ConversionError as error:

@@ -41,10 +41,10 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
       "lora": the adapters as pytorch_lora_weights.safetensors, for `load_lora_weights` on the
       base's pipeline; "": "lora" where the run trained adapters, which the others merge into the
       weights, else "pipeline".
-    kind: "ema", "raw", or "" for the averaged weights where the checkpoint keeps them.
+    kind: "ema", "raw", or "" for the averaged weights where the checkpoint has them.
 
   Raises:
-    ConfigError: `out` is taken, or a checkpoint can't be used.
+    ConfigError: `out` exists already, or a checkpoint can't be used.
   """
   check_free(out)
   checks.validate(config, num_devices=jax.device_count())
@@ -93,24 +93,23 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
 def _whole(
   config: ConfigDict, pipeline: Pipeline, trained: PyTree, shardings: dict[str, PyTree]
 ) -> PyTree:
-  """The denoiser's parameters: what was trained, or the base that it was trained over with the
-  adapters merged in.
+  """The denoiser's parameters: the trained ones, or those of the base with the trained adapters
+  merged in.
   """
   if pipeline.adapters is None:
     return trained
-  location, model = loading.model_location(config), config.model
   base = components.read_component(
-    location,
+    loading.model_location(config),
     pipeline.components["denoiser"],
     shardings["denoiser"],
-    model.variant,
-    model.allow_pickle,
+    variant=config.model.variant,
+    allow_pickle=config.model.allow_pickle,
   )
   return lora.merged(base, trained, _scale(config))
 
 
 def _scale(config: ConfigDict) -> float:
-  """How often the adapters of a run that trained some count."""
+  """The factor of the adapters' product, alpha / rank, in a run that trains adapters."""
   adapters = loading.lora_of(config)
   assert adapters is not None
   return adapters.scale
@@ -120,7 +119,14 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
   """Reads config.model.checkpoint and writes all its networks as one Orbax tree beside its JSON
   files and tokenizers.
 
-  `config.model.checkpoint` takes the folder; dtypes are those of this config. Errors as `export`.
+  The new folder can be used as `config.model.checkpoint`. Its dtypes are those of this config.
+
+  Args:
+    config: of a run that would start from the checkpoint.
+    out: where to write; must not exist, or be empty.
+
+  Raises:
+    ConfigError: `out` exists already, or the checkpoint can't be used.
   """
   check_free(out)
   checks.validate(config, num_devices=jax.device_count())
@@ -145,7 +151,7 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
 
 
 def check_free(out: Path) -> None:
-  """ConfigError where a folder can't be written under this name."""
+  """Raises ConfigError where a folder can't be written under this name."""
   if out.is_dir() and any(out.iterdir()):
     raise ConfigError(
       f"--out={out}: exists and is not empty; name a new folder, or remove it first"
@@ -157,8 +163,8 @@ def check_free(out: Path) -> None:
 
 @contextlib.contextmanager
 def written(out: Path) -> Iterator[Path]:
-  """A temporary folder beside `out` that gets its name when the block ends well, and vanishes when
-  it does not.
+  """A temporary folder beside `out`. It gets the name `out` when the block ends without an error,
+  and is removed when it does not.
   """
   temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
   temporary.mkdir(parents=True)
@@ -170,13 +176,14 @@ def written(out: Path) -> Iterator[Path]:
 
 
 def _note_base(config: ConfigDict, name: str) -> None:
-  """A line where the run's base has another name than the config's: the folders copied must be of
-  the same model.
+  """Prints a note where the run started from another checkpoint than the config names.
+
+  The folders that are copied must be of the same model.
   """
   ran_with = store.read_meta(sampling.checkpoints(name))["config"]["model"]["checkpoint"]
   if ran_with != config.model.checkpoint:
     print(
-      f"note: {name} was trained from {ran_with!r}; the rest is taken from"
+      f"note: {name} was trained from {ran_with!r}; its other folders are copied from"
       f" {config.model.checkpoint!r}"
     )
 
@@ -204,15 +211,15 @@ def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
 def _copy_network(
   config: ConfigDict, base: Path, component: Component, sharding, target: Path
 ) -> None:
-  """A frozen network: its weight file as it is, under the plain name; from anything but one file,
-  read and written anew.
+  """Copies a frozen network. A single weight file is copied as it is, under the plain name; weights
+  in any other form are read and written anew.
   """
   location = loading.model_location(config)
   stored = not is_random(location) and any((base / component.folder).glob("*.safetensors"))
   files = find_files(base / component.folder, config.model.variant) if stored else []
   if len(files) == 1:
     _copy(files[0], target / f"{component.table.file}.safetensors")
-  else:  # shards, pickles, an Orbax tree, random ones
+  else:  # shards, pickles, an Orbax tree, random weights
     tree = components.read_component(
       location, component, sharding, config.model.variant, config.model.allow_pickle
     )
