@@ -48,13 +48,14 @@ def get_config(preset: str = ""):
     config.sampler.steps = 12  # [C]; 6 of 11 stochastic steps are trained
     config.optimizer.updates_per_iteration = 2  # [C]
     config.rollout.chunk = 8
-    config.optimizer.microbatch = 8
+    config.optimizer.update(microbatch=8, microbatches_per_call=4)
     config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),), reward_rules=((".*", ()),))
   if preset == "1gpu":
-    config.evaluation.prompts = 4
+    config.evaluation.update(prompts=4, steps=20)  # so that one call samples them in half a minute
   elif preset == "v5e":
     config.rollout.chunk = 16
-    config.optimizer.microbatch = 16
+    config.optimizer.update(microbatch=16, microbatches_per_call=8)
+    config.evaluation.steps = 20  # a call of the sampler then takes 26 s by plan
     rules = (("lora/.*", ("...", "fsdp", None)), *flux.SPLIT)
     config.mesh.update(data=1, fsdp=-1, lanes=16, rules=rules, reward_rules=flux.SPLIT_REWARDS)
     config.checkpoint.every = 3  # by plan.py an iteration takes 7 minutes

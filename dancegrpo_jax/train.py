@@ -12,18 +12,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.checkpoints import store
-from dancegrpo_jax.data.prompts import read_examples
-from dancegrpo_jax.devices import accelerator, out_of_memory, processes, sharding
+from dancegrpo_jax.devices import accelerator, out_of_memory, sharding
 from dancegrpo_jax.devices.preemption import Preemption
 from dancegrpo_jax.programs import update as update_calls
 from dancegrpo_jax.report import metrics, page
 from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl.state import TrainState
-from dancegrpo_jax.settings import checks, command_line
 from dancegrpo_jax.training import tracing
 from dancegrpo_jax.training.collecting import Experience, collect
 from dancegrpo_jax.training.outcome import Pending, flush, give_up, what_is_left
-from dancegrpo_jax.training.session import Session, iterations_done, prepare, resumed_config
+from dancegrpo_jax.training.session import Session, checked, prepare, resumed_config
 from dancegrpo_jax.training.showing import save_extremes, show
 
 
@@ -42,16 +40,7 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
     OutOfMemory: a program, or the model itself, is too large for the devices.
   """
   config = resumed_config(config, workdir, given)
-  examples = read_examples(config)
-  device = jax.devices()[0]
-  facts = checks.device_facts(device)
-  checks.validate(config, num_devices=jax.device_count(), num_examples=len(examples), **facts)
-  command_line.require_writable(f"--workdir={workdir}", workdir)
-  first = iterations_done(config, workdir)
-  processes.require_same(
-    first, f"--workdir={workdir}: iterations done differ", "all hosts must see the same folder"
-  )
-  processes.require_shared(workdir)
+  examples, first = checked(config, workdir)
   if first >= config.iterations:
     print(
       f"{workdir}: already finished, {first} iterations;"
@@ -59,7 +48,7 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
     )
     return
   if jax.process_index() == 0:
-    accelerator.say_share(device.platform)
+    accelerator.say_share(jax.default_backend())
   mesh = sharding.make_mesh(config.mesh)
   with contextlib.ExitStack() as stack:
     stack.enter_context(out_of_memory.explained(config, lambda: what_is_left(workdir)))
@@ -98,7 +87,8 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
       # Read the last iteration's numbers, now that this one's work is queued. Wait for its
       # checkpoint, so that a run that must stop knows the last one.
       saver.wait()
-      pending = flush(config, workdir, pending, writer, progress)
+      flush(config, workdir, pending, writer, progress)
+      pending = None
       # Scores -> advantages within each prompt's group -> optimizer steps. The host is chunks
       # ahead; a signal that comes during these is to be heard before the update.
       jax.block_until_ready(seen)
@@ -108,7 +98,7 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
       if after is None:
         give_up(saver, workdir, state, iteration, first, meta, progress)
         break
-      state, values, seen = after
+      state, values = after
       tracing.stop_profile(config, iteration, values)
       pending = Pending(iteration=iteration, values=values, clock=clock)
 
@@ -118,7 +108,8 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
         )
       # A state is saved only after its numbers were read and found sound.
       if save or shown:
-        pending = flush(config, workdir, pending, writer, progress)
+        flush(config, workdir, pending, writer, progress)
+        pending = None
       if save:
         saver.save(done, state, meta | {"iteration": done})
       if shown:
@@ -134,20 +125,20 @@ def update(
   iteration: int,
   clock: Clock,
   stop: Callable[[], bool],
-) -> tuple[TrainState, dict[str, jax.Array], Experience] | None:
+) -> tuple[TrainState, dict[str, jax.Array]] | None:
   """Scores -> advantages -> optimizer steps.
 
   Args:
     session: of the run.
     before: the state; it stays valid where None is returned.
-    seen: what the iteration has collected. The caller's own reference to it should be replaced by
-      the one returned, which holds no trajectories: they are freed as soon as they lie in lanes.
+    seen: what the iteration has collected; its trajectories are taken out of it, so that they are
+      freed as soon as they lie in lanes.
     iteration: number of the iteration.
     clock: of the iteration.
     stop: asked between two calls of a program; True gives the iteration up.
 
   Returns:
-    The state after, metrics and `seen`; None where the iteration was given up.
+    The state after, and metrics; None where the iteration was given up.
   """
   config, model, run = session.config, session.model, session.programs
   advantage, weight, chosen, stats, reward_metrics = run.advantages(
@@ -156,14 +147,14 @@ def update(
   clock.phase("reward", advantage)
   dealt = run.update["deal"](
     before.trainable,
-    seen.rollouts,
+    tuple(seen.rollouts),
     seen.ids,
     advantage,
     weight,
     chosen,
     np.int32(iteration),
   )
-  seen = seen._replace(rollouts=())
+  seen.rollouts.clear()
   after = update_calls.run(
     run.update,
     before._replace(prompt_stats=stats),
@@ -178,7 +169,7 @@ def update(
     return None
   state, update_metrics = after
   clock.phase("update", update_metrics)
-  return state, reward_metrics | update_metrics, seen
+  return state, reward_metrics | update_metrics
 
 
 def is_due(done: int, every: int) -> bool:

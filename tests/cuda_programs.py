@@ -30,6 +30,7 @@ from dancegrpo_jax.devices import gpu_topologies, sharding
 from dancegrpo_jax.models import attention
 from dancegrpo_jax.models.attention import Place, Shape
 from dancegrpo_jax.plan import inventory
+from dancegrpo_jax.programs import iteration, jitted, update
 from dancegrpo_jax.settings import stored_config
 
 H100, A100 = Place("gpu", (9, 0)), Place("gpu", (8, 0))
@@ -81,7 +82,7 @@ def h100() -> Iterator[Notes]:
   """
   notes: Notes = set()
   names: list[str] = []
-  kernel, program = attention.kernel, programs.program
+  kernel, program = attention.kernel, jitted.program
 
   def noted(impl: str, place: Place, shape: Shape, plain: bool) -> str:
     chosen = kernel(impl=impl, place=place, shape=shape, plain=plain)
@@ -106,7 +107,8 @@ def h100() -> Iterator[Notes]:
       patch.setattr(cudnn, question, answer)
     patch.setattr(attention, "place", lambda: H100)
     patch.setattr(attention, "kernel", noted)
-    patch.setattr(programs, "program", named)
+    for module in (iteration, update):
+      patch.setattr(module, "program", named)
     with unchecked():
       yield notes
 
@@ -176,10 +178,10 @@ def lower_group(group: list[ConfigDict], devices: int) -> Notes:
         for call in reward_calls(config, taken, mesh):
           lower(call)
     fused = {note.program for note in notes if note.h100 == "cudnn"}
-    for name in ("rollout", "update"):
+    for name in ("rollout", "update accumulate"):
       text = lowered[name].as_text()
       assert ("__cudnn$fmhaSoftmax" in text) == (name in fused), name
-      assert ("__cudnn$fmhaSoftmaxBackward" in text) == (name in fused and name == "update"), name
+      assert ("__cudnn$fmhaSoftmaxBackward" in text) == (name in fused and name != "rollout"), name
   if "assets/" not in group[0].model.checkpoint:
     jax.clear_caches()  # traces of the published networks take gigabytes
   return notes
@@ -215,7 +217,7 @@ def reward_calls(
     for name, reward in rewards.items()
   }
   model = taken.model._replace(rewards=rewards, reward_params=params)
-  stats = next(call for call in taken.calls if call.name == "update").arguments[0].prompt_stats
+  stats = next(call for call in taken.calls if call.name == "advantages").arguments[2]
   run = programs.build(config, model.pipeline, rewards, mesh, None)
   return calls.of_scores(config, model, run, media, stats, examples=400)
 
@@ -226,7 +228,7 @@ def rows(notes: Notes) -> list[str]:
   """
   found = defaultdict(set)
   for note in notes:
-    found[note[1:]].add(note.program)
+    found[note[1:]].add("update" if note.program.startswith("update ") else note.program)
   return sorted(
     f"| {', '.join(sorted(names))} | {shape.queries} | {shape.keys} | {shape.heads} x"
     f" {shape.head_dim} |"

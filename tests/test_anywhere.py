@@ -2,7 +2,7 @@
 or four against one of eight.
 
 Every network is as small as it can be and compiled without most of LLVM's passes: what is tested is
-how programs are split. Iterations are those of `train.collect` and the programs, without the loop's
+how programs are split. Iterations are those of `collect` and `train.update`, without the loop's
 evaluation; several processes run the command.
 """
 
@@ -44,6 +44,9 @@ from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.report import metrics
 from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl import lanes
+from dancegrpo_jax.settings import stored_config
+from dancegrpo_jax.training.collecting import collect
+from dancegrpo_jax.training.session import Session, prepare
 
 ITERATIONS = 3
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2))
@@ -117,7 +120,7 @@ class Machine(NamedTuple):
   """A run on some devices: its programs, and the state before the first iteration."""
 
   mesh: Any
-  session: train.Session
+  session: Session
   state: Any
   abstract: Any  # of the state, with shardings
 
@@ -171,7 +174,7 @@ def machine(models, tmp_path_factory):
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: prod(sizes)])
     with jax.set_mesh(mesh):
       examples, progress = prompts.read_examples(config), metrics.Progress(1, stream=io.StringIO())
-      session, state = train.prepare(
+      session, state = prepare(
         config, tmp_path_factory.mktemp("machine"), examples, mesh, 0, progress
       )
     abstract = jax.tree.map(
@@ -195,10 +198,10 @@ def iterate(machine: Machine, state: Any, first: int = 0, folder: Path | None = 
   session, rows, parameters, moment = machine.session, [], [], None
   with jax.set_mesh(machine.mesh), ThreadPoolExecutor(2) as pool:
     for iteration in range(first, ITERATIONS):
-      seen = train.collect(
+      seen = collect(
         session, state.trainable, iteration, Clock(pool), pool, print, keep_pixels=False
       )
-      state, values, _ = train.update(session, state, seen, iteration, Clock(pool), lambda: False)
+      state, values = train.update(session, state, seen, iteration, Clock(pool), lambda: False)
       rows.append({name: float(value) for name, value in values.items()})
       parameters.append(jax.device_get(state.trainable))
       if iteration == 0:
@@ -492,7 +495,7 @@ def test_no_process_reads_more_than_its_share(models):
     "JAX_NUM_CPU_DEVICES": "1",
     "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo",
   }
-  address, text = f"127.0.0.1:{free_port()}", train.stored_config.to_json(config)
+  address, text = f"127.0.0.1:{free_port()}", stored_config.to_json(config)
   processes = [
     subprocess.Popen(
       [sys.executable, "-c", textwrap.dedent(LOAD), address, str(i), text],

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from dancegrpo_jax import evaluate
 from dancegrpo_jax.assembly import sampling
 from dancegrpo_jax.data import prompts
+from dancegrpo_jax.evaluation import measures
 from dancegrpo_jax.settings import config_file
-from dancegrpo_jax.types import Example
+from dancegrpo_jax.types import Example, Media
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ASSETS = ROOT / "assets"
@@ -88,7 +88,7 @@ def test_diffusers_samples_the_same_images(opened, monkeypatch):
       lambda i: initial,
     ).sample
 
-  actual = np.asarray(model.pipeline.decode(params, sample(initial)))
+  actual = np.asarray(model.pipeline.decode(params, sample(initial)).pixels)
   assert np.abs(actual - expected).max() <= 2 / 255
   assert np.abs(expected[0] - expected[1]).max() > 0.5  # two different pictures
 
@@ -117,7 +117,7 @@ def test_transformers_scores_the_same(opened):
   )
   score = opened.programs.score["clip"]
   rows = np.tile(pixels, (8, 1, 1, 1))
-  actual = np.asarray(score(params, rows, text, np.arange(16) % 2)["clip"])
+  actual = np.asarray(score(params, Media(rows), text, np.arange(16) % 2)["clip"])
   np.testing.assert_allclose(actual[:2], expected, atol=2e-5)
 
 
@@ -125,5 +125,5 @@ def test_the_base_leaves_something_to_learn(opened):
   """Between 25 % and 75 % of the base's samples are nearest to their own caption among 200."""
   pool = prompts.read_prompts(opened.config.evaluation.distractors)
   chosen = np.random.default_rng(0).choice(len(pool), 200, replace=False)  # any emoji, any colour
-  result, _ = evaluate.measure(opened, opened.weights, [pool[i] for i in chosen], pool)
+  result, _ = measures.measure(opened, opened.weights, [pool[i] for i in chosen], pool)
   assert 0.25 <= float(np.mean(result["clip/retrieval"])) <= 0.75

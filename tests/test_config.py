@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import installation
+from dancegrpo_jax import installation, objects
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.rl import algorithms
 from dancegrpo_jax.settings import checks, command_line, config_file, stored_config
@@ -118,9 +118,8 @@ def test_any_file_may_import_the_configs_of_the_package(tmp_path, monkeypatch):
     "def get_config(preset=''):\n"
     "  return emoji_clip.get_config('tiny')\n"
   )
-  before = list(sys.path)
   assert config_file.load("my_run").name == "emoji_clip_tiny"
-  assert sys.path == before
+  assert root not in sys.path
 
 
 @pytest.mark.parametrize(
@@ -148,6 +147,22 @@ def test_a_broken_file_of_a_relative_path_names_its_line(tmp_path, monkeypatch):
   (tmp_path / "broken.py").write_text("x = 1\ny = x.nothing\n")
   with pytest.raises(ConfigError, match="--config=broken.py: line 2: AttributeError"):
     config_file.load("broken.py")
+
+
+def test_what_a_config_names_may_lie_beside_it(tmp_path, monkeypatch):
+  """`module:object` is found in the file's folder and the one above, from any working folder; what
+  was importable before comes first."""
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "a.py").write_text(Path(COMMON).read_text())
+  (tmp_path / "mine" / "scores_of_mine.py").write_text("score = 1\n")
+  monkeypatch.setattr("sys.path", ["elsewhere", str(tmp_path)])
+  for _ in range(2):
+    config_file.load(str(tmp_path / "mine" / "a.py"))
+    assert sys.path == ["elsewhere", str(tmp_path), str(tmp_path / "mine")]
+  for name in ("scores_of_mine:score", "mine.scores_of_mine:score"):
+    assert objects.load("reward.terms", name) == 1
+  config_file.load(COMMON)
+  assert sys.path[:2] == ["elsewhere", str(tmp_path)] and str(tmp_path / "mine") not in sys.path
 
 
 def test_a_loaded_config_is_locked():
@@ -229,7 +244,7 @@ def test_parse_argv_shares_config_and_keeps_own_flags():
     "--prompt",
     "b",
   ]
-  config, flags = command_line.parse_argv(argv, "samples", add_flags)
+  config, flags, given = command_line.parse_argv(argv, "samples", add_flags)
   assert (config.iterations, config.mesh.data, flags.prompt, flags.workdir) == (
     3,
     -1,
@@ -315,7 +330,7 @@ def test_the_common_config_is_sound():
     ),
     (
       {"reward__terms": (("clp", 1.0),)},
-      "reward.terms = 'clp': unknown reward; .*module:function; did you mean 'clip'",
+      "reward.terms = 'clp': unknown reward; .*module:object; did you mean 'clip'",
     ),
     ({"reward__terms": ()}, r"reward.terms = \(\): must hold \(term, weight\) pairs"),
     ({"reward__terms": (("clip", 1.0), ("clip", 2.0))}, "reward.terms = 'clip': named twice"),
@@ -463,7 +478,7 @@ def test_every_kind_of_algorithm_is_accepted():
 
 
 def test_a_custom_reward_is_accepted():
-  assert problems(reward__terms=(("my_package.rewards:score", 1.0),)) == []
+  assert problems(reward__terms=(("tiny_checkpoint:overrides", 1.0),)) == []
 
 
 def test_all_problems_come_in_one_message():

@@ -12,7 +12,7 @@ NOTES = set()
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: group[0].name)
 def test_lowers(group):
   notes = lower_group(group, devices=1)
-  assert {"rollout", "update", "sample"} <= {note.program for note in notes}
+  assert {"rollout", "update accumulate", "sample"} <= {note.program for note in notes}
   NOTES.update(notes)
 
 

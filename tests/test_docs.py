@@ -43,6 +43,8 @@ def shell_lines() -> list:
 def test_a_command_could_be_run(words, monkeypatch):
   """Modules, files, flags and fields of our own are there; other tools are named, no more."""
   monkeypatch.chdir(ROOT)
+  if words[:2] == ["python", "-m"] and words[2].startswith("examples."):
+    words = ["python", f"{words[2].replace('.', '/')}.py", *words[3:]]
   if words[:2] == ["python", "-m"]:
     parse(words[2], words[3:])
   elif words[0] == "python":

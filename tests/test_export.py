@@ -79,13 +79,13 @@ def emoji(tmp_path_factory):
 def test_diffusers_draws_our_pixels(emoji, tmp_path):
   config, workdir = emoji
   with sampling.opened(config, str(workdir)) as opened:
-    base = sampling.images(
+    base = sampling.draw(
       opened,
       opened.model.trainable,
       [Example(i, text) for i, text in enumerate(PROMPTS)],
       2,
       seed=5,
-    )
+    ).pixels
     abstract = components.placed(opened.weights, opened.model.shardings)
     stream = rng.derive(rng.stream(0, "evaluation"), np.int32(5))
     numbers = np.arange(8, dtype=np.int32)
@@ -95,9 +95,9 @@ def test_diffusers_draws_our_pixels(emoji, tmp_path):
     for kind in ("ema", "raw"):
       folders.export(config, str(workdir), tmp_path / kind, "pipeline", kind)
       tuned = sampling.restore_weights(str(workdir), abstract, kind)
-      ours = sampling.images(
+      ours = sampling.draw(
         opened, tuned, [Example(i, text) for i, text in enumerate(PROMPTS)], 2, seed=5
-      )
+      ).pixels
       images = theirs(
         tmp_path / kind, np.asarray(noise), [text for text in PROMPTS for _ in range(2)], 10
       )
@@ -186,7 +186,7 @@ def test_export_with_an_imported_base(run, tiny_models, tmp_path, capsys):
   changed(config, model__checkpoint=str(tmp_path / "orbax"))
   folders.export(config, str(workdir), tmp_path / "out", "pipeline", "")
   assert (
-    f"was trained from {str(tiny_models.model)!r}; the rest is taken from"
+    f"was trained from {str(tiny_models.model)!r}; its other folders are copied from"
     in capsys.readouterr().out
   )
   for name in ("vae", "text_encoder"):

@@ -77,7 +77,10 @@ def test_every_row_of_the_parts_has_its_numbers(measured):
       set(row["cells"]) == {"first call", "time", "memory by plan"}
       and row["cells"]["first call"]["value"] > 0
     )
-  assert "compiled in" in rows["update"]["note"]
+  assert "accumulate compiled in" in rows["update"]["note"]
+  assert re.search(
+    r"one call at a time: 1 x deal .* s, .*1 x accumulate .* s", rows["update"]["note"]
+  )
   kernels = parts["kernels-flux"]["rows"]["update"]["cells"]
   assert sum(kernels[kind]["value"] for kind in registry.KINDS) == pytest.approx(100)
 

@@ -171,6 +171,7 @@ def test_targets_choose_dense_kernels_alone():
   assert "time_embedding/linear_1" in everything and not any("conv" in path for path in everything)
   with pytest.raises(
     ValueError,
-    match=r"config.lora.targets = '.*to_k': matches no dense kernel; .* as '.*attn1/to_k/kernel'",
+    match="config.lora.targets = '.*to_k': matches no dense kernel; .* for example"
+    " '.*attn1/to_k/kernel'",
   ):
     lora.chosen(params, ".*attn./to_k")

@@ -17,6 +17,7 @@ from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.rl.state import init_state
+from dancegrpo_jax.training.session import reference_of
 
 TARGETS = r".*attn.*/to_(q|k|v|out_0)/kernel"
 LORA = {
@@ -115,10 +116,10 @@ def test_sampling_with_the_checkpoint(run):
     assert set(opened.weights) == {"lora"}
     examples = prompts.read_examples(config)[:2]
     tuned, start = (
-      sampling.images(opened, weights, examples, 2, seed=5)
+      sampling.draw(opened, weights, examples, 2, seed=5).pixels
       for weights in (opened.weights, opened.model.trainable)
     )
-    base = sampling.images(opened, {}, examples, 2, seed=5)
+    base = sampling.draw(opened, {}, examples, 2, seed=5).pixels
   np.testing.assert_array_equal(start, base)
   assert np.abs(tuned - base).max() > 1e-3
 
@@ -167,7 +168,7 @@ def test_every_kl_mode_holds_to_the_base(flux_folder):
     for mode in ("exact", "no_dt", "mean_mse", "velocity_mse"):
       with config.unlocked():
         config.objective.kl.update(mode=mode, weight=10.0)
-      assert train.reference_of(config, model) == {}
+      assert reference_of(config, model) == {}
       run = programs.build(config, pipeline, {}, mesh, shardings)
       state = init_state(config, 8, shardings)(jax.tree.map(jnp.copy, model.trainable))
       found = []

@@ -101,7 +101,7 @@ def train(steps: int, reward: str, costs_in_returns: bool, seed: int = 0) -> dic
     latents, log_probs = rolled.latents[:, None], rolled.log_probs[:, None]  # one lane
     batch = Batch(rolled.step_index, latents, log_probs, owners, advantage, jnp.ones((1, SAMPLES)))
     keys = (jax.random.split(step_key, SAMPLES), shuffle_key)
-    return optimize.update(algorithm, optimizer, 0.0, train_state, batch, keys)[0], None
+    return optimize.update(algorithm, optimizer, train_state, batch, keys)[0], None
 
   def run(key):
     first = state.create(start, optimizer, 0.0, {})

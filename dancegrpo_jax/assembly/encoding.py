@@ -113,8 +113,11 @@ def abstract_rows(pipeline: Pipeline) -> PyTree:
 
 def named(rows: PyTree) -> dict[str, Any]:
   """The leaves of a pytree of rows, in its order, by names that a data set can have."""
-  leaves = jax.tree_util.tree_leaves_with_path(rows)
-  return {"_".join(["embedding", *(str(key.key) for key in path)]): leaf for path, leaf in leaves}
+  keys = {
+    jax.tree_util.keystr(path, simple=True, separator="_"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(rows)
+  }
+  return {f"embedding_{key}" if key else "embedding": leaf for key, leaf in keys.items()}
 
 
 def identity(config: ConfigDict, pipeline: Pipeline, texts: list[str]) -> disk.Identity:

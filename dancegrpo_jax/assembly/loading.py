@@ -138,14 +138,11 @@ def read(
   """The parameters of these components of config.model, each device its share. ConfigError as
   `load`.
   """
-  shardings, location, m = (
-    shardings_of(config, pipeline, mesh),
-    model_location(config),
-    config.model,
-  )
+  shardings, location = shardings_of(config, pipeline, mesh), model_location(config)
+  variant, allow_pickle = config.model.variant, config.model.allow_pickle
   return {
     name: components.read_component(
-      location, pipeline.components[name], shardings[name], m.variant, m.allow_pickle
+      location, pipeline.components[name], shardings[name], variant, allow_pickle
     )
     for name in names
   }
@@ -164,17 +161,13 @@ def load(
     ConfigError: a checkpoint or LoRA that is missing, truncated or does not fit; a sharding rule
       that does not.
   """
-  shardings, of_rewards = (
-    shardings_of(config, pipeline, mesh),
-    reward_shardings(config, rewards, mesh),
-  )
-  name = pipeline.trainable
-  adapters = (
-    None if pipeline.adapters is None else load_adapters(config, pipeline, shardings[name])
-  )  # small, so first
-  params = read(
-    config, pipeline, [name for name in pipeline.components if name not in without], mesh
-  )
+  shardings = shardings_of(config, pipeline, mesh)
+  of_rewards = reward_shardings(config, rewards, mesh)
+  name, adapters = pipeline.trainable, None
+  if pipeline.adapters is not None:  # small, so that a mistake in them shows first
+    adapters = load_adapters(config, pipeline, shardings[name])
+  names = [component for component in pipeline.components if component not in without]
+  params = read(config, pipeline, names, mesh)
   reward_params = {
     name: reward_builders.read_reward(reward, of_rewards[name], config.model.allow_pickle)
     for name, reward in rewards.items()
@@ -183,7 +176,12 @@ def load(
     params[name] = adapters
   frozen = {key: value for key, value in params.items() if key != name}
   return Model(
-    pipeline, frozen, {name: params[name]}, rewards, reward_params, {name: shardings[name]}
+    pipeline=pipeline,
+    frozen=frozen,
+    trainable={name: params[name]},
+    rewards=rewards,
+    reward_params=reward_params,
+    shardings={name: shardings[name]},
   )
 
 
@@ -194,11 +192,7 @@ def load_adapters(config: ConfigDict, pipeline: Pipeline, shardings: PyTree) -> 
   Raises:
     ConfigError: no adapters there, another model's, or others than this config's.
   """
-  settings, component, name = (
-    lora_of(config),
-    pipeline.components["denoiser"],
-    config.lora.checkpoint,
-  )
+  component, name = pipeline.components["denoiser"], config.lora.checkpoint
   if not name:
     return programs.init_adapters(config, pipeline.adapters, shardings)
   everywhere = lora.abstract(component.abstract, Lora(1, 1.0, ".*"))
@@ -208,6 +202,7 @@ def load_adapters(config: ConfigDict, pipeline: Pipeline, shardings: PyTree) -> 
     )
   except weights.ConversionError as error:
     raise ConfigError(f"config.lora.checkpoint = {name!r}: {error}") from error
+  settings = Lora(config.lora.rank, config.lora.alpha, config.lora.targets)
   return lora.scaled(adapters, scale / settings.scale)
 
 
@@ -217,11 +212,9 @@ def outline(
   """What `load` returns, with `jax.ShapeDtypeStruct`s in the places of the weights. ConfigError: a
   rule that does not fit.
   """
-  shardings, of_rewards, name = (
-    shardings_of(config, pipeline, mesh),
-    reward_shardings(config, rewards, mesh),
-    pipeline.trainable,
-  )
+  shardings = shardings_of(config, pipeline, mesh)
+  of_rewards = reward_shardings(config, rewards, mesh)
+  name = pipeline.trainable
   params = {
     key: components.placed(part.abstract, shardings[key])
     for key, part in pipeline.components.items()
@@ -237,7 +230,12 @@ def outline(
   }
   frozen = {key: value for key, value in params.items() if key != name}
   return Model(
-    pipeline, frozen, {name: params[name]}, rewards, reward_params, {name: shardings[name]}
+    pipeline=pipeline,
+    frozen=frozen,
+    trainable={name: params[name]},
+    rewards=rewards,
+    reward_params=reward_params,
+    shardings={name: shardings[name]},
   )
 
 

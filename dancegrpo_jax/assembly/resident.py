@@ -59,12 +59,15 @@ def device_bytes(
   trained = _bytes(state.trainable)
   held = config.objective.kl.weight and not config.lora.rank  # a copy of what training starts from
   frozen = {name: tree for name, tree in model.frozen.items() if name not in without}
+  before = trained + _bytes(state.opt_state) + _bytes(state.ema)
   return {
     "trained weights": trained,
     "optimizer": _bytes(state.opt_state),
     "gradients": trained,  # their sum; a microbatch's may be added to it piece by piece
     "average": _bytes(state.ema),
     "KL reference": trained if held else 0,
+    # It stays until the last optimizer step, so that an iteration can be given up.
+    "state before": before if config.optimizer.updates_per_iteration > 1 else 0,
     "frozen weights": _bytes(frozen),
     "rewards": _bytes(model.reward_params),
   }

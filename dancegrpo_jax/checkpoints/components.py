@@ -63,7 +63,7 @@ def identity(location: str, component: Component, variant: str = "") -> dict:
     if (folder / hub.ORBAX).is_dir():
       files = sorted(file for file in (folder / hub.ORBAX).rglob("*") if file.is_file())
     else:
-      files = weights.files(folder / component.folder, variant)
+      files = weights.files(folder / component.folder, variant, component.table.file)
     return {"config": config, "weights": weights.fingerprint(files)}
   except weights.ConversionError as error:
     raise ConfigError(str(error)) from error

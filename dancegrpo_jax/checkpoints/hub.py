@@ -16,12 +16,6 @@ from dancegrpo_jax.pipelines.layout import RANDOM, Layout, is_random, local_path
 # The folder, in a checkpoint that `convert import` wrote, of all networks' parameters as one Orbax
 # tree.
 ORBAX = "orbax"
-_OPTIONAL = ("model_index.json",)  # only export needs it
-_STEMS = (
-  "diffusion_pytorch_model",
-  "model",
-  "open_clip_model",
-)  # of weight files: diffusers, transformers, open_clip
 # Pickled files count as weights here: the error of their reader says what to do.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -129,11 +123,12 @@ def patterns(layout: Layout, variant: str = "") -> list[str]:
   weights = [
     str(Path(place) / f"{stem}{kind}")
     for place in layout.networks
-    for stem in _STEMS
+    for stem in layout.stems
     for kind in kinds
   ]
   tokenizers = tokenizer_files(layout) + tokenizer_files(layout, optional=True)
-  return list(dict.fromkeys([*_OPTIONAL, *layout.files.values(), *tokenizers, *weights]))
+  index = [layout.index] if layout.index else []
+  return list(dict.fromkeys([*index, *layout.files.values(), *tokenizers, *weights]))
 
 
 def _cached(name: str, layout: Layout) -> Path | None:

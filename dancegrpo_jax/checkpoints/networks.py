@@ -41,17 +41,21 @@ def class_name(config: dict) -> str:
   return config.get("_class_name") or (config.get("architectures") or [""])[0]
 
 
-def abstract_params(config: dict) -> PyTree:
+def abstract_params(config: dict, networks: dict[str, Network] = NETWORKS) -> PyTree:
   """The parameters of the network that a config.json describes, as shapes and dtypes.
+
+  Args:
+    config: the parsed file.
+    networks: by class.
 
   Raises:
     ConversionError: the class, or a value in the file, is not implemented.
   """
   name = class_name(config)
-  if name not in NETWORKS:
-    raise ConversionError(f"config.json names the class {name!r}; known: {', '.join(NETWORKS)}")
+  if name not in networks:
+    raise ConversionError(f"config.json names the class {name!r}; known: {', '.join(networks)}")
   try:
-    return NETWORKS[name].abstract(config)
+    return networks[name].abstract(config)
   except (ValueError, KeyError, TypeError) as error:
     raise ConversionError(
       f"{name}: config.json does not describe a network that is implemented: {error}"

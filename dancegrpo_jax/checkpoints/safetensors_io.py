@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from dancegrpo_jax.conversion.mapping import Slices, Spec
 from dancegrpo_jax.errors import ConversionError
+from dancegrpo_jax.pipelines.layout import STEMS
 
 DTYPES = {
   "F64": np.dtype(np.float64),
@@ -40,27 +41,23 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _REOPEN = 2**26  # bytes
-_STEMS = (
-  "diffusion_pytorch_model",
-  "model",
-  "open_clip_model",
-)  # diffusers, transformers, open_clip
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 HOW = "get it with `hf download <hub id> --local-dir <folder>` and point the config at that folder"
 
 
-def find_files(folder: str | Path, variant: str = "") -> list[Path]:
+def find_files(folder: str | Path, variant: str = "", stem: str = "") -> list[Path]:
   """The weight files of one network.
 
   Accepted: a .safetensors file itself, or a folder with `<stem>.safetensors` or
-    `<stem>.safetensors.index.json` and its
-  shards (stem: diffusion_pytorch_model, model or open_clip_model), each also as variant
-  (`<stem>.fp16.safetensors`).
+  `<stem>.safetensors.index.json` and its shards (stem: the network's own, or
+  diffusion_pytorch_model, model or open_clip_model), each also as variant
+  (`<stem>.fp16.safetensors`); or a folder with a single .safetensors file.
 
   Args:
     folder: where to look.
     variant: "fp16" takes those files where there are any; "" prefers the full ones, then any
       variant.
+    stem: `Table.file` of the network, "" where it isn't known.
 
   Raises:
     ConversionError: nothing there, or pickled weights only, or shards of the index are missing.
@@ -72,8 +69,9 @@ def find_files(folder: str | Path, variant: str = "") -> list[Path]:
     raise ConversionError(f"{folder}: no such folder of weights; {HOW}")
   names = {path.name for path in folder.iterdir()}
   marks = [f".{variant}"] * bool(variant) + ["", ".fp16", ".bf16"]
+  stems = (stem, *STEMS) if stem and stem not in STEMS else STEMS
   for mark in marks:
-    for stem in _STEMS:
+    for stem in stems:
       if f"{stem}{mark}.safetensors" in names:
         return [folder / f"{stem}{mark}.safetensors"]
       # diffusers puts the variant behind "index", transformers in front of "safetensors"
@@ -88,8 +86,8 @@ def find_files(folder: str | Path, variant: str = "") -> list[Path]:
     raise ConversionError(
       f"{folder}: holds pickled weights only ({', '.join(pickled)}), not .safetensors; {HOW}"
     )
-  expected = "expected " + " or ".join(f"{stem}.safetensors" for stem in _STEMS)
-  expected += f", or {_STEMS[0]}.safetensors.index.json"
+  expected = "expected " + " or ".join(f"{stem}.safetensors" for stem in stems)
+  expected += f", or {stems[0]}.safetensors.index.json"
   raise ConversionError(
     f"{folder}: no weights; {expected}; found {', '.join(sorted(names)) or 'nothing'}; {HOW}"
   )

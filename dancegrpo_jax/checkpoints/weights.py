@@ -76,16 +76,18 @@ def specs(params: PyTree) -> dict[str, Spec]:
   }
 
 
-def open_reader(folder: str | Path, variant: str = "", allow_pickle: bool = False) -> AnyReader:
+def open_reader(
+  folder: str | Path, variant: str = "", allow_pickle: bool = False, stem: str = ""
+) -> AnyReader:
   """The tensors of a folder's weight files, to be used in a `with` block; of pickled ones where
-  they are allowed and alone.
+  they are allowed and alone. Arguments as `find_files`.
 
   Raises:
     ConversionError: no weights there, or unreadable ones; the message says what is accepted and how
       to get it.
   """
   try:
-    files = find_files(folder, variant)
+    files = find_files(folder, variant, stem)
   except ConversionError as error:
     file = pickled.find(folder)
     if file is None:
@@ -99,12 +101,12 @@ def open_reader(folder: str | Path, variant: str = "", allow_pickle: bool = Fals
   return Reader(files)
 
 
-def files(folder: str | Path, variant: str = "") -> list[Path]:
+def files(folder: str | Path, variant: str = "", stem: str = "") -> list[Path]:
   """The weight files of a network's folder, pickled ones where there are no others. ConversionError
-  where there are none.
+  where there are none. Arguments as `find_files`.
   """
   try:
-    return find_files(folder, variant)
+    return find_files(folder, variant, stem)
   except ConversionError:
     file = pickled.find(folder)
     if file is None:
@@ -174,7 +176,7 @@ def load(
     ConversionError: one message with everything that is missing, left over or misshapen. It is
       raised before anything is put on a device.
   """
-  with open_reader(folder, variant, allow_pickle) as reader:
+  with open_reader(folder, variant, allow_pickle, table_of(table).file) as reader:
     mapping = _plan(folder, table, reader, abstract_params)
     by_path = _by_path(shardings, mapping.targets)
     params = {}
@@ -333,7 +335,7 @@ def save(
   if like is None:
     sources = expected_sources(table, specs(params))
   else:
-    with open_reader(like) as reader:
+    with open_reader(like, stem=table.file) as reader:
       sources = reader.specs
   mapping = plan(table, _cast(sources, dtype), specs(params))
   folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,4 @@
-"""Compiles a run's programs at the same time, in threads, before the first iteration and while the
-weights are read.
-"""
+"""Compiles the programs of a run in threads, all at once, while the weights are read."""
 
 import contextlib
 import os
@@ -18,18 +16,14 @@ from dancegrpo_jax.devices import out_of_memory
 from dancegrpo_jax.programs import Programs
 from dancegrpo_jax.report.metrics import Progress, duration
 
-MEMORY = (
-  8 * 2**30
-)  # bytes that a compilation may take; the largest ones for TPUs were seen to take 14
-LARGEST_FIRST = (
-  "update accumulate",
-  "rollout",
-  "update remember",
-  "sample",
-)  # in the order of how long they take
-_TRACING = threading.Lock()  # tracing is Python, so threads would only slow each other down
+# Bytes that a compilation is expected to take. The largest ones for TPUs were seen to take 14 GiB.
+MEMORY = 8 * 2**30
+# The programs that take longest to compile, the longest first.
+LARGEST_FIRST = ("update accumulate", "rollout", "update remember", "sample")
+# Tracing is Python, so threads that trace at the same time would only slow each other down.
+_TRACING = threading.Lock()
 
-Compiling = dict[str, futures.Future]  # by the name of the call; equal calls share one
+Compiling = dict[str, futures.Future]  # by the name of the call; equal calls share a future
 
 
 def start(listed: list[Call], mesh: jax.sharding.Mesh, pool: futures.Executor) -> Compiling:
@@ -66,9 +60,7 @@ def _compile(call: Call, mesh: jax.sharding.Mesh) -> Callable:
 
 @contextlib.contextmanager
 def compilers() -> Iterator[futures.Executor]:
-  """Threads to compile in. An error inside gives up what isn't begun, so that it is told at
-  once.
-  """
+  """Threads to compile in. An error inside cancels what has not begun, so that it shows at once."""
   pool = futures.ThreadPoolExecutor(threads())
   try:
     yield pool
@@ -77,21 +69,23 @@ def compilers() -> Iterator[futures.Executor]:
 
 
 def threads() -> int:
-  """How many programs are compiled at once: one a core, as far as memory goes, and 8 at most."""
+  """How many programs are compiled at once: one a core, as far as memory allows, and at most 8."""
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   return max(1, min(8, cores, free_memory() // MEMORY))
 
 
 def free_memory() -> int:
-  """Bytes that this process can have of the machine, or of its container; without Linux's files a
-  guess for two threads.
+  """Bytes of memory that this process can still take, of the machine or of its container.
+
+  Where Linux's files that say so are missing, it is enough for two threads.
   """
   try:
     rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(rows["MemAvailable"].split()[0]) * 1024
   except (OSError, KeyError, ValueError, IndexError):
     return 2 * MEMORY
-  with contextlib.suppress(OSError, ValueError):  # no container, or one without a limit ("max")
+  # There may be no container, or one without a limit, which reads "max".
+  with contextlib.suppress(OSError, ValueError):
     group = Path("/sys/fs/cgroup")
     limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
     free = min(free, max(limit, 0))
@@ -99,8 +93,15 @@ def free_memory() -> int:
 
 
 def wait(compiling: Compiling, progress: Progress) -> dict[str, Callable]:
-  """The compiled programs by name, when all are there; meanwhile the progress line says which are
-  left, and for how long.
+  """Waits until all programs are compiled. Meanwhile the progress line names those that are left,
+  and the time that has passed.
+
+  Args:
+    compiling: of `start`.
+    progress: of the run.
+
+  Returns:
+    The compiled programs by the names of their calls.
 
   Raises:
     Exception: what the compilation of a program raised.
@@ -121,30 +122,28 @@ def wait(compiling: Compiling, progress: Progress) -> dict[str, Callable]:
 
 
 def put_together(run: Programs, compiled: dict[str, Callable], prefix: str = "") -> Programs:
-  """`run` with compiled programs in the places of the jitted ones.
+  """Replaces jitted programs by compiled ones.
 
   Args:
     run: jitted.
     compiled: by name.
-    prefix: `calls.SHOW` for the programs at the shapes of an evaluation, where they have others
-      than an iteration.
+    prefix: `calls.SHOW` for the programs of an evaluation inside training, where their shapes
+      differ from those of an iteration.
   """
 
-  def found(name: str, jitted: Any) -> Any:
+  def best(name: str, jitted: Any) -> Any:
     return compiled.get(prefix + name, compiled.get(name, jitted))
 
   fields: dict[str, Any] = {}
   for field, program in run._asdict().items():
     if isinstance(program, dict):
-      fields[field] = {name: found(f"{field} {name}", each) for name, each in program.items()}
+      fields[field] = {name: best(f"{field} {name}", each) for name, each in program.items()}
     else:
-      fields[field] = found(field, program)
+      fields[field] = best(field, program)
   return Programs(**fields)
 
 
 def ready(compiling: Compiling, run: Programs, progress: Progress) -> tuple[Programs, Programs]:
-  """The programs of an iteration, and of an evaluation inside training; waits until they are
-  compiled.
-  """
+  """Waits for the programs of an iteration and of an evaluation inside training."""
   compiled = wait(compiling, progress)
   return put_together(run, compiled), put_together(run, compiled, SHOW)

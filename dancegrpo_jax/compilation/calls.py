@@ -1,11 +1,10 @@
 """The calls of an iteration: every compiled program with the shapes, dtypes and shardings that it
 is called with.
 
-plan.py compiles this list without weights; train.py compiles it before the first iteration, while
-the weights are read. What a program returns, shapes and shardings, goes into the next one.
+`plan` compiles this list without weights. A run compiles it before the first iteration, while the
+weights are read. What a program returns, shapes and shardings, goes into the next one.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +29,7 @@ class Call(NamedTuple):
     program: jitted.
     arguments: abstract.
     times: calls in the run.
-    turns: of its loop whose length is an argument, in one call.
+    turns: how often its loop turns in one call, where the loop's length is an argument.
     freed: names in `Calls.kept` of what is gone when it runs.
     extra: what else stays in memory while it runs.
   """
@@ -58,7 +57,7 @@ class Calls(NamedTuple):
 
 
 def abstract(tree: PyTree, sharding: jax.sharding.Sharding | None = None) -> PyTree:
-  """Shapes and dtypes; host arrays have no sharding, as when train passes them."""
+  """Shapes and dtypes of a tree. Arrays of the host have no sharding, as when a run passes them."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x), sharding=sharding), tree
   )
@@ -87,51 +86,30 @@ def of_run(
     examples: prompts in the data set.
     held_out: prompts in data.held_out.
   """
-  prompts, group, lanes = (
-    config.data.prompts_per_iteration,
-    config.rollout.samples_per_prompt,
-    config.mesh.lanes,
-  )
-  chunks = deal(prompts * group, config.rollout.chunk, lanes)
-  ids, number, chunk = (abstract(x) for x in (np.zeros(prompts, np.int32), np.int32(0), chunks[0]))
-
-  cached, pipeline = config.data.cache_embeddings, model.pipeline
-  encoders = {name: model.frozen[name] for name in pipeline.encoders}
-  frozen = {name: tree for name, tree in model.frozen.items() if not (cached and name in encoders)}
-  calls, texts = [], 1 + (config.sampler.guidance_scale != 1.0)
-  reading = (
-    encoders if cached else model.frozen,
-    abstract(pipeline.prepare(blank_examples(prompts))),
-  )
-  calls.append(
-    Call(
-      "encode", run.encode, reading, texts * (examples / prompts if cached else config.iterations)
-    )
-  )
-
-  def conditioning(rows: int) -> Conditioning:
-    branches = [
-      jax.eval_shape(run.encode, reading[0], abstract(pipeline.prepare(blank_examples(rows))))
-      for _ in range(texts)
-    ]
-    return Conditioning(*branches, *(None,) * (2 - texts))
-
-  rows = conditioning(prompts)
-  trainable, every_chunk = state.trainable, len(chunks) * config.iterations
-  arguments = (trainable, frozen, rows, ids, chunk, number)
-  calls.append(Call("rollout", run.rollout, arguments, every_chunk))
+  prompts, group = config.data.prompts_per_iteration, config.rollout.samples_per_prompt
+  chunks = deal(prompts * group, config.rollout.chunk, config.mesh.lanes)
+  chunk_calls = len(chunks) * config.iterations
+  ids, number = abstract(np.zeros(prompts, np.int32)), abstract(np.int32(0))
+  frozen = _frozen(config, model)
+  encoding, rows = _encoding(config, model, run, prompts, examples)
+  arguments = (state.trainable, frozen, rows, ids, abstract(chunks[0]), number)
   rollouts = tuple(_copy(jax.eval_shape(run.rollout, *arguments)) for _ in chunks)
-  calls.append(Call("decode", run.decode, (frozen, rollouts[-1].sample), every_chunk))
-  media = jax.eval_shape(run.decode, *calls[-1].arguments)
-  calls += of_scores(config, model, run, media, state.prompt_stats, examples)
+  decoding = (frozen, rollouts[-1].sample)
+  media = jax.eval_shape(run.decode, *decoding)
+  calls = [
+    encoding,
+    Call("rollout", run.rollout, arguments, chunk_calls),
+    Call("decode", run.decode, decoding, chunk_calls),
+    *of_scores(config, model, run, media, state.prompt_stats, examples),
+  ]
   advantage, weight, chosen, _, _ = jax.eval_shape(calls[-1].program, *calls[-1].arguments)
   reference = None
   if config.objective.kl.weight:
-    reference = {} if config.lora.rank else _copy(trainable)
-  dealing = (trainable, rollouts, ids, advantage, weight, chosen, number)
+    reference = {} if config.lora.rank else _copy(state.trainable)
+  dealing = (state.trainable, rollouts, ids, advantage, weight, chosen, number)
   calls.append(Call("update deal", run.update["deal"], dealing, config.iterations))
   calls += of_update(config, run, state, frozen, reference, rows, dealing)
-  calls += _showing(config, model, run, calls, conditioning, examples, held_out)
+  calls += _showing(config, model, run, calls, examples, held_out)
   kept = {
     "trained weights": state.trainable,
     "optimizer": state.opt_state,
@@ -143,7 +121,35 @@ def of_run(
     "trajectories": rollouts,
     "pixels": media,
   }
-  return Calls(calls, kept)
+  return Calls(listed=calls, kept=kept)
+
+
+def _frozen(config: ConfigDict, model: Model) -> PyTree:
+  """The frozen parameters that are in memory while a run trains."""
+  if not config.data.cache_embeddings:
+    return model.frozen
+  encoders = model.pipeline.encoders
+  return {name: tree for name, tree in model.frozen.items() if name not in encoders}
+
+
+def _encoding(
+  config: ConfigDict, model: Model, run: programs.Programs, count: int, examples: int
+) -> tuple[Call, Conditioning]:
+  """The call of the text encoders for `count` prompts, and what comes out of it.
+
+  With cached embeddings the encoders are called before the first iteration alone, for all examples.
+  """
+  cached, pipeline = config.data.cache_embeddings, model.pipeline
+  params = {name: model.frozen[name] for name in pipeline.encoders} if cached else model.frozen
+  arguments = (params, abstract(pipeline.prepare(blank_examples(count))))
+  is_guided = config.sampler.guidance_scale != 1.0
+  rounds = examples / count if cached else config.iterations
+  call = Call("encode", run.encode, arguments, rounds * (2 if is_guided else 1))
+
+  def branch() -> PyTree:
+    return jax.eval_shape(run.encode, *arguments)
+
+  return call, Conditioning(positive=branch(), negative=branch() if is_guided else None)
 
 
 def of_update(
@@ -244,36 +250,32 @@ def _showing(
   model: Model,
   run: programs.Programs,
   calls: list[Call],
-  conditioning: Callable[[int], Conditioning],
   examples: int,
   held_out: int,
 ) -> list[Call]:
-  """The programs of an evaluation inside training, see train.show: fixed prompts in one batch that
-  fills the lanes.
+  """The programs of an evaluation inside training, see training/showing.py: fixed prompts in one
+  batch that fills the lanes.
   """
   lanes, every = config.mesh.lanes, config.evaluation.every
   count = min(config.evaluation.prompts, examples) + min(config.evaluation.prompts, held_out)
   rows = -(-count // lanes) * lanes
   shows = config.iterations // every + 1 if every else 2
-  numbers = abstract(np.zeros(rows, np.int32))
-  earlier = {call.name: call.arguments for call in calls}
-  trainable, frozen, *_ = earlier["rollout"]
-  text = conditioning(rows)
-  branches = 1 + (text.negative is not None)
-  drawn = (trainable, frozen, text, numbers, numbers, abstract(np.int32(0)))
-  latents = jax.eval_shape(run.sample, *drawn)
+  numbers, seed = abstract(np.zeros(rows, np.int32)), abstract(np.int32(0))
+  arguments = {call.name: call.arguments for call in calls}
+  trainable, frozen, *_ = arguments["rollout"]
+  encoding, conditioning = _encoding(config, model, run, rows, examples)
+  drawing = (trainable, frozen, conditioning, numbers, numbers, seed)
+  latents = jax.eval_shape(run.sample, *drawing)
   media = abstract(jax.eval_shape(run.decode, frozen, latents))  # it comes from the host
   result = [
-    Call("sample", run.sample, drawn, shows),
+    Call("sample", run.sample, drawing, shows),
     Call(f"{SHOW}decode", run.decode, (frozen, latents), shows),
   ]
   if not config.data.cache_embeddings:
-    tokens = abstract(model.pipeline.prepare(blank_examples(rows)))
-    result.append(
-      Call(f"{SHOW}encode", run.encode, (earlier["encode"][0], tokens), branches * shows)
-    )
+    branches = 1 if conditioning.negative is None else 2
+    result.append(encoding._replace(name=f"{SHOW}encode", times=branches * shows))
   for name, program in run.score.items():
-    params, _, features, _ = earlier[f"score {name}"]
+    params, _, features, _ = arguments[f"score {name}"]
     features = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct((count, *x.shape[1:]), x.dtype), features
     )
@@ -282,5 +284,5 @@ def _showing(
 
 
 def _copy(tree: PyTree) -> PyTree:
-  """The same shapes as arrays of their own."""
+  """The same shapes in new objects: other arrays than those of the tree."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

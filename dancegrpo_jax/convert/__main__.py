@@ -1,13 +1,14 @@
 """Command: checkpoints out, in, and looked into.
 
-    python -m dancegrpo_jax.convert inspect FOLDER
+    python -m dancegrpo_jax.convert inspect FOLDER [--config=...]
     python -m dancegrpo_jax.convert export --config=... --checkpoint=runs/x --out=DIR
     [--part=denoiser|lora] [--weights=ema|raw]
     python -m dancegrpo_jax.convert import --config=... --out=DIR
 
 inspect: every tensor's name, shape, dtype and parameter, and all that does not fit. FOLDER is a
-diffusers pipeline (model_index.json) or one network's folder (config.json and safetensors). export:
-a trained model as a diffusers folder, or its adapters as a LoRA file.
+diffusers pipeline (model_index.json) or one network's folder (config.json and safetensors); with a
+config, also a checkpoint or network of the family and the rewards that it names as module:object.
+export: a trained model in its base's layout (diffusers'), or its adapters as a LoRA file.
 import: the config's base model as an Orbax tree, for repeated starts; `config.model.checkpoint`
 takes it.
 """
@@ -16,16 +17,49 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dancegrpo_jax import errors, installation
 from dancegrpo_jax.checkpoints import weights
-from dancegrpo_jax.checkpoints.networks import NETWORKS, TABLES, abstract_params, class_name
+from dancegrpo_jax.checkpoints.networks import NETWORKS, abstract_params, class_name
 from dancegrpo_jax.conversion.mapping import describe, match
 from dancegrpo_jax.errors import ConversionError
-from dancegrpo_jax.settings import command_line
+from dancegrpo_jax.pipelines import families
+from dancegrpo_jax.pipelines.layout import INDEX, Network
+from dancegrpo_jax.rewards import kinds
+from dancegrpo_jax.settings import command_line, config_file
 
 
-def components(folder: Path) -> tuple[list[Path], list[str]]:
+class Known(NamedTuple):
+  """What can be looked into.
+
+  Attributes:
+    networks: by class.
+    folders: those with networks in a checkpoint that is no diffusers pipeline.
+  """
+
+  networks: dict[str, Network] = NETWORKS
+  folders: tuple[str, ...] = ()
+
+
+def known_with(path: str) -> Known:
+  """The networks of this package and, where a config file is given, those of its own family and
+  rewards. ConfigError: it can't be read, or names what is not there.
+  """
+  if not path:
+    return Known()
+  config = config_file.load(path)
+  names = dict.fromkeys(kinds.reward_of(term) for term, _ in config.reward.terms)
+  try:
+    family = families.family_of(config.model.family)
+    own = [family.networks, *(kinds.kind_of(name).networks for name in names)]
+  except ValueError as error:
+    raise errors.ConfigError(str(error)) from error
+  networks = {name: network for each in own for name, network in each.items()}
+  return Known(NETWORKS | networks, () if family.index else family.layout.networks)
+
+
+def components(folder: Path, known: Known) -> tuple[list[Path], list[str]]:
   """The folders of the networks in a checkpoint, and lines on what is left out.
 
   Raises:
@@ -33,41 +67,46 @@ def components(folder: Path) -> tuple[list[Path], list[str]]:
   """
   if (folder / "config.json").is_file():
     return [folder], []
-  if not (folder / "model_index.json").is_file():
+  own = [folder / place for place in known.folders]
+  if own and all((place / "config.json").is_file() for place in own):
+    return own, []
+  if not (folder / INDEX).is_file():
     found = (
       ", ".join(sorted(path.name for path in folder.iterdir()))
       if folder.is_dir()
       else "no such folder"
     )
-    expected = "model_index.json (a diffusers pipeline) or config.json (one network)"
+    expected = f"{INDEX} (a diffusers pipeline) or config.json (one network)"
     raise ConversionError(
       f"{folder}: not a checkpoint folder; expected {expected}; found: {found or 'nothing'}"
     )
-  index = weights.read_config(folder, "model_index.json")
+  index = weights.read_config(folder, INDEX)
   parts = {
     name: value[1]
     for name, value in index.items()
     if isinstance(value, list) and len(value) == 2 and value[1]
   }
-  known = [folder / name for name, kind in parts.items() if kind in NETWORKS]
-  return known, [
+  folders = [folder / name for name, kind in parts.items() if kind in known.networks]
+  return folders, [
     f"{name} ({kind}): not a network that is converted"
     for name, kind in parts.items()
-    if kind not in NETWORKS
+    if kind not in known.networks
   ]
 
 
 def inspect(args: argparse.Namespace) -> int:
   """Prints the mapping of every network in the folder, then every problem."""
-  folders, skipped = components(installation.find(args.folder))
+  known = known_with(args.config)
+  folders, skipped = components(installation.find(args.folder), known)
   problems = []
   for folder in folders:
     try:
       config = weights.read_config(folder)
       name = class_name(config)
-      targets = weights.specs(abstract_params(config))
-      with weights.open_reader(folder, args.variant) as reader:
-        mapping, found = match(TABLES[name], reader.specs, targets)
+      targets = weights.specs(abstract_params(config, known.networks))
+      table = known.networks[name].table
+      with weights.open_reader(folder, args.variant, stem=table.file) as reader:
+        mapping, found = match(table, reader.specs, targets)
     except ConversionError as error:
       message = str(error)
       problems.append(message if str(folder) in message else f"{folder}: {message}")
@@ -106,7 +145,9 @@ def export(argv: Sequence[str]) -> None:
       help="default: the averaged weights where the checkpoint has them",
     )
 
-  line = command_line.parse_argv(argv, "Write a trained model as a diffusers folder.", add_flags)
+  line = command_line.parse_argv(
+    argv, "Write a trained model as a folder in its base's layout.", add_flags
+  )
   # Imported after the flags have been read, so that a misspelt flag is reported at once.
   from dancegrpo_jax.convert import folders
 
@@ -151,20 +192,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     prog=command_line.program(), description="Checkpoints out, in, and looked into."
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
-  commands.add_parser("export", help="a trained model as a diffusers folder; see export --help")
+  commands.add_parser("export", help="a trained model as a folder; see export --help")
   commands.add_parser(
     "import", help="a base model as an Orbax tree, for repeated starts; see import --help"
   )
   command = commands.add_parser(
     "inspect", help="a checkpoint's tensors, where they go, and what does not fit"
   )
-  command.add_argument("folder", help="a diffusers pipeline, or one network's folder")
+  command.add_argument("folder", help="a checkpoint, or one network's folder")
+  command.add_argument(
+    "--config",
+    default="",
+    metavar="FILE[:preset]",
+    help="needed for networks of a family or a reward that this config names as module:object",
+  )
   command.add_argument("--variant", default="", help="which files to prefer, for example fp16")
   command.set_defaults(run=inspect)
   args = parser.parse_args(argv)
   try:
     return args.run(args)
-  except ConversionError as error:
+  except (errors.ConfigError, ConversionError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
 

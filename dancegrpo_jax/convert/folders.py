@@ -1,5 +1,5 @@
-"""Whole checkpoint folders: a trained model written for diffusers, and a base model written once as
-an Orbax tree.
+"""Whole checkpoint folders: a trained model written in its base's layout, which for the families of
+this package is diffusers', and a base model written once as an Orbax tree.
 
 Both appear under their name when they are complete, and neither ever replaces anything.
 """
@@ -25,19 +25,19 @@ from dancegrpo_jax.pipelines.layout import Component, is_random
 from dancegrpo_jax.settings import checks, command_line
 from dancegrpo_jax.types import PyTree
 
-INDEX = "model_index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".safetensors.index.json")
 
 
 def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> None:
-  """Writes a trained model as a diffusers folder or LoRA file, float32.
+  """Writes a trained model as a folder in its base's layout, or as a LoRA file, float32.
 
   Args:
     config: of the run.
     name: a workdir, or a folder of checkpoints; the last one is taken.
     out: where to; must not exist, or be empty.
-    part: "pipeline": the trained network with the base's other folders, for diffusers'
-      `from_pretrained`; "denoiser": its folder alone, for the network's own `from_pretrained`;
+    part: "pipeline": the trained network with the base's other files, which of the families of this
+      package diffusers' `from_pretrained` takes; "denoiser": its folder alone, for the network's
+      own `from_pretrained`;
       "lora": the adapters as pytorch_lora_weights.safetensors, for `load_lora_weights` on the
       base's pipeline; "": "lora" where the run trained adapters, which the others merge into the
       weights, else "pipeline".
@@ -54,12 +54,14 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
       "--part=lora: this config trains every weight (lora.rank = 0); use pipeline or denoiser"
     )
   sampling.check_lora(config, name)
-  base = loading.checkpoint_folder(config)
-  if part == "pipeline" and not (base / INDEX).is_file():
+  base, index = loading.checkpoint_folder(config), loading.family_of(config).index
+  if part == "pipeline" and index and not (base / index).is_file():
     raise ConfigError(
-      f"{base}: has no {INDEX}, so the pipeline's class is unknown; export it with --part=denoiser"
+      f"{base}: has no {index}, so the pipeline's class is unknown; export it with --part=denoiser"
     )
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
+  if part == "pipeline":
+    _check_folders(pipeline)
   component = pipeline.components["denoiser"]
   shardings = loading.shardings_of(config, pipeline, mesh)
   trainable = pipeline.trainable
@@ -86,7 +88,8 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
       for key, other in pipeline.components.items():
         if key != "denoiser":
           _copy_network(config, base, other, shardings[key], folder / other.folder)
-      _write_index(base, folder)
+      if index:
+        _write_index(base, folder, index)
   print(f"{part} of {name}: {out}")
 
 
@@ -131,6 +134,7 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
   check_free(out)
   checks.validate(config, num_devices=jax.device_count())
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
+  _check_folders(pipeline)
   shardings, location = loading.shardings_of(config, pipeline, mesh), loading.model_location(config)
   with jax.set_mesh(mesh), written(out) as folder:
     trees = {
@@ -145,9 +149,22 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
     _copy_files(config, base, folder)
     for component in pipeline.components.values():
       _copy(base / component.folder / "config.json", folder / component.folder / "config.json")
-    if (base / INDEX).is_file():
-      _copy(base / INDEX, folder / INDEX)
+    index = loading.family_of(config).index
+    if index and (base / index).is_file():
+      _copy(base / index, folder / index)
   print(f"{config.model.checkpoint}: {out}; use it with --config.model.checkpoint={out}")
+
+
+def _check_folders(pipeline: Pipeline) -> None:
+  """ConfigError where two networks lie in one folder: one would be written over the other."""
+  owners: dict[str, str] = {}
+  for name, component in pipeline.components.items():
+    other = owners.setdefault(str(Path(component.folder)), name)
+    if other != name:
+      raise ConfigError(
+        f"the networks {other} and {name} share the folder {component.folder!r} of the checkpoint,"
+        " which can be read and not written; --part=denoiser and --part=lora are possible"
+      )
 
 
 def check_free(out: Path) -> None:
@@ -194,18 +211,20 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
-  """The base's folders without networks of ours: scheduler, tokenizer, and what else its index
-  names (as feature_extractor).
+  """What the base has beside networks of ours: the files of its layout, each with its folder, as
+  scheduler and tokenizer, and what else its index names (as feature_extractor).
   """
   layout = loading.family_of(config).layout
-  names = {
-    str(Path(file).parent) for file in (*layout.files.values(), *hub.tokenizer_files(layout))
-  }
-  if (base / INDEX).is_file():
-    names |= {key for key in weights.read_config(base, INDEX) if not key.startswith("_")}
+  files = [Path(file) for file in (*layout.files.values(), *hub.tokenizer_files(layout))]
+  names = {str(file.parent) for file in files if file.parent != Path()}
+  if layout.index and (base / layout.index).is_file():
+    names |= {key for key in weights.read_config(base, layout.index) if not key.startswith("_")}
   for name in sorted(names - set(layout.networks)):
     if (base / name).is_dir():
       shutil.copytree(base / name, folder / name)  # follows the links of the hub's cache
+  for file in files:
+    if not (folder / file).exists():  # in the checkpoint's own folder, or in a network's
+      _copy(base / file, folder / file)
 
 
 def _copy_network(
@@ -216,7 +235,8 @@ def _copy_network(
   """
   location = loading.model_location(config)
   stored = not is_random(location) and any((base / component.folder).glob("*.safetensors"))
-  files = find_files(base / component.folder, config.model.variant) if stored else []
+  place, variant, stem = base / component.folder, config.model.variant, component.table.file
+  files = find_files(place, variant, stem) if stored else []
   if len(files) == 1:
     _copy(files[0], target / f"{component.table.file}.safetensors")
   else:  # shards, pickles, an Orbax tree, random weights
@@ -229,14 +249,14 @@ def _copy_network(
       _copy(path, target / path.name)
 
 
-def _write_index(base: Path, folder: Path) -> None:
+def _write_index(base: Path, folder: Path, name: str) -> None:
   """model_index.json without the parts whose folders aren't there: the hub's safety checker isn't
   fetched, for example.
   """
-  index = weights.read_config(base, INDEX)
-  for name, value in index.items():
-    if isinstance(value, list) and not (folder / name).is_dir():
-      index[name] = [None, None]
+  index = weights.read_config(base, name)
+  for part, value in index.items():
+    if isinstance(value, list) and not (folder / part).is_dir():
+      index[part] = [None, None]
   if "requires_safety_checker" in index or "safety_checker" in index:
     index["requires_safety_checker"] = (folder / "safety_checker").is_dir()
-  (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+  (folder / name).write_text(json.dumps(index, indent=2) + "\n")

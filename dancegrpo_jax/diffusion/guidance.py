@@ -24,16 +24,14 @@ def guide(
   scale: float | int,
 ) -> Float[Array, "*shape"]:
   """negative + scale (positive - negative), in float32."""
-  positive_output, negative_output = (
-    positive_output.astype(jnp.float32),
-    negative_output.astype(jnp.float32),
-  )
-  return negative_output + scale * (positive_output - negative_output)
+  positive = positive_output.astype(jnp.float32)
+  negative = negative_output.astype(jnp.float32)
+  return negative + scale * (positive - negative)
 
 
 def _weave(a: Array, b: Array) -> Array:
-  """Rows of both in turn. Joined end to end, a batch split over devices would have to move between
-  them.
+  """Rows of `a` and `b` in turn. If they were joined end to end, a batch that is split over devices
+  would have to move between them.
   """
   return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
@@ -42,9 +40,9 @@ def classifier_free(denoise: Denoise, scale: float | int) -> GuidedDenoise:
   """Wraps `denoise(x [B, ...], model_time [B], rows) -> output` into `guided(x, model_time,
   Conditioning) -> output`.
 
-  One call on the doubled batch, both branches of a sample side by side; every leaf of
-  `Conditioning.positive` and `.negative` has B rows. A scale of 1 is the positive branch alone, at
-  the cost of one.
+  There is one call on the doubled batch, in which both branches of a sample lie side by side. Every
+  leaf of `Conditioning.positive` and `.negative` has B rows. A scale of 1 needs the positive branch
+  alone, at half the cost.
 
   Raises:
     ValueError: when called without a negative branch and a scale other than 1.

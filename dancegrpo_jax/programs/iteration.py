@@ -1,7 +1,7 @@
 """The programs of an iteration, and how they are built from a config."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -65,8 +65,9 @@ def build(
     mesh: the devices; the caller has entered it with `jax.set_mesh`.
     state_shardings: of the TrainState.
   """
-  split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
-  steps_first = jax.NamedSharding(mesh, jax.P(None, *split.spec))
+  split: Any = sharding.batch_sharding(mesh)
+  whole: Any = sharding.replicated(mesh)
+  steps_first: Any = jax.NamedSharding(mesh, jax.P(None, *split.spec))
   rolled = Rollout(step_index=whole, latents=steps_first, log_probs=steps_first, sample=split)
   device = {name: reward for name, reward in rewards.items() if reward.kind == "device"}
 

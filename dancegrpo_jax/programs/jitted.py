@@ -49,6 +49,8 @@ def init_adapters(config: ConfigDict, adapters: PyTree, shardings: PyTree) -> Py
 
 def embed(config: ConfigDict, reward: Reward) -> Callable:
   """`(reward params, Media) -> embeddings`, for evaluate.py."""
+  if reward.embed is None:
+    raise ValueError(f"reward {reward.name} has no embedding")
   return program(config, f"embed {reward.name}", reward.embed)
 
 

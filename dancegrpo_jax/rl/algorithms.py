@@ -41,6 +41,8 @@ class AlgorithmKind(NamedTuple):
     batch_type: its NamedTuple.
     lane_axes: `{field: axis}`: where the batch's lanes are, None for arrays without.
     keys: `(seed, iteration, prompt_ids, sample) -> keys` of the algorithm.
+    remembers: `(config) -> bool`: whether the algorithm has `remember`. It is asked where there are
+      no devices to compute on.
     build: `(config, policy_output, schedule, policy, reference) -> Algorithm`.
   """
 
@@ -49,6 +51,7 @@ class AlgorithmKind(NamedTuple):
   batch_type: type
   lane_axes: dict[str, int | None]
   keys: Callable[[int, Array, Array, Array], Any]
+  remembers: Callable[[ConfigDict], bool]
   build: Callable[[ConfigDict, grpo.PolicyOutput, Schedule, Policy, PyTree | None], Algorithm]
 
 
@@ -88,6 +91,7 @@ def _on_trajectories(surrogate_of: Callable[[ConfigDict], grpo.Surrogate]) -> Al
     batch_type=grpo.Batch,
     lane_axes=grpo.LANE_AXES,
     keys=grpo.keys_of,
+    remembers=lambda config: grpo.remembers(objective_of(config)),
     build=build,
   )
 

@@ -23,14 +23,14 @@ class Experience(NamedTuple):
   Attributes:
     ids: of the P prompts.
     conditioning: one row a prompt.
-    rollouts: one a chunk.
+    rollouts: one a chunk; the update empties this list.
     scores: `{term: f32[P, G]}`, NaN where failed.
     pixels: of the first group, on the host, where asked for.
   """
 
   ids: np.ndarray
   conditioning: Conditioning
-  rollouts: tuple[Rollout, ...]
+  rollouts: list[Rollout]
   scores: dict[str, jax.Array]
   pixels: np.ndarray | None
 
@@ -105,7 +105,7 @@ def collect(
   return Experience(
     ids=ids,
     conditioning=conditioning,
-    rollouts=tuple(rollouts),
+    rollouts=rollouts,
     scores=run.join(scores, order),
     pixels=first_group,
   )

@@ -64,12 +64,14 @@ def save_extremes(session: Session, iteration: int, seen: Experience) -> None:
   total = sum(
     weight * np.asarray(seen.scores[term])[0] for term, weight in session.config.reward.terms
   )
-  if jax.process_index() == 0 and np.isfinite(total).any():
+  if jax.process_index() == 0 and seen.pixels is not None and np.isfinite(total).any():
     best, worst = int(np.nanargmax(total)), int(np.nanargmin(total))
-    prompt, pair = (
-      session.examples[int(seen.ids[0])].prompt,
-      (float(total[best]), float(total[worst])),
-    )
     page.save_extremes(
-      session.workdir, iteration, seen.pixels[best], seen.pixels[worst], prompt, *pair
+      session.workdir,
+      iteration,
+      seen.pixels[best],
+      seen.pixels[worst],
+      session.examples[int(seen.ids[0])].prompt,
+      float(total[best]),
+      float(total[worst]),
     )

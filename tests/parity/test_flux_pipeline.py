@@ -18,6 +18,7 @@ from dancegrpo_jax.data.t5_tokenizer import load_t5_tokenizer
 from dancegrpo_jax.data.tokenizer import load_tokenizer
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.pipelines import flux
+from dancegrpo_jax.pipelines.base import ModelSettings
 from dancegrpo_jax.rl import rng
 from dancegrpo_jax.types import Conditioning
 
@@ -208,12 +209,7 @@ def test_mistakes_of_the_folder(dev, file, change, message):
     flux.build(
       jsons | {name: jsons[name] | change},
       tokenizers,
-      size=SIZE,
-      dtype="float32",
-      frozen_dtype="float32",
-      remat=False,
-      attention="auto",
-      scan_blocks=False,
+      ModelSettings(size=SIZE, dtype="float32", frozen_dtype="float32"),
       text_length=8,
       guidance=3.5,
     )
