@@ -48,19 +48,19 @@ HOW = "get it with `hf download <hub id> --local-dir <folder>` and point the con
 def find_files(folder: str | Path, variant: str = "", stem: str = "") -> list[Path]:
   """The weight files of one network.
 
-  Accepted: a .safetensors file itself, or a folder with `<stem>.safetensors` or
-  `<stem>.safetensors.index.json` and its shards (stem: the network's own, or
-  diffusion_pytorch_model, model or open_clip_model), each also as variant
-  (`<stem>.fp16.safetensors`); or a folder with a single .safetensors file.
+  These are accepted: a .safetensors file itself; a folder with `<stem>.safetensors`, or with
+  `<stem>.safetensors.index.json` and its shards, each also as a variant
+  (`<stem>.fp16.safetensors`); and a folder with a single .safetensors file. The stem is the
+  network's own, diffusion_pytorch_model, model or open_clip_model.
 
   Args:
     folder: where to look.
-    variant: "fp16" takes those files where there are any; "" prefers the full ones, then any
-      variant.
+    variant: "fp16" prefers the files of this variant; files in full precision come next, then those
+      of any other variant.
     stem: `Table.file` of the network, "" where it isn't known.
 
   Raises:
-    ConversionError: nothing there, or pickled weights only, or shards of the index are missing.
+    ConversionError: there are no weights, only pickled ones, or not all shards of the index.
   """
   folder = Path(folder)
   if folder.is_file() and folder.suffix == ".safetensors":
@@ -68,13 +68,13 @@ def find_files(folder: str | Path, variant: str = "", stem: str = "") -> list[Pa
   if not folder.is_dir():
     raise ConversionError(f"{folder}: no such folder of weights; {HOW}")
   names = {path.name for path in folder.iterdir()}
-  marks = [f".{variant}"] * bool(variant) + ["", ".fp16", ".bf16"]
+  marks = [f".{variant}"] if variant else []
   stems = (stem, *STEMS) if stem and stem not in STEMS else STEMS
-  for mark in marks:
+  for mark in [*marks, "", ".fp16", ".bf16"]:
     for stem in stems:
       if f"{stem}{mark}.safetensors" in names:
         return [folder / f"{stem}{mark}.safetensors"]
-      # diffusers puts the variant behind "index", transformers in front of "safetensors"
+      # diffusers writes the variant behind "index", transformers in front of "safetensors".
       for index in (f"{stem}.safetensors.index{mark}.json", f"{stem}{mark}.safetensors.index.json"):
         if index in names:
           return _shards(folder / index)

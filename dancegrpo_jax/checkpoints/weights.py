@@ -79,12 +79,15 @@ def specs(params: PyTree) -> dict[str, Spec]:
 def open_reader(
   folder: str | Path, variant: str = "", allow_pickle: bool = False, stem: str = ""
 ) -> AnyReader:
-  """The tensors of a folder's weight files, to be used in a `with` block; of pickled ones where
-  they are allowed and alone. Arguments as `find_files`.
+  """A reader of a folder's weight files, to be used in a `with` block.
+
+  Args:
+    folder, variant, stem: as in `find_files`.
+    allow_pickle: whether pickled files may be read where there are no others.
 
   Raises:
-    ConversionError: no weights there, or unreadable ones; the message says what is accepted and how
-      to get it.
+    ConversionError: there are no weights, or they can't be read; the message says what is accepted
+      and how to get it.
   """
   try:
     files = find_files(folder, variant, stem)
@@ -102,8 +105,9 @@ def open_reader(
 
 
 def files(folder: str | Path, variant: str = "", stem: str = "") -> list[Path]:
-  """The weight files of a network's folder, pickled ones where there are no others. ConversionError
-  where there are none. Arguments as `find_files`.
+  """The weight files of a network's folder; the pickled one where there are no others.
+
+  Arguments and errors are those of `find_files`.
   """
   try:
     return find_files(folder, variant, stem)

@@ -1,7 +1,7 @@
-"""Whole checkpoint folders: a trained model written in its base's layout, which for the families of
-this package is diffusers', and a base model written once as an Orbax tree.
+"""Writes whole checkpoint folders: a trained model in its base's layout, which for the families of
+this package is diffusers', and a base model as an Orbax tree.
 
-Both appear under their name when they are complete, and neither ever replaces anything.
+A folder appears under its name when it is complete, and never replaces anything.
 """
 
 import contextlib
@@ -29,18 +29,19 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".safete
 
 
 def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> None:
-  """Writes a trained model as a folder in its base's layout, or as a LoRA file, float32.
+  """Writes a trained model as a folder in its base's layout, or as a LoRA file, in float32.
 
   Args:
     config: of the run.
-    name: a workdir, or a folder of checkpoints; the last one is taken.
-    out: where to; must not exist, or be empty.
-    part: "pipeline": the trained network with the base's other files, which of the families of this
-      package diffusers' `from_pretrained` takes; "denoiser": its folder alone, for the network's
-      own `from_pretrained`;
-      "lora": the adapters as pytorch_lora_weights.safetensors, for `load_lora_weights` on the
-      base's pipeline; "": "lora" where the run trained adapters, which the others merge into the
-      weights, else "pipeline".
+    name: a workdir, or a folder of checkpoints; the last checkpoint is taken.
+    out: where to write; must not exist, or be empty.
+    part: one of
+      - "pipeline": the trained network with the base's other files. For the families of this
+        package, `from_pretrained` of a diffusers pipeline loads it.
+      - "denoiser": the folder of the trained network, for the network's own `from_pretrained`.
+      - "lora": the adapters as pytorch_lora_weights.safetensors, for `load_lora_weights` of the
+        base's pipeline. The other parts have the adapters merged into the weights.
+      - "": "lora" where the run trained adapters, else "pipeline".
     kind: "ema", "raw", or "" for the averaged weights where the checkpoint has them.
 
   Raises:
@@ -48,7 +49,8 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
   """
   check_free(out)
   checks.validate(config, num_devices=jax.device_count())
-  part = part or ("lora" if config.lora.rank else "pipeline")
+  if not part:
+    part = "lora" if config.lora.rank else "pipeline"
   if part == "lora" and not config.lora.rank:
     raise ConfigError(
       "--part=lora: this config trains every weight (lora.rank = 0); use pipeline or denoiser"
@@ -64,23 +66,17 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
     _check_folders(pipeline)
   component = pipeline.components["denoiser"]
   shardings = loading.shardings_of(config, pipeline, mesh)
-  trainable = pipeline.trainable
-  abstract = component.abstract if pipeline.adapters is None else pipeline.adapters
   _note_base(config, name)
   with jax.set_mesh(mesh), written(out) as folder:
-    trained = sampling.restore_weights(
-      name, {trainable: components.placed(abstract, shardings[trainable])}, kind
-    )[trainable]
+    trained = _restore(name, pipeline, shardings, kind)
     if part == "lora":
       weights.save_lora(folder, component.table, lora.scaled(trained, _scale(config)))
     else:
-      target = folder if part == "denoiser" else folder / component.folder
-      whole = _whole(config, pipeline, trained, shardings)
       weights.save(
-        target,
+        folder if part == "denoiser" else folder / component.folder,
         component.table,
-        whole,
-        weights.read_config(base / component.folder),
+        _whole(config, pipeline, trained, shardings),
+        config_json=weights.read_config(base / component.folder),
         dtype="float32",
       )
     if part == "pipeline":
@@ -93,6 +89,16 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
   print(f"{part} of {name}: {out}")
 
 
+def _restore(name: str, pipeline: Pipeline, shardings: dict[str, PyTree], kind: str) -> PyTree:
+  """The trained parameters of a run's last checkpoint: the denoiser's, or its adapters."""
+  abstract = pipeline.adapters
+  if abstract is None:
+    abstract = pipeline.components["denoiser"].abstract
+  trainable = pipeline.trainable
+  placed = components.placed(abstract, shardings[trainable])
+  return sampling.restore_weights(name, {trainable: placed}, kind)[trainable]
+
+
 def _whole(
   config: ConfigDict, pipeline: Pipeline, trained: PyTree, shardings: dict[str, PyTree]
 ) -> PyTree:
@@ -101,14 +107,19 @@ def _whole(
   """
   if pipeline.adapters is None:
     return trained
-  base = components.read_component(
+  base = _read(config, pipeline.components["denoiser"], shardings["denoiser"])
+  return lora.merged(base, trained, _scale(config))
+
+
+def _read(config: ConfigDict, component: Component, sharding: PyTree) -> PyTree:
+  """One network's parameters from config.model.checkpoint."""
+  return components.read_component(
     loading.model_location(config),
-    pipeline.components["denoiser"],
-    shardings["denoiser"],
+    component,
+    sharding,
     variant=config.model.variant,
     allow_pickle=config.model.allow_pickle,
   )
-  return lora.merged(base, trained, _scale(config))
 
 
 def _scale(config: ConfigDict) -> float:
@@ -135,12 +146,10 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
   checks.validate(config, num_devices=jax.device_count())
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   _check_folders(pipeline)
-  shardings, location = loading.shardings_of(config, pipeline, mesh), loading.model_location(config)
+  shardings = loading.shardings_of(config, pipeline, mesh)
   with jax.set_mesh(mesh), written(out) as folder:
     trees = {
-      component.folder: components.read_component(
-        location, component, shardings[key], config.model.variant, config.model.allow_pickle
-      )
+      component.folder: _read(config, component, shardings[key])
       for key, component in pipeline.components.items()
     }
     with store.Saver(folder / hub.ORBAX, keep=1) as saver:
@@ -156,14 +165,14 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
 
 
 def _check_folders(pipeline: Pipeline) -> None:
-  """ConfigError where two networks lie in one folder: one would be written over the other."""
+  """Raises ConfigError where two networks share a folder: one would be written over the other."""
   owners: dict[str, str] = {}
   for name, component in pipeline.components.items():
     other = owners.setdefault(str(Path(component.folder)), name)
     if other != name:
       raise ConfigError(
         f"the networks {other} and {name} share the folder {component.folder!r} of the checkpoint,"
-        " which can be read and not written; --part=denoiser and --part=lora are possible"
+        " which can be read but not written; use --part=denoiser or --part=lora"
       )
 
 
@@ -211,8 +220,8 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
-  """What the base has beside networks of ours: the files of its layout, each with its folder, as
-  scheduler and tokenizer, and what else its index names (as feature_extractor).
+  """Copies what the base has beside its networks: the files of its layout, each with its folder, as
+  scheduler and tokenizer, and the other folders that its index names, as feature_extractor.
   """
   layout = loading.family_of(config).layout
   files = [Path(file) for file in (*layout.files.values(), *hub.tokenizer_files(layout))]
@@ -233,25 +242,23 @@ def _copy_network(
   """Copies a frozen network. A single weight file is copied as it is, under the plain name; weights
   in any other form are read and written anew.
   """
-  location = loading.model_location(config)
-  stored = not is_random(location) and any((base / component.folder).glob("*.safetensors"))
-  place, variant, stem = base / component.folder, config.model.variant, component.table.file
-  files = find_files(place, variant, stem) if stored else []
+  source, stem = base / component.folder, component.table.file
+  files = []
+  if not is_random(loading.model_location(config)) and any(source.glob("*.safetensors")):
+    files = find_files(source, config.model.variant, stem)
   if len(files) == 1:
-    _copy(files[0], target / f"{component.table.file}.safetensors")
+    _copy(files[0], target / f"{stem}.safetensors")
   else:  # shards, pickles, an Orbax tree, random weights
-    tree = components.read_component(
-      location, component, sharding, config.model.variant, config.model.allow_pickle
-    )
-    weights.save(target, component.table, tree)
-  for path in (base / component.folder).iterdir():
+    weights.save(target, component.table, _read(config, component, sharding))
+  for path in source.iterdir():
     if path.is_file() and not path.name.endswith(_WEIGHTS) and ".index." not in path.name:
       _copy(path, target / path.name)
 
 
 def _write_index(base: Path, folder: Path, name: str) -> None:
-  """model_index.json without the parts whose folders aren't there: the hub's safety checker isn't
-  fetched, for example.
+  """Writes model_index.json without the parts whose folders aren't there.
+
+  The hub's safety checker, for example, is not fetched.
   """
   index = weights.read_config(base, name)
   for part, value in index.items():
