@@ -71,10 +71,10 @@ def compile_call(
     return table.Row(
       name=call.name,
       times=call.times,
-      peak=(shortage.wanted or float("inf")) + kept,
+      peak=(shortage.requested or float("inf")) + kept,
       flops=counted.total,
       compile_seconds=time.time() - start,
-      problem=shortage.said,
+      problem=shortage.message,
     )
   took = time.time() - start
   text = compiled.as_text()
