@@ -229,13 +229,10 @@ def test_parse_argv_shares_config_and_keeps_own_flags():
     "--prompt",
     "b",
   ]
-  config, flags = command_line.parse_argv(argv, "samples", add_flags)
-  assert (config.iterations, config.mesh.data, flags.prompt, flags.workdir) == (
-    3,
-    -1,
-    ["a", "b"],
-    "",
-  )
+  line = command_line.parse_argv(argv, "samples", add_flags)
+  assert (line.config.iterations, line.config.mesh.data) == (3, -1)
+  assert (line.flags.prompt, line.flags.workdir) == (["a", "b"], "")
+  assert line.given == {"iterations", "mesh.data"}
 
 
 @pytest.mark.parametrize(
@@ -315,7 +312,7 @@ def test_the_common_config_is_sound():
     ),
     (
       {"reward__terms": (("clp", 1.0),)},
-      "reward.terms = 'clp': unknown reward; .*module:function; did you mean 'clip'",
+      "reward.terms = 'clp': unknown reward; .*module:object; did you mean 'clip'",
     ),
     ({"reward__terms": ()}, r"reward.terms = \(\): must hold \(term, weight\) pairs"),
     ({"reward__terms": (("clip", 1.0), ("clip", 2.0))}, "reward.terms = 'clip': named twice"),
@@ -463,7 +460,9 @@ def test_every_kind_of_algorithm_is_accepted():
 
 
 def test_a_custom_reward_is_accepted():
-  assert problems(reward__terms=(("my_package.rewards:score", 1.0),)) == []
+  assert problems(reward__terms=(("json:loads", 1.0),)) == []  # any function will do
+  (line,) = problems(reward__terms=(("my_package.rewards:score", 1.0),))
+  assert "the module must be importable" in line
 
 
 def test_all_problems_come_in_one_message():

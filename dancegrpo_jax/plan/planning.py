@@ -20,8 +20,8 @@ from dancegrpo_jax.devices import accelerator, chips, out_of_memory, sharding
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.plan import flops, hlo, inventory, table, topologies
 from dancegrpo_jax.plan.flops import Flops
-from dancegrpo_jax.rl import timesteps
-from dancegrpo_jax.settings import checks, stored_config
+from dancegrpo_jax.settings import checks, geometry, stored_config
+from dancegrpo_jax.settings.geometry import Geometry
 
 KERNEL_SHARE = (
   0.5  # of the peak that a Pallas kernel is taken to reach: the compiler expects nothing of it
@@ -209,7 +209,7 @@ def plan(
     "mesh": dict(mesh.shape),
     "images": config.data.prompts_per_iteration * config.rollout.samples_per_prompt,
     "iterations": config.iterations,
-    "geometry": geometry(config, len(devices)),
+    "geometry": describe(geometry.of(config), config.mesh.lanes, len(devices)),
     "kept": {name: size for name, size in kept.items() if size},
     "programs": names,
   }
@@ -254,23 +254,13 @@ def libtpu_version() -> str:
     return ""
 
 
-def geometry(config: Any, devices: int) -> str:
+def describe(batches: Geometry, lanes: int, devices: int) -> str:
   """How an iteration's samples become batches, in words."""
-  data, optimizer, objective = config.data, config.optimizer, config.objective
-  group, samples = (
-    config.rollout.samples_per_prompt,
-    data.prompts_per_iteration * config.rollout.samples_per_prompt,
+  parts = (
+    f"{batches.prompts} prompts x {batches.group} samples = {batches.samples} samples,"
+    f" in {batches.chunks} chunks of {batches.chunk}",
+    f"{batches.trained_samples} of them x {batches.trained_steps} of {batches.steps} steps"
+    f" = {batches.transitions} transitions, in {batches.updates} optimizer steps"
+    f" of {batches.microbatches} microbatches of {batches.microbatch}",
   )
-  steps = config.sampler.window.size or checks.policy_steps(config)
-  trained = timesteps.count(objective.timesteps, objective.timestep_fraction, steps)
-  kept = data.prompts_per_iteration * (config.advantage.best_of or group)
-  each = kept * trained // optimizer.updates_per_iteration
-  return (
-    f"{data.prompts_per_iteration} prompts x {group} samples = {samples} images, in"
-    f" {samples // config.rollout.chunk} chunks of"
-    f" {config.rollout.chunk}; {kept} of them x {trained} of {steps} steps = {kept * trained}"
-    " transitions, in"
-    f" {optimizer.updates_per_iteration} optimizer steps of {each // optimizer.microbatch}"
-    f" microbatches of {optimizer.microbatch}"
-    f" ({config.mesh.lanes} lanes on {devices} devices)"
-  )
+  return f"{'; '.join(parts)} ({lanes} lanes on {devices} devices)"
