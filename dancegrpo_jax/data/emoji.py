@@ -42,27 +42,33 @@ COLOURS = {
 # tones, no two alike. Every name reads well after "a", and no name but "red apple" has a word that
 # is also a background colour.
 TABLE = """
-dog 1f436, cat 1f431, red apple 1f34e, banana 1f34c, car 1f697, love heart 2764, star 2b50, smiling face 1f600, lion 1f981
-pig 1f437, panda 1f43c, frog 1f438, pizza 1f355, hamburger 1f354, strawberry 1f353, sunflower 1f33b, house 1f3e0, rocket 1f680
-guitar 1f3b8, soccer ball 26bd, key 1f511, pumpkin lantern 1f383, robot 1f916, ghost 1f47b, sun 2600, fire 1f525, rainbow 1f308
-snowman 26c4, skull 1f480, clown face 1f921, snowflake 2744, rain umbrella 2614, fox 1f98a, bear 1f43b, koala 1f428, tiger 1f42f
-cow 1f42e, mouse 1f42d, rabbit 1f430, monkey 1f412, penguin 1f427, duck 1f986, barn owl 1f989, horse 1f40e, unicorn 1f984
-bee 1f41d, butterfly 1f98b, ladybug 1f41e, turtle 1f422, snake 1f40d, dinosaur 1f995, baby octopus 1f419, crab 1f980
-tropical fish 1f420, dolphin 1f42c, whale 1f433, shark 1f988, zebra 1f993, big elephant 1f418, giraffe 1f992, camel 1f42a
-sheep 1f411, parrot 1f99c, flamingo 1f9a9, chicken 1f414, snail 1f40c, cactus 1f335, christmas tree 1f384, palm tree 1f334
-lucky clover 1f340, maple leaf 1f341, mushroom 1f344, tulip 1f337, rose 1f339, cherry blossom 1f338, pear 1f350, lemon 1f34b
-watermelon 1f349, bunch of grapes 1f347, peach 1f351, pineapple 1f34d, coconut 1f965, kiwi fruit 1f95d, pair of cherries 1f352
-tomato 1f345, ripe avocado 1f951, broccoli 1f966, chili pepper 1f336, corn cob 1f33d, carrot 1f955, croissant 1f950
-pretzel 1f968, cheese wedge 1f9c0, fried egg 1f373, box of fries 1f35f, hot dog 1f32d, taco 1f32e, popcorn box 1f37f
-doughnut 1f369, cookie 1f36a, birthday cake 1f382, cupcake 1f9c1, lollipop 1f36d, soft ice cream 1f366, honey pot 1f36f
-cup of coffee 2615, beer mug 1f37a, wine glass 1f377, cocktail 1f378, basketball 1f3c0, football 1f3c8, dart board 1f3af
-trophy 1f3c6, medal 1f947, violin 1f3bb, trumpet 1f3ba, drum 1f941, piano keyboard 1f3b9, microphone 1f3a4, paint palette 1f3a8
-game controller 1f3ae, dice cube 1f3b2, puzzle piece 1f9e9, teddy bear 1f9f8, balloon 1f388, wrapped gift 1f381, crown 1f451
-top hat 1f3a9, pair of sunglasses 1f576, running shoe 1f45f, dress 1f457, shirt 1f455, handbag 1f45c, backpack 1f392
-diamond ring 1f48d, lipstick 1f484, laptop 1f4bb, telephone 260e, television 1f4fa, camera 1f4f7, light bulb 1f4a1, candle 1f56f
-book 1f4d5, pencil 270f, pair of scissors 2702, magnet 1f9f2, padlock 1f512, hammer 1f528, bomb 1f4a3, money bag 1f4b0
-bell 1f514, globe 1f30e, castle 1f3f0, tent 26fa, taxi 1f695, fire truck 1f692, bicycle 1f6b2, steam train 1f682
-helicopter 1f681, sailboat 26f5
+dog 1f436, cat 1f431, red apple 1f34e, banana 1f34c, car 1f697, love heart 2764, star 2b50
+smiling face 1f600, lion 1f981, pig 1f437, panda 1f43c, frog 1f438, pizza 1f355, hamburger 1f354
+strawberry 1f353, sunflower 1f33b, house 1f3e0, rocket 1f680, guitar 1f3b8, soccer ball 26bd
+key 1f511, pumpkin lantern 1f383, robot 1f916, ghost 1f47b, sun 2600, fire 1f525, rainbow 1f308
+snowman 26c4, skull 1f480, clown face 1f921, snowflake 2744, rain umbrella 2614, fox 1f98a
+bear 1f43b, koala 1f428, tiger 1f42f, cow 1f42e, mouse 1f42d, rabbit 1f430, monkey 1f412
+penguin 1f427, duck 1f986, barn owl 1f989, horse 1f40e, unicorn 1f984, bee 1f41d, butterfly 1f98b
+ladybug 1f41e, turtle 1f422, snake 1f40d, dinosaur 1f995, baby octopus 1f419, crab 1f980
+tropical fish 1f420, dolphin 1f42c, whale 1f433, shark 1f988, zebra 1f993, big elephant 1f418
+giraffe 1f992, camel 1f42a, sheep 1f411, parrot 1f99c, flamingo 1f9a9, chicken 1f414, snail 1f40c
+cactus 1f335, christmas tree 1f384, palm tree 1f334, lucky clover 1f340, maple leaf 1f341
+mushroom 1f344, tulip 1f337, rose 1f339, cherry blossom 1f338, pear 1f350, lemon 1f34b
+watermelon 1f349, bunch of grapes 1f347, peach 1f351, pineapple 1f34d, coconut 1f965
+kiwi fruit 1f95d, pair of cherries 1f352, tomato 1f345, ripe avocado 1f951, broccoli 1f966
+chili pepper 1f336, corn cob 1f33d, carrot 1f955, croissant 1f950, pretzel 1f968
+cheese wedge 1f9c0, fried egg 1f373, box of fries 1f35f, hot dog 1f32d, taco 1f32e
+popcorn box 1f37f, doughnut 1f369, cookie 1f36a, birthday cake 1f382, cupcake 1f9c1
+lollipop 1f36d, soft ice cream 1f366, honey pot 1f36f, cup of coffee 2615, beer mug 1f37a
+wine glass 1f377, cocktail 1f378, basketball 1f3c0, football 1f3c8, dart board 1f3af, trophy 1f3c6
+medal 1f947, violin 1f3bb, trumpet 1f3ba, drum 1f941, piano keyboard 1f3b9, microphone 1f3a4
+paint palette 1f3a8, game controller 1f3ae, dice cube 1f3b2, puzzle piece 1f9e9, teddy bear 1f9f8
+balloon 1f388, wrapped gift 1f381, crown 1f451, top hat 1f3a9, pair of sunglasses 1f576
+running shoe 1f45f, dress 1f457, shirt 1f455, handbag 1f45c, backpack 1f392, diamond ring 1f48d
+lipstick 1f484, laptop 1f4bb, telephone 260e, television 1f4fa, camera 1f4f7, light bulb 1f4a1
+candle 1f56f, book 1f4d5, pencil 270f, pair of scissors 2702, magnet 1f9f2, padlock 1f512
+hammer 1f528, bomb 1f4a3, money bag 1f4b0, bell 1f514, globe 1f30e, castle 1f3f0, tent 26fa
+taxi 1f695, fire truck 1f692, bicycle 1f6b2, steam train 1f682, helicopter 1f681, sailboat 26f5
 """
 
 

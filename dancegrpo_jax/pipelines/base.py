@@ -102,7 +102,7 @@ class Family(NamedTuple):
     networks: its networks by their class in PyTorch.
     options: `(config) -> keyword arguments` of `build` beside the common settings.
     text_length: `(jsons) -> tokens` of its texts, for plans of checkpoints without tokenizers.
-    index: `layout.INDEX` where its checkpoints are diffusers pipelines; "" for a layout of its own.
+    index_file: `layout.INDEX` where its checkpoints are diffusers pipelines; "" for a layout of its own.
   """
 
   files: dict[str, str]
@@ -112,14 +112,14 @@ class Family(NamedTuple):
   networks: dict[str, Network]
   options: Callable[[ConfigDict], dict[str, Any]] = no_options
   text_length: Callable[[dict[str, dict]], int] = lambda jsons: 77
-  index: str = ""
+  index_file: str = ""
 
   @property
   def layout(self) -> Layout:
     """The files of its checkpoints."""
     stems = dict.fromkeys(network.table.file for network in self.networks.values())
     layout = layout_of(self.files, self.tokenizers)
-    return layout._replace(index=self.index, stems=tuple(stems) or STEMS)
+    return layout._replace(index_file=self.index_file, stems=tuple(stems) or STEMS)
 
 
 def adapted(pipeline: Pipeline, settings: Lora | None) -> Pipeline:

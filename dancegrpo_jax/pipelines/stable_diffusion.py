@@ -155,5 +155,5 @@ FAMILY = Family(
     "CLIPTextModel": networks.CLIP_TEXT,
   },
   text_length=lambda jsons: jsons["text_encoder"].get("max_position_embeddings", 77),
-  index=INDEX,
+  index_file=INDEX,
 )
