@@ -27,7 +27,7 @@ from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.pretrain import stages
-from dancegrpo_jax.programs import update
+from dancegrpo_jax.programs import update_calls
 from dancegrpo_jax.rl.state import init_state
 from dancegrpo_jax.settings import config_file
 from dancegrpo_jax.types import Conditioning, Media
@@ -357,7 +357,7 @@ def update_of(
   most: int = 0,
   stop: Callable[[], bool] = lambda: False,
 ) -> Any:
-  """An iteration's update as the loop makes it: "deal", and the calls of `programs.update.run`.
+  """An iteration's update as the loop makes it: "deal", and the calls of `update_calls.run`.
 
   Args:
     run: the programs.
@@ -373,7 +373,8 @@ def update_of(
     (state, metrics), or None where it was stopped.
   """
   dealt = run.update["deal"](state.trainable, rollouts, ids, *rest)
-  return update.run(run.update, state, frozen, reference, conditioning, dealt, most, stop)
+  inputs = update_calls.Inputs(frozen, reference, conditioning)
+  return update_calls.run(run.update, state, inputs, dealt, most, stop)
 
 
 def shapes_of(arguments: Any) -> Any:
