@@ -14,7 +14,8 @@ def load(field: str, name: str) -> Any:
 
   Args:
     field: of the config, for messages.
-    name: the module must be importable from the working folder or through PYTHONPATH.
+    name: the module must be importable: from the working folder, from the config file's folder or
+      the one above it (settings/config_file.py), or through PYTHONPATH.
 
   Raises:
     ValueError: one line: the module can't be imported, or has no such object.
@@ -26,7 +27,8 @@ def load(field: str, name: str) -> Any:
       value = getattr(value, part)
   except ImportError as error:
     raise ValueError(
-      f"config.{field}: {name!r}: {error}; the module must be importable from here (PYTHONPATH)"
+      f"config.{field}: {name!r}: {error}; the module must be importable from here, from the"
+      " config file's folder or the one above it, or through PYTHONPATH"
     ) from error
   except AttributeError as error:
     raise ValueError(f"config.{field}: {name!r}: {error}; write module:object") from error

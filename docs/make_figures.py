@@ -22,6 +22,8 @@ NOTES = {  # room -> what is in it, in two or three words
   "plan": "compile, do not run",
   "convert": "checkpoints in and out",
   "train": "the loop, top to bottom",
+  "evaluation": "a checkpoint beside its base",
+  "training": "what the loop is made of",
   "compilation": "programs ahead of the run",
   "assembly": "from a config to a model in memory",
   "checkpoints": "files to parameters and back",
@@ -34,6 +36,8 @@ NOTES = {  # room -> what is in it, in two or three words
   "pipelines": "one file a model family",
   "rl": "rollout, advantages, update",
   "models": "the networks in Flax",
+  "conversion": "which tensor is which parameter",
+  "objects": "module:object of a config",
   "diffusion": "grids, steps, windows",
   "devices": "mesh, processes, memory",
   "types": "what crosses rooms",
@@ -100,7 +104,7 @@ def rooms() -> str:
     for column, room in enumerate(floor):
       lines = [room, *([NOTES[room]] if room in NOTES else [])]
       x, y = left + column * (each + gap), 20 + row * (height + gap)
-      parts.append(box(x, y, each, height, PROGRAM if row else COMMAND, lines))
+      parts.append(box(x, y, each, height, PROGRAM if row > 1 else COMMAND, lines))
   bottom = 20 + len(layers()) * (height + gap)
   parts.append(
     label(width / 2, bottom + 12, "A room imports only from the rows below it.", "middle")

@@ -1,5 +1,6 @@
-"""The command line, overrides, validation and the comparison on resume. Expected texts are what a
-user should read.
+"""The command line, overrides, validation, and the comparison on resume.
+
+Expected texts are what a user should read.
 """
 
 import argparse
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import installation
+from dancegrpo_jax import installation, objects
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.rl import algorithms
 from dancegrpo_jax.settings import checks, command_line, config_file, stored_config
@@ -93,7 +94,7 @@ def test_a_config_file_can_import_its_neighbour(tmp_path):
 
 
 def test_a_name_alone(tmp_path, monkeypatch):
-  """Means the working folder's file, one of its configs/, or one that comes with the package."""
+  """A bare name is a file of the working folder, or of its configs/, or of the package."""
   monkeypatch.chdir(tmp_path)
   for name in ("emoji_clip:tiny", "configs/emoji_clip:tiny", "emoji_clip.py:tiny"):
     assert config_file.load(name).name == "emoji_clip_tiny"
@@ -102,12 +103,12 @@ def test_a_name_alone(tmp_path, monkeypatch):
   (tmp_path / "configs" / "emoji_clip.py").write_text(text)
   assert config_file.load("emoji_clip").name == "common"
   (tmp_path / "emoji_clip.py").write_text(text.replace("return ", "return 1, "))
-  with pytest.raises(AttributeError):  # a tuple can't be locked: it's this file
+  with pytest.raises(AttributeError):  # this file's config is a tuple, which cannot be locked
     config_file.load("emoji_clip")
 
 
 def test_any_file_may_import_the_configs_of_the_package(tmp_path, monkeypatch):
-  """As in a process that starts elsewhere, with the package installed."""
+  """In a process that starts elsewhere, with the package installed."""
   root = str(installation.ROOT)
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr("sys.path", [p for p in sys.path if p not in ("", root)])
@@ -118,9 +119,8 @@ def test_any_file_may_import_the_configs_of_the_package(tmp_path, monkeypatch):
     "def get_config(preset=''):\n"
     "  return emoji_clip.get_config('tiny')\n"
   )
-  before = list(sys.path)
   assert config_file.load("my_run").name == "emoji_clip_tiny"
-  assert sys.path == before
+  assert root not in sys.path
 
 
 @pytest.mark.parametrize(
@@ -148,6 +148,24 @@ def test_a_broken_file_of_a_relative_path_names_its_line(tmp_path, monkeypatch):
   (tmp_path / "broken.py").write_text("x = 1\ny = x.nothing\n")
   with pytest.raises(ConfigError, match="--config=broken.py: line 2: AttributeError"):
     config_file.load("broken.py")
+
+
+def test_what_a_config_names_may_lie_beside_it(tmp_path, monkeypatch):
+  """`module:object` is looked up in the config's folder and the one above.
+
+  This works from any working folder. Modules that are importable anyway take precedence.
+  """
+  (tmp_path / "mine").mkdir()
+  (tmp_path / "mine" / "a.py").write_text(Path(COMMON).read_text())
+  (tmp_path / "mine" / "scores_of_mine.py").write_text("score = 1\n")
+  monkeypatch.setattr("sys.path", ["elsewhere", str(tmp_path)])
+  for _ in range(2):
+    config_file.load(str(tmp_path / "mine" / "a.py"))
+    assert sys.path == ["elsewhere", str(tmp_path), str(tmp_path / "mine")]
+  for name in ("scores_of_mine:score", "mine.scores_of_mine:score"):
+    assert objects.load("reward.terms", name) == 1
+  config_file.load(COMMON)
+  assert sys.path[:2] == ["elsewhere", str(tmp_path)] and str(tmp_path / "mine") not in sys.path
 
 
 def test_a_loaded_config_is_locked():
@@ -229,7 +247,7 @@ def test_parse_argv_shares_config_and_keeps_own_flags():
     "--prompt",
     "b",
   ]
-  config, flags = command_line.parse_argv(argv, "samples", add_flags)
+  config, flags, given = command_line.parse_argv(argv, "samples", add_flags)
   assert (config.iterations, config.mesh.data, flags.prompt, flags.workdir) == (
     3,
     -1,
@@ -315,7 +333,7 @@ def test_the_common_config_is_sound():
     ),
     (
       {"reward__terms": (("clp", 1.0),)},
-      "reward.terms = 'clp': unknown reward; .*module:function; did you mean 'clip'",
+      "reward.terms = 'clp': unknown reward; .*module:object; did you mean 'clip'",
     ),
     ({"reward__terms": ()}, r"reward.terms = \(\): must hold \(term, weight\) pairs"),
     ({"reward__terms": (("clip", 1.0), ("clip", 2.0))}, "reward.terms = 'clip': named twice"),
@@ -417,7 +435,7 @@ def test_one_wrong_value_is_one_line(changes, text):
 @pytest.mark.parametrize(
   "changes, text",
   [
-    # 256 samples; their divisors that are multiples of 8 lanes: 8, 16, 32, 64, 128, 256
+    # 256 samples have these divisors that are multiples of 8 lanes: 8, 16, 32, 64, 128, 256.
     (
       {"rollout__chunk": 100},
       "rollout.chunk = 100: must divide the 256 samples .*mesh.lanes = 8; use 16, 32, 64 or 128",
@@ -457,13 +475,13 @@ def test_prompts_must_suffice():
 
 
 def test_every_kind_of_algorithm_is_accepted():
-  """...beside the settings of the others, which are harmless."""
+  """The settings of the other algorithms may be present; they have no effect."""
   for kind in algorithms.KINDS:
     assert problems(objective__kind=kind) == []
 
 
 def test_a_custom_reward_is_accepted():
-  assert problems(reward__terms=(("my_package.rewards:score", 1.0),)) == []
+  assert problems(reward__terms=(("tiny_checkpoint:overrides", 1.0),)) == []
 
 
 def test_all_problems_come_in_one_message():
@@ -484,7 +502,7 @@ def test_a_missing_field_is_named():
 @pytest.mark.parametrize(
   "facts, said",
   [
-    ({}, ""),  # nothing is known, as where a checkpoint is exported
+    ({}, ""),  # numbers of devices and prompts are unknown, as in an export
     ({"platform": "gpu", "capability": (9, 0)}, ""),
     ({"platform": "gpu", "capability": (8, 0)}, ""),
     (
@@ -511,7 +529,7 @@ def test_cudnn_needs_a_gpu_that_has_it(facts, said):
 
 
 def test_splash_is_refused_on_a_gpu():
-  """On a CPU Pallas's interpreter runs it, which is for tests."""
+  """On a CPU it runs in Pallas's interpreter, which is for tests."""
   config = common(model__attention="splash")
   for platform in ("cpu", "tpu"):
     checks.validate(config, num_devices=1, platform=platform)

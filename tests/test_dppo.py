@@ -272,7 +272,7 @@ def learn(surrogate: grpo.Surrogate, updates: int = 2) -> tuple[TrainState, dict
   algorithm = algorithm_of(surrogate, updates)
   zero, params = jnp.zeros((), jnp.int32), parameters()
   state = TrainState(zero, zero, params, probe().init(params), None, {})
-  run = jax.jit(functools.partial(optimize.update, algorithm, probe(), 0.0))
+  run = jax.jit(functools.partial(optimize.update, algorithm, probe()))
   return run(state, make_batch(), keys())
 
 

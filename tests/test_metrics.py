@@ -1,5 +1,6 @@
-"""Metrics on disk are complete, valid and free of duplicates after a resume; the progress line says
-what a person wants.
+"""Metrics on disk are complete, valid, and without duplicates after a resume.
+
+Also the progress line.
 """
 
 import io
@@ -43,7 +44,7 @@ def test_one_row_an_iteration(tmp_path):
 def test_resume_leaves_no_duplicates(tmp_path):
   write(tmp_path, range(5))
   with (tmp_path / "metrics.jsonl").open("a") as file:
-    file.write('{"iteration": 5, "rew')  # killed while it wrote
+    file.write('{"iteration": 5, "rew')  # as if killed while writing
   write(tmp_path, range(3, 6), offset=0.5)
   rows = metrics.read(tmp_path)
   assert [(row["iteration"], row["reward/mean"]) for row in rows] == [
@@ -140,9 +141,8 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
     progress.status("compiling update: 3.2 s")
   lines = stream.getvalue().splitlines()
   assert lines[0] == "iteration 1/100  reward 0.5000  42.0 images/s  -- left"
-  assert (
-    lines[3] == "iteration 4/100  reward 0.5000  42.0 images/s  55 min 28 s left"
-  )  # 96 x 104/3 s
+  # 96 iterations are left, at 104/3 s each.
+  assert lines[3] == "iteration 4/100  reward 0.5000  42.0 images/s  55 min 28 s left"
   assert lines[4:] == ["compiling update: 3.2 s"]
 
 

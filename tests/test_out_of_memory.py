@@ -116,15 +116,15 @@ def test_other_errors_stay_as_they_are(error):
 
 def test_a_remedy_says_what_the_config_has_and_leaves_out_what_it_did():
   full = tiny_config(optimizer__microbatch=16, model__remat=False)
-  said = out_of_memory.remedy("update", full)
+  said = out_of_memory.remedy("update accumulate", full)
   assert said.startswith("a smaller optimizer.microbatch (now 16), model.remat = True, a lora.rank")
   adapters = {"lora__rank": 4, "lora__alpha": 4.0, "lora__targets": ".*to_q/kernel"}
-  said = out_of_memory.remedy("update", tiny_config(model__remat=True, **adapters))
+  said = out_of_memory.remedy("update step", tiny_config(model__remat=True, **adapters))
   assert "remat" not in said and "lora" not in said and "optimizer.microbatch" in said
   for program in ("rollout", "decode", "score clip", "embed clip"):
     said = out_of_memory.remedy(program, full)
     assert said.startswith("a smaller rollout.chunk (now 16), or more devices")
-  assert "(now" not in out_of_memory.remedy("update")
+  assert "(now" not in out_of_memory.remedy("update accumulate")
 
 
 def test_a_tpu_s_own_words_come_before_what_the_device_has():
@@ -223,21 +223,19 @@ def test_an_update_that_is_too_large_leaves_the_last_checkpoint(
   put_together, calls = ahead.put_together, []
 
   @jax.jit
-  def too_much(metrics):
-    total = hungry(jnp.full(1024, metrics["loss"])).sum()
-    return jax.tree.map(lambda value: value + total, metrics)
+  def too_much(sums):
+    total = hungry(jnp.full(1024, sums.loss)).sum()
+    return sums._replace(loss=sums.loss + total)
 
   def grown(*arguments):
     built = put_together(*arguments)
 
-    def update(*given):
-      state, metrics = built.update(*given)
-      calls.append(state.step)
-      if len(calls) == 2:
-        metrics = too_much(metrics)
-      return state, metrics
+    def accumulate(*given):
+      sums = built.update["accumulate"](*given)
+      calls.append(None)
+      return too_much(sums) if len(calls) == 2 else sums
 
-    return built._replace(update=update)
+    return built._replace(update=built.update | {"accumulate": accumulate})
 
   workdir = tmp_path / "run"
   flags = overrides(tiny_models, iterations=3, checkpoint__every=1, evaluation__every=0)
@@ -260,7 +258,7 @@ def test_plan_reads_the_same_texts():
     raise jax.errors.JaxRuntimeError(text)
 
   lowered = SimpleNamespace(lower=lambda: SimpleNamespace(compile=refuse))
-  call = inventory.Call("update", SimpleNamespace(trace=lambda *_: lowered), (), 3)
+  call = inventory.Call("update accumulate", SimpleNamespace(trace=lambda *_: lowered), (), 3)
   row = planning.compile_call(call, 1000, Flops(5.0), chips.CHIPS["TPU v5 lite"], 1)
   assert row.peak == pytest.approx(wanted + 1000)
   assert row.problem.startswith("RESOURCE_EXHAUSTED: XLA:TPU")

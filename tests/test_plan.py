@@ -4,6 +4,7 @@ train loads. Needs no libtpu.
 
 import importlib.util
 import json
+import os
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -333,7 +334,9 @@ def test_a_folder_that_is_not_ours_matters_where_it_is_written_to(
   tiny_models, tmp_path, capsys, monkeypatch
 ):
   """Permissions are a stand-in's: root may write anywhere."""
-  monkeypatch.setattr(command_line, "os", SimpleNamespace(access=lambda *_: False, W_OK=2))
+  monkeypatch.setattr(
+    command_line, "os", SimpleNamespace(access=lambda *_: False, W_OK=2, path=os.path)
+  )
   assert command.main([*flags(tiny_models), "--only=join"]) == 0
   assert (
     command.main(

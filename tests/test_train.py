@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from tiny_checkpoint import ROOT, moves_between_devices, overrides, shapes_of, tiny_config
 
-from dancegrpo_jax import main, programs, train
+from dancegrpo_jax import main, programs
 from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.compilation import ahead
 from dancegrpo_jax.data import prompts
@@ -31,6 +31,9 @@ from dancegrpo_jax.report import metrics
 from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.settings import stored_config
+from dancegrpo_jax.training import outcome, tracing
+from dancegrpo_jax.training.collecting import collect
+from dancegrpo_jax.training.session import iterations_done, prepare
 
 ITERATIONS, PROMPTS, GROUP, CHUNK = 4, 4, 8, 8
 SAMPLES, RATE, CLIP_RANGE = PROMPTS * GROUP, 2e-4, 1e-3
@@ -432,7 +435,7 @@ def test_iterations_may_grow(straight, flags, capsys):
   """As in `halves`, from 2 to 4; here only what is said about it."""
   config = json.loads((straight.workdir / "config.json").read_text())
   changed = stored_config.from_json(json.dumps(config | {"iterations": 9}))
-  assert train.iterations_done(changed, straight.workdir) == ITERATIONS
+  assert iterations_done(changed, straight.workdir) == ITERATIONS
   assert f"config.iterations: {ITERATIONS} -> 9" in capsys.readouterr().out
 
 
@@ -465,7 +468,7 @@ def collected(tiny_models, program_cache, tmp_path_factory):
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), ThreadPoolExecutor(1) as pool:
       examples = prompts.read_examples(config)
-      session, state = train.prepare(
+      session, state = prepare(
         config,
         tmp_path_factory.mktemp("chunks"),
         examples,
@@ -473,7 +476,7 @@ def collected(tiny_models, program_cache, tmp_path_factory):
         0,
         metrics.Progress(1, stream=io.StringIO()),
       )
-      seen = train.collect(session, state.trainable, 0, Clock(pool), pool, print, keep_pixels=True)
+      seen = collect(session, state.trainable, 0, Clock(pool), pool, print, keep_pixels=True)
       assert len(seen.rollouts) == 32 // chunk
       order = np.argsort(lanes.deal(32, chunk, config.mesh.lanes).reshape(-1))
       latents = np.concatenate([rollout.latents for rollout in seen.rollouts], 1)[:, order]
@@ -482,9 +485,7 @@ def collected(tiny_models, program_cache, tmp_path_factory):
         True
       ]  # before the last chunk: the iteration is given up there
       assert (
-        train.collect(
-          session, state.trainable, 0, Clock(pool), pool, print, stop=lambda: answers.pop(0)
-        )
+        collect(session, state.trainable, 0, Clock(pool), pool, print, stop=lambda: answers.pop(0))
         is None
       )  # noqa: B023
       assert answers == []
@@ -626,7 +627,7 @@ def test_resuming_inside_the_profiler_s_window():
   """The first iteration of the window is past, so no trace was started: nothing to stop, and no
   reason to crash.
   """
-  train.stop_profile(tiny_config(logging__profile_steps=(1, 2)), 2, None)
+  tracing.stop_profile(tiny_config(logging__profile_steps=(1, 2)), 2, None)
 
 
 SIGNAL = f"""
@@ -710,14 +711,14 @@ def test_too_many_skipped_steps_stop_a_run(tmp_path):
   with metrics.Writer(tmp_path, config) as writer, ThreadPoolExecutor(1) as pool:
     clock = Clock(pool)
     clock.phase("update", jnp.zeros(()))
-    train.flush(config, tmp_path, train.Pending(0, values, clock), writer, progress)
+    outcome.flush(config, tmp_path, outcome.Pending(0, values, clock), writer, progress)
     with pytest.raises(
-      train.RunError, match=r"optimizer.max_skipped = 3.*no checkpoint.*optimizer.learning_rate"
+      outcome.RunError, match=r"optimizer.max_skipped = 3.*no checkpoint.*optimizer.learning_rate"
     ):
-      train.flush(
+      outcome.flush(
         config,
         tmp_path,
-        train.Pending(1, values | {"optimizer/skipped_total": 4.0}, clock),
+        outcome.Pending(1, values | {"optimizer/skipped_total": 4.0}, clock),
         writer,
         progress,
       )

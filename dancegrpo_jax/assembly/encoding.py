@@ -125,8 +125,11 @@ def abstract_rows(pipeline: Pipeline) -> PyTree:
 
 def named(rows: PyTree) -> dict[str, Any]:
   """The leaves of a pytree of rows in its order, with names that a field of a data set may have."""
-  leaves = jax.tree_util.tree_leaves_with_path(rows)
-  return {"_".join(["embedding", *(str(key.key) for key in path)]): leaf for path, leaf in leaves}
+  leaves = {
+    jax.tree_util.keystr(path, simple=True, separator="_"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(rows)
+  }
+  return {f"embedding_{key}" if key else "embedding": leaf for key, leaf in leaves.items()}
 
 
 def identity(

@@ -76,7 +76,8 @@ class OutOfMemory(errors.ConfigError):
   """A device, or the host, has less memory than was asked for. The message is for the user.
 
   Attributes:
-    program: what asked, as "update" or "score hps"; "" where that can't be known.
+    program: what asked, as "rollout" or "score hps"; "update" where one of its programs did that
+      can't be told from the others; "" where nothing can be known.
     shortage: what the error said.
   """
 
@@ -198,8 +199,8 @@ class Guarded:
 
 
 def guarded(programs: Any, prefix: str = "") -> Any:
-  """`Programs`, each `Guarded` by a prefix and its field's name, as "update"; rewards' as "score
-  hps".
+  """`Programs`, each `Guarded` by a prefix and its field's name, as "rollout"; rewards' and those of
+  the update as "score hps" and "update step".
   """
   each: dict[str, Any] = {}
   for field, program in programs._asdict().items():
@@ -241,7 +242,10 @@ def explained(config: Any = None, left: Callable[[], str] = str) -> Iterator[Non
 
 
 def _failed() -> tuple[str, Exception | None]:
-  """The first program whose results are there and can't be had, and why; ("", None) for none."""
+  """The first program whose results are there and can't be had, and why; ("", None) for none.
+
+  The programs of an update consume each other's results, so which of them it was can't be told.
+  """
   for name, references in list(_started):
     for result in (reference() for reference in references):
       if result is None or result.is_deleted():
@@ -249,5 +253,5 @@ def _failed() -> tuple[str, Exception | None]:
       try:
         result.block_until_ready()
       except RuntimeError as error:
-        return name, error
+        return "update" if name.startswith("update ") else name, error
   return "", None

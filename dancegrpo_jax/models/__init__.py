@@ -1,3 +1,4 @@
-"""Linen networks, one file a network; parameter names follow the PyTorch modules that the
-checkpoints come from.
+"""The networks, as linen modules.
+
+The names of their parameters follow the PyTorch modules that the checkpoints come from.
 """

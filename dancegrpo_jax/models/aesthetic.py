@@ -1,5 +1,6 @@
-"""The head of LAION's aesthetic predictor v2. Dense layers alone: the published network has no
-activation between them.
+"""The head of LAION's aesthetic predictor v2.
+
+It consists of dense layers only: the published network has no activations between them.
 """
 
 import flax.linen as nn
@@ -7,18 +8,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-# number in the published Sequential, whose others are dropouts -> width
+# {number in the published Sequential: width}; the missing numbers are dropouts.
 LAYERS = {0: 1024, 2: 128, 4: 64, 6: 16, 7: 1}
 
 
 class Head(nn.Module):
-  """Image embeddings of length 1 -> scores, float32."""
+  """From image embeddings of length 1 to scores in points, float32."""
 
   @nn.compact
   def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b"]:
     for number, width in LAYERS.items():
-      # the product of five matrices: a TPU's default bfloat16 passes would cost a hundredth of a
-      # point
+      # This is a product of five matrices. In a TPU's default precision, bfloat16, the score would
+      # be wrong by a hundredth of a point.
       x = nn.Dense(
         width, precision=jax.lax.Precision.HIGHEST, dtype=jnp.float32, name=f"layers_{number}"
       )(x)

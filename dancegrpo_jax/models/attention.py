@@ -16,11 +16,12 @@ HALF = ("bfloat16", "float16")
 
 
 class Place(NamedTuple):
-  """Where a program runs.
+  """The device that a program runs on.
 
   Attributes:
     platform: cpu | gpu | tpu.
-    capability: compute capability of an NVIDIA GPU, as (9, 0) for Hopper; (0, 0) elsewhere.
+    capability: the compute capability of an NVIDIA GPU, for example (9, 0) for Hopper; (0, 0) for
+      every other device.
   """
 
   platform: str
@@ -28,13 +29,14 @@ class Place(NamedTuple):
 
 
 class Shape(NamedTuple):
-  """Of an attention, on all devices together but for the batch.
+  """The sizes of an attention on all devices together, without the batch.
 
   Attributes:
-    queries, keys: numbers of tokens.
-    heads: their number.
-    head_dim: numbers of a head.
-    dtype: name of the dtype of queries, keys and values.
+    queries: the number of queries, in tokens.
+    keys: the number of keys, in tokens.
+    heads: the number of heads.
+    head_dim: the width of a head.
+    dtype: the name of the dtype of queries, keys and values.
   """
 
   queries: int
@@ -45,37 +47,37 @@ class Shape(NamedTuple):
 
 
 def kernel(impl: str, place: Place, shape: Shape, plain: bool) -> str:
-  """Which implementation computes an attention: xla | cudnn | splash.
+  """The implementation that computes an attention: xla | cudnn | splash.
 
-  | kernel | asked for by             | platform | capability | dtype             | head size            |
-  | ------ | ------------------------ | -------- | ---------- | ----------------- |
-  -------------------- |
-  | cudnn  | cudnn, or auto on a GPU  | gpu      | 8.x        | bfloat16, float16 | multiple of 8 to 128 |
-  | cudnn  | cudnn, or auto on a GPU  | gpu      | 9.x        | bfloat16, float16 | multiple of 8 to 256 |
-  | cudnn  | cudnn, or auto on a GPU  | gpu      | 10 and up  | bfloat16, float16 | multiple of 8 to 128 |
-  | splash | splash, or auto on a TPU | any      | any        | any               | multiple of 128      |
-  | xla    | everything else          |          |            |                   |                      |
+  | kernel | `impl`                   | platform | capability | dtype             | head width    |
+  | ------ | ------------------------ | -------- | ---------- | ----------------- | ------------- |
+  | cudnn  | cudnn, or auto on a GPU  | gpu      | 8.x        | bfloat16, float16 | 8, 16 .. 128  |
+  | cudnn  | cudnn, or auto on a GPU  | gpu      | 9.x        | bfloat16, float16 | 8, 16 .. 256  |
+  | cudnn  | cudnn, or auto on a GPU  | gpu      | 10 and up  | bfloat16, float16 | 8, 16 .. 128  |
+  | splash | splash, or auto on a TPU | any      | any        | any               | 128, 256 ..   |
+  | xla    | everything else          |          |            |                   |               |
 
-  Lengths of queries and keys don't decide: both kernels get them padded (`_cudnn`,
-  models/splash.py). Whether a gradient is taken doesn't decide either, so that rollout and update
+  The numbers of queries and keys don't matter, because both kernels get them padded (`_cudnn`,
+  models/splash.py). Whether a gradient is taken doesn't matter either, so that rollout and update
   always share a kernel; this is why the heads of 10.x end at 128.
 
   The limits of cudnn are those of JAX's own check (jax/_src/cudnn/fused_attention_stablehlo.py,
   0.10 to 0.11) and of NVIDIA's support matrix (https://docs.nvidia.com/cudnn/operations/Attention,
-  9.18): heads above 128 have a backward pass on Hopper, and not in every version on later chips.
+  9.18): heads above 128 have a backward pass on Hopper, but not in every version on later chips.
 
   Args:
-    impl: what the config asks for: auto | xla | cudnn | splash.
-    place: where it runs.
-    shape: of the attention.
+    impl: the value of the config: auto | xla | cudnn | splash.
+    place: the device that the attention runs on.
+    shape: the sizes of the attention.
     plain: whether there is neither a bias nor a mask other than `causal` and `key_lengths`.
   """
-  wanted = {"gpu": "cudnn", "tpu": "splash"}.get(place.platform, "xla") if impl == "auto" else impl
-  if wanted == "cudnn" and plain and place.platform == "gpu" and place.capability >= (8, 0):
-    largest = 256 if place.capability[0] == 9 else 128
-    fits = shape.head_dim % 8 == 0 and shape.head_dim <= largest
+  if impl == "auto":
+    impl = {"gpu": "cudnn", "tpu": "splash"}.get(place.platform, "xla")
+  if impl == "cudnn" and plain and place.platform == "gpu" and place.capability >= (8, 0):
+    widest = 256 if place.capability[0] == 9 else 128
+    fits = shape.head_dim % 8 == 0 and shape.head_dim <= widest
     return "cudnn" if shape.dtype in HALF and fits else "xla"
-  if wanted == "splash" and plain and shape.head_dim % 128 == 0:
+  if impl == "splash" and plain and shape.head_dim % 128 == 0:
     return "splash"
   return "xla"
 
@@ -92,19 +94,22 @@ def attention(
   scale: float | None = None,
   impl: str = "auto",
 ) -> Float[Array, "b n h d"]:
-  """Scaled dot-product attention; logits and softmax in float32.
+  """Scaled dot-product attention, with logits and softmax in float32.
 
-  Every implementation honours `key_lengths` and `causal`; a mask or a bias is for xla alone.
+  Every implementation supports `key_lengths` and `causal`. Only xla supports a mask or a bias.
 
   Args:
-    q: queries; k, v: keys and values; the head axis is third.
-    key_lengths: valid keys of each sample, at least 1. They come first: the caller orders them.
-    causal: query i looks at keys 0 to i only.
-    mask: True where a query may look.
-    bias: added to the logits.
-    scale: of the products; None = d**-0.5.
-    impl: xla | cudnn | splash | auto (what suits the devices); `kernel` has the table. Where a
-      kernel that was asked for by name can't compute this attention, xla does, and the log says so
+    q: queries; the head axis is the third one.
+    k: keys.
+    v: values.
+    key_lengths: the number of valid keys of each sample, at least 1. The caller puts the valid keys
+      first. None means that all keys are valid.
+    causal: whether query i sees the keys 0 to i only.
+    mask: True where a query sees a key.
+    bias: a term that is added to the logits.
+    scale: the factor of the products; None means d**-0.5.
+    impl: xla | cudnn | splash | auto (what suits the devices); `kernel` has the table. Where the
+      config names a kernel that can't compute this attention, xla computes it, and the log says so
       once.
   """
   shape = Shape(
@@ -114,17 +119,22 @@ def attention(
   key_lengths = None if key_lengths is None else key_lengths.astype(jnp.int32)
   where = place()
   plain = mask is None and bias is None
-  chosen = kernel(impl=impl, place=where, shape=shape, plain=plain)
+  chosen = kernel(impl, where, shape, plain)
   if chosen == "cudnn":
     return per_device.attend(
       functools.partial(_cudnn, causal=causal, scale=scale), q, k, v, key_lengths
     )
   if chosen == "splash":
-    from dancegrpo_jax.models import splash  # here: Pallas takes a second to import
+    from dancegrpo_jax.models import splash  # imported here because Pallas takes a second
 
-    interpret = where.platform != "tpu"
     return splash.attention(
-      q, k, v, scale, key_lengths=key_lengths, causal=causal, interpret=interpret
+      q,
+      k,
+      v,
+      scale,
+      key_lengths=key_lengths,
+      causal=causal,
+      interpret=where.platform != "tpu",
     )
   if impl not in ("auto", "xla"):
     _warn_once(impl, shape.dtype, shape.head_dim, plain)
@@ -132,8 +142,8 @@ def attention(
     q,
     k,
     v,
-    bias,
-    mask,
+    bias=bias,
+    mask=mask,
     scale=scale,
     is_causal=causal,
     key_value_seq_lengths=key_lengths,
@@ -150,18 +160,18 @@ def _cudnn(
   causal: bool,
   scale: float,
 ) -> Float[Array, "b n h d"]:
-  """cuDNN's fused attention on one device, for any length.
+  """cuDNN's fused attention on one device, for any number of queries and keys.
 
-  JAX (0.10 to 0.11) refuses odd lengths wherever a gradient is taken, with or without a bias. An
-  odd length is therefore padded by one, and the kernel is told the true lengths; the padded query's
-  result is cut off.
+  JAX (0.10 to 0.11) rejects odd lengths wherever a gradient is taken, with or without a bias. An
+  odd length is therefore padded by one token, the kernel gets the true lengths, and the result of
+  the padded query is cut off.
   """
   batch, queries, keys = q.shape[0], q.shape[1], k.shape[1]
   lengths = {}
   if key_lengths is not None or queries % 2 or keys % 2:
+    all_keys = jnp.full((batch,), keys, jnp.int32)
     lengths["query_seq_lengths"] = jnp.full((batch,), queries, jnp.int32)
-    full = jnp.full((batch,), keys, jnp.int32)
-    lengths["key_value_seq_lengths"] = full if key_lengths is None else key_lengths
+    lengths["key_value_seq_lengths"] = all_keys if key_lengths is None else key_lengths
   q, k, v = (_padded_to_even(x) for x in (q, k, v))
   y = _fused(q, k, v, scale=scale, is_causal=causal, **lengths)
   return y[:, :queries]
@@ -172,49 +182,49 @@ def _padded_to_even(x: Float[Array, "b n h d"]) -> Float[Array, "b m h d"]:
   return jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0)))
 
 
-# The kernel itself, by a name that a test can put a stand-in in the place of.
+# The kernel itself. It has a name of its own so that a test can replace it.
 _fused = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
 
 
 def place() -> Place:
-  """Where the program that is being traced will run.
+  """The device that the program which is being traced will run on.
 
-  The mesh's devices say it, which aren't this machine's where plan.py compiles for others. A
-  machine's GPUs are taken to be of one kind.
+  This is a device of the mesh, and not of this machine where `plan` compiles for other devices. All
+  GPUs of a machine are assumed to be equal.
   """
   device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
   name = jax.default_backend() if device is None else device.platform
   name = {"cuda": "gpu", "rocm": "gpu"}.get(name, name)
   if name != "gpu":
     return Place(name)
-  return Place(
-    name, capability_of(jax.local_devices()[0] if jax.default_backend() == "gpu" else device)
-  )
+  if jax.default_backend() == "gpu":
+    device = jax.local_devices()[0]
+  return Place(name, capability_of(device))
 
 
-# Of cards that plan.py compiles for without having them, by their device_kind.
+# The capabilities of cards that `plan` compiles for without having them, by their device_kind.
 CAPABILITIES = {"NVIDIA H100 80GB HBM3": "9.0"}
 
 
 def capability_of(device: Any) -> tuple[int, int]:
-  """The compute capability of a device, (0, 0) where it is no NVIDIA GPU (AMD's say "gfx90a")."""
+  """The compute capability of a device; (0, 0) for all but NVIDIA's GPUs (AMD's is "gfx90a")."""
   known = CAPABILITIES.get(getattr(device, "device_kind", ""), "")
   major, _, minor = str(getattr(device, "compute_capability", known)).partition(".")
   return (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else (0, 0)
 
 
 @functools.cache
-def _warn_once(asked: str, dtype: str, head_dim: int, plain: bool) -> None:
-  """Says once for each kind of attention that the kernel that was asked for can't compute it."""
+def _warn_once(impl: str, dtype: str, head_dim: int, plain: bool) -> None:
+  """Warns, once for each kind of attention, that the configured kernel can't compute it."""
   what = "" if plain else ", a mask or a bias"
-  # A warning, which Python shows where nobody has set up logging.
+  # The level is a warning because Python shows those even where logging isn't set up.
   logging.getLogger(__name__).warning(
-    "attention: xla in place of %s for %s, heads of %d%s", asked, dtype, head_dim, what
+    "attention: xla in place of %s for %s, heads of %d%s", impl, dtype, head_dim, what
   )
 
 
 class Attention(nn.Module):
-  """diffusers' Attention: queries from `x`, keys and values from `context` (or `x`)."""
+  """diffusers' Attention: queries from `x`, keys and values from `context` or else from `x`."""
 
   heads: int
   qkv_bias: bool = False
@@ -239,7 +249,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """Gated exact-gelu MLP (GEGLU), four times as wide."""
+  """An MLP with a gate through the exact gelu (GEGLU), four times as wide as its input."""
 
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
@@ -252,8 +262,9 @@ class FeedForward(nn.Module):
 
 
 class Projection(nn.Module):
-  """The projection in front of a feed-forward's activation; a module of its own because its weights
-  are named `net.0.proj`.
+  """The projection before the activation of a feed-forward.
+
+  It is a module of its own because checkpoints name its weights `net.0.proj`.
   """
 
   features: int
@@ -266,8 +277,8 @@ class Projection(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-  """diffusers' BasicTransformerBlock: self-attention, cross-attention, feed-forward, each
-  pre-normed.
+  """diffusers' BasicTransformerBlock: self-attention, cross-attention and feed-forward, each with a
+  norm before it.
   """
 
   heads: int
@@ -290,8 +301,8 @@ class TransformerBlock(nn.Module):
 
 
 class Transformer2D(nn.Module):
-  """diffusers' Transformer2DModel: transformer blocks over the pixels of a feature map, with a
-  residual around them.
+  """diffusers' Transformer2DModel: transformer blocks over the pixels of a feature map, and a
+  residual connection around them.
   """
 
   heads: int

@@ -22,7 +22,7 @@ _EPSILON = 1e-6  # every norm of the autoencoder
 
 
 class AttentionBlock(nn.Module):
-  """The single-head attention in the middle of encoder and decoder."""
+  """The attention with one head in the middle of encoder and decoder."""
 
   groups: int
   dtype: Dtype = jnp.float32
@@ -31,19 +31,19 @@ class AttentionBlock(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    y = GroupNorm(self.groups, _EPSILON, name="group_norm", **types)(x).reshape(
-      x.shape[0], -1, x.shape[-1]
-    )
-    # One head as wide as the feature map: no fused kernel takes it.
+    batch, channels = x.shape[0], x.shape[-1]
+    y = GroupNorm(self.groups, _EPSILON, name="group_norm", **types)(x)
+    y = y.reshape(batch, -1, channels)
     q, k, v = (
-      Dense(x.shape[-1], name=name, **types)(y)[:, :, None, :] for name in ("to_q", "to_k", "to_v")
+      Dense(channels, name=name, **types)(y)[:, :, None, :] for name in ("to_q", "to_k", "to_v")
     )
-    y = Dense(x.shape[-1], name="to_out_0", **types)(attention(q, k, v, impl="xla")[:, :, 0, :])
-    return x + y.reshape(x.shape)
+    # The head is as wide as the feature map, which no fused kernel supports.
+    y = attention(q, k, v, impl="xla")[:, :, 0, :]
+    return x + Dense(channels, name="to_out_0", **types)(y).reshape(x.shape)
 
 
 class MidBlock(nn.Module):
-  """resnet, attention, resnet."""
+  """A resnet, an attention and another resnet."""
 
   groups: int
   add_attention: bool
@@ -60,7 +60,7 @@ class MidBlock(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-  """Resnets, then a stride-2 convolution whose padding is on the right and bottom only."""
+  """Resnets, then a convolution with stride 2 that is padded on the right and bottom only."""
 
   features: int
   layers: int
@@ -80,7 +80,7 @@ class EncoderBlock(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-  """Resnets, then doubling."""
+  """Resnets, then a layer that doubles height and width."""
 
   features: int
   layers: int
@@ -98,7 +98,7 @@ class DecoderBlock(nn.Module):
 
 
 class Encoder(nn.Module):
-  """Pixels -> moments, `[b, h, w, 3] -> [b, h/f, w/f, 2 latent]`."""
+  """From pixels to the moments of latents, `[b, h, w, 3] -> [b, h/f, w/f, 2 latent]`."""
 
   widths: tuple[int, ...]
   layers: int
@@ -123,7 +123,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-  """Latents -> pixels, `[b, h, w, latent] -> [b, f h, f w, out]`."""
+  """From latents to pixels, `[b, h, w, latent] -> [b, f h, f w, out]`."""
 
   widths: tuple[int, ...]
   layers: int
@@ -148,11 +148,10 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-  """Variational autoencoder; the fields are the keys of its config.json. Pixels here are in [-1,
-  1].
+  """The variational autoencoder; the fields are the keys of its config.json.
 
-  Latents that leave `encode` and enter `decode` are the network's own; the pipeline applies scaling
-  and shift.
+  Pixels here are in [-1, 1]. `encode` returns and `decode` takes the network's latents;
+  `pixels_of` converts the denoiser's latents to them.
   """
 
   in_channels: int = 3
@@ -196,16 +195,16 @@ class AutoencoderKL(nn.Module):
     return self.decoder(self.post_quant_conv(latents) if self.use_post_quant_conv else latents)
 
   def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Reconstruction from the mean; touches every parameter, so `init` uses it."""
+    """The reconstruction from the mean. It uses every parameter, which `init` relies on."""
     return self.decode(self.encode(pixels)[0])
 
 
 def pixels_of(
   network: AutoencoderKL, params: PyTree, latents: Float[Array, "b h w z"]
 ) -> Float[Array, "b h2 w2 c"]:
-  """Pixels in [0, 1], float32, of latents in the denoiser's scale."""
-  own = latents / network.scaling_factor + network.shift_factor
-  pixels = network.apply({"params": params}, own.astype(network.dtype), method="decode")
+  """Pixels in [0, 1], float32, from latents with the denoiser's scale and shift."""
+  unscaled = latents / network.scaling_factor + network.shift_factor
+  pixels = network.apply({"params": params}, unscaled.astype(network.dtype), method="decode")
   return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
 
 
@@ -215,12 +214,10 @@ def from_json(
   """The network of a published vae/config.json.
 
   Raises:
-    ValueError: a key asks for what is not implemented.
+    ValueError: a key has a value that is not implemented.
   """
-  for key, kind in (
-    ("down_block_types", "DownEncoderBlock2D"),
-    ("up_block_types", "UpDecoderBlock2D"),
-  ):
+  kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
+  for key, kind in kinds.items():
     other = set(config_json.get(key, (kind,))) - {kind}
     if other:
       raise ValueError(f"AutoencoderKL: {key} holds {sorted(other)}; only {kind} is implemented")

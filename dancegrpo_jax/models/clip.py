@@ -1,10 +1,10 @@
-"""CLIP text and vision towers, with the parameter names of transformers' CLIPTextModel,
+"""CLIP's text and vision towers, with the parameter names of transformers' CLIPTextModel,
 CLIPVisionModel and CLIPModel.
 
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", arXiv
-2103.00020. Fields carry the names of config.json; their defaults are those of transformers' config
-classes, which published files leave out. Activations are `[batch, tokens, width]`. Attention
-weights and norms are computed in float32 whatever `dtype` is.
+2103.00020. The fields of the towers carry the names of config.json. Their defaults are those of
+transformers' config classes, because published files leave them out. Activations are `[batch,
+tokens, width]`. Attention weights and norms are computed in float32 whatever `dtype` is.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dancegrpo_jax.models.attention import attention
+from dancegrpo_jax.models.layers import Dense, Dtype
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
@@ -25,24 +26,29 @@ def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 def activation(name: str) -> Callable:
-  """The activation that `hidden_act` names. ValueError for one that no CLIP checkpoint uses."""
-  # "gelu" is the exact one in transformers, while jax.nn.gelu approximates unless told
+  """The activation that `hidden_act` names.
+
+  Raises:
+    ValueError: no CLIP checkpoint uses this activation.
+  """
+  # transformers' "gelu" is the exact one, and jax.nn.gelu is an approximation by default.
   known = {"quick_gelu": quick_gelu, "gelu": lambda x: jax.nn.gelu(x, approximate=False)}
   if name not in known:
     raise ValueError(f"CLIP: hidden_act = {name!r} is not supported; known: {', '.join(known)}")
   return known[name]
 
 
-def _fields(cls, config: dict) -> dict:
-  """The entries of a config.json that are fields of a module class; the rest (dropout, initialisers
-  ...) does not matter here.
+def _fields(cls: type[nn.Module], config: dict) -> dict:
+  """The entries of a config.json that are fields of a module class.
+
+  The other entries (dropout, initialisers and so on) don't change the network's output.
   """
   names = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
   return {key: value for key, value in config.items() if key in names}
 
 
 def _normalise(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-  """Rows scaled to length 1, in float32."""
+  """Scales every row to length 1, in float32."""
   x = x.astype(jnp.float32)
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
@@ -53,8 +59,8 @@ class Attention(nn.Module):
   num_attention_heads: int
   causal: bool
   impl: str
-  dtype: Any
-  param_dtype: Any
+  dtype: Dtype
+  param_dtype: Dtype
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -65,8 +71,8 @@ class Attention(nn.Module):
         f" {self.num_attention_heads}"
       )
 
-    def project(name):
-      return nn.Dense(width, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+    def project(name: str) -> Dense:
+      return Dense(width, dtype=self.dtype, param_dtype=self.param_dtype, name=name)
 
     shape = (*x.shape[:-1], self.num_attention_heads, width // self.num_attention_heads)
     q, k, v = (project(f"{name}_proj")(x).reshape(shape) for name in "qkv")
@@ -75,22 +81,25 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two dense layers with an activation between."""
+  """Two dense layers with an activation between them."""
 
   intermediate_size: int
   hidden_act: str
-  dtype: Any
-  param_dtype: Any
+  dtype: Dtype
+  param_dtype: Dtype
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    hidden = activation(self.hidden_act)(nn.Dense(self.intermediate_size, name="fc1", **options)(x))
-    return nn.Dense(x.shape[-1], name="fc2", **options)(hidden)
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    hidden = activation(self.hidden_act)(Dense(self.intermediate_size, name="fc1", **types)(x))
+    return Dense(x.shape[-1], name="fc2", **types)(hidden)
 
 
-def layer_norm(owner, name: str) -> nn.LayerNorm:
-  """torch's LayerNorm: two-pass variance, and the epsilon of `owner`'s config."""
+def layer_norm(owner: Any, name: str) -> nn.LayerNorm:
+  """torch's LayerNorm: two-pass variance, and the epsilon of `owner`'s config.
+
+  It is Flax's own: layers.LayerNorm multiplies in another order, so its last bit may differ.
+  """
   return nn.LayerNorm(
     epsilon=owner.layer_norm_eps,
     use_fast_variance=False,
@@ -101,8 +110,10 @@ def layer_norm(owner, name: str) -> nn.LayerNorm:
 
 
 class Layer(nn.Module):
-  """A pre-norm transformer layer, in the (carry, output) form of nn.scan; the output is the layer's
-  own result.
+  """A pre-norm transformer layer, in the (carry, output) form that nn.scan needs.
+
+  The output is a copy of the result where `return_states` asks for it, for callers that take the
+  result of an earlier layer than the last.
   """
 
   num_attention_heads: int
@@ -111,26 +122,25 @@ class Layer(nn.Module):
   layer_norm_eps: float
   causal: bool
   impl: str
-  keep: bool  # hand out every layer's result, for callers that want an earlier one
-  dtype: Any
-  param_dtype: Any
+  return_states: bool
+  dtype: Dtype
+  param_dtype: Dtype
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"], _: None) -> tuple:
-    options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    attend = Attention(
-      self.num_attention_heads, self.causal, self.impl, name="self_attn", **options
-    )
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    attend = Attention(self.num_attention_heads, self.causal, self.impl, name="self_attn", **types)
+    mlp = Mlp(self.intermediate_size, self.hidden_act, name="mlp", **types)
     x = x + attend(layer_norm(self, "layer_norm1")(x))
-    x = x + Mlp(self.intermediate_size, self.hidden_act, name="mlp", **options)(
-      layer_norm(self, "layer_norm2")(x)
-    )
-    return x, (x if self.keep else None)
+    x = x + mlp(layer_norm(self, "layer_norm2")(x))
+    return x, (x if self.return_states else None)
 
 
 class Encoder(nn.Module):
-  """The layers; with `scan_layers` their parameters are stacked on axis 0 of `layers`, else in
-  `layers_0`, `layers_1` ...
+  """A tower's layers.
+
+  With `scan_layers` their parameters are stacked on axis 0 of `layers`; otherwise they are in
+  `layers_0`, `layers_1` and so on.
   """
 
   num_hidden_layers: int
@@ -142,49 +152,51 @@ class Encoder(nn.Module):
   impl: str
   scan_layers: bool
   remat: bool
-  dtype: Any
-  param_dtype: Any
+  dtype: Dtype
+  param_dtype: Dtype
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"], layer: int = -1) -> Float[Array, "b n d"]:
-    """The result of layer number `layer`, counted from the end: -1 is the last, -2 the one
-    before.
+    """The result of layer number `layer`, counted from the end: -1 is the last layer.
+
+    Raises:
+      ValueError: there is no such layer.
     """
     if not -self.num_hidden_layers <= layer <= -1:
       raise ValueError(f"CLIP: layer {layer} is not one of -{self.num_hidden_layers} .. -1")
-    keep = layer != -1
     cls = nn.remat(Layer, prevent_cse=not self.scan_layers) if self.remat else Layer
-    args = (
-      self.num_attention_heads,
-      self.intermediate_size,
-      self.hidden_act,
-      self.layer_norm_eps,
-      self.causal,
-      self.impl,
-      keep,
-    )
-    options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    fields = {
+      "num_attention_heads": self.num_attention_heads,
+      "intermediate_size": self.intermediate_size,
+      "hidden_act": self.hidden_act,
+      "layer_norm_eps": self.layer_norm_eps,
+      "causal": self.causal,
+      "impl": self.impl,
+      "return_states": layer != -1,
+      "dtype": self.dtype,
+      "param_dtype": self.param_dtype,
+    }
     if self.scan_layers:
       stack = nn.scan(
         cls, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.num_hidden_layers
       )
-      x, states = stack(*args, name="layers", **options)(x, None)
+      x, states = stack(name="layers", **fields)(x, None)
     else:
       states = []
       for i in range(self.num_hidden_layers):
-        x, state = cls(*args, name=f"layers_{i}", **options)(x, None)
+        x, state = cls(name=f"layers_{i}", **fields)(x, None)
         states.append(state)
-    return states[layer] if keep else x
+    return x if layer == -1 else states[layer]
 
 
 class TextEmbeddings(nn.Module):
-  """Token plus learned position embeddings."""
+  """Token embeddings plus learned position embeddings."""
 
   vocab_size: int
   max_position_embeddings: int
   hidden_size: int
-  dtype: Any
-  param_dtype: Any
+  dtype: Dtype
+  param_dtype: Dtype
 
   @nn.compact
   def __call__(self, input_ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
@@ -193,17 +205,19 @@ class TextEmbeddings(nn.Module):
       raise ValueError(
         f"CLIP: {length} tokens, but max_position_embeddings is {self.max_position_embeddings}"
       )
-    options = {
-      "dtype": self.dtype,
-      "param_dtype": self.param_dtype,
-      "embedding_init": nn.initializers.normal(0.02),
-    }
-    tokens = nn.Embed(self.vocab_size, self.hidden_size, name="token_embedding", **options)(
-      input_ids
-    )
-    positions = nn.Embed(
-      self.max_position_embeddings, self.hidden_size, name="position_embedding", **options
-    )
+
+    def embed(rows: int, name: str) -> nn.Embed:
+      return nn.Embed(
+        rows,
+        self.hidden_size,
+        embedding_init=nn.initializers.normal(0.02),
+        dtype=self.dtype,
+        param_dtype=self.param_dtype,
+        name=name,
+      )
+
+    tokens = embed(self.vocab_size, "token_embedding")(input_ids)
+    positions = embed(self.max_position_embeddings, "position_embedding")
     return tokens + positions(jnp.arange(length))[None]
 
 
@@ -213,8 +227,8 @@ class VisionEmbeddings(nn.Module):
   image_size: int
   patch_size: int
   hidden_size: int
-  dtype: Any
-  param_dtype: Any
+  dtype: Dtype
+  param_dtype: Dtype
 
   @nn.compact
   def __call__(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
@@ -222,31 +236,25 @@ class VisionEmbeddings(nn.Module):
       raise ValueError(
         f"CLIP: pixels are {pixels.shape[1]}x{pixels.shape[2]}, but image_size is {self.image_size}"
       )
-    normal, options = (
-      nn.initializers.normal(0.02),
-      {"dtype": self.dtype, "param_dtype": self.param_dtype},
-    )
-    patch = (self.patch_size, self.patch_size)
+    batch, width = pixels.shape[0], self.hidden_size
+    normal = nn.initializers.normal(0.02)
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     patches = nn.Conv(
-      self.hidden_size,
-      patch,
-      patch,
+      width,
+      kernel_size=(self.patch_size, self.patch_size),
+      strides=(self.patch_size, self.patch_size),
       padding="VALID",
       use_bias=False,
       name="patch_embedding",
-      **options,
+      **types,
     )(pixels)
-    patches = patches.reshape(pixels.shape[0], -1, self.hidden_size)
-    first = self.param("class_embedding", normal, (self.hidden_size,), self.param_dtype).astype(
-      patches.dtype
-    )
-    tokens = jnp.concatenate(
-      [jnp.broadcast_to(first, (pixels.shape[0], 1, self.hidden_size)), patches], axis=1
-    )
-    positions = nn.Embed(
-      tokens.shape[1], self.hidden_size, embedding_init=normal, name="position_embedding", **options
-    )
-    return tokens + positions(jnp.arange(tokens.shape[1]))[None]
+    patches = patches.reshape(batch, -1, width)
+    first = self.param("class_embedding", normal, (width,), self.param_dtype)
+    first = jnp.broadcast_to(first.astype(patches.dtype), (batch, 1, width))
+    tokens = jnp.concatenate([first, patches], axis=1)
+    count = tokens.shape[1]
+    positions = nn.Embed(count, width, embedding_init=normal, name="position_embedding", **types)
+    return tokens + positions(jnp.arange(count))[None]
 
 
 class ClipText(nn.Module):
@@ -261,16 +269,19 @@ class ClipText(nn.Module):
   hidden_act: str = "quick_gelu"
   layer_norm_eps: float = 1e-5
   eos_token_id: int = 49407
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
   scan_layers: bool = False
   remat: bool = False
   impl: str = "auto"
 
   @classmethod
-  def from_json(cls, config: dict, **options) -> "ClipText":
-    """The tower that a config.json describes; options: dtype, param_dtype, scan_layers, remat,
-    impl.
+  def from_json(cls, config: dict, **options: Any) -> "ClipText":
+    """The tower that a config.json describes.
+
+    Args:
+      config: the parsed file.
+      options: dtype, param_dtype, scan_layers, remat and impl.
     """
     return cls(**(_fields(cls, config) | options))
 
@@ -278,28 +289,33 @@ class ClipText(nn.Module):
   def __call__(
     self, input_ids: Int[Array, "b n"], layer: int = -1
   ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
-    """Hidden states after the final norm, and the one at the end-of-text token.
+    """Hidden states after the final norm, and the state of the end-of-text token.
 
     Attention is causal, so padding after the end-of-text token changes neither its state nor any
-    before it.
+    state before it.
 
     Args:
       input_ids: token ids.
-      layer: which layer's result goes through the final norm; -2 is the penultimate (`clip_skip =
-        1`).
+      layer: the layer whose result goes through the final norm; -2 is the penultimate one, which
+        diffusers calls `clip_skip = 1`.
     """
-    options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     x = TextEmbeddings(
-      self.vocab_size, self.max_position_embeddings, self.hidden_size, name="embeddings", **options
+      vocab_size=self.vocab_size,
+      max_position_embeddings=self.max_position_embeddings,
+      hidden_size=self.hidden_size,
+      name="embeddings",
+      **types,
     )(input_ids)
-    x = _encoder(self, causal=True, name="encoder")(x, layer)
+    x = _encoder(self, causal=True)(x, layer)
     x = layer_norm(self, "final_layer_norm")(x)
-    # eos_token_id 2 stands in the configs of OpenAI's towers by mistake; transformers then takes
-    # the highest id of the row
-    score = (
-      input_ids if self.eos_token_id == 2 else (input_ids == self.eos_token_id).astype(jnp.int32)
-    )
-    index = jnp.argmax(score, axis=-1)  # the first of equals, as in torch
+    # The configs of OpenAI's towers say eos_token_id = 2 by mistake. transformers then takes the
+    # highest id of the row.
+    if self.eos_token_id == 2:
+      score = input_ids
+    else:
+      score = (input_ids == self.eos_token_id).astype(jnp.int32)
+    index = jnp.argmax(score, axis=-1)  # of equal scores the first, as in torch
     return x, jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
 
 
@@ -315,16 +331,19 @@ class ClipVision(nn.Module):
   num_attention_heads: int = 12
   hidden_act: str = "quick_gelu"
   layer_norm_eps: float = 1e-5
-  dtype: Any = jnp.float32
-  param_dtype: Any = jnp.float32
+  dtype: Dtype = jnp.float32
+  param_dtype: Dtype = jnp.float32
   scan_layers: bool = False
   remat: bool = False
   impl: str = "auto"
 
   @classmethod
-  def from_json(cls, config: dict, **options) -> "ClipVision":
-    """The tower that a config.json describes; options: dtype, param_dtype, scan_layers, remat,
-    impl.
+  def from_json(cls, config: dict, **options: Any) -> "ClipVision":
+    """The tower that a config.json describes.
+
+    Args:
+      config: the parsed file.
+      options: dtype, param_dtype, scan_layers, remat and impl.
     """
     return cls(**(_fields(cls, config) | options))
 
@@ -332,37 +351,41 @@ class ClipVision(nn.Module):
   def __call__(
     self, pixels: Float[Array, "b h w c"], layer: int = -1
   ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"]]:
-    """Hidden states (without a final norm, as transformers') and the normed class token.
+    """Hidden states, without a final norm as in transformers, and the normed class token.
 
     Args:
-      pixels: `[batch, image_size, image_size, num_channels]`, normalised with the checkpoint's mean
-        and std.
-      layer: which layer's result is returned and pooled; -2 is the penultimate.
+      pixels: `[batch, image_size, image_size, num_channels]`, normalised with the mean and the
+        standard deviation of the checkpoint.
+      layer: the layer whose result is returned and pooled; -2 is the penultimate one.
     """
-    options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     x = VisionEmbeddings(
-      self.image_size, self.patch_size, self.hidden_size, name="embeddings", **options
+      image_size=self.image_size,
+      patch_size=self.patch_size,
+      hidden_size=self.hidden_size,
+      dtype=self.dtype,
+      param_dtype=self.param_dtype,
+      name="embeddings",
     )(pixels)
-    x = layer_norm(self, "pre_layrnorm")(x)  # sic: the spelling of every published file
-    x = _encoder(self, causal=False, name="encoder")(x, layer)
+    x = layer_norm(self, "pre_layrnorm")(x)  # every published file has this spelling
+    x = _encoder(self, causal=False)(x, layer)
     return x, layer_norm(self, "post_layernorm")(x[:, 0])
 
 
-def _encoder(tower, causal: bool, name: str) -> Encoder:
-  """The layers of a tower, from its fields."""
+def _encoder(tower: ClipText | ClipVision, causal: bool) -> Encoder:
+  """The layers of a tower, from the tower's fields."""
   return Encoder(
-    tower.num_hidden_layers,
-    tower.num_attention_heads,
-    tower.intermediate_size,
-    tower.hidden_act,
-    tower.layer_norm_eps,
-    causal,
-    tower.impl,
-    tower.scan_layers,
-    tower.remat,
-    tower.dtype,
-    tower.param_dtype,
-    name=name,
+    num_hidden_layers=tower.num_hidden_layers,
+    num_attention_heads=tower.num_attention_heads,
+    intermediate_size=tower.intermediate_size,
+    hidden_act=tower.hidden_act,
+    layer_norm_eps=tower.layer_norm_eps,
+    causal=causal,
+    impl=tower.impl,
+    scan_layers=tower.scan_layers,
+    remat=tower.remat,
+    dtype=tower.dtype,
+    param_dtype=tower.param_dtype,
+    name="encoder",
   )
 
 
@@ -377,21 +400,20 @@ class Clip(nn.Module):
   logit_scale_init_value: float = 2.6592  # log(1 / 0.07)
 
   @classmethod
-  def from_json(cls, config: dict, **options) -> "Clip":
-    """The model that a CLIPModel config.json describes; options: dtype, param_dtype, scan_layers,
-    remat, impl.
+  def from_json(cls, config: dict, **options: Any) -> "Clip":
+    """The model that the config.json of a CLIPModel describes.
+
+    Args:
+      config: the parsed file.
+      options: dtype, param_dtype, scan_layers, remat and impl, for both towers.
     """
     text = ClipText.from_json(config["text_config"], **options)
     vision = ClipVision.from_json(config["vision_config"], **options)
-    return cls(
-      text,
-      vision,
-      **_fields(cls, {key: value for key, value in config.items() if not isinstance(value, dict)}),
-    )
+    return cls(text_model=text, vision_model=vision, **_fields(cls, config))
 
   def setup(self):
-    def projection():
-      return nn.Dense(
+    def projection() -> Dense:
+      return Dense(
         self.projection_dim,
         use_bias=False,
         dtype=self.text_model.dtype,
@@ -408,16 +430,15 @@ class Clip(nn.Module):
     return self.text_projection(self.text_model(input_ids)[1])
 
   def image_features(self, pixels: Float[Array, "b h w c"]) -> Float[Array, "b p"]:
-    """Projected image embeddings, not normalised, of pixels normalised with the checkpoint's mean
-    and std.
-    """
+    """Projected image embeddings, not normalised; for `pixels` see `ClipVision`."""
     return self.visual_projection(self.vision_model(pixels)[1])
 
   def __call__(
     self, input_ids: Int[Array, "b n"], pixels: Float[Array, "m h w c"]
   ) -> tuple[Float[Array, "b p"], Float[Array, "m p"], Float[Array, ""]]:
-    """Text and image embeddings of length 1, and the factor that turns their products into logits;
-    all float32.
+    """Text embeddings and image embeddings of length 1, and the factor that turns their products
+    into logits, all in float32.
     """
-    text, image = _normalise(self.text_features(input_ids)), _normalise(self.image_features(pixels))
+    text = _normalise(self.text_features(input_ids))
+    image = _normalise(self.image_features(pixels))
     return text, image, jnp.exp(self.logit_scale.astype(jnp.float32))

@@ -1,11 +1,11 @@
-"""From a published config.json to the fields of a linen module."""
+"""Builds a linen module from a published config.json."""
 
 import dataclasses
 from typing import Any
 
 import flax.linen as nn
 
-# Keys that describe the file, not the network.
+# Keys that describe the file and not the network.
 _NOT_ARCHITECTURE = {
   "_class_name",
   "_diffusers_version",
@@ -26,34 +26,29 @@ def from_config(
   """Builds `network` from its config.json.
 
   Args:
-    network: linen class whose fields carry the JSON's key names.
+    network: a linen class whose fields have the names of the JSON's keys.
     config_json: the parsed file.
-    neutral: keys that the network does not implement, with the one value under which they change
-      nothing.
-    extra: fields that are not in the file (dtype, remat ...).
+    neutral: keys that the network does not implement, each with the one value that changes nothing.
+    extra: fields that are not in the file, for example dtype and remat.
 
   Raises:
-    ValueError: a key has a value that the network does not implement; all of them are named.
+    ValueError: a key has a value that the network does not implement. The message names all such
+      keys.
   """
-  fields = {f.name for f in dataclasses.fields(network)} - {"parent", "name"}
-  wrong = [
-    f"{key}={value!r} (implemented: {neutral[key]!r})"
-    if key in neutral
-    else f"{key}={value!r} (unknown key)"
-    for key, value in config_json.items()
-    if key not in fields
-    and key not in _NOT_ARCHITECTURE
-    and value is not None
-    and (key not in neutral or value != neutral[key])
-  ]
+  fields = {field.name for field in dataclasses.fields(network)} - {"parent", "name"}
+  known, wrong = {}, []
+  for key, value in config_json.items():
+    if value is None or key in _NOT_ARCHITECTURE:
+      continue
+    if key in fields:
+      known[key] = _hashable(value)
+    elif key not in neutral:
+      wrong.append(f"{key}={value!r} (unknown key)")
+    elif value != neutral[key]:
+      wrong.append(f"{key}={value!r} (implemented: {neutral[key]!r})")
   if wrong:
     raise ValueError(
-      f"{network.__name__}: this checkpoint's config.json asks for what is not implemented:"
+      f"{network.__name__}: this checkpoint's config.json has values that are not implemented:"
       f" {'; '.join(wrong)}"
     )
-  known = {
-    key: _hashable(value)
-    for key, value in config_json.items()
-    if key in fields and value is not None
-  }
   return network(**known, **extra)

@@ -1,5 +1,5 @@
-"""What a denoiser is told besides its latents: numbers as sinusoids, and the layers that they go
-through.
+"""The embeddings of a denoiser's numbers, such as the time: sinusoids, and the dense layers after
+them.
 """
 
 import flax.linen as nn
@@ -12,7 +12,14 @@ from dancegrpo_jax.models.layers import Dense, Dtype
 def sinusoid(
   time: Float[Array, "b"], width: int, flip_sin_to_cos: bool, shift: int | float
 ) -> Float[Array, "b w"]:
-  """Sinusoidal embedding of the exact float model time, float32."""
+  """The sinusoidal embedding of model times, which need not be integers; float32.
+
+  Args:
+    time: one number a sample.
+    width: the number of sinusoids, half of them sines.
+    flip_sin_to_cos: whether the cosines come first.
+    shift: diffusers' `freq_shift` of the frequencies.
+  """
   half = width // 2
   frequency = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / (half - shift))
   angle = time.astype(jnp.float32)[:, None] * frequency[None, :]
@@ -21,7 +28,7 @@ def sinusoid(
 
 
 class TimeEmbedding(nn.Module):
-  """Two linear layers with silu between."""
+  """Two dense layers with silu between them."""
 
   features: int
   dtype: Dtype = jnp.float32

@@ -1,10 +1,11 @@
-"""FluxTransformer2DModel, FLUX.1's denoiser, in diffusers' layout and names.
+"""FluxTransformer2DModel, the denoiser of FLUX.1, in diffusers' layout and names.
 
-Text and image tokens go through "double" blocks, with weights of their own and one attention over
-both, then joined through "single" blocks. Latents are unpacked ones, `[b, h, w, c]`; the network
-makes tokens of their 2x2 squares. Time, guidance and the pooled text modulate every norm; positions
-enter as rotations of queries and keys (RoPE, arXiv 2104.09864), one part of a head an axis. The
-residual is in `dtype`; norms, modulation and rotations are computed in float32.
+Text tokens and image tokens first go through "double" blocks, which have separate weights for the
+two but one attention over both. Then they are joined and go through "single" blocks. Latents are
+not packed, `[b, h, w, c]`; the network makes a token of each of their 2x2 squares. Time, guidance
+and the pooled text modulate every norm. Positions enter as rotations of queries and keys (RoPE,
+arXiv 2104.09864), with a part of each head for each axis. The residual is in `dtype`; norms,
+modulation and rotations are computed in float32.
 """
 
 from collections.abc import Callable
@@ -21,18 +22,18 @@ from dancegrpo_jax.models.embeddings import TimeEmbedding, sinusoid
 from dancegrpo_jax.models.layers import Dense, Dtype, RMSNorm, standardise
 
 _NEUTRAL = {"patch_size": 1}
-_EPSILON = 1e-6  # every norm of the network
-_THETA = 10000.0  # of the rotations
-_SINUSOIDS = 256  # width of the embedded time and guidance
+_EPSILON = 1e-6  # of every norm of the network
+_THETA = 10000.0  # the base of the rotations' frequencies
+_SINUSOIDS = 256  # the number of sinusoids of time and guidance
 
-Rotation = tuple[
-  Float[Array, "tokens pairs"], Float[Array, "tokens pairs"]
-]  # cosines and sines, one a pair of a head's entries
+# Cosines and sines, one for each pair of a head's entries.
+Rotation = tuple[Float[Array, "tokens pairs"], Float[Array, "tokens pairs"]]
 
 
 def pack(latents: Float[Array, "b h w c"]) -> Float[Array, "b n p"]:
-  """A token for every 2x2 square, row by row; its entries are ordered (channel, row, column). `h`
-  and `w` are even.
+  """One token for every 2x2 square, row by row.
+
+  The entries of a token are ordered (channel, row, column). `h` and `w` must be even.
   """
   b, h, w, c = latents.shape
   squares = latents.reshape(b, h // 2, 2, w // 2, 2, c)
@@ -47,18 +48,21 @@ def unpack(tokens: Float[Array, "b n p"], height: int, width: int) -> Float[Arra
 
 
 def positions(text_tokens: int, rows: int, columns: int) -> np.ndarray:
-  """(0, row, column) of every token, text first: `[text_tokens + rows * columns, 3]`. All text
-  stands at the origin.
+  """The position (0, row, column) of every token, text first: `[text_tokens + rows * columns, 3]`.
+
+  All text tokens have the position (0, 0, 0).
   """
-  image = np.stack(
-    np.meshgrid([0], np.arange(rows), np.arange(columns), indexing="ij"), axis=-1
-  ).reshape(-1, 3)
-  return np.concatenate([np.zeros((text_tokens, 3), np.int64), image])
+  image = np.meshgrid([0], np.arange(rows), np.arange(columns), indexing="ij")
+  text = np.zeros((text_tokens, 3), np.int64)
+  return np.concatenate([text, np.stack(image, axis=-1).reshape(-1, 3)])
 
 
 def rotation(ids: np.ndarray, widths: tuple[int, ...]) -> Rotation:
-  """The angles of positions `[n, axes]`, `widths[a]` entries of a head for axis a. Computed on the
-  host in float64.
+  """The rotations of tokens by their positions, computed on the host in float64.
+
+  Args:
+    ids: positions `[tokens, axes]`.
+    widths: the number of a head's entries that each axis rotates.
   """
   angles = [
     ids[:, axis, None] * _THETA ** (-np.arange(0, width, 2, dtype=np.float64) / width)
@@ -69,7 +73,7 @@ def rotation(ids: np.ndarray, widths: tuple[int, ...]) -> Rotation:
 
 
 def rotate(x: Float[Array, "b n h d"], by: Rotation) -> Float[Array, "b n h d"]:
-  """Turns every pair (x[2k], x[2k + 1]) of a head by its token's angle k."""
+  """Rotates every pair (x[2k], x[2k + 1]) of a head by the k-th angle of its token."""
   cos, sin = (part[None, :, None, :] for part in by)
   pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
   a, b = pairs[..., 0], pairs[..., 1]
@@ -77,7 +81,7 @@ def rotate(x: Float[Array, "b n h d"], by: Rotation) -> Float[Array, "b n h d"]:
 
 
 class Modulation(nn.Module):
-  """From the conditioning to `parts` vectors `[b, 1, d]`, float32."""
+  """Computes `parts` vectors `[b, 1, d]`, float32, from the conditioning."""
 
   parts: int
   dtype: Dtype = jnp.float32
@@ -86,16 +90,15 @@ class Modulation(nn.Module):
   @nn.compact
   def __call__(self, conditioning: Float[Array, "b d"]) -> list[Array]:
     width = self.parts * conditioning.shape[-1]
-    y = Dense(width, name="linear", dtype=self.dtype, param_dtype=self.param_dtype)(
-      nn.silu(conditioning)
-    )
+    linear = Dense(width, name="linear", dtype=self.dtype, param_dtype=self.param_dtype)
+    y = linear(nn.silu(conditioning))
     return jnp.split(y.astype(jnp.float32)[:, None, :], self.parts, axis=-1)
 
 
 def modulate(
   x: Float[Array, "b n d"], shift: Float[Array, "b 1 d"], scale: Float[Array, "b 1 d"]
 ) -> Float[Array, "b n d"]:
-  """A norm whose scale and shift come from the conditioning; the result has the dtype of `x`."""
+  """A norm whose shift and scale come from the conditioning; the result has the dtype of `x`."""
   return (standardise(x, _EPSILON) * (1.0 + scale) + shift).astype(x.dtype)
 
 
@@ -107,12 +110,12 @@ def gated(
 
 
 def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """The tanh approximation, which FLUX was trained with."""
+  """The tanh approximation of GELU, which FLUX was trained with."""
   return jax.nn.gelu(x, approximate=True)
 
 
 class FeedForward(nn.Module):
-  """Two dense layers with a gelu between, four times as wide."""
+  """Two dense layers with a gelu between them, four times as wide as the input."""
 
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
@@ -125,9 +128,7 @@ class FeedForward(nn.Module):
 
 
 class _Attention(nn.Module):
-  """What the attentions of both kinds of block share: heads of queries, keys and values, rotated
-  products.
-  """
+  """The part that both kinds of attention share: projections, rotations and the attention."""
 
   heads: int
   impl: str = "auto"
@@ -137,8 +138,12 @@ class _Attention(nn.Module):
   def project(
     self, x: Float[Array, "b n d"], names: tuple[str, str, str], norms: tuple[str, str]
   ) -> tuple[Array, Array, Array]:
-    """Queries, keys and values `[b, n, h, d]` from layers of these names; queries and keys are
-    normed head by head.
+    """Queries, keys and values `[b, n, h, d]`; queries and keys are normalised head by head.
+
+    Args:
+      x: tokens.
+      names: the layers of queries, keys and values.
+      norms: the norms of queries and keys.
     """
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     shape = (*x.shape[:2], self.heads, x.shape[-1] // self.heads)
@@ -151,40 +156,42 @@ class _Attention(nn.Module):
     return y.reshape(*y.shape[:2], -1)
 
 
-_OWN = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
-_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
+# The names of the layers and norms of image tokens (and of all tokens in single blocks), and of
+# text tokens.
+_IMAGE = ("to_q", "to_k", "to_v"), ("norm_q", "norm_k")
+_TEXT = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added_k")
 
 
 class JointAttention(_Attention):
-  """One attention over text and image, each with projections of its own. Returns the text's and the
-  image's part.
-  """
+  """One attention over text and image, with separate projections. Returns (text, image)."""
 
   @nn.compact
   def __call__(
     self, text: Float[Array, "b t d"], image: Float[Array, "b n d"], by: Rotation
   ) -> tuple[Float[Array, "b t d"], Float[Array, "b n d"]]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    both = zip(self.project(text, *_ADDED), self.project(image, *_OWN))
+    both = zip(self.project(text, *_TEXT), self.project(image, *_IMAGE))
     q, k, v = (jnp.concatenate(parts, axis=1) for parts in both)
     y = self.attend(q, k, v, by)
     tokens, width = text.shape[1:]
-    return Dense(width, name="to_add_out", **types)(y[:, :tokens]), Dense(
-      width, name="to_out_0", **types
-    )(y[:, tokens:])
+    text = Dense(width, name="to_add_out", **types)(y[:, :tokens])
+    image = Dense(width, name="to_out_0", **types)(y[:, tokens:])
+    return text, image
 
 
 class SelfAttention(_Attention):
-  """Attention without a projection of its result; the block has it."""
+  """Attention without a projection of its result, which the block has."""
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"], by: Rotation) -> Float[Array, "b n d"]:
-    return self.attend(*self.project(x, *_OWN), by)
+    q, k, v = self.project(x, *_IMAGE)
+    return self.attend(q, k, v, by)
 
 
 class DoubleBlock(nn.Module):
-  """diffusers' FluxTransformerBlock, in the (carry, output) form of nn.scan; the carry is (text,
-  image).
+  """diffusers' FluxTransformerBlock, in the (carry, output) form that nn.scan needs.
+
+  The carry is (text, image).
   """
 
   heads: int
@@ -202,14 +209,15 @@ class DoubleBlock(nn.Module):
     normed = [modulate(x, shift, scale) for x, (shift, scale, *_) in zip(streams, parts)]
     attended = JointAttention(self.heads, self.impl, name="attn", **types)(*normed, by)
     added = [gated(x, gate, y) for x, (_, _, gate, *_), y in zip(streams, parts, attended)]
-    return tuple(
+    results = tuple(
       gated(x, gate, FeedForward(name=f"ff{suffix}", **types)(modulate(x, shift, scale)))
       for x, (*_, shift, scale, gate), suffix in zip(added, parts, suffixes)
-    ), None
+    )
+    return results, None
 
 
 class SingleBlock(nn.Module):
-  """diffusers' FluxSingleTransformerBlock: attention and feed-forward side by side, over text and
+  """diffusers' FluxSingleTransformerBlock: attention and feed-forward in parallel, over text and
   image as one sequence.
   """
 
@@ -222,7 +230,8 @@ class SingleBlock(nn.Module):
   def __call__(
     self, x: Float[Array, "b n d"], conditioning: Float[Array, "b d"], by: Rotation
   ) -> tuple:
-    types, width = {"dtype": self.dtype, "param_dtype": self.param_dtype}, x.shape[-1]
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    width = x.shape[-1]
     shift, scale, gate = Modulation(3, name="norm", **types)(conditioning)
     y = modulate(x, shift, scale)
     attended = SelfAttention(self.heads, self.impl, name="attn", **types)(y, by)
@@ -232,8 +241,8 @@ class SingleBlock(nn.Module):
 
 
 class Embeddings(nn.Module):
-  """The conditioning `[b, d]`: time, pooled text and, where the model is guidance-distilled,
-  guidance.
+  """The conditioning `[b, d]`: the sum of the embeddings of time, pooled text and, in a
+  guidance-distilled model, guidance.
   """
 
   features: int
@@ -256,12 +265,12 @@ class Embeddings(nn.Module):
 
 
 class FluxTransformer2DModel(nn.Module):
-  """Predicts the velocity (noise minus clean sample). The fields are the keys of the published
-  config.json.
+  """Predicts the velocity, which is noise minus clean sample.
 
-  With `scan_blocks` the blocks of a kind are stacked on axis 0 of `transformer_blocks` and
-  `single_transformer_blocks`, and one is compiled; else they are in `transformer_blocks_0`,
-  `transformer_blocks_1` ...
+  The fields are the keys of the published config.json. With `scan_blocks` the parameters of equal
+  blocks are stacked on axis 0 of `transformer_blocks` and `single_transformer_blocks`, and one
+  block of each kind is compiled. Otherwise they are in `transformer_blocks_0`,
+  `transformer_blocks_1` and so on.
   """
 
   in_channels: int = 64
@@ -281,7 +290,7 @@ class FluxTransformer2DModel(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   def blocks(self, cls: type[nn.Module], count: int, name: str) -> Callable:
-    """`(carry, conditioning, rotation) -> carry` through `count` blocks."""
+    """A function `(carry, conditioning, rotation) -> carry` that applies `count` blocks."""
     args = (self.num_attention_heads, self.impl, self.dtype, self.param_dtype)
     cls = nn.remat(cls, prevent_cse=not self.scan_blocks) if self.remat else cls
     if self.scan_blocks:
@@ -310,38 +319,33 @@ class FluxTransformer2DModel(nn.Module):
     """The velocity.
 
     Args:
-      latents: with even sides and in_channels / 4 channels.
-      time: 0 .. 1000 as a float.
+      latents: their height and width are even, and they have in_channels / 4 channels.
+      time: model times from 0 to 1000, as floats.
       text: T5's states.
       pooled: CLIP's pooled text.
-      guidance: the scale that the model was distilled to obey; given if and only if
+      guidance: the guidance scale of a guidance-distilled model; None for a model without
         `guidance_embeds`.
 
     Raises:
-      ValueError: guidance is missing, or not taken.
+      ValueError: `guidance` is missing, or is given to a model without `guidance_embeds`.
     """
     if (guidance is not None) != self.guidance_embeds:
       raise ValueError(
         f"FluxTransformer2DModel: guidance_embeds is {self.guidance_embeds}, but guidance is"
         f" {guidance}"
       )
-    types, width = (
-      {"dtype": self.dtype, "param_dtype": self.param_dtype},
-      self.num_attention_heads * self.attention_head_dim,
-    )
+    types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+    width = self.num_attention_heads * self.attention_head_dim
     height, columns = latents.shape[1:3]
     by = rotation(positions(text.shape[1], height // 2, columns // 2), self.axes_dims_rope)
     image = Dense(width, name="x_embedder", **types)(pack(latents))
     text = Dense(width, name="context_embedder", **types)(text)
     conditioning = Embeddings(width, name="time_text_embed", **types)(time, pooled, guidance)
 
-    text, image = self.blocks(DoubleBlock, self.num_layers, "transformer_blocks")(
-      (text, image), conditioning, by
-    )
-    x = jnp.concatenate([text, image], axis=1)
-    x = self.blocks(SingleBlock, self.num_single_layers, "single_transformer_blocks")(
-      x, conditioning, by
-    )
+    double = self.blocks(DoubleBlock, self.num_layers, "transformer_blocks")
+    text, image = double((text, image), conditioning, by)
+    single = self.blocks(SingleBlock, self.num_single_layers, "single_transformer_blocks")
+    x = single(jnp.concatenate([text, image], axis=1), conditioning, by)
 
     scale, shift = Modulation(2, name="norm_out", **types)(conditioning)
     y = modulate(x[:, text.shape[1] :], shift, scale)
@@ -360,27 +364,27 @@ def from_json(
   """The network of a published transformer/config.json.
 
   Raises:
-    ValueError: a key asks for what is not implemented, or the rotations don't make up a head.
+    ValueError: a key has a value that is not implemented.
   """
-  options = {
-    "dtype": dtype,
-    "param_dtype": param_dtype,
-    "scan_blocks": scan_blocks,
-    "remat": remat,
-    "impl": impl,
-  }
-  network = from_config(FluxTransformer2DModel, config_json, _NEUTRAL, **options)
-  if sum(network.axes_dims_rope) != network.attention_head_dim or any(
-    width % 2 for width in network.axes_dims_rope
-  ):
+  network = from_config(
+    FluxTransformer2DModel,
+    config_json,
+    _NEUTRAL,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    scan_blocks=scan_blocks,
+    remat=remat,
+    impl=impl,
+  )
+  widths, head = network.axes_dims_rope, network.attention_head_dim
+  if sum(widths) != head or any(width % 2 for width in widths):
     raise ValueError(
-      f"FluxTransformer2DModel: axes_dims_rope {network.axes_dims_rope} must be even and sum to"
-      " attention_head_dim"
-      f" {network.attention_head_dim}"
+      f"FluxTransformer2DModel: axes_dims_rope {widths} must be even and sum to"
+      f" attention_head_dim {head}"
     )
-  if len(network.axes_dims_rope) != 3 or network.in_channels % 4:
+  if len(widths) != 3 or network.in_channels % 4:
     raise ValueError(
-      "FluxTransformer2DModel: needs three axes of positions, and in_channels for 2x2 squares (a"
-      " multiple of 4)"
+      f"FluxTransformer2DModel: axes_dims_rope {widths} must have three axes, and in_channels"
+      f" {network.in_channels} must be a multiple of 4, for 2x2 squares"
     )
   return network

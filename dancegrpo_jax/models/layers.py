@@ -1,7 +1,7 @@
-"""Layers with the defaults of their torch counterparts, in NHWC.
+"""Layers with the defaults of their torch counterparts, with images in NHWC.
 
-Flax and torch differ in norm epsilons, variance formula and padding; every such default is set
-here, once.
+Flax and torch differ in the epsilons of norms, the formula of the variance, and padding. Every such
+default is set here, once.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,12 +21,13 @@ Padding = tuple[tuple[int, int], tuple[int, int]]  # (top, bottom), (left, right
 
 
 def by_sample(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-  """x with its samples split over the mesh's fsdp and data axes, where there is a mesh and they
-  divide.
+  """Splits the samples of `x` over the mesh's fsdp and data axes.
 
-  Every layer's result is so pinned. Left alone, the compiler meets samples and kernels split over
-  the same axis and may gather the samples, so that each device computes its columns of all of them;
-  the kernels are what is to be gathered, layer by layer.
+  Without a mesh, or where the axes don't divide the number of samples, `x` is returned unchanged.
+
+  The result of every layer goes through here. Samples and kernels are split over the same axis, and
+  the compiler could otherwise gather the samples, so that each device would compute some columns
+  of all samples. Instead it must gather the kernels, layer by layer.
   """
   mesh = jax.sharding.get_abstract_mesh()
   axes = tuple(axis for axis in SAMPLE_AXES if mesh.shape.get(axis, 1) > 1)
@@ -36,9 +37,9 @@ def by_sample(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
 
 
 class Dense(nn.Module):
-  """torch.nn.Linear: `[..., in] -> [..., features]`; kernel `[in, features]`.
+  """torch.nn.Linear: `[..., in] -> [..., features]`, with a kernel `[in, features]`.
 
-  Where the variables have a collection "lora" with `a` and `b` for this layer, (x A) B is added:
+  Where the variables have a collection "lora" with `a` and `b` for this layer, (x A) B is added;
   see models/lora.py.
   """
 
@@ -58,10 +59,8 @@ class Dense(nn.Module):
       a, b = (self.get_variable("lora", name).astype(self.dtype) for name in "ab")
       y = y + by_sample(by_sample(x @ a) @ b)
     if self.use_bias:
-      bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(
-        self.dtype
-      )
-      y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+      bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+      y = y + bias.astype(self.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
     return y
 
 
@@ -72,7 +71,7 @@ def _native(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 
 def _product(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-  """The convolution as one matrix product: each pixel's neighbourhood in a row. Stride 1."""
+  """The convolution with stride 1 as one matrix product: a row is the neighbourhood of a pixel."""
   size = kernel.shape[0]
   height, width = (n + sum(pads) - size + 1 for n, pads in zip(x.shape[1:3], padding, strict=True))
   x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
@@ -81,8 +80,9 @@ def _product(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 
 def _upright(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-  """The convolution with what lies beside a pixel among its channels, by a kernel one pixel wide.
-  Stride 1.
+  """The convolution with stride 1 as one whose kernel is one pixel wide.
+
+  The horizontal neighbours of a pixel become more channels of it.
   """
   size, vertical, horizontal = kernel.shape[0], *padding
   width = x.shape[2] + sum(horizontal) - size + 1
@@ -92,8 +92,10 @@ def _upright(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
 
 
 def _for_tpu(x: Array, kernel: Array, stride: int) -> Callable:
-  """The form for TPUs by what its copies of `x` take; few channels fill no lanes, and nothing is
-  won there.
+  """The form that is fastest on TPUs.
+
+  The two matrix forms copy `x`, so they are for small ones. Few channels don't fill the lanes of a
+  TPU, and then these forms gain nothing.
   """
   size = prod(x.shape[1:])
   if stride > 1 or min(kernel.shape[2:]) < 128 or size > 2**22:
@@ -103,21 +105,21 @@ def _for_tpu(x: Array, kernel: Array, stride: int) -> Callable:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def convolve(x: Array, kernel: Array, stride: int, padding: Padding) -> Array:
-  """Convolution `[b, h, w, i] x [k, k, i, o] -> [b, h', w', o]`, written so that XLA's compilers do
-  well by it.
+  """The convolution `[b, h, w, i] x [k, k, i, o] -> [b, h', w', o]`, in a form that XLA compiles
+  well.
 
-  On a TPU it is a matrix product or nearly so where that pays, forward and backward: with few
-  samples a device the TPU compiler moves spatial positions of a convolution into the batch,
+  On a TPU it is a matrix product or close to one where that is faster, forward and backward: with
+  few samples a device the TPU compiler moves spatial positions of a convolution into the batch,
   generates several times as much code, and predicts a longer run time.
 
-  XLA's CPU backend takes the gradient's convolutions out of its fast library when they stand in a
-  `lax.scan` body: the filter gradient of one 128-channel layer then takes seconds in place of
-  milliseconds. On a CPU the backward pass is therefore written as matrix products, one a tap. GPUs
-  keep XLA's own forms.
+  Inside the body of a `lax.scan`, XLA's CPU backend doesn't use its fast library for the
+  convolutions of a gradient: the filter gradient of one layer of 128 channels then takes seconds
+  instead of milliseconds. On a CPU the backward pass therefore consists of matrix products, one for
+  each position of the kernel. GPUs use XLA's own forms.
   """
-  own = partial(_native, stride=stride, padding=padding)
+  native = partial(_native, stride=stride, padding=padding)
   tpu = partial(_for_tpu(x, kernel, stride), stride=stride, padding=padding)
-  return jax.lax.platform_dependent(x, kernel, tpu=tpu, default=own)
+  return jax.lax.platform_dependent(x, kernel, tpu=tpu, default=native)
 
 
 def _convolve_forward(x: Array, kernel: Array, stride: int, padding: Padding) -> tuple:
@@ -148,11 +150,11 @@ def _convolve_backward(
     dkernel = jnp.stack([jnp.stack([tap(i, j) for j in range(size)]) for i in range(size)])
     if stride > 1:
       return derivative(_native)(x, kernel, dy)[0], dkernel
-    turned = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
+    transposed = jnp.flip(kernel, (0, 1)).swapaxes(2, 3)
     (top, bottom), (left, right) = padding
     last = size - 1
-    around = (last - top, last - bottom), (last - left, last - right)
-    return _native(dy, turned, 1, around), dkernel
+    margins = (last - top, last - bottom), (last - left, last - right)
+    return _native(dy, transposed, 1, margins), dkernel
 
   tpu = derivative(_for_tpu(x, kernel, stride))
   return jax.lax.platform_dependent(
@@ -164,9 +166,10 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 
 
 class Conv(nn.Module):
-  """torch.nn.Conv2d: `[b, h, w, in] -> [b, h', w', features]`; kernel `[size, size, in, features]`.
+  """torch.nn.Conv2d: `[b, h, w, in] -> [b, h', w', features]`.
 
-  `padding` is torch's integer, or ((top, bottom), (left, right)).
+  The kernel is `[size, size, in, features]`. `padding` is torch's integer, or ((top, bottom),
+  (left, right)).
   """
 
   features: int
@@ -184,22 +187,22 @@ class Conv(nn.Module):
       "kernel", init, (self.size, self.size, x.shape[-1], self.features), self.param_dtype
     )
     bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-    pad = (
-      ((self.padding, self.padding),) * 2
-      if isinstance(self.padding, int)
-      else tuple(map(tuple, self.padding))
-    )
+    if isinstance(self.padding, int):
+      rows = columns = (self.padding, self.padding)
+    else:
+      (top, bottom), (left, right) = self.padding
+      rows, columns = (top, bottom), (left, right)
+    padding = (rows, columns)
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    y = (
-      x @ kernel[0, 0]
-      if self.size == self.stride == 1 and not any(map(sum, pad))
-      else convolve(x, kernel, self.stride, pad)
-    )
+    if self.size == self.stride == 1 and not any(map(sum, padding)):
+      y = x @ kernel[0, 0]
+    else:
+      y = convolve(x, kernel, self.stride, padding)
     return by_sample(y) + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
 class GroupNorm(nn.Module):
-  """torch.nn.GroupNorm over the last axis; statistics in float32."""
+  """torch.nn.GroupNorm over the last axis, with statistics in float32."""
 
   groups: int
   epsilon: float
@@ -209,19 +212,19 @@ class GroupNorm(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
     channels = x.shape[-1]
-    scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype).astype(
-      jnp.float32
-    )
-    bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype).astype(
-      jnp.float32
-    )
+    scale = self.param("scale", nn.initializers.ones, (channels,), self.param_dtype)
+    bias = self.param("bias", nn.initializers.zeros, (channels,), self.param_dtype)
     grouped = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, channels // self.groups)
     mean = grouped.mean((1, 3), keepdims=True)
     centred = grouped - mean
     variance = jnp.square(centred).mean((1, 3), keepdims=True)
     y = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
-    broadcast = (1,) * (x.ndim - 1) + (channels,)
-    return (y * scale.reshape(broadcast) + bias.reshape(broadcast)).astype(self.dtype)
+    return (y * _float32_row(scale, x.ndim) + _float32_row(bias, x.ndim)).astype(self.dtype)
+
+
+def _float32_row(x: Float[Array, "c"], axes: int) -> Float[Array, "... c"]:
+  """A vector in float32, with as many axes as it takes to multiply the last one of an array."""
+  return x.astype(jnp.float32).reshape((1,) * (axes - 1) + (-1,))
 
 
 def standardise(x: Float[Array, "... c"], epsilon: float) -> Float[Array, "... c"]:
@@ -232,7 +235,7 @@ def standardise(x: Float[Array, "... c"], epsilon: float) -> Float[Array, "... c
 
 
 class LayerNorm(nn.Module):
-  """torch.nn.LayerNorm over the last axis; statistics in float32."""
+  """torch.nn.LayerNorm over the last axis, with statistics in float32."""
 
   epsilon: float = 1e-5
   dtype: Dtype = jnp.float32
@@ -240,21 +243,16 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
-    broadcast = (1,) * (x.ndim - 1) + (x.shape[-1],)
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype).astype(
-      jnp.float32
-    )
-    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype).astype(
-      jnp.float32
-    )
-    return (
-      standardise(x, self.epsilon) * scale.reshape(broadcast) + bias.reshape(broadcast)
-    ).astype(self.dtype)
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+    bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+    y = standardise(x, self.epsilon) * _float32_row(scale, x.ndim) + _float32_row(bias, x.ndim)
+    return y.astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
-  """torch.nn.RMSNorm over the last axis (arXiv 1910.07467): no mean is taken off, no bias;
-  statistics in float32.
+  """torch.nn.RMSNorm over the last axis (arXiv 1910.07467), with statistics in float32.
+
+  It subtracts no mean and has no bias.
   """
 
   epsilon: float
@@ -263,16 +261,14 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... c"]:
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype).astype(
-      jnp.float32
-    )
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + self.epsilon)
-    return (y * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
+    return (y * _float32_row(scale, x.ndim)).astype(self.dtype)
 
 
 def upsample_nearest(x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
-  """Nearest-neighbour doubling of both sides."""
+  """Doubles height and width by repeating every pixel."""
   b, h, w, c = x.shape
   return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
@@ -303,7 +299,10 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-  """A stride-2 convolution in a module of its own, as the weights' names have it."""
+  """A convolution with stride 2.
+
+  It is a module of its own because the names of the weights require it.
+  """
 
   features: int
   padding: tuple | int
@@ -323,7 +322,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-  """Nearest-neighbour doubling and a convolution."""
+  """Doubles height and width by repeating every pixel, then a convolution."""
 
   features: int
   dtype: Dtype = jnp.float32

@@ -1,8 +1,8 @@
-"""Splash attention, Pallas's TPU kernel: attention without its matrix of logits in memory.
+"""Splash attention: Pallas's TPU kernel, which keeps no matrix of logits in memory.
 
-The kernel is one device's, see per_device.py.
-Lengths are padded to a multiple of 128, and padded keys are in a segment that no query looks at:
-FLUX at 720x720 has 2025 + 512 = 2537 tokens, 2560 with padding.
+The kernel is made for one device; see per_device.py for meshes. The numbers of queries and keys are
+padded to a multiple of 128, and padded keys are in a segment that no query sees. FLUX at 720x720
+has 2025 + 512 = 2537 tokens, and 2560 with padding.
 """
 
 from functools import partial
@@ -15,23 +15,21 @@ from jaxtyping import Array, Float, Int
 
 from dancegrpo_jax.models import per_device
 
-LANES = 128  # a TPU's registers: head dimensions and blocks are multiples of it
-_BLOCKS = (
-  512,
-  256,
-  128,
-)  # tokens of queries and of keys that are in fast memory together; the largest that divides
+# The lanes of a TPU's registers. The widths of heads and of blocks are multiples of it.
+LANES = 128
+# Numbers of queries and of keys that are in fast memory together. The first that divides is used.
+_BLOCKS = (512, 256, 128)
 
 
 def padded(length: int) -> int:
-  """A length as the kernel takes it."""
+  """The next length that the kernel supports."""
   return -(-length // LANES) * LANES
 
 
 def _kernel(
   heads: int, queries: int, keys: int, causal: bool, interpret: bool
 ) -> kernels.SplashAttentionKernel:
-  """The kernel of one sample, forward and backward, for padded lengths."""
+  """The kernel of one sample, forward and backward, for padded numbers of queries and keys."""
   q, kv = (next(block for block in _BLOCKS if length % block == 0) for length in (queries, keys))
   blocks = kernels.BlockSizes(
     block_q=q,
@@ -51,7 +49,7 @@ def _kernel(
 def _local(
   q: Array, k: Array, v: Array, key_lengths: Array, *, causal: bool, interpret: bool
 ) -> Array:
-  """Attention of one device's samples and heads, `[b, n, h, d]`; the queries are scaled."""
+  """The attention of one device's samples and heads, `[b, n, h, d]`, with scaled queries."""
   queries = q.shape[1]
   q, k, v = (
     jnp.pad(x, ((0, 0), (0, padded(x.shape[1]) - x.shape[1]), (0, 0), (0, 0))) for x in (q, k, v)
@@ -61,12 +59,12 @@ def _local(
     heads=q.shape[1], queries=q.shape[2], keys=k.shape[2], causal=causal, interpret=interpret
   )
 
-  def one(q: Array, k: Array, v: Array, length: Array) -> Array:
+  def attend(q: Array, k: Array, v: Array, length: Array) -> Array:
     valid = (jnp.arange(k.shape[1]) < length).astype(jnp.int32)
     segments = kernels.SegmentIds(jnp.ones(q.shape[1], jnp.int32), valid)
     return kernel(q, k, v, segment_ids=segments)  # type: ignore[return-value]  # no residuals
 
-  return jax.vmap(one)(q, k, v, key_lengths).swapaxes(1, 2)[:, :queries]
+  return jax.vmap(attend)(q, k, v, key_lengths).swapaxes(1, 2)[:, :queries]
 
 
 def attention(
@@ -79,14 +77,17 @@ def attention(
   causal: bool = False,
   interpret: bool = False,
 ) -> Float[Array, "b n h d"]:
-  """softmax(scale q k^T) v, logits and softmax in float32.
+  """softmax(scale q k^T) v, with logits and softmax in float32.
 
   Args:
-    q, k, v: the head axis is third, d a multiple of 128.
-    scale: of the products.
-    key_lengths: valid keys of each sample, at least 1; they come first. None = all.
-    causal: query i looks at keys 0 to i only.
-    interpret: run the kernel in Pallas's interpreter, as on a CPU.
+    q: queries; the head axis is the third one, and d is a multiple of 128.
+    k: keys.
+    v: values.
+    scale: the factor of the products.
+    key_lengths: the number of valid keys of each sample, at least 1; the valid keys come first.
+      None means that all keys are valid.
+    causal: whether query i sees the keys 0 to i only.
+    interpret: whether Pallas's interpreter runs the kernel, which works on a CPU.
   """
   dtype, lengths = q.dtype, key_lengths
   if lengths is None:

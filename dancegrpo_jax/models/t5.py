@@ -1,9 +1,10 @@
 """T5 v1.1's encoder, with the parameter names of transformers' T5EncoderModel.
 
-Raffel et al., arXiv 1910.10683; v1.1 has a gated gelu and an unscaled embedding. Logits are not
-divided by the head's root width; one table of biases by distance, held once here and in the first
-layer's weights, serves every layer. Fields carry the names of config.json. Norms, logits and
-softmax are computed in float32 whatever `dtype` is; float16 is too narrow for the residual.
+Raffel et al., arXiv 1910.10683; v1.1 has a gated gelu and an embedding that is not scaled. Logits
+are not divided by the root of the head's width. All layers share one table of biases by distance,
+which checkpoints store with the first layer. The fields of `T5Encoder` carry the names of
+config.json. Norms, logits and softmax are computed in float32 whatever `dtype` is. The residual
+overflows float16.
 """
 
 import dataclasses
@@ -20,25 +21,26 @@ from dancegrpo_jax.models.layers import Dense, Dtype, RMSNorm
 
 
 def buckets(length: int, count: int, max_distance: int) -> np.ndarray:
-  """The bias table's row for every (query, key): `[length, length]`.
+  """The row of the bias table for every (query, key): `[length, length]`.
 
-  Half of the `count` rows are for keys after the query. Of each half, the first half are single
-  distances, the others grow with the logarithm of the distance, the last one for `max_distance` and
-  beyond. Float32, as the weights were trained.
+  Half of the `count` rows are for keys after the query. In each half, the first half of the rows
+  are for one distance each. The widths of the others grow with the logarithm of the distance, and
+  the last one is for `max_distance` and more. The computation is in float32, as in training.
   """
   offset = np.arange(length)[None, :] - np.arange(length)[:, None]
-  half, distance = count // 2, np.abs(offset)
+  distance = np.abs(offset)
+  half = count // 2
   exact = half // 2
-  ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(
-    math.log(max_distance / exact)
-  )
+  ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+  ratio = ratio / np.float32(math.log(max_distance / exact))
   far = np.minimum(exact + (ratio * np.float32(half - exact)).astype(np.int64), half - 1)
   return np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)
 
 
 class SelfAttention(nn.Module):
-  """Multi-head attention without biases in its projections; `bias` [1, heads, n, n] is added to the
-  logits.
+  """Multi-head attention whose projections have no biases.
+
+  `bias` [1, heads, n, n] is added to the logits.
   """
 
   num_heads: int
@@ -55,14 +57,13 @@ class SelfAttention(nn.Module):
     q, k, v = (
       Dense(self.num_heads * self.d_kv, name=name, **types)(x).reshape(shape) for name in "qkv"
     )
-    y = attention(
-      q, k, v, bias=bias, scale=1.0, impl="xla"
-    )  # no fused kernel takes a trained bias of every length
+    # No fused kernel supports a trained bias for every length.
+    y = attention(q, k, v, bias=bias, scale=1.0, impl="xla")
     return Dense(x.shape[-1], name="o", **types)(y.reshape(*x.shape[:2], -1))
 
 
 class GatedDense(nn.Module):
-  """Two projections, the first through a gelu (tanh), multiplied and projected back."""
+  """The product of two projections, the first one through a gelu (tanh), is projected back."""
 
   d_ff: int
   dtype: Dtype
@@ -76,7 +77,7 @@ class GatedDense(nn.Module):
 
 
 class AttentionLayer(nn.Module):
-  """The residual around norm and attention."""
+  """A norm and an attention with a residual connection around them."""
 
   num_heads: int
   d_kv: int
@@ -94,7 +95,7 @@ class AttentionLayer(nn.Module):
 
 
 class FeedForwardLayer(nn.Module):
-  """The residual around norm and gated projections."""
+  """A norm and gated projections with a residual connection around them."""
 
   d_ff: int
   epsilon: float
@@ -104,13 +105,12 @@ class FeedForwardLayer(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    return x + GatedDense(self.d_ff, name="DenseReluDense", **types)(
-      RMSNorm(self.epsilon, name="layer_norm", **types)(x)
-    )
+    y = RMSNorm(self.epsilon, name="layer_norm", **types)(x)
+    return x + GatedDense(self.d_ff, name="DenseReluDense", **types)(y)
 
 
 class Block(nn.Module):
-  """Attention and feed-forward, in the (carry, output) form of nn.scan."""
+  """Attention and feed-forward, in the (carry, output) form that nn.scan needs."""
 
   num_heads: int
   d_kv: int
@@ -127,8 +127,10 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-  """The blocks and a last norm; with `scan_blocks` their parameters are stacked on axis 0 of
-  `block`, else in `block_0` ...
+  """The blocks and a last norm.
+
+  With `scan_blocks` the parameters of the blocks are stacked on axis 0 of `block`; otherwise they
+  are in `block_0`, `block_1` and so on.
   """
 
   num_layers: int
@@ -170,7 +172,7 @@ class Stack(nn.Module):
 
 
 class T5Encoder(nn.Module):
-  """Token ids to states. Every token is looked at, padding too, as FLUX was trained."""
+  """From token ids to states. Attention includes the padding, as in FLUX's training."""
 
   vocab_size: int = 32128
   d_model: int = 512
@@ -188,25 +190,26 @@ class T5Encoder(nn.Module):
   @nn.compact
   def __call__(self, input_ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    x = nn.Embed(
+    embed = nn.Embed(
       self.vocab_size,
       self.d_model,
       embedding_init=nn.initializers.normal(1.0),
       name="shared",
       **types,
-    )(input_ids)
-    return Stack(
-      self.num_layers,
-      self.num_heads,
-      self.d_kv,
-      self.d_ff,
-      self.relative_attention_num_buckets,
-      self.relative_attention_max_distance,
-      self.layer_norm_epsilon,
-      self.scan_blocks,
+    )
+    encoder = Stack(
+      num_layers=self.num_layers,
+      num_heads=self.num_heads,
+      d_kv=self.d_kv,
+      d_ff=self.d_ff,
+      num_buckets=self.relative_attention_num_buckets,
+      max_distance=self.relative_attention_max_distance,
+      epsilon=self.layer_norm_epsilon,
+      scan_blocks=self.scan_blocks,
       name="encoder",
       **types,
-    )(x)
+    )
+    return encoder(embed(input_ids))
 
 
 def from_json(
@@ -215,18 +218,18 @@ def from_json(
   param_dtype: Dtype = jnp.float32,
   scan_blocks: bool = False,
 ) -> T5Encoder:
-  """The encoder that a T5 config.json describes; what it says of dropout, decoder and heads does
-  not matter here.
+  """The encoder that a T5 config.json describes.
+
+  Keys of the dropout, the decoder and the output heads are ignored.
 
   Raises:
-    ValueError: a feed-forward other than v1.1's.
+    ValueError: the feed-forward is not v1.1's.
   """
   kind = config_json.get("feed_forward_proj", "relu")
   if kind != "gated-gelu":
     raise ValueError(f"T5: feed_forward_proj = {kind!r} is not implemented; v1.1's 'gated-gelu' is")
   names = {field.name for field in dataclasses.fields(T5Encoder)} - {"parent", "name"}
   known = {key: value for key, value in config_json.items() if key in names}
-  # over the file's: newer ones have a key "dtype", the weights'
-  return T5Encoder(
-    **(known | {"dtype": dtype, "param_dtype": param_dtype, "scan_blocks": scan_blocks})
-  )
+  # The arguments override the file, because newer files have a key "dtype", that of the weights.
+  options = {"dtype": dtype, "param_dtype": param_dtype, "scan_blocks": scan_blocks}
+  return T5Encoder(**(known | options))

@@ -1,5 +1,7 @@
 """UNet2DConditionModel of Stable Diffusion 1.x and 2.x, in diffusers' layout and names."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -9,8 +11,8 @@ from dancegrpo_jax.models.config import from_config
 from dancegrpo_jax.models.embeddings import TimeEmbedding, sinusoid
 from dancegrpo_jax.models.layers import Conv, Downsample, Dtype, GroupNorm, ResnetBlock, Upsample
 
-# config.json keys that are not fields, with the only value that is implemented (diffusers'
-# defaults).
+# Keys of config.json that are not fields. Of each, only this value is implemented, which is
+# diffusers' default.
 _NEUTRAL = {
   "act_fn": "silu",
   "center_input_sample": False,
@@ -30,13 +32,14 @@ _NEUTRAL = {
   "class_embeddings_concat": False,
   "addition_embed_type_num_heads": 64,
 }
+# {kind of block: whether it has attention}.
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
 
 class Block(nn.Module):
-  """What every stage of the UNet is made of: resnets, each followed by a transformer where `heads`
-  is not 0.
+  """The part that all stages of the UNet share: resnets, each followed by a transformer unless
+  `heads` is 0.
   """
 
   features: int
@@ -52,17 +55,17 @@ class Block(nn.Module):
   param_dtype: Dtype = jnp.float32
 
   def layer(self, j: int, x: Array, time: Array, context: Array, attend: bool = True) -> Array:
-    """Resnet `j` and, where there is one, transformer `j`."""
+    """Resnet number `j` and, with `attend` and unless `heads` is 0, transformer number `j`."""
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     resnet, transformer = (nn.remat(m) if self.remat else m for m in (ResnetBlock, Transformer2D))
     x = resnet(self.features, self.groups, self.epsilon, name=f"resnets_{j}", **types)(x, time)
     if attend and self.heads:
       x = transformer(
-        self.heads,
-        self.transformer_layers,
-        self.groups,
-        self.linear_projection,
-        self.impl,
+        heads=self.heads,
+        layers=self.transformer_layers,
+        groups=self.groups,
+        linear_projection=self.linear_projection,
+        impl=self.impl,
         name=f"attentions_{j}",
         **types,
       )(x, context)
@@ -70,8 +73,9 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-  """Halves the sides at its end unless it is the last; returns the feature maps for the skips as
-  well.
+  """A stage that halves height and width at its end, unless it is the last stage.
+
+  It returns the feature maps of the skip connections too.
   """
 
   downsample: bool = True
@@ -83,15 +87,14 @@ class DownBlock(Block):
       x = self.layer(j, x, time, context)
       skips.append(x)
     if self.downsample:
-      x = Downsample(
-        self.features, 1, name="downsamplers_0", dtype=self.dtype, param_dtype=self.param_dtype
-      )(x)
+      types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+      x = Downsample(self.features, padding=1, name="downsamplers_0", **types)(x)
       skips.append(x)
     return x, skips
 
 
 class MidBlock(Block):
-  """resnet, transformer, resnet."""
+  """A resnet, a transformer and another resnet."""
 
   @nn.compact
   def __call__(self, x: Array, time: Array, context: Array) -> Array:
@@ -100,7 +103,10 @@ class MidBlock(Block):
 
 
 class UpBlock(Block):
-  """Takes the skips from the end; doubles the sides at its end unless it is the last."""
+  """A stage that doubles height and width at its end, unless it is the last stage.
+
+  It uses the feature maps of the skip connections from the last one on.
+  """
 
   upsample: bool = True
 
@@ -109,18 +115,17 @@ class UpBlock(Block):
     for j in range(self.resnets):
       x = self.layer(j, jnp.concatenate([x, skips[-1 - j]], axis=-1), time, context)
     if self.upsample:
-      x = Upsample(
-        self.features, name="upsamplers_0", dtype=self.dtype, param_dtype=self.param_dtype
-      )(x)
+      types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+      x = Upsample(self.features, name="upsamplers_0", **types)(x)
     return x
 
 
 class UNet2DConditionModel(nn.Module):
   """Predicts noise (or v) from noisy latents, model time and text states.
 
-  The fields are the keys of the published config.json. `attention_head_dim` holds the NUMBER of
-  heads, a misnomer that diffusers keeps for compatibility; `num_attention_heads` wins where it is
-  given.
+  The fields are the keys of the published config.json. `attention_head_dim` is the NUMBER of heads,
+  a wrong name that diffusers keeps for compatibility. Where `num_attention_heads` is given, it is
+  used instead.
   """
 
   in_channels: int = 4
@@ -147,36 +152,16 @@ class UNet2DConditionModel(nn.Module):
   def __call__(
     self, latents: Float[Array, "b h w i"], time: Float[Array, "b"], context: Float[Array, "b n k"]
   ) -> Float[Array, "b h w o"]:
-    """Args: `latents` [b, h, w, in_channels]; `time` [b], 0 .. 999 as a float; `context` [b,
-    tokens, cross_attention_dim].
+    """The prediction.
+
+    Args:
+      latents: `[b, h, w, in_channels]`.
+      time: model times from 0 to 999, as floats.
+      context: the text states, `[b, tokens, cross_attention_dim]`.
     """
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     widths = tuple(self.block_out_channels)
     stages = len(widths)
-    heads = _per_stage(
-      self.attention_head_dim if self.num_attention_heads is None else self.num_attention_heads,
-      stages,
-    )
-    depths = _per_stage(self.transformer_layers_per_block, stages)
-
-    def block(
-      kind: type[Block], i: int, resnets: int, attend: bool, name: str, **extra: bool
-    ) -> Block:
-      return kind(
-        widths[i],
-        resnets,
-        heads[i] * attend,
-        depths[i],
-        self.norm_num_groups,
-        self.norm_eps,
-        self.use_linear_projection,
-        self.remat,
-        self.impl,
-        name=name,
-        **types,
-        **extra,
-      )
-
     context = context.astype(self.dtype)
     embedded = sinusoid(time, widths[0], self.flip_sin_to_cos, self.freq_shift).astype(self.dtype)
     time = TimeEmbedding(4 * widths[0], name="time_embedding", **types)(embedded)
@@ -184,26 +169,40 @@ class UNet2DConditionModel(nn.Module):
     x = Conv(widths[0], name="conv_in", **types)(latents)
     skips = [x]
     for i, kind in enumerate(self.down_block_types):
-      down = block(
-        DownBlock,
-        i,
-        self.layers_per_block,
-        _DOWN[kind],
-        f"down_blocks_{i}",
-        downsample=i < stages - 1,
-      )
+      fields = self._fields_of_stage(i, self.layers_per_block, attend=_DOWN[kind])
+      down = DownBlock(**fields, downsample=i < stages - 1, name=f"down_blocks_{i}")
       x, new = down(x, time, context)
       skips += new
-    x = block(MidBlock, stages - 1, 2, True, "mid_block")(x, time, context)
+    fields = self._fields_of_stage(stages - 1, 2, attend=True)
+    x = MidBlock(**fields, name="mid_block")(x, time, context)
     for i, kind in enumerate(self.up_block_types):
       count = self.layers_per_block + 1
       skips, used = skips[:-count], skips[-count:]
-      up = block(
-        UpBlock, stages - 1 - i, count, _UP[kind], f"up_blocks_{i}", upsample=i < stages - 1
-      )
+      fields = self._fields_of_stage(stages - 1 - i, count, attend=_UP[kind])
+      up = UpBlock(**fields, upsample=i < stages - 1, name=f"up_blocks_{i}")
       x = up(x, used, time, context)
     x = nn.silu(GroupNorm(self.norm_num_groups, self.norm_eps, name="conv_norm_out", **types)(x))
     return Conv(self.out_channels, zero_init=True, name="conv_out", **types)(x)
+
+  def _fields_of_stage(self, i: int, resnets: int, attend: bool) -> dict[str, Any]:
+    """The fields of the block that works at the width of stage `i`."""
+    stages = len(self.block_out_channels)
+    heads = self.attention_head_dim
+    if self.num_attention_heads is not None:
+      heads = self.num_attention_heads
+    return {
+      "features": self.block_out_channels[i],
+      "resnets": resnets,
+      "heads": _per_stage(heads, stages)[i] if attend else 0,
+      "transformer_layers": _per_stage(self.transformer_layers_per_block, stages)[i],
+      "groups": self.norm_num_groups,
+      "epsilon": self.norm_eps,
+      "linear_projection": self.use_linear_projection,
+      "remat": self.remat,
+      "impl": self.impl,
+      "dtype": self.dtype,
+      "param_dtype": self.param_dtype,
+    }
 
 
 def _per_stage(value: int | tuple[int, ...], stages: int) -> tuple[int, ...]:
@@ -220,9 +219,9 @@ def from_json(
   """The network of a published unet/config.json.
 
   Raises:
-    ValueError: a key asks for what is not implemented.
+    ValueError: a key has a value that is not implemented.
   """
-  for key, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
+  for key, known in {"down_block_types": _DOWN, "up_block_types": _UP}.items():
     other = set(config_json.get(key, ())) - set(known)
     if other:
       raise ValueError(

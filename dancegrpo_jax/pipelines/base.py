@@ -8,7 +8,14 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax.diffusion.schedules import Schedule
 from dancegrpo_jax.models.lora import COLLECTION, Lora, abstract
-from dancegrpo_jax.pipelines.layout import Component, Layout, Network, TokenizerKind, layout_of
+from dancegrpo_jax.pipelines.layout import (
+  STEMS,
+  Component,
+  Layout,
+  Network,
+  TokenizerKind,
+  layout_of,
+)
 from dancegrpo_jax.types import Example, Media, PyTree
 
 
@@ -17,7 +24,8 @@ class Pipeline(NamedTuple):
 
   Attributes:
     prepare: host function, `(examples) -> inputs`: what `encode` reads of prompts, and of pictures
-      where there are any; a pytree of NumPy arrays with one row an example.
+      where there are any; a pytree of NumPy arrays with one row an example. It gets blank examples
+      too (prompt ""), from whose shapes programs are compiled.
     encode: `(params, inputs) -> rows`, a pytree with one row an example, as `denoise` takes it.
     denoise: `(params, x [b, ...], model_time [b], rows) -> output [b, ...]`.
     decode: `(params, latents [b, ...]) -> Media` of b samples.
@@ -25,7 +33,7 @@ class Pipeline(NamedTuple):
     prediction: "epsilon", "v" or "velocity".
     latent_shape: of one sample.
     sample_shape: of one decoded sample: (height, width, 3), or (frames, height, width, 3).
-    components: what `params` consists of.
+    components: what `params` consists of; the network that is trained is called "denoiser".
     trainable: what is trained: a component, or "lora".
     encoders: the components that `encode` alone reads.
     adapters: where "lora" is trained, the abstract tree that `params` then may hold beside the
@@ -94,6 +102,7 @@ class Family(NamedTuple):
     networks: its networks by their class in PyTorch.
     options: `(config) -> keyword arguments` of `build` beside the common settings.
     text_length: `(jsons) -> tokens` of its texts, for plans of checkpoints without tokenizers.
+    index: `layout.INDEX` where its checkpoints are diffusers pipelines; "" for a layout of its own.
   """
 
   files: dict[str, str]
@@ -103,11 +112,14 @@ class Family(NamedTuple):
   networks: dict[str, Network]
   options: Callable[[ConfigDict], dict[str, Any]] = no_options
   text_length: Callable[[dict[str, dict]], int] = lambda jsons: 77
+  index: str = ""
 
   @property
   def layout(self) -> Layout:
     """The files of its checkpoints."""
-    return layout_of(self.files, self.tokenizers)
+    stems = dict.fromkeys(network.table.file for network in self.networks.values())
+    layout = layout_of(self.files, self.tokenizers)
+    return layout._replace(index=self.index, stems=tuple(stems) or STEMS)
 
 
 def adapted(pipeline: Pipeline, settings: Lora | None) -> Pipeline:

@@ -11,6 +11,9 @@ from dancegrpo_jax.conversion.mapping import Table
 from dancegrpo_jax.types import PyTree
 
 RANDOM = "random:"  # before a folder: its networks get random weights
+INDEX = "model_index.json"  # diffusers' list of a pipeline's parts
+# Of weight files: diffusers, transformers, open_clip
+STEMS = ("diffusion_pytorch_model", "model", "open_clip_model")
 
 
 class Component(NamedTuple):
@@ -62,11 +65,16 @@ class Layout(NamedTuple):
     files: JSON files, by the name that the builder of its networks knows them by.
     tokenizers: the kind of each tokenizer's folder: a name in `data.tokenizers.KINDS`, or a kind.
     networks: folders with weights.
+    index: the file in which diffusers reads a pipeline's parts, which export alone needs; "" where
+      the layout has none.
+    stems: of the names of weight files that may be fetched.
   """
 
   files: dict[str, str]
   tokenizers: dict[str, str | TokenizerKind]
   networks: tuple[str, ...]
+  index: str = ""
+  stems: tuple[str, ...] = STEMS
 
 
 def layout_of(files: dict[str, str], tokenizers: dict[str, str | TokenizerKind]) -> Layout:

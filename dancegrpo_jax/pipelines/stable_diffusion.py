@@ -20,7 +20,7 @@ from dancegrpo_jax.pipelines.base import (
   adapted,
   text_inputs,
 )
-from dancegrpo_jax.pipelines.layout import Component, Network
+from dancegrpo_jax.pipelines.layout import INDEX, Component, Network
 from dancegrpo_jax.pipelines.networks import abstract
 from dancegrpo_jax.types import Media, PyTree
 
@@ -155,4 +155,5 @@ FAMILY = Family(
     "CLIPTextModel": networks.CLIP_TEXT,
   },
   text_length=lambda jsons: jsons["text_encoder"].get("max_position_embeddings", 77),
+  index=INDEX,
 )

@@ -178,7 +178,8 @@ def _executions(
   """
   inside = {instruction.name: instruction.shape for instruction in code.get(name, ())}
   for instruction in code.get(name, ()):
-    trips, within, opcode = 1.0, turns, instruction.opcode
+    trips: float | None = 1.0
+    within, opcode = turns, instruction.opcode
     if opcode == "while" and (trips := _trips(code, instruction)) is None:
       trips, within = turns, None
     yield instruction, times, inside, trips is not None

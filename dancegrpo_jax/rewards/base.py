@@ -23,7 +23,8 @@ class Reward(NamedTuple):
       in all of them.
     score: device: `(params, media, features) -> {term: f32[b]}`; host: `(media of NumPy, examples)
       -> {term: f32[b]}`.
-    prepare: device rewards: `(examples) -> NumPy pytree` with one row an example, on the host.
+    prepare: device rewards: `(examples) -> NumPy pytree` with one row an example, on the host. It
+      gets blank examples too (prompt "", no metadata), from whose shapes programs are compiled.
     features: device rewards: `(params, prepared) -> pytree` with one row an example, computed once
       a prompt.
     components: what `params` consists of, {} for nothing; a `Component.folder` here is the whole

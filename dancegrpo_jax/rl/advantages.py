@@ -66,7 +66,7 @@ class PromptStats(NamedTuple):
 
 
 def group_statistics(
-  rewards: Float[Array, "*groups n"], valid: Bool[Array, "*groups n"], ddof: int
+  rewards: Float[Array, "*groups n"], valid: Bool[Array, "*groups n"], ddof: int = 1
 ) -> Statistics:
   """Mean, std (ddof 1 unbiased, 0 not), spread (max - min) and number of the valid rewards of each
   group.
@@ -87,10 +87,10 @@ def group_advantages(
   rewards: Float[Array, "prompts samples"],
   valid: Bool[Array, "prompts samples"],
   *,
-  ddof: int,
-  eps: ScalarLike,
-  clamp: ScalarLike,
-  min_spread: ScalarLike,
+  ddof: int = 1,
+  eps: ScalarLike = 1e-8,
+  clamp: ScalarLike = 5.0,
+  min_spread: ScalarLike = 1e-6,
   statistics: Statistics | None = None,
 ) -> Float[Array, "prompts samples"]:
   """A = (r - mean) / (std + eps) within each group, clipped to +-clamp; 0 where invalid (arXiv
@@ -157,16 +157,16 @@ def signals(
 def combine(
   scores: dict[str, Float[Array, "prompts samples"]],
   terms: Sequence[tuple[str, float | int]],
-  mode: str,
+  mode: str = "advantages",
   *,
-  ddof: int,
-  eps: ScalarLike,
-  clamp: ScalarLike,
-  min_spread: ScalarLike,
+  ddof: int = 1,
+  eps: ScalarLike = 1e-8,
+  clamp: ScalarLike = 5.0,
+  min_spread: ScalarLike = 1e-6,
   statistics: dict[str, Statistics] | None = None,
 ) -> Advantages:
-  """Advantages of several rewards. A sample that fails any term leaves all terms' statistics and
-  gets weight 0.
+  """Advantages of one reward or several. A sample that fails any term leaves all terms' statistics
+  and gets weight 0.
 
   A group with fewer than 2 valid rewards has weight 0; one with equal rewards keeps weight 1 with A
   = 0, so that a KL penalty still acts on it.
@@ -281,8 +281,8 @@ def prompt_statistics(
   rewards: Float[Array, "prompts samples"],
   valid: Bool[Array, "prompts samples"],
   *,
-  min_count: int,
-  ddof: int,
+  min_count: int = 16,
+  ddof: int = 1,
 ) -> Statistics:
   """Statistics of each prompt over iterations, once `min_count` rewards were seen; until then those
   of the whole batch.

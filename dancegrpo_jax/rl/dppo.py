@@ -14,8 +14,10 @@ from dancegrpo_jax.rl import objective
 from dancegrpo_jax.rl.grpo import Remembered, Scored, Surrogate, Transitions
 
 
-def trust_region(tau: float) -> Surrogate:
+def trust_region(tau: float = 1e-4) -> Surrogate:
   """-ratio A, and 0 for transitions that are dropped; "drop_fraction" is their share.
+
+  It needs the old policy's means, so the objective's `old_log_prob` must be "recompute".
 
   Args:
     tau: nats a latent dimension; a transition is dropped where its KL is at least this.

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from dancegrpo_jax.diffusion import transitions
 from dancegrpo_jax.diffusion.schedules import Schedule, point
 from dancegrpo_jax.rl import lanes, objective, rng, timesteps
+from dancegrpo_jax.rl.advantages import Advantages
 from dancegrpo_jax.rl.optimize import Algorithm
 from dancegrpo_jax.rl.rollout import Policy, Rollout, distribution, log_prob
 from dancegrpo_jax.types import PyTree
@@ -28,21 +29,22 @@ class Objective(NamedTuple):
 
   Attributes:
     old_log_prob: recompute | rollout: where the old policy's log-probs come from.
-    timesteps: see `timesteps.select`.
-    timestep_fraction: share of the policy steps that is trained.
+    timesteps: first | random | last | all, see `timesteps.select`.
+    timestep_fraction: share of the policy steps that is trained, in (0, 1].
     kl_weight: of the penalty that holds the policy to a reference; 0 for none.
-    kl_mode: see `transitions.kl`.
+    kl_mode: exact | no_dt | mean_mse | velocity_mse, see `transitions.kl`.
     updates: optimizer steps an iteration.
-    microbatch: transitions in one forward and backward pass.
+    microbatch: transitions in one forward and backward pass; `updates * microbatch` must divide
+      the number of transitions.
   """
 
-  old_log_prob: str
-  timesteps: str
-  timestep_fraction: float
-  kl_weight: float
-  kl_mode: str
-  updates: int
-  microbatch: int
+  old_log_prob: str = "recompute"
+  timesteps: str = "random"
+  timestep_fraction: float = 0.6
+  kl_weight: float = 0.0
+  kl_mode: str = "exact"
+  updates: int = 1
+  microbatch: int = 256
 
 
 class Batch(NamedTuple):
@@ -64,6 +66,8 @@ class Batch(NamedTuple):
   advantage: Float[Array, "lanes samples"]
   weight: Float[Array, "lanes samples"]
 
+
+OLD_LOG_PROBS = ("recompute", "rollout")
 
 # Which axis of each array the lanes are; of an array that every device holds as a whole, None.
 LANE_AXES = {
@@ -124,12 +128,14 @@ PolicyOutput = Callable[[PyTree, Array, Array, Int[Array, "m"]], Array]
 Keys = tuple[Key[Array, "samples"], Key[Array, ""]]  # one a sample for the steps; for the shuffling
 
 
-def clipped(clip_range: float, guard: bool = False) -> Surrogate:
-  """PPO's clipped surrogate, as DanceGRPO has it.
+def clipped(clip_range: float = 1e-4, guard: bool = False) -> Surrogate:
+  """PPO's clipped surrogate (arXiv 1707.06347, eq. (7)), as DanceGRPO has it.
 
   Args:
-    clip_range: c; the ratio counts within [1 - c, 1 + c].
-    guard: the ratio and the weight of GRPO-Guard (arXiv 2510.22319).
+    clip_range: c; the ratio counts within [1 - c, 1 + c]. The default belongs to the log-probs of a
+      policy with `log_prob="mean"`.
+    guard: the ratio and the weight of GRPO-Guard (arXiv 2510.22319); it needs the objective's
+      `old_log_prob` to be "recompute".
   """
 
   def loss(t: Transitions, new: Scored, old: Remembered, schedule: Schedule) -> tuple[Array, dict]:
@@ -156,8 +162,8 @@ def batch_of(
   prompt: Int[Array, "lanes samples"],
   advantage: Float[Array, "selected"],
   weight: Float[Array, "selected"],
-  chosen: Int[Array, "selected"] | None,
-  count: int,
+  chosen: Int[Array, "selected"] | None = None,
+  count: int = 1,
 ) -> Batch:
   """An iteration's trajectories in lanes.
 
@@ -187,7 +193,30 @@ def batch_of(
   )
 
 
-def keys_of(seed: int, iteration: Array, prompt_ids: Array, sample: Array) -> Keys:
+def batch_of_groups(drawn: Rollout, result: Advantages) -> Batch:
+  """A rollout and its advantages as a batch, for scripts on one device: all samples are trained.
+
+  Args:
+    drawn: P G samples, prompt by prompt: sample number b is sample b % G of prompt b // G.
+    result: of `advantages.combine`, `[P, G]`. Row p belongs to row p of the conditioning.
+
+  Raises:
+    ValueError: another number of samples.
+  """
+  prompts, group = result.advantage.shape
+  if len(drawn.sample) != prompts * group:
+    raise ValueError(
+      f"the rollout has {len(drawn.sample)} samples, the advantages belong to {prompts} x {group}"
+    )
+  return batch_of(
+    rollouts=(drawn,),
+    prompt=jnp.repeat(jnp.arange(prompts, dtype=jnp.int32), group)[None],
+    advantage=result.advantage.reshape(-1),
+    weight=result.weight.reshape(-1),
+  )
+
+
+def keys_of(seed: int, iteration: rng.Index, prompt_ids: rng.Indices, sample: rng.Indices) -> Keys:
   """The keys of an iteration's update.
 
   Args:
@@ -222,13 +251,26 @@ def algorithm(
     schedule: the grid.
     policy: the sampler that drew the trajectories.
     settings: static choices.
-    surrogate: what a transition's loss is.
-    reference: trainable parameters that a KL penalty holds to, or None.
+    surrogate: what a transition's loss is: `clipped`, `dppo.trust_region`, or one's own.
+    reference: trainable parameters that a KL penalty holds to. None: there is no penalty, whatever
+      its weight.
 
   Its metrics are ratio, approximate KL and the surrogate's own statistics over all transitions, and
   the drift of the two sources of old log-probs before the first optimizer step.
+
+  Raises:
+    ValueError: an unknown `old_log_prob`, one that lacks what the surrogate needs, or a KL mode
+      that has no meaning for the policy.
   """
+  if settings.old_log_prob not in OLD_LOG_PROBS:
+    raise ValueError(
+      f"old_log_prob is {settings.old_log_prob!r}, must be one of {', '.join(OLD_LOG_PROBS)}"
+    )
   recomputes = settings.old_log_prob == "recompute"
+  if surrogate.needs_means and not recomputes:
+    raise ValueError("this surrogate needs the old policy's means: set old_log_prob to 'recompute'")
+  if reference is not None:
+    transitions.check_kl(settings.kl_mode, policy.kind, policy.prediction)
 
   def forward(trainable: PyTree, t: Transitions) -> Scored:
     return score(policy_output, schedule, policy, trainable, t)
@@ -298,8 +340,18 @@ def partition(
   Returns:
     (sample, step), both int32 `[updates, microbatches, lanes, microbatch / lanes]`: positions in
     the lane and in the K steps.
+
+  Raises:
+    ValueError: a microbatch that is not a multiple of the lanes, or does not fit the transitions.
   """
   count, samples, trained = selected.shape
+  if microbatch % count:
+    raise ValueError(f"microbatch is {microbatch}, must be a multiple of the {count} lanes")
+  if selected.size % (updates * microbatch):
+    raise ValueError(
+      f"updates x microbatch is {updates} x {microbatch}, must divide the {selected.size}"
+      f" transitions ({count * samples} samples x {trained} steps)"
+    )
   keys = jax.vmap(lambda lane: jax.random.fold_in(key, lane))(jnp.arange(count))
   order = jax.vmap(lambda k: jax.random.permutation(k, samples * trained))(keys)
   step = jnp.take_along_axis(selected.reshape(count, -1), order, axis=1)

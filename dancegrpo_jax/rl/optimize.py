@@ -249,23 +249,26 @@ def metrics(algorithm: Algorithm, sums: Sums) -> dict[str, Array]:
 def update(
   algorithm: Algorithm,
   optimizer: optax.GradientTransformation,
-  ema_decay: float,
   state: TrainState,
   batch: Any,
   keys: Any,
+  ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
   """All optimizer steps of an iteration in one call: for scripts that run on one device.
 
   Args:
     algorithm: what is learned.
     optimizer: gradient clipping included.
-    ema_decay: of the running average of the parameters.
     state: before.
     batch: of the algorithm.
     keys: of the algorithm's `deal`.
+    ema_decay: of the running average of the parameters; of no effect where `state.ema` is None.
 
   Returns:
-    The state after, and metrics.
+    The state after, and metrics: scalars by name.
+
+  Raises:
+    ValueError: a batch that can't be cut as the algorithm wants it.
   """
   work, sums = begin(algorithm, state.trainable, batch, keys)
   updates, microbatches = jax.tree.leaves(work.items)[0].shape[:2]

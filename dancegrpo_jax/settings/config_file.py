@@ -27,6 +27,7 @@ from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.settings.stored_config import flatten, tuples
 
 _FOLDER = Path("configs")  # where a name alone is looked up
+_beside: list[str] = []  # in sys.path: the folders of the config file that was read last
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
 
@@ -104,15 +105,17 @@ def _names(folder: Path) -> list[str]:
 
 
 def _import(path: str) -> ModuleType:
-  """Executes a config file. Its folder and the one above are importable meanwhile, and so are the
-  configs that come with the package where nothing else has the name: `from configs import common`
-  works in a file of the user's, wherever it lies.
+  """Executes a config file. Its folder and the one above are importable: before anything else while
+  it is read, after anything else until another file is, for what it names as "module:object". While
+  it is read, so are the configs that come with the package where nothing else has the name: `from
+  configs import common` works in a file of the user's, wherever it lies.
   """
   file = _file(path)
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
   assert spec is not None and spec.loader is not None, file  # None of names without .py
   module = importlib.util.module_from_spec(spec)
   folders = [str(file.parent.parent), str(file.parent)]
+  sys.path[:] = [folder for folder in sys.path if folder not in _beside]
   last = [str(installation.ROOT)] if str(installation.ROOT) not in [*folders, *sys.path] else []
   sys.path[:] = [*folders, *sys.path, *last]
   try:
@@ -120,9 +123,11 @@ def _import(path: str) -> ModuleType:
   except Exception as error:
     line = error.lineno if isinstance(error, SyntaxError) else _line_in(file, error)
     raise ConfigError(f"--config={path}: line {line}: {type(error).__name__}: {error}") from error
-  finally:  # what the file itself added stays: a reward of its own may lie there
+  finally:  # what the file itself added stays
     for folder in folders + last:
       sys.path.remove(folder)
+  _beside[:] = [folder for folder in folders if folder not in sys.path]
+  sys.path += _beside
   return module
 
 
