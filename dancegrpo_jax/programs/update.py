@@ -111,7 +111,7 @@ def _deal(config: ConfigDict, algorithm_of: AlgorithmOf) -> Callable:
     numbers = chosen.reshape(config.mesh.lanes, -1)
     prompt = numbers // config.rollout.samples_per_prompt
     sample = numbers % config.rollout.samples_per_prompt
-    experience = algorithms.Experience(
+    selected = algorithms.Selected(
       rollouts=rollouts,
       prompt=prompt,
       advantage=advantage,
@@ -121,7 +121,7 @@ def _deal(config: ConfigDict, algorithm_of: AlgorithmOf) -> Callable:
     ids = prompt_ids[prompt].reshape(-1)
     keys = kind.keys(config.seed, iteration, ids, sample.reshape(-1))
     algorithm = algorithm_of({}, None, None)  # nothing is called here that needs the networks
-    return optimize.begin(algorithm, trainable, kind.batch(config, experience), keys)
+    return optimize.begin(algorithm, trainable, kind.batch(config, selected), keys)
 
   return deal
 
