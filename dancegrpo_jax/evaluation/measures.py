@@ -76,11 +76,8 @@ def measure(
   features = scoring.reward_features(rewards, params, run.features, texts, len(texts))
   rows = scoring.chunks(count, config.rollout.chunk, config.mesh.lanes)
   scores = scoring.score_all(
-    rewards,
-    params,
-    compute=run.score,
+    scorers=scoring.Scorers(rewards, params, compute=run.score, features=features),
     media=flat,
-    features=features,
     owners=np.arange(count, dtype=np.int32) // samples,
     examples=examples,
     rows=rows,
