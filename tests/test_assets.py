@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from dancegrpo_jax import evaluate
 from dancegrpo_jax.assembly import sampling
 from dancegrpo_jax.data import prompts
+from dancegrpo_jax.evaluation import measures
 from dancegrpo_jax.settings import config_file
 from dancegrpo_jax.types import Example
 
@@ -125,5 +125,5 @@ def test_the_base_leaves_something_to_learn(opened):
   """Between 25 % and 75 % of the base's samples are nearest to their own caption among 200."""
   pool = prompts.read_prompts(opened.config.evaluation.distractors)
   chosen = np.random.default_rng(0).choice(len(pool), 200, replace=False)  # any emoji, any colour
-  result, _ = evaluate.measure(opened, opened.weights, [pool[i] for i in chosen], pool)
+  result, _ = measures.measure(opened, opened.weights, [pool[i] for i in chosen], pool)
   assert 0.25 <= float(np.mean(result["clip/retrieval"])) <= 0.75

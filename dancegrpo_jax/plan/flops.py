@@ -52,9 +52,9 @@ def count(jaxpr: Any, platform: str, turns: float | int | None = None) -> Flops:
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
     if name == "platform_index":
-      for index, names in enumerate(eqn.params["platforms"]):
+      for position, names in enumerate(eqn.params["platforms"]):
         if names is None or aliases & set(names):
-          chosen.setdefault(eqn.outvars[0], index)
+          chosen.setdefault(eqn.outvars[0], position)
     elif name == "cond":
       selector = eqn.invars[0]
       is_literal = hasattr(selector, "val")  # a literal cannot be looked up: it has no hash

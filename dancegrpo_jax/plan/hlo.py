@@ -6,7 +6,7 @@ loop's condition shows (`i < constant`).
 """
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
@@ -168,7 +168,7 @@ def summary(text: str, turns: float | int | None = None) -> Summary:
   code, entry = computations(text)
   collectives: list[Collective] = []
   parts: dict[str, Collective] = {}  # by channel
-  kernels: Counter = Counter()
+  kernels: dict[str, float] = defaultdict(float)
   cycles, unknown = 0.0, 0
   for execution in _executions(code, entry, 1.0, turns):
     instruction, times = execution.instruction, execution.times
