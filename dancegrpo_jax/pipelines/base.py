@@ -102,7 +102,8 @@ class Family(NamedTuple):
     networks: its networks by their class in PyTorch.
     options: `(config) -> keyword arguments` of `build` beside the common settings.
     text_length: `(jsons) -> tokens` of its texts, for plans of checkpoints without tokenizers.
-    index_file: `layout.INDEX` where its checkpoints are diffusers pipelines; "" for a layout of its own.
+    index_file: `layout.INDEX` where its checkpoints are diffusers pipelines; "" for a layout of its
+      own.
   """
 
   files: dict[str, str]
