@@ -57,6 +57,7 @@ CONSTANTS = (
   "optimizer.weight_decay",
   "optimizer.max_grad_norm",
   "optimizer.max_skipped",
+  "optimizer.microbatches_per_call",
   "objective.clip_range",
   "sampler.noise_level",
 )
@@ -181,10 +182,10 @@ def lower_group(group: list[ConfigDict], devices: int) -> Notes:
         for call in reward_calls(config, taken, mesh):
           lower(call)
     fused = {note.program for note in notes if note.h100 == "cudnn"}
-    for name in ("rollout", "update accumulate"):
-      text = lowered[name].as_text()
+    for name in {"rollout", "update accumulate", "update remember"} & set(lowered):
+      text, has_gradient = lowered[name].as_text(), name == "update accumulate"
       assert ("__cudnn$fmhaSoftmax" in text) == (name in fused), name
-      assert ("__cudnn$fmhaSoftmaxBackward" in text) == (name in fused and name != "rollout"), name
+      assert ("__cudnn$fmhaSoftmaxBackward" in text) == (name in fused and has_gradient), name
   if "assets/" not in group[0].model.checkpoint:
     jax.clear_caches()  # traces of the published networks take gigabytes
   return notes

@@ -24,7 +24,8 @@ def tiny_flux(devices: list) -> tuple[inventory.Inventory, jax.sharding.Mesh]:
     "mesh.fsdp=8",
     "model.remat=True",
     "model.scan_blocks=True",
-    "optimizer.updates_per_iteration=1",
+    "optimizer.updates_per_iteration=2",  # so that all programs of an update are there
+    "optimizer.microbatch=8",
   ]
   config = config_file.load(
     f"{ROOT / 'configs' / 'flux_hps.py'}:tiny", [*words, f"mesh.rules={whole.mesh.rules}"]
@@ -37,14 +38,19 @@ def tiny_flux(devices: list) -> tuple[inventory.Inventory, jax.sharding.Mesh]:
 def compiled_update(
   taken: inventory.Inventory, mesh: jax.sharding.Mesh
 ) -> tuple[hlo.Summary, list]:
-  """The summary of the compiled text, and the (shape, sharding) of the returned optimizer state."""
-  (call,) = (call for call in taken.calls if call.name == "update")
-  with jax.set_mesh(mesh):
-    compiled = call.program.lower(*call.arguments).compile()
-  state = call.arguments[0]
-  returned = jax.tree.leaves(compiled.output_shardings[0].opt_state)
-  shapes = [leaf.shape for leaf in jax.tree.leaves(state.opt_state)]
-  return hlo.summary(compiled.as_text()), list(zip(shapes, returned, strict=True))
+  """The collectives of all its programs, and (shape, sharding) of the returned optimizer state."""
+  found, returned = hlo.Summary([], 0.0, 0, {}), []
+  for call in taken.calls:
+    if call.name.startswith("update "):
+      with jax.set_mesh(mesh):
+        compiled = call.program.lower(*call.arguments).compile()
+      summary = hlo.summary(compiled.as_text(), call.turns)
+      collectives = [*found.collectives, *summary.collectives]
+      found = found._replace(collectives=collectives, unknown=found.unknown + summary.unknown)
+    if call.name == "update step":
+      shapes = [leaf.shape for leaf in jax.tree.leaves(call.arguments[0].opt_state)]
+      returned = jax.tree.leaves(compiled.output_shardings[0].opt_state)
+  return found, list(zip(shapes, returned, strict=True))
 
 
 def gathered(summary: hlo.Summary) -> list[hlo.Collective]:
