@@ -5,8 +5,8 @@ Every run is `main` in this process, on 8 devices. The first one compiles; the o
 programs in its compilation cache.
 """
 
-import io
 import functools
+import io
 import json
 import os
 import re
