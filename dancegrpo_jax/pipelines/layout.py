@@ -65,8 +65,8 @@ class Layout(NamedTuple):
     files: JSON files, by the name that the builder of its networks knows them by.
     tokenizers: the kind of each tokenizer's folder: a name in `data.tokenizers.KINDS`, or a kind.
     networks: folders with weights.
-    index_file: the file in which diffusers reads a pipeline's parts; export alone needs it. "" where
-      the layout has none.
+    index_file: names the parts of a diffusers pipeline; export alone needs it. "" where the layout
+      has none.
     stems: of the names of weight files that may be fetched.
   """
 
