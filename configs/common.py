@@ -26,7 +26,8 @@ def get_config() -> ConfigDict:
   # The generator, and how its networks are computed.
   config.model = ConfigDict(
     {
-      # The kind of model: `stable_diffusion` (1.x and 2.x) or `flux` (FLUX.1).
+      # The kind of model: `stable_diffusion` (1.x and 2.x), `flux` (FLUX.1), or `module:object` for
+      # a family of one's own, as `examples/own_family` is.
       "family": "stable_diffusion",
       # Where the model is: a folder in diffusers' layout, a Hugging Face hub id, a folder that
       # `convert import` wrote, or `random:FOLDER`, which reads the config.json files of FOLDER and
@@ -152,7 +153,8 @@ def get_config() -> ConfigDict:
   config.reward = ConfigDict(
     {
       # The rewards as (term, weight) pairs. A term is `clip`, `hps`, `pickscore`, `aesthetic`,
-      # `compressibility`, `remote`, or `module:function` for a Python function.
+      # `compressibility`, `remote`, or `module:object` for a Python function or a kind of reward of
+      # one's own, as `examples/own_reward` is.
       "terms": (("clip", 1.0),),
       # How several rewards become one advantage: `advantages` (the weighted sum of the terms'
       # advantages [P]), `rewards` (the advantage of the weighted sum of rewards [F]) or `gdpo` (as

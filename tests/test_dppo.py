@@ -35,22 +35,18 @@ CASES = [
 ADVANTAGE, LOG_RATIO, SHIFT = np.array(CASES).T
 
 
-def policies(log_ratio=LOG_RATIO, shift=SHIFT, std=STD) -> tuple[grpo.Scored, grpo.Scored]:
+def policies(log_ratio=LOG_RATIO, shift=SHIFT, std=STD) -> tuple[grpo.Scored, grpo.Remembered]:
   """A new and an old policy so far from each other, whatever the log-probs would be."""
   old_mean = np.random.default_rng(0).integers(-4, 5, (len(shift), *DIMENSIONS)) / 4
-  numbers = np.full(len(shift), std, np.float32)
+  mean = jnp.float32(old_mean + np.reshape(shift, (-1, 1, 1, 1)))
   old_log_prob = np.full(len(shift), -1.25)
-
-  def scored(log_prob, mean) -> grpo.Scored:
-    return grpo.Scored(
-      log_prob=jnp.asarray(log_prob, jnp.float32),
-      mean=jnp.asarray(mean, jnp.float32),
-      std=jnp.asarray(numbers),
-      output=None,
-    )
-
-  new = scored(old_log_prob + log_ratio, old_mean + np.reshape(shift, (-1, 1, 1, 1)))
-  return new, scored(old_log_prob, old_mean)
+  new = grpo.Scored(
+    log_prob=jnp.float32(old_log_prob + log_ratio),
+    mean=mean,
+    std=jnp.full(len(shift), std, jnp.float32),
+    output=jnp.zeros_like(mean),
+  )
+  return new, grpo.Remembered(log_prob=jnp.float32(old_log_prob), mean=jnp.float32(old_mean))
 
 
 def transitions_of(advantage) -> grpo.Transitions:
@@ -155,10 +151,9 @@ def test_the_gradient_is_that_of_the_policy_and_exactly_0_where_dropped():
     return -(numpy.square(numpy.asarray(x_next) - mean) / (2 * STD**2)).mean((1, 2, 3))
 
   def loss(mean):
-    new, old = (
-      grpo.Scored(log_prob=log_prob(m, jnp), mean=m, std=jnp.full(count, STD), output=None)
-      for m in (mean, jnp.float32(old_mean))
-    )
+    std, output = jnp.full(count, STD), jnp.zeros_like(mean)
+    new = grpo.Scored(log_prob=log_prob(mean, jnp), mean=mean, std=std, output=output)
+    old = grpo.Remembered(log_prob(jnp.float32(old_mean), jnp), jnp.float32(old_mean))
     losses, statistics = evaluate(new, old, advantage)
     return losses.sum(), statistics
 
@@ -277,7 +272,7 @@ def learn(surrogate: grpo.Surrogate, updates: int = 2) -> tuple[TrainState, dict
   algorithm = algorithm_of(surrogate, updates)
   zero, params = jnp.zeros((), jnp.int32), parameters()
   state = TrainState(zero, zero, params, probe().init(params), None, {})
-  run = jax.jit(functools.partial(optimize.update, algorithm, probe(), 0.0))
+  run = jax.jit(functools.partial(optimize.update, algorithm, probe()))
   return run(state, make_batch(), keys())
 
 

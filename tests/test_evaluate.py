@@ -1,4 +1,4 @@
-"""evaluate.py: its statistics against closed forms, and the command on a trained tiny model."""
+"""evaluate: its statistics against closed forms, and the command on a trained tiny model."""
 
 import json
 
@@ -7,35 +7,36 @@ import pytest
 from tiny_checkpoint import ROOT, overrides
 
 from dancegrpo_jax import evaluate, main
+from dancegrpo_jax.evaluation import measures
 
 EXPECTED = ("clip", "clip/retrieval", "clip/diversity", "compressibility")
 
 
 def test_bootstrap_interval_is_the_normal_one_of_the_prompts_means():
-  """Prompts are what varies: eight equal samples of a prompt say no more than one."""
+  """Prompts are what varies: eight equal samples of a prompt count no more than one."""
   rng = np.random.default_rng(0)
   prompts = rng.standard_normal((400, 1))
-  low, high = evaluate.bootstrap(np.repeat(prompts, 8, axis=1), draws=4000)
+  low, high = measures.bootstrap(np.repeat(prompts, 8, axis=1), draws=4000)
   half = 1.96 * prompts.std() / 20
   np.testing.assert_allclose(
     [low, high], [prompts.mean() - half, prompts.mean() + half], atol=0.1 * half
   )
   prompts[0] = np.nan  # a failed score is left out
-  assert np.isfinite(evaluate.bootstrap(np.repeat(prompts, 8, axis=1))).all()
+  assert np.isfinite(measures.bootstrap(np.repeat(prompts, 8, axis=1))).all()
 
 
 def test_diversity():
   axes = np.eye(4)
-  assert evaluate.diversity(np.stack([axes, axes])) == pytest.approx(1.0)  # orthogonal
-  assert evaluate.diversity(np.ones((3, 5, 1))) == pytest.approx(0.0)  # all alike
+  assert measures.diversity(np.stack([axes, axes])) == pytest.approx(1.0)  # orthogonal
+  assert measures.diversity(np.ones((3, 5, 1))) == pytest.approx(0.0)  # all alike
   pair = np.array([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [1.0, 0.0]]])
-  assert evaluate.diversity(pair) == pytest.approx(0.5)  # the mean of two groups
+  assert measures.diversity(pair) == pytest.approx(0.5)  # the mean of two groups
 
 
 def test_top1():
   captions = np.eye(3)
   images = np.array([[captions[0], captions[2]], [captions[1], captions[1]]])
-  assert evaluate.top1(images, captions).tolist() == [[True, False], [True, True]]
+  assert measures.top1(images, captions).tolist() == [[True, False], [True, True]]
 
 
 @pytest.fixture(scope="module")

@@ -36,8 +36,8 @@ from dancegrpo_jax.assembly import loading, reward_builders  # noqa: E402
 from dancegrpo_jax.checkpoints import weights  # noqa: E402
 from dancegrpo_jax.data import prompts  # noqa: E402
 from dancegrpo_jax.devices import sharding  # noqa: E402
-from dancegrpo_jax.plan import inventory, planning  # noqa: E402
-from dancegrpo_jax.settings import checks, config_file  # noqa: E402
+from dancegrpo_jax.plan import inventory  # noqa: E402
+from dancegrpo_jax.settings import checks, config_file, geometry  # noqa: E402
 from dancegrpo_jax.types import Example  # noqa: E402
 
 
@@ -77,7 +77,10 @@ def test_every_row_of_the_parts_has_its_numbers(measured):
       set(row["cells"]) == {"first call", "time", "memory by plan"}
       and row["cells"]["first call"]["value"] > 0
     )
-  assert "compiled in" in rows["update"]["note"]
+  assert "accumulate compiled in" in rows["update"]["note"]
+  assert re.search(
+    r"one call at a time: 1 x deal .* s, .*1 x accumulate .* s", rows["update"]["note"]
+  )
   kernels = parts["kernels-flux"]["rows"]["update"]["cells"]
   assert sum(kernels[kind]["value"] for kind in registry.KINDS) == pytest.approx(100)
 
@@ -338,9 +341,8 @@ def test_the_cut_recipes_are_sound_and_of_full_size(model, tmp_path):
     config.rollout.chunk == full.rollout.chunk
     and config.optimizer.microbatch == full.optimizer.microbatch
   )
-  assert "x 4 of " in planning.geometry(
-    config, 1
-  ) and "in 2 optimizer steps of 2 microbatches" in planning.geometry(config, 1)
+  batches = geometry.of(config)
+  assert (batches.trained_steps, batches.updates, batches.microbatches) == (4, 2, 2)
   pipeline, rewards = loading.build_pipeline(config), reward_builders.build_rewards(config)
   tokens = jax.tree.leaves(pipeline.prepare([Example(0, "a cat")]))
   assert {x.shape[1] for x in tokens} == ({77} if model == "sd" else {77, 512})
@@ -356,17 +358,18 @@ def gpu_config(model: str):
 def test_weights_drawn_on_the_device_are_spread_as_those_of_the_host(tmp_path, monkeypatch):
   monkeypatch.setattr(drawing, "SMALL", 500)
   config = inventory.without_weights(cuts.load("flux", True, tmp_path))
-  abstract = loading.build_pipeline(config).components["denoiser"].abstract
+  component = loading.build_pipeline(config).components["denoiser"]
   mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   ours, theirs = (
-    make(abstract, sharding.replicated(mesh)) for make in (drawing.draw, weights.draw)
+    make(component.abstract, sharding.replicated(mesh), table=component.table)
+    for make in (drawing.draw, weights.draw)
   )
   assert jax.tree.structure(ours) == jax.tree.structure(theirs)
   for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs)):
     assert (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
     if a.size > 200:
       assert float(a.std()) == pytest.approx(float(b.std()), rel=0.2, abs=1e-6)
-  again = drawing.draw(abstract, sharding.replicated(mesh))
+  again = drawing.draw(component.abstract, sharding.replicated(mesh))
   assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(again)))
 
 

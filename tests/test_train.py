@@ -5,6 +5,7 @@ Every run is `main` in this process, on 8 devices. The first one compiles; the o
 programs in its compilation cache.
 """
 
+import functools
 import io
 import json
 import os
@@ -22,7 +23,7 @@ import numpy as np
 import pytest
 from tiny_checkpoint import ROOT, moves_between_devices, overrides, shapes_of, tiny_config
 
-from dancegrpo_jax import main, programs, train
+from dancegrpo_jax import main, programs
 from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.compilation import ahead
 from dancegrpo_jax.data import prompts
@@ -32,7 +33,8 @@ from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.settings import stored_config
 from dancegrpo_jax.training import outcome, tracing
-from dancegrpo_jax.training import session as session_room
+from dancegrpo_jax.training.collecting import collect
+from dancegrpo_jax.training.session import iterations_done, prepare
 
 ITERATIONS, PROMPTS, GROUP, CHUNK = 4, 4, 8, 8
 SAMPLES, RATE, CLIP_RANGE = PROMPTS * GROUP, 2e-4, 1e-3
@@ -434,7 +436,7 @@ def test_iterations_may_grow(straight, flags, capsys):
   """As in `halves`, from 2 to 4; here only what is said about it."""
   config = json.loads((straight.workdir / "config.json").read_text())
   changed = stored_config.from_json(json.dumps(config | {"iterations": 9}))
-  assert session_room.iterations_done(changed, straight.workdir) == ITERATIONS
+  assert iterations_done(changed, straight.workdir) == ITERATIONS
   assert f"config.iterations: {ITERATIONS} -> 9" in capsys.readouterr().out
 
 
@@ -467,7 +469,7 @@ def collected(tiny_models, program_cache, tmp_path_factory):
     mesh = sharding.make_mesh(config.mesh)
     with jax.set_mesh(mesh), ThreadPoolExecutor(1) as pool:
       examples = prompts.read_examples(config)
-      session, state = train.prepare(
+      session, state = prepare(
         config,
         tmp_path_factory.mktemp("chunks"),
         examples,
@@ -475,20 +477,16 @@ def collected(tiny_models, program_cache, tmp_path_factory):
         0,
         metrics.Progress(1, stream=io.StringIO()),
       )
-      seen = train.collect(session, state.trainable, 0, Clock(pool), pool, print, keep_pixels=True)
+      seen = collect(session, state.trainable, 0, Clock(pool), pool, print, keep_pixels=True)
       assert len(seen.rollouts) == 32 // chunk
       order = np.argsort(lanes.deal(32, chunk, config.mesh.lanes).reshape(-1))
       latents = np.concatenate([rollout.latents for rollout in seen.rollouts], 1)[:, order]
       results[chunk] = latents, np.asarray(seen.scores["clip"]), seen.pixels
-      answers = [False] * (32 // chunk - 1) + [
-        True
-      ]  # before the last chunk: the iteration is given up there
-      assert (
-        train.collect(
-          session, state.trainable, 0, Clock(pool), pool, print, stop=lambda: answers.pop(0)
-        )
-        is None
-      )  # noqa: B023
+      # The iteration is given up before the last chunk.
+      answers = [*[False] * (32 // chunk - 1), True]
+      stop = functools.partial(answers.pop, 0)
+      clock = Clock(pool)
+      assert collect(session, state.trainable, 0, clock, pool, print, stop=stop) is None
       assert answers == []
   return results
 
@@ -638,7 +636,8 @@ calls, lock = [], threading.Lock()
 def score(pixels, prompts, metadata):
   with lock:
     calls.append(prompts)
-    if len(calls) == {1 + 2 * SAMPLES // CHUNK + 1}:  # the first call is for the report's fixed prompts
+    # The first call is for the report's fixed prompts.
+    if len(calls) == {1 + 2 * SAMPLES // CHUNK + 1}:
       os.kill(os.getpid(), signal.SIGTERM)
   return pixels.mean((1, 2, 3))
 """

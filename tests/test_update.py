@@ -154,7 +154,7 @@ def program(policy, settings, optimizer=probe, scale=1.0, guard=False, ema_decay
     algorithm = grpo.algorithm(
       denoiser(scale), grid(policy), policy, settings, surrogate, reference
     )
-    return optimize.update(algorithm, optimizer(), ema_decay, state, batch, (samples, keys[1]))
+    return optimize.update(algorithm, optimizer(), state, batch, (samples, keys[1]), ema_decay)
 
   return jax.jit(run)
 

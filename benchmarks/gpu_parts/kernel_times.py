@@ -17,9 +17,9 @@ def run(context) -> None:
     program = made.calls["rollout"].program
     rollout = jax.block_until_ready(program(*arguments))
     told(context, "rollout", lambda: program(*arguments))
-    program, rest = made.calls["update"].program, loaded.update_rest(made, given, rollout)
-    state, _ = jax.block_until_ready(program(made.state, *rest))
-    told(context, "update", lambda: program(state, *rest))
+    update = loaded.Update(made, given, rollout)
+    jax.block_until_ready(update())
+    told(context, "update", update)
 
 
 def told(context, name: str, call) -> None:

@@ -1,6 +1,8 @@
 """A run's programs with arrays to call them with, as `main` would have them: shapes are the
 inventory's, weights are drawn."""
 
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,9 +13,11 @@ from dancegrpo_jax import programs
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import program_cache, sharding
 from dancegrpo_jax.plan import inventory, planning
+from dancegrpo_jax.programs import update
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.rl.state import init_state
 from dancegrpo_jax.settings import checks
+from dancegrpo_jax.types import Media
 from gpu_parts import cuts, drawing
 
 
@@ -24,7 +28,7 @@ class Loaded(NamedTuple):
     config: of the run.
     mesh: of one device.
     inventory: of it.
-    calls: by the first word of a program's name.
+    calls: the update's by name, the others by the first word of it.
     state: the TrainState, which an update consumes.
     examples: prompts.
   """
@@ -36,11 +40,23 @@ class Loaded(NamedTuple):
   state: Any
   examples: int
 
+  def update_calls(self) -> dict[str, inventory.Call]:
+    """Of the programs of the update, by the names that `programs.update` has for them."""
+    head = "update "
+    return {
+      name.removeprefix(head): call for name, call in self.calls.items() if name.startswith(head)
+    }
+
   def counts(self, names: list[str]) -> dict[str, float]:
-    """FLOPs of a call of the named programs, as `plan` counts them."""
-    full = {name: self.calls[name].name for name in names}
-    found = planning.counts(self.config, self.mesh, self.examples, 0, list(full.values()))
-    return {name: found[full[name]].total for name in names}
+    """FLOPs of a call of the named programs, as `plan` counts them; of "update" those of all its
+    calls in an iteration."""
+    update = [call.name for call in self.update_calls().values()]
+    full = {name: self.calls[name].name for name in names if name != "update"}
+    wanted = [*full.values(), *update]
+    found = planning.counts(self.config, self.mesh, self.examples, 0, wanted)
+    rounds = {name: self.calls[name].times / self.config.iterations for name in update}
+    whole = sum(found[name].total * rounds[name] for name in update)
+    return {name: whole if name == "update" else found[full[name]].total for name in names}
 
 
 def use_cache(context) -> None:
@@ -60,13 +76,16 @@ def load(context, **changes) -> Loaded:
   context.say.device(devices[0].device_kind)
   mesh = sharding.make_mesh(config.mesh, devices)
   taken = inventory.take(config, mesh, examples, 0)
-  calls = {call.name.split()[0]: call for call in taken.calls}
+  calls = {
+    call.name if call.name.startswith("update ") else call.name.split()[0]: call
+    for call in taken.calls
+  }
   return Loaded(config, mesh, taken, calls, state(config, taken, examples, calls), examples)
 
 
 def state(config, taken: inventory.Inventory, examples: int, calls: dict) -> Any:
   """The TrainState before the first iteration."""
-  abstract = calls["update"].arguments[0]
+  abstract = calls["update step"].arguments[0]
   shardings = jax.tree.map(lambda x: x.sharding, abstract)
   if config.lora.rank:
     adapters = abstract.trainable["lora"]
@@ -120,22 +139,63 @@ def rollout_arguments(loaded: Loaded, given: Feed) -> tuple:
   )
 
 
-def score_arguments(loaded: Loaded, given: Feed, pixels: jax.Array) -> tuple:
+def score_arguments(loaded: Loaded, given: Feed, media: Media) -> tuple:
   """Of the first reward's program."""
   params, _, features, _ = loaded.calls["score"].arguments
   drawn = {name: placed(tree) for name, tree in params.items()}
   features = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), features)
-  return drawn, pixels, features, given.chunk // loaded.config.rollout.samples_per_prompt
+  return drawn, media, features, given.chunk // loaded.config.rollout.samples_per_prompt
 
 
-def update_rest(loaded: Loaded, given: Feed, rollout: Any) -> tuple:
-  """Of the update, without the state; each chunk's trajectories are the same."""
-  arguments = loaded.calls["update"].arguments
-  advantage, weight, chosen = arguments[6:9]
-  values = (
-    jax.device_put(jnp.where(jnp.arange(advantage.shape[0]) % 2, 1.0, -1.0), advantage.sharding),
-    jax.device_put(jnp.ones(weight.shape), weight.sharding),
-    jax.device_put(jnp.arange(chosen.shape[0], dtype=jnp.int32), chosen.sharding),
-  )
-  rollouts = (rollout,) * len(arguments[5])
-  return given.frozen, None, given.conditioning, given.ids, rollouts, *values, given.number
+class Update:
+  """An update as a run makes it, call by call, on one rollout's trajectories.
+
+  Args:
+    loaded: whose state is consumed: each update begins with the state that the last one gave.
+    given: what stays the same.
+    rollout: the trajectories; each chunk's are the same.
+    programs: compiled, in the place of the jitted ones; some or all of them, by name.
+  """
+
+  def __init__(self, loaded: Loaded, given: Feed, rollout: Any, programs: dict | None = None):
+    _, rollouts, _, advantage, weight, chosen, _ = loaded.calls["update deal"].arguments
+    self._given, self._most = given, loaded.config.optimizer.microbatches_per_call
+    self.programs = {name: call.program for name, call in loaded.update_calls().items()}
+    self.programs |= programs or {}
+    self.state = loaded.state
+    self.rollout, self._chunks = rollout, len(rollouts)
+    self._values = (
+      jax.device_put(jnp.where(jnp.arange(advantage.shape[0]) % 2, 1.0, -1.0), advantage.sharding),
+      jax.device_put(jnp.ones(weight.shape), weight.sharding),
+      jax.device_put(jnp.arange(chosen.shape[0], dtype=jnp.int32), chosen.sharding),
+    )
+
+  def __call__(self) -> dict:
+    """One update; its metrics."""
+    return self._run(self.programs)
+
+  def parts(self) -> dict[str, list[float]]:
+    """Seconds of each call of one update, by program. The host waits after each call."""
+    times: dict[str, list[float]] = {}
+
+    def timed(name: str, program: Callable) -> Callable:
+      def call(*arguments):
+        start = time.perf_counter()
+        result = jax.block_until_ready(program(*arguments))
+        times.setdefault(name, []).append(time.perf_counter() - start)
+        return result
+
+      return call
+
+    self._run({name: timed(name, program) for name, program in self.programs.items()})
+    return times
+
+  def _run(self, programs: dict[str, Callable]) -> dict:
+    given, rollouts = self._given, (self.rollout,) * self._chunks
+    trained, rest = self.state.trainable, (*self._values, given.number)
+    dealt = programs["deal"](trained, rollouts, given.ids, *rest)
+    frozen, told = given.frozen, given.conditioning
+    after = update.run(programs, self.state, frozen, None, told, dealt, self._most)
+    assert after is not None  # nobody stops it
+    self.state, metrics = after
+    return metrics

@@ -1,44 +1,43 @@
-"""Our side of the comparison: the rollout and the update, and how much work each of them is."""
+"""This project's side of the comparison: the rollout and the update, and how much work each is."""
 
 import jax
 
-from dancegrpo_jax.rl import timesteps
-from dancegrpo_jax.settings import checks
+from dancegrpo_jax.settings import geometry
 from gpu_parts import loaded
 
 
 class Ours:
-  """The rollout and the update, compiled, with what they are called with."""
+  """The compiled rollout and update, with their arguments."""
 
   def __init__(self, made: loaded.Loaded, given: loaded.Feed):
-    self._made, self._given, self._state = made, given, made.state
-    self._rollout = None
+    self._made, self._given = made, given
+    self._update: loaded.Update | None = None
 
   def rollout(self):
     """One rollout, which is `steps` forward passes and what is between them."""
-    arguments = loaded.rollout_arguments(self._made._replace(state=self._state), self._given)
-    with jax.set_mesh(self._made.mesh):
-      self._rollout = self._made.calls["rollout"].program(*arguments)
-    return self._rollout
+    made = self._made
+    state = self._update.state if self._update else made.state
+    arguments = loaded.rollout_arguments(made._replace(state=state), self._given)
+    with jax.set_mesh(made.mesh):
+      rollout = made.calls["rollout"].program(*arguments)
+    if self._update is None:
+      self._update = loaded.Update(made, self._given, rollout)
+    self._update.rollout = rollout
+    return rollout
 
   def update(self):
     """One update on the last rollout's trajectories; its metrics."""
-    rest = loaded.update_rest(self._made, self._given, self._rollout)
+    assert self._update is not None  # there was a rollout
     with jax.set_mesh(self._made.mesh):
-      self._state, metrics = self._made.calls["update"].program(self._state, *rest)
-    return metrics
+      return self._update()
 
 
 class Work:
-  """What an iteration asks of the network, in rows; with guidance a sample is two."""
+  """The rows that an iteration passes through the network. With guidance a sample has two rows."""
 
   def __init__(self, config):
     branches = 1 + (config.sampler.guidance_scale != 1.0)
-    samples = config.data.prompts_per_iteration * config.rollout.samples_per_prompt
-    policy = config.sampler.window.size or checks.policy_steps(config)
-    trained = samples * timesteps.count(
-      config.objective.timesteps, config.objective.timestep_fraction, policy
-    )
+    trained = geometry.of(config).transitions
     self.steps = config.sampler.steps
     self.chunk_rows = config.rollout.chunk * branches
     self.microbatch_rows = config.optimizer.microbatch * branches

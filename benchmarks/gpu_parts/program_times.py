@@ -20,14 +20,20 @@ def _listen(event: str, **_) -> None:
 
 
 class Program:
-  """A program on its way: traced at once, compiled in a thread of `pool`."""
+  """A program on its way: traced at once, compiled in a thread of `pool`.
+
+  Attributes:
+    name: of the program.
+    call: how a run calls it.
+    traced: seconds.
+  """
 
   def __init__(self, run: loaded.Loaded, name: str, pool: ThreadPoolExecutor):
     self._run, self.name, self.call = run, name, run.calls[name]
     start = time.perf_counter()
     with jax.set_mesh(run.mesh):
       lowered = self.call.program.trace(*self.call.arguments).lower()
-    self._traced = time.perf_counter() - start
+    self.traced = time.perf_counter() - start
     self._future = pool.submit(self._compile, lowered)
 
   def _compile(self, lowered):
@@ -35,19 +41,19 @@ class Program:
     compiled = lowered.compile()
     return compiled, time.perf_counter() - start, "read" if _found.yes else "compiled"
 
-  def wait(self) -> None:
-    """Until it is compiled."""
-    self._future.result()
+  def wait(self) -> tuple:
+    """(The compiled program, seconds that it took, "compiled" or "read") when it is there."""
+    return self._future.result()
 
   def first(self, say, arguments: tuple):
     """Calls it and says how long all of it took. (The compiled program, its result.)"""
-    compiled, took, how = self._future.result()
+    compiled, took, how = self.wait()
     start = time.perf_counter()
     result = jax.block_until_ready(compiled(*arguments))
     ran = time.perf_counter() - start
-    total = measure.number(self._traced + took + ran, "s")
+    total = measure.number(self.traced + took + ran, "s")
     say.row(
-      self.name, first_call=total, note=f"traced in {self._traced:.1f} s, {how} in {took:.1f} s"
+      self.name, first_call=total, note=f"traced in {self.traced:.1f} s, {how} in {took:.1f} s"
     )
     say.row(
       self.name,
@@ -59,11 +65,8 @@ class Program:
 
 def planned(run: loaded.Loaded, call: inventory.Call, compiled) -> float:
   """Bytes of the device's memory by plan's row: what stays, arguments, temporaries."""
-  from dancegrpo_jax.plan import flops
-
-  kept, memory = inventory.kept_bytes(run.inventory, call), compiled.memory_analysis()
-  chip = chips.chip_of(run.mesh.devices.flat[0])
-  return planning.row_of(call, kept, flops.Flops(0.0), 0.0, chip, 1, "", memory).peak
+  kept = inventory.kept_bytes(run.inventory, call)
+  return kept + planning.peak_of(compiled.memory_analysis())
 
 
 def peak_so_far() -> dict:
@@ -83,18 +86,6 @@ def told(run: loaded.Loaded, say, name: str, times: list[float], flops: dict[str
     say.row(name, MFU=measure.percent(flops[name] / peak / measure.median(times)))
 
 
-def stepping(compiled, state, rest: tuple):
-  """`() -> metrics` of an update; the state, which each call consumes, is the one that the last
-  call gave."""
-  held = [state]
-
-  def call():
-    held[0], metrics = compiled(held[0], *rest)
-    return metrics
-
-  return call
-
-
 def run(context) -> None:
   jax.monitoring.register_event_listener(_listen)
   made = loaded.load(context)
@@ -112,27 +103,45 @@ def run(context) -> None:
     for program in programs.values():
       program.wait()  # nothing is timed while the compiler tries kernels out
     rollout = measured("rollout", programs["rollout"], loaded.rollout_arguments(made, given))
-    pixels = measured("decode", programs["decode"], (given.frozen, rollout.sample))
-    measured("score", programs["score"], loaded.score_arguments(made, given, pixels))
-    update(
-      context.say,
-      made,
-      Program(made, "update", pool),
-      loaded.update_rest(made, given, rollout),
-      flops,
-    )
+    media = measured("decode", programs["decode"], (given.frozen, rollout.sample))
+    measured("score", programs["score"], loaded.score_arguments(made, given, media))
+    parts = {name: Program(made, f"update {name}", pool) for name in made.update_calls()}
+    update(context.say, made, parts, given, rollout, flops)
 
 
 def update(
-  say, made: loaded.Loaded, program: Program, rest: tuple, flops: dict[str, float]
+  say,
+  made: loaded.Loaded,
+  parts: dict[str, Program],
+  given: loaded.Feed,
+  rollout,
+  flops: dict[str, float],
 ) -> None:
-  """The update, which comes last: it takes the longest to compile."""
-  compiled, (state, metrics) = program.first(say, (made.state, *rest))
-  times = measure.timed(stepping(compiled, state, rest), jax.block_until_ready)
+  """The update, all its calls together. It comes last: it takes the longest to compile."""
+  begin = time.perf_counter()
+  found = {name: program.wait() for name, program in parts.items()}
+  waited = time.perf_counter() - begin
+  run = loaded.Update(made, given, rollout, {name: rest[0] for name, rest in found.items()})
+  start = time.perf_counter()
+  metrics = jax.block_until_ready(run())
+  ran = time.perf_counter() - start
+  traced = sum(program.traced for program in parts.values())
+  longest = max(found, key=lambda name: found[name][1])
+  _, took, how = found[longest]
+  note = f"{len(parts)} programs traced in {traced:.1f} s, {longest} {how} in {took:.1f} s"
+  say.row("update", first_call=measure.number(traced + waited + ran, "s"), note=note)
+  peaks = [planned(made, parts[name].call, compiled) for name, (compiled, *_) in found.items()]
+  say.row("update", memory_by_plan=measure.gib(max(peaks)), **peak_so_far())
+  times = measure.timed(run, jax.block_until_ready)
   told(made, say, "update", times, flops)
-  transitions = made.config.optimizer.updates_per_iteration
-  if float(metrics["optimizer/skipped"]):
-    say.row(
-      "update",
-      note=f"{int(metrics['optimizer/skipped'])} of {transitions} optimizer steps were not finite",
-    )
+  note = f"{note}; {words(run.parts())}"
+  steps = made.config.optimizer.updates_per_iteration
+  if skipped := int(metrics["optimizer/skipped"]):
+    note = f"{note}; {skipped} of {steps} optimizer steps were not finite"
+  say.row("update", note=note)
+
+
+def words(parts: dict[str, list[float]]) -> str:
+  """Where an update's time goes, by program: calls, and seconds of all of them."""
+  each = [f"{len(times)} x {name} {sum(times):.3g} s" for name, times in parts.items()]
+  return f"one call at a time: {', '.join(each)}"

@@ -1,5 +1,5 @@
-"""From a checkpoint's name in a config to a network's parameters on the devices: models and rewards
-alike.
+"""Reads the parts of a checkpoint that a config names, for models and for rewards: JSON files,
+tokenizers, and each network's parameters onto the devices.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from dancegrpo_jax.types import PyTree
 
 
 def read_jsons(folder: Path, layout: Layout) -> dict[str, dict]:
-  """The JSON files of a layout, by their names there."""
+  """The contents of the JSON files of a layout, by the names that the layout gives them."""
   return {
     name: weights.read_config(folder / Path(file).parent, Path(file).name)
     for name, file in layout.files.items()
@@ -23,15 +23,15 @@ def read_jsons(folder: Path, layout: Layout) -> dict[str, dict]:
 
 
 def read_tokenizers(folder: Path, layout: Layout) -> dict[str, Callable]:
-  """The tokenizers of a layout, by their folders."""
+  """The tokenizers of a layout, by the folders that they lie in."""
   return {
-    place: kind_of(named).load(str(folder / place)) for place, named in layout.tokenizers.items()
+    place: kind_of(kind).load(str(folder / place)) for place, kind in layout.tokenizers.items()
   }
 
 
 def placed(tree: PyTree, shardings: PyTree) -> PyTree:
-  """`jax.ShapeDtypeStruct`s of a tree's shapes and dtypes with shardings, as
-  `store.restore_fields` wants them.
+  """A tree's shapes and dtypes with shardings, as `jax.ShapeDtypeStruct`s for
+  `store.restore_fields`.
   """
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings
@@ -39,21 +39,32 @@ def placed(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def identity(location: str, component: Component, variant: str = "") -> dict:
-  """What tells one network from another: its config.json and its weights' fingerprint. ConfigError
-  where they are missing.
+  """What tells one network from another: its config.json and a fingerprint of its weights.
 
-  Of an imported Orbax tree, all networks together: another denoiser then counts as another encoder.
+  The fingerprint of an imported Orbax tree is of all its networks together, so that another
+  denoiser counts as another encoder too.
+
+  Args:
+    location: as in `read_component`.
+    component: the network.
+    variant: which weight files to prefer, as "fp16".
+
+  Returns:
+    JSON values.
+
+  Raises:
+    ConfigError: the files are missing.
   """
   folder = Path(location.removeprefix(RANDOM))
   try:
-    described = {"config": weights.read_config(folder / component.folder)}
+    config = weights.read_config(folder / component.folder)
     if is_random(location):
-      return described | {"weights": "random"}
+      return {"config": config, "weights": "random"}
     if (folder / hub.ORBAX).is_dir():
       files = sorted(file for file in (folder / hub.ORBAX).rglob("*") if file.is_file())
     else:
       files = weights.files(folder / component.folder, variant, component.table.file)
-    return described | {"weights": weights.fingerprint(files)}
+    return {"config": config, "weights": weights.fingerprint(files)}
   except weights.ConversionError as error:
     raise ConfigError(str(error)) from error
 
@@ -65,28 +76,27 @@ def read_component(
   variant: str = "",
   allow_pickle: bool = False,
 ) -> PyTree:
-  """One network's parameters, each device its share.
+  """Reads one network's parameters; each device gets its share.
 
   Args:
-    location: the checkpoint's folder: of weight files, of an imported Orbax tree, or
+    location: the checkpoint's folder, with weight files or with an imported Orbax tree; or
       "random:FOLDER".
-    component: what to read.
-    sharding: one for all, or a tree of them.
+    component: the network.
+    sharding: one for all parameters, or a tree of them.
     variant: which weight files to prefer, as "fp16".
-    allow_pickle: whether torch's weights_only loader may read pickled ones.
+    allow_pickle: whether torch's weights_only loader may read pickled weight files.
 
   Raises:
-    ConfigError: missing, truncated or misfitting weights, all of them named.
+    ConfigError: weights are missing, truncated or do not fit; the message names all of them.
   """
   folder = Path(location)
   if is_random(location):
-    return weights.draw(component.abstract, sharding)
+    return weights.draw(component.abstract, sharding, table=component.table)
   if (folder / hub.ORBAX).is_dir():
-    one = isinstance(sharding, jax.sharding.Sharding)
-    abstract = placed(
-      component.abstract, jax.tree.map(lambda _: sharding, component.abstract) if one else sharding
-    )
-    return store.restore_fields(folder / hub.ORBAX, {component.folder: abstract})[component.folder]
+    if isinstance(sharding, jax.sharding.Sharding):
+      sharding = jax.tree.map(lambda _: sharding, component.abstract)
+    fields = {component.folder: placed(component.abstract, sharding)}
+    return store.restore_fields(folder / hub.ORBAX, fields)[component.folder]
   try:
     return weights.load(
       folder / component.folder,

@@ -1,9 +1,9 @@
-"""Where a checkpoint's files are: a local folder, the Hugging Face cache, or the hub, from which
-only what is missing is fetched.
+"""Finds a checkpoint's files: in a local folder, in the Hugging Face cache, or on the hub, from
+which only missing files are fetched.
 
-A name is a folder in diffusers' or transformers' layout, a hub id ("owner/name"), or
-"random:FOLDER": a folder of JSON files and tokenizers alone, whose networks get random weights in
-memory (`weights.draw`).
+A checkpoint's name is a folder in the layout of diffusers or transformers, a hub id ("owner/name"),
+or "random:FOLDER". The last is a folder with JSON files and tokenizers only, whose networks get
+random weights in memory (`weights.draw`).
 """
 
 import re
@@ -13,20 +13,16 @@ from dancegrpo_jax.data.tokenizers import kind_of
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.pipelines.layout import RANDOM, Layout, is_random, local_path
 
-# folder of a checkpoint that `convert import` wrote: all networks' parameters as one Orbax tree
+# The folder, in a checkpoint that `convert import` wrote, of all networks' parameters as one Orbax
+# tree.
 ORBAX = "orbax"
-_WEIGHTS = (
-  ".safetensors",
-  ".bin",
-  ".pt",
-  ".pth",
-  ".ckpt",
-)  # pickled ones count as found: their reader says what to do
+# Pickled files count as weights here: the error of their reader says what to do.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def tokenizer_files(layout: Layout, optional: bool = False) -> list[str]:
-  """The files of all tokenizers: those that must be there, or those that may."""
+  """The files of all tokenizers: those that must be there, or with `optional` those that may."""
   kinds = {place: kind_of(named) for place, named in layout.tokenizers.items()}
   return [
     str(Path(place) / file)
@@ -36,25 +32,26 @@ def tokenizer_files(layout: Layout, optional: bool = False) -> list[str]:
 
 
 def folder(field: str, name: str, layout: Layout, variant: str = "") -> Path:
-  """The local folder of a checkpoint. Nothing but file names is looked at, so a mistake shows
-  before weights are read.
+  """The local folder of a checkpoint, fetched from the hub if need be.
+
+  Only the names of files are looked at, so that a mistake shows before weights are read.
 
   Args:
     field: of the config, for messages.
     name: a folder, a hub id or "random:FOLDER".
-    layout: what must be there.
-    variant: which weight files to fetch, as "fp16"; "" the full ones.
+    layout: the files that must be there.
+    variant: which weight files to fetch, as "fp16"; "" fetches those in full precision.
 
   Raises:
-    ConfigError: one line that says what is missing, what was found and how to get it.
+    ConfigError: one line that says what is missing, what is there and how to get the rest.
   """
   path = local_path(name)
   if path.is_dir():
     absent = missing(path, layout._replace(networks=()) if is_random(name) else layout)
     if absent:
-      found = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
+      content = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
       raise ConfigError(
-        f"config.{field} = {name!r}: the folder lacks {', '.join(absent)}; found {found};"
+        f"config.{field} = {name!r}: the folder lacks {', '.join(absent)}; found {content};"
         f" {_accepted(layout)}"
       )
     return path
@@ -72,15 +69,16 @@ def folder(field: str, name: str, layout: Layout, variant: str = "") -> Path:
 
 
 def described(field: str, name: str, layout: Layout, published: Path) -> str:
-  """A checkpoint as "random:FOLDER", for those who ask what its networks are and need neither
+  """A checkpoint as "random:FOLDER", for callers that need to know its networks, and need neither
   weights nor tokenizers.
 
   Args:
-    field, name, layout: as `folder` takes them.
-    published: folder with JSON files of some hub ids, for those that aren't here.
+    field, name, layout: as in `folder`.
+    published: a folder with the JSON files of some hub ids, used for checkpoints that are neither
+      in a local folder nor in the cache.
 
   Raises:
-    ConfigError: its JSON files are nowhere.
+    ConfigError: the checkpoint's JSON files are in none of these places.
   """
   files = layout._replace(tokenizers={}, networks=())
   path = local_path(name)
@@ -89,14 +87,13 @@ def described(field: str, name: str, layout: Layout, published: Path) -> str:
       return f"{RANDOM}{place}"
   raise ConfigError(
     f"config.{field} = {name!r}: needs {', '.join(files.files.values())} of it, which are in no"
-    " folder of"
-    " that name, not in the Hugging"
-    f" Face cache and not in {published}"
+    f" folder of that name, not in the Hugging Face cache and not in {published}; download them,"
+    " or name another checkpoint"
   )
 
 
 def missing(path: Path, layout: Layout) -> list[str]:
-  """What of the layout is not in the folder; [] where it is whole."""
+  """The files of the layout that are not in the folder; [] where it is complete."""
   absent = [
     file
     for file in (*layout.files.values(), *tokenizer_files(layout))
@@ -104,19 +101,21 @@ def missing(path: Path, layout: Layout) -> list[str]:
   ]
   if (path / ORBAX).is_dir():
     return absent
-  names = {place: [entry.name for entry in (path / place).glob("*")] for place in layout.networks}
   return absent + [
-    str(Path(place) / "*.safetensors") for place, found in names.items() if not _has_weights(found)
+    str(Path(place) / "*.safetensors")
+    for place in layout.networks
+    if not _has_weights(path / place)
   ]
 
 
-def _has_weights(names: list[str]) -> bool:
-  return any(name.endswith(_WEIGHTS) for name in names)
+def _has_weights(folder: Path) -> bool:
+  return any(entry.name.endswith(_WEIGHTS) for entry in folder.glob("*"))
 
 
 def patterns(layout: Layout, variant: str = "") -> list[str]:
-  """The files to fetch, as `allow_patterns`: of a repository that holds every weight file several
-  times, one set alone.
+  """The files to fetch, as patterns for `allow_patterns`.
+
+  Repositories may hold every weight file in several precisions; the patterns match one of them.
   """
   mark = f".{variant}" if variant else ""
   kinds = [f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors"]
@@ -128,16 +127,17 @@ def patterns(layout: Layout, variant: str = "") -> list[str]:
     for kind in kinds
   ]
   tokenizers = tokenizer_files(layout) + tokenizer_files(layout, optional=True)
-  index = [layout.index] if layout.index else []
+  index = [layout.index_file] if layout.index_file else []
   return list(dict.fromkeys([*index, *layout.files.values(), *tokenizers, *weights]))
 
 
 def _cached(name: str, layout: Layout) -> Path | None:
-  """The folder in the Hugging Face cache, where all that is needed is there in some precision."""
+  """The folder in the Hugging Face cache; None unless it holds all files, in some precision."""
+  # Imported here because it is slow to import, and local folders don't need it.
   from huggingface_hub import snapshot_download
   from huggingface_hub.errors import LocalEntryNotFoundError
 
-  try:  # the JSON files alone are asked for: which weight files there are is seen below
+  try:  # Only the JSON files are requested here; `missing` looks for the weights.
     path = Path(
       snapshot_download(name, allow_patterns=list(layout.files.values()), local_files_only=True)
     )
@@ -147,8 +147,10 @@ def _cached(name: str, layout: Layout) -> Path | None:
 
 
 def _download(field: str, name: str, layout: Layout, variant: str) -> Path:
-  """Fetches what is needed: the variant's weight files, the full ones, else those in half
-  precision. ConfigError as `folder`.
+  """Fetches the missing files. ConfigError as `folder`.
+
+  The weight files are those of the variant, else those in full precision, else those in half
+  precision.
   """
   from huggingface_hub import constants, snapshot_download
 
@@ -163,7 +165,8 @@ def _download(field: str, name: str, layout: Layout, variant: str) -> Path:
   for kind in dict.fromkeys((variant, "", "fp16", "bf16")):
     try:
       path = Path(snapshot_download(name, allow_patterns=patterns(layout, kind)))
-    # no network, no such repository, gated, disk full: a dozen classes, of several lines each
+    # No network, no such repository, a gated one, a full disk: the hub's client has a dozen
+    # classes for these, with messages of several lines.
     except Exception as error:
       reason = " ".join(str(error).split())[:200]
       raise ConfigError(
@@ -181,10 +184,9 @@ def _download(field: str, name: str, layout: Layout, variant: str) -> Path:
 def _remedy(field: str, name: str, layout: Layout) -> str:
   local = f"checkpoints/{name.split('/')[-1]}"
   return (
-    f"where there is a network run `hf download {name} --local-dir {local}` (a gated one: accept"
-    " its licence on its page and"
-    f" `hf auth login` first), copy the folder here and set --config.{field}={local};"
-    f" {_accepted(layout)}"
+    f"where there is a network run `hf download {name} --local-dir {local}` (for a gated one"
+    " accept its licence on its page and run `hf auth login` first), copy the folder here and set"
+    f" --config.{field}={local}; {_accepted(layout)}"
   )
 
 

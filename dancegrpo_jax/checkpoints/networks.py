@@ -1,4 +1,4 @@
-"""All networks of families and rewards by their class in PyTorch."""
+"""The networks of this package's families and rewards, by the names of their classes in PyTorch."""
 
 from dancegrpo_jax.conversion.mapping import Table
 from dancegrpo_jax.conversion.tables import clip
@@ -16,13 +16,17 @@ NETWORKS: dict[str, Network] = {
   )
   for name, network in networks.items()
 }
-# Layouts without a config.json that names a class are found by their table alone.
+# Layouts whose config.json names no class have a table only.
 TABLES: dict[str, Table] = {name: network.table for name, network in NETWORKS.items()}
 TABLES |= {table.name: table for table in (clip.OPEN_CLIP, clip.AESTHETIC)}
 
 
 def table_of(table: Table | str) -> Table:
-  """A table, or that of a network's class. ConversionError: an unknown class."""
+  """The table itself, or the table of a network's class.
+
+  Raises:
+    ConversionError: the class is not known.
+  """
   if isinstance(table, Table):
     return table
   if table not in TABLES:
@@ -31,8 +35,8 @@ def table_of(table: Table | str) -> Table:
 
 
 def class_name(config: dict) -> str:
-  """The network's class: diffusers' `_class_name` or transformers' first `architectures`; "" where
-  a config.json names none.
+  """The network's class in a config.json: diffusers' `_class_name`, or the first of transformers'
+  `architectures`; "" where the file names none.
   """
   return config.get("_class_name") or (config.get("architectures") or [""])[0]
 

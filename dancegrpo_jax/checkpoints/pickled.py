@@ -1,6 +1,8 @@
-"""Pickled weight files (.pt, .pth, .bin), through torch's `weights_only` loader, which refuses
-whatever is not tensors and plain containers. A pickle can run code where it is read otherwise, so
-nothing here is reached unless the user allows it.
+"""Pickled weight files (.pt, .pth, .bin), read through torch's `weights_only` loader.
+
+That loader refuses everything but tensors and plain containers. Any other way to read a pickle can
+run code, so this module is used only where the user allows it. torch is an optional package, and is
+imported where it is used.
 """
 
 import pickle
@@ -18,28 +20,37 @@ _NAMES = ("diffusion_pytorch_model.bin", "pytorch_model.bin", "open_clip_pytorch
 
 
 def find(path: str | Path) -> Path | None:
-  """The pickled file that a path names: itself, or in a folder the library's own name, or the only
-  one. None: there is none.
+  """The pickled file of a path: the path itself, or the file in a folder that has a name of
+  diffusers, transformers or open_clip, or else the folder's only pickled file.
+
+  Returns:
+    None where there is no such file.
   """
   path = Path(path)
   if path.is_file():
     return path if path.suffix in SUFFIXES else None
   files = sorted(file for file in path.glob("*") if file.suffix in SUFFIXES)
-  named = [path / name for name in _NAMES if path / name in files]
-  return named[0] if named else files[0] if len(files) == 1 else None
+  for name in _NAMES:
+    if path / name in files:
+      return path / name
+  return files[0] if len(files) == 1 else None
 
 
 class Reader:
-  """The tensors of a pickled state_dict, as `safetensors_io.Reader`; the one under the key
-  "state_dict" where there is one.
+  """The tensors of a pickled state_dict, with the methods of `safetensors_io.Reader`.
+
+  The state_dict is the file's content, or what lies under the key "state_dict".
 
   Attributes:
-    specs: name -> shape and dtype, of every tensor.
+    specs: shape and dtype of every tensor, by name.
   """
 
   def __init__(self, file: Path):
-    """Raises ConversionError: torch is not installed, or the file is damaged, holds code, or is no
-    state_dict.
+    """Opens a file.
+
+    Raises:
+      ConversionError: torch is not installed, or the file is damaged, holds code, or is no
+        state_dict.
     """
     self.file = file
     self._tensors = _tensors(file)
@@ -52,7 +63,7 @@ class Reader:
     import torch
 
     part = self._tensors[name][index].contiguous()
-    if part.dtype == torch.bfloat16:  # which numpy lacks
+    if part.dtype == torch.bfloat16:  # numpy lacks this dtype
       return part.view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
     return part.numpy().copy()
 
@@ -60,10 +71,11 @@ class Reader:
     return self
 
   def __exit__(self, *_) -> None:
-    self._tensors = {}  # closes the map
+    self._tensors = {}  # unmaps the file
 
 
 def _tensors(file: Path) -> dict:
+  """The tensors of a file, by name. ConversionError as `Reader`."""
   try:
     import torch
   except ImportError as error:
@@ -71,8 +83,8 @@ def _tensors(file: Path) -> dict:
       f"{file}: pickled weights are read by torch, which is not installed; `pip install torch`"
     ) from error
   try:
-    # mapped where the format has an index: a tensor is then in memory when it is read, and not
-    # before
+    # torch can map files in its zip format only. A tensor of a mapped file takes no memory before
+    # it is read.
     loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
   except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
     reason = " ".join(str(error).split())[:200]

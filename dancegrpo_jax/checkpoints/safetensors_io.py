@@ -1,9 +1,9 @@
-"""Weight files in safetensors: read by slices from a folder, written tensor by tensor.
+"""Weight files in the safetensors format: read by slices from a folder, written tensor by tensor.
 
 A file is an 8-byte length, a JSON header (name -> dtype, shape, data_offsets) and the data,
-little-endian and C-contiguous (https://github.com/huggingface/safetensors). `safetensors` maps the
-file into memory, and pages once read count as this process's until the map is closed; so the reader
-reopens a file after every `_REOPEN` bytes.
+little-endian and C-contiguous (https://github.com/huggingface/safetensors). The library
+`safetensors` maps a file into memory, and pages that were read count as memory of this process
+until the map is closed. The reader therefore reopens a file after every `_REOPEN` bytes.
 """
 
 import json
@@ -40,7 +40,7 @@ DTYPES = {
   "BOOL": np.dtype(np.bool_),
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_REOPEN = 1 << 26  # bytes
+_REOPEN = 2**26  # bytes
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 HOW = "get it with `hf download <hub id> --local-dir <folder>` and point the config at that folder"
 
@@ -48,19 +48,19 @@ HOW = "get it with `hf download <hub id> --local-dir <folder>` and point the con
 def find_files(folder: str | Path, variant: str = "", stem: str = "") -> list[Path]:
   """The weight files of one network.
 
-  Accepted: a .safetensors file itself, or a folder with `<stem>.safetensors` or
-  `<stem>.safetensors.index.json` and its shards (stem: the network's own, or
-  diffusion_pytorch_model, model or open_clip_model), each also as variant
-  (`<stem>.fp16.safetensors`); or a folder with a single .safetensors file.
+  These are accepted: a .safetensors file itself; a folder with `<stem>.safetensors`, or with
+  `<stem>.safetensors.index.json` and its shards, each also as a variant
+  (`<stem>.fp16.safetensors`); and a folder with a single .safetensors file. The stem is the
+  network's own, diffusion_pytorch_model, model or open_clip_model.
 
   Args:
     folder: where to look.
-    variant: "fp16" takes those files where there are any; "" prefers the full ones, then any
-      variant.
+    variant: "fp16" prefers the files of this variant; files in full precision come next, then those
+      of any other variant.
     stem: `Table.file` of the network, "" where it isn't known.
 
   Raises:
-    ConversionError: nothing there, or pickled weights only, or shards of the index are missing.
+    ConversionError: there are no weights, only pickled ones, or not all shards of the index.
   """
   folder = Path(folder)
   if folder.is_file() and folder.suffix == ".safetensors":
@@ -68,13 +68,13 @@ def find_files(folder: str | Path, variant: str = "", stem: str = "") -> list[Pa
   if not folder.is_dir():
     raise ConversionError(f"{folder}: no such folder of weights; {HOW}")
   names = {path.name for path in folder.iterdir()}
-  marks = [f".{variant}"] * bool(variant) + ["", ".fp16", ".bf16"]
+  marks = [f".{variant}"] if variant else []
   stems = (stem, *STEMS) if stem and stem not in STEMS else STEMS
-  for mark in marks:
+  for mark in [*marks, "", ".fp16", ".bf16"]:
     for stem in stems:
       if f"{stem}{mark}.safetensors" in names:
         return [folder / f"{stem}{mark}.safetensors"]
-      # diffusers puts the variant behind "index", transformers in front of "safetensors"
+      # diffusers writes the variant behind "index", transformers in front of "safetensors".
       for index in (f"{stem}.safetensors.index{mark}.json", f"{stem}{mark}.safetensors.index.json"):
         if index in names:
           return _shards(folder / index)
@@ -94,6 +94,7 @@ def find_files(folder: str | Path, variant: str = "", stem: str = "") -> list[Pa
 
 
 def _shards(index: Path) -> list[Path]:
+  """The files that an index of shards names. ConversionError: some are missing."""
   try:
     files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
   except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -110,7 +111,7 @@ class Reader:
   """The tensors of one or more files as one flat dictionary, read by slices.
 
   Attributes:
-    specs: name -> shape and dtype, of every tensor.
+    specs: shape and dtype of every tensor, by name.
   """
 
   def __init__(self, files: list[Path]):
@@ -129,7 +130,7 @@ class Reader:
     """`tensor[index]`, a new array."""
     file = self._where[name]
     if self._open is None or self._open[0] != file or self._read_bytes > _REOPEN:
-      self._open = None  # closes the former map first
+      self._open = None  # closes the previous map first
       self._open, self._read_bytes = (file, safe_open(file, "np")), 0
     value = self._open[1].get_slice(name)[index]
     self._read_bytes += value.nbytes
@@ -143,11 +144,11 @@ class Reader:
 
 
 def header(file: Path) -> dict[str, Spec]:
-  """Name -> shape and dtype of a file's tensors, in name order.
+  """The shapes and dtypes of a file's tensors, by name and in the order of the names.
 
   Raises:
-    ConversionError: the file is not there, truncated, no safetensors file, or of a dtype that is
-      not supported.
+    ConversionError: the file is not there, truncated or no safetensors file, or it holds a dtype
+      that is not supported.
   """
   try:
     with safe_open(file, "np") as opened:
@@ -169,24 +170,28 @@ def header(file: Path) -> dict[str, Spec]:
 
 
 def metadata(file: Path) -> dict[str, str]:
-  """The texts in a file's header, {} where there are none."""
+  """The metadata of a file's header; {} where there is none."""
   with safe_open(file, "np") as opened:
     return opened.metadata() or {}
 
 
 def write(file: str | Path, specs: dict[str, Spec], value: Callable[[str], np.ndarray]) -> None:
-  """Writes a file tensor by tensor, so that one is in memory at a time. It appears under its name
-  when it is complete.
+  """Writes a file tensor by tensor, so that only one of them is in memory at a time.
+
+  The file appears under its name when it is complete.
 
   Args:
-    file: where to.
-    specs: shape and dtype of every tensor.
-    value: name -> the tensor, which must have that shape and dtype.
+    file: where to write.
+    specs: shape and dtype of every tensor, by name.
+    value: makes the tensor of a name, which must have that shape and dtype.
+
+  Raises:
+    ConversionError: a tensor has another shape or dtype.
   """
   file = Path(file)
-  # The order of the reference writer: wide dtypes first (so that all are aligned), then by name.
+  # The order of the reference writer: wide dtypes first, so that all are aligned, then by name.
   order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
-  # transformers refuses files that do not say so
+  # transformers refuses files without this entry.
   table: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
   offset = 0
   for name in order:
@@ -206,11 +211,9 @@ def write(file: str | Path, specs: dict[str, Spec], value: Callable[[str], np.nd
           raise ConversionError(
             f"{file}: tensor {name} is {tensor.shape} {tensor.dtype}, announced was {specs[name]}"
           )
-        out.write(
-          np.asarray(tensor, order="C").data
-          if tensor.dtype.kind in "fiub"
-          else np.asarray(tensor, order="C").tobytes()
-        )
+        tensor = np.asarray(tensor, order="C")
+        # Arrays of other dtypes, as bfloat16, have no buffer that can be written without a copy.
+        out.write(tensor.data if tensor.dtype.kind in "fiub" else tensor.tobytes())
       out.flush()
       os.fsync(out.fileno())
     os.replace(temporary, file)

@@ -1,10 +1,10 @@
-"""Checkpoints of a training state: saved in the background, the last few kept, restored onto any
-devices. Orbax v1.
+"""Checkpoints of a training state: saved in the background by Orbax, and restored onto any devices.
+The last few are kept.
 
-`<directory>/<iteration>/` has a folder a field of the state, so that a part can be read alone, and
-JSON metadata. Orbax writes into a temporary folder and renames it when all is on disk: what has a
-plain number for a name is whole. It is the only module that knows Orbax, whose v1 names may still
-move before its 1.0.
+`<directory>/<iteration>/` holds JSON metadata and a folder for each field of the state, so that one
+field can be read without the others. Orbax writes into a temporary folder and renames it when
+everything is on disk: a folder whose name is a plain number is complete. No other module uses
+Orbax, because the names of its v1 API may still change before version 1.0.
 """
 
 import os
@@ -24,14 +24,16 @@ _FIELD_FILES = ("_METADATA", "manifest.ocdbt", "d")  # what Orbax writes for eac
 
 
 class CheckpointError(ConfigError):
-  """A checkpoint that isn't there, isn't whole, or doesn't fit; the text says which and what to
-  do.
-  """
+  """A checkpoint is missing, incomplete, or doesn't fit. The message names it and the remedy."""
 
 
 class Restored(NamedTuple):
-  """What `restore` read: the iteration it was saved at, the state, and the JSON metadata given to
-  `Saver.save`.
+  """The result of `restore`.
+
+  Attributes:
+    iteration: at which the state was saved.
+    state: the arrays.
+    meta: the JSON metadata that `Saver.save` was given.
   """
 
   iteration: int
@@ -40,16 +42,16 @@ class Restored(NamedTuple):
 
 
 class Saver:
-  """Saves states into a directory, in the background, and keeps the last `keep`. A context manager;
-  all processes call it.
+  """Saves states into a directory, in the background, and keeps the last `keep` of them.
 
-  A failed save raises at the next `save`, at `wait` or at `close`.
+  It is a context manager, and all processes call it. The error of a failed save is raised by the
+  next `save`, `wait` or `close`.
   """
 
   def __init__(self, directory: Directory, keep: int):
     policies = ocp.training.preservation_policies
-    # Orbax slices every replicated array into a part a device, each by a program that it compiles,
-    # unless it is large.
+    # Orbax divides a replicated array among the devices that hold it, and compiles a program for
+    # each slice. That is worth its time for large arrays only.
     context = ocp.Context()
     context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
     with context:
@@ -61,15 +63,15 @@ class Saver:
     self._pending = None
 
   def save(self, iteration: int, state: PyTree, meta: Mapping[str, Any]) -> None:
-    """Starts to save; returns when the arrays have been copied, so that they may be donated to the
+    """Starts to save, and returns when the arrays have been copied: they may then be donated to the
     next step.
 
     Args:
-      iteration: names the checkpoint. One that exists is left as it is: a run repeated from there
-        would write the same.
+      iteration: names the checkpoint. A checkpoint that exists is left as it is, since a run that
+        is repeated from there would write the same.
       state: NamedTuple or dict of fields, each an array or a tree of arrays. Empty fields (None,
         {}) are left out.
-      meta: JSON values (iteration, config), read back without the arrays.
+      meta: JSON values, as the config, which can be read back without the arrays.
     """
     self.wait()
     if iteration in steps(self._checkpointer.directory):
@@ -104,7 +106,7 @@ class Saver:
 
 
 def steps(directory: Directory) -> list[int]:
-  """Iterations of the whole checkpoints in a directory, ascending; [] where there is none."""
+  """The iterations of a directory's complete checkpoints, ascending; [] where there are none."""
   root = epath.Path(directory)
   if not root.is_dir():
     return []
@@ -114,41 +116,44 @@ def steps(directory: Directory) -> list[int]:
 
 
 def latest(directory: Directory) -> int | None:
-  """The last iteration saved, or None."""
+  """The iteration of the last complete checkpoint, or None."""
   return max(steps(directory), default=None)
 
 
 def read_meta(directory: Directory, iteration: int | None = None) -> dict[str, Any]:
-  """The JSON metadata of a checkpoint (the latest by default), without its arrays. Raises
-  CheckpointError.
+  """The JSON metadata of a checkpoint, by default the latest, without its arrays.
+
+  Raises:
+    CheckpointError: there is no such checkpoint, or files of it are missing.
   """
   return _read_metadata(_find(directory, iteration))["meta"]
 
 
 def restore(directory: Directory, abstract_state: PyTree, iteration: int | None = None) -> Restored:
-  """The whole state of a checkpoint.
+  """Reads the whole state of a checkpoint.
 
   Args:
-    directory: what a Saver wrote into.
-    abstract_state: the state's NamedTuple or dict with `jax.ShapeDtypeStruct` leaves; their
+    directory: where a `Saver` has saved.
+    abstract_state: the state's NamedTuple or dict with `jax.ShapeDtypeStruct` leaves. Their
       shardings say where to put the arrays, whatever devices they were saved from. Fields without
       leaves are returned as they are.
-    iteration: the latest by default.
+    iteration: of the checkpoint; None takes the latest.
 
   Raises:
-    CheckpointError: no such checkpoint, files missing or truncated, or fields, shapes or types that
-      differ.
+    CheckpointError: there is no such checkpoint, files of it are missing or truncated, or its
+      fields, shapes or types differ from `abstract_state`.
   """
   folder = _find(directory, iteration)
   abstract = _fields(abstract_state)
-  wanted = {name: value for name, value in abstract.items() if jax.tree.leaves(value)}
+  expected = {name: value for name, value in abstract.items() if jax.tree.leaves(value)}
   metadata = _read_metadata(folder)
-  unwanted = [name for name in metadata["fields"] if name not in wanted]
-  if unwanted:
+  unexpected = [name for name in metadata["fields"] if name not in expected]
+  if unexpected:
     raise CheckpointError(
-      f"checkpoint {folder}: holds {', '.join(unwanted)}, which this run's state does not have"
+      f"checkpoint {folder}: holds {', '.join(unexpected)}, which this run's state does not have;"
+      " give the config that the run was started with"
     )
-  values = abstract | _load(folder, metadata, wanted)
+  values = abstract | _load(folder, metadata, expected)
   state = type(abstract_state)(**values) if hasattr(abstract_state, "_fields") else values
   return Restored(int(folder.name), state, metadata["meta"])
 
@@ -156,8 +161,9 @@ def restore(directory: Directory, abstract_state: PyTree, iteration: int | None 
 def restore_fields(
   directory: Directory, abstract_fields: Mapping[str, PyTree], iteration: int | None = None
 ) -> dict[str, PyTree]:
-  """Some fields of a checkpoint, as {"trainable": abstract tree}; the others are not read. Else as
-  `restore`.
+  """Reads some fields of a checkpoint, as {"trainable": abstract tree}, and not the others.
+
+  Arguments and errors are otherwise those of `restore`.
   """
   folder = _find(directory, iteration)
   return _load(folder, _read_metadata(folder), dict(abstract_fields))
@@ -168,36 +174,40 @@ def _fields(state: PyTree) -> dict[str, PyTree]:
 
 
 def _find(directory: Directory, iteration: int | None) -> epath.Path:
-  """The folder of a whole checkpoint."""
-  root, found = epath.Path(directory).resolve(), steps(directory)
-  if not found:
-    unfinished = [path.name for path in root.iterdir()] if root.is_dir() else []
-    what = (
-      f"holds no finished checkpoint, only {', '.join(sorted(unfinished)[:4])}"
-      if unfinished
-      else "holds no checkpoint"
-    )
-    raise CheckpointError(
-      f"{directory}: {what if root.is_dir() else 'no such directory'}; give the checkpoints/ of"
-      " a workdir"
-    )
+  """The folder of a complete checkpoint, by default of the latest."""
+  root, iterations = epath.Path(directory).resolve(), steps(directory)
+  if not iterations:
+    raise CheckpointError(f"{directory}: {_content(root)}; give the checkpoints/ of a workdir")
   if iteration is None:
-    return root / str(found[-1])
-  if iteration not in found:
+    return root / str(iterations[-1])
+  if iteration not in iterations:
     raise CheckpointError(
-      f"{directory}: no checkpoint of iteration {iteration}; it has {', '.join(map(str, found))}"
+      f"{directory}: no checkpoint of iteration {iteration};"
+      f" it has {', '.join(map(str, iterations))}"
     )
   return root / str(iteration)
 
 
+def _content(root: epath.Path) -> str:
+  """What a directory without complete checkpoints holds, for an error message."""
+  if not root.is_dir():
+    return "no such directory"
+  unfinished = sorted(path.name for path in root.iterdir())
+  if not unfinished:
+    return "holds no checkpoint"
+  return f"holds no finished checkpoint, only {', '.join(unfinished[:4])}"
+
+
 def _read_metadata(folder: epath.Path) -> dict[str, Any]:
   """What `save` wrote beside the arrays: {"fields": {name: {leaf: type and shape}}, "meta": ...}.
-  Also finds missing files.
+
+  Raises:
+    CheckpointError: the metadata can't be read, or files of a field are missing.
   """
   try:
     metadata = ocp.checkpointables_metadata(folder).custom_metadata
     names = metadata["fields"]
-  except Exception as error:
+  except Exception as error:  # Orbax raises many types, as in `_load`
     raise CheckpointError(
       f"checkpoint {folder}: {_METADATA} can't be read; {_remedy(folder)}"
     ) from error
@@ -215,17 +225,18 @@ def _read_metadata(folder: epath.Path) -> dict[str, Any]:
 
 
 def _load(
-  folder: epath.Path, metadata: dict[str, Any], wanted: dict[str, PyTree]
+  folder: epath.Path, metadata: dict[str, Any], expected: dict[str, PyTree]
 ) -> dict[str, PyTree]:
-  absent = [name for name in wanted if name not in metadata["fields"]]
+  """Reads the fields of an abstract state, after a check that they fit. Errors as `restore`."""
+  absent = [name for name in expected if name not in metadata["fields"]]
   if absent:
     raise CheckpointError(
       f"checkpoint {folder}: has no {', '.join(absent)}; it holds {', '.join(metadata['fields'])}"
     )
   misfits = [
     line
-    for name in wanted
-    for line in _misfits(metadata["fields"][name], _leaves(name, wanted[name]))
+    for name in expected
+    for line in _misfits(metadata["fields"][name], _leaves(name, expected[name]))
   ]
   if misfits:
     more = f" and {len(misfits) - 8} more" if len(misfits) > 8 else ""
@@ -233,23 +244,24 @@ def _load(
       f"checkpoint {folder}: does not fit this run's model: {'; '.join(misfits[:8])}{more}"
     )
   try:
-    return ocp.load_checkpointables(folder, wanted)
-  # Orbax and TensorStore raise many types for a file that is cut or gone; none is hidden
+    return ocp.load_checkpointables(folder, expected)
+  # Orbax and TensorStore raise many types for a truncated or missing file. The message names them.
   except Exception as error:
     raise _unreadable(folder, error) from error
 
 
-def _misfits(saved: dict[str, str], wanted: dict[str, str]) -> Iterator[str]:
-  """Leaves whose shape or type differs, or that only one side has. Orbax's own message for them
-  doesn't name the leaf.
+def _misfits(saved: dict[str, str], expected: dict[str, str]) -> Iterator[str]:
+  """A line for each leaf whose shape or type differs, or that only one side has.
+
+  Orbax's message doesn't name the leaf.
   """
-  for path in sorted(saved.keys() | wanted.keys()):
-    if saved.get(path) != wanted.get(path):
-      yield f"{path} is {saved.get(path, 'absent')} there, {wanted.get(path, 'absent')} here"
+  for path in sorted(saved.keys() | expected.keys()):
+    if saved.get(path) != expected.get(path):
+      yield f"{path} is {saved.get(path, 'absent')} there, {expected.get(path, 'absent')} here"
 
 
 def _leaves(field: str, tree: PyTree) -> dict[str, str]:
-  """Path of each leaf -> its type and shape, as {"trainable/dense/kernel": "float32[64, 32]"}."""
+  """The type and shape of each leaf, by path: {"trainable/dense/kernel": "float32[64, 32]"}."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
   return {
     "/".join([field, *map(_key, path)]): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves
@@ -261,17 +273,17 @@ def _key(key: Any) -> str:
 
 
 def _remedy(folder: epath.Path) -> str:
+  """What to do where this checkpoint can't be used, for an error message."""
   others = [str(step) for step in steps(folder.parent) if str(step) != folder.name]
-  return (
-    f"delete that folder to use iteration {others[-1]}"
-    if others
-    else "no other checkpoint is there; start anew"
-  )
+  if not others:
+    return "no other checkpoint is there; start anew"
+  return f"delete that folder to use iteration {others[-1]}"
 
 
 def _unreadable(folder: epath.Path, error: Exception) -> CheckpointError:
+  """The error of a checkpoint whose arrays can't be read."""
   root: BaseException = error
-  while inner := root.__cause__ or root.__context__:  # the innermost says which file is cut
+  while inner := root.__cause__ or root.__context__:  # the innermost one names the truncated file
     root = inner
   reason = " ".join(str(root).split())[:200]
   return CheckpointError(

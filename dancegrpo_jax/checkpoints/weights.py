@@ -1,7 +1,8 @@
-"""Network parameters out of checkpoint folders and back, shard by shard.
+"""Reads network parameters from checkpoint folders, shard by shard, and writes them back.
 
-The one place that calls `convert/`. A folder is one network's: config.json and safetensors in
-diffusers' or transformers' layout, such as the `unet` folder of a pipeline.
+A folder belongs to one network, such as the `unet` folder of a pipeline: it holds config.json and
+safetensors in the layout of diffusers or transformers. This is the one place that applies the
+tables of `conversion/` to files.
 """
 
 import hashlib
@@ -20,7 +21,14 @@ from jax.sharding import Sharding
 from dancegrpo_jax.checkpoints import lora_files, pickled
 from dancegrpo_jax.checkpoints.networks import table_of
 from dancegrpo_jax.checkpoints.safetensors_io import HOW, Reader, find_files, write
-from dancegrpo_jax.conversion.mapping import Mapping, Spec, Table, expected_sources, plan
+from dancegrpo_jax.conversion.mapping import (
+  Mapping,
+  Spec,
+  Table,
+  expected_sources,
+  plan,
+  stacked_axes,
+)
 from dancegrpo_jax.conversion.transfer import export_tensor, import_slice
 from dancegrpo_jax.errors import ConversionError
 from dancegrpo_jax.types import PyTree
@@ -43,10 +51,10 @@ AnyReader = Reader | pickled.Reader
 
 
 def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
-  """The JSON file of a checkpoint folder.
+  """The contents of a JSON file of a checkpoint folder.
 
   Raises:
-    ConversionError: it is not there or no JSON object.
+    ConversionError: the file is not there, or holds no JSON object.
   """
   file = Path(folder) / name
   try:
@@ -56,12 +64,12 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
   except ValueError as error:
     raise ConversionError(f"{file}: not valid JSON ({error}); {HOW}") from error
   if not isinstance(config, dict):
-    raise ConversionError(f"{file}: expected a JSON object")
+    raise ConversionError(f"{file}: expected a JSON object; {HOW}")
   return config
 
 
 def specs(params: PyTree) -> dict[str, Spec]:
-  """Path -> shape and dtype of a parameter tree, abstract or not."""
+  """The shapes and dtypes of a parameter tree, abstract or not, by path."""
   return {
     path: Spec(tuple(x.shape), np.dtype(x.dtype))
     for path, x in flatten_dict(params, sep="/").items()
@@ -71,12 +79,15 @@ def specs(params: PyTree) -> dict[str, Spec]:
 def open_reader(
   folder: str | Path, variant: str = "", allow_pickle: bool = False, stem: str = ""
 ) -> AnyReader:
-  """The tensors of a folder's weight files, to be used in a `with` block; of pickled ones where
-  they are allowed and alone. Arguments as `find_files`.
+  """A reader of a folder's weight files, to be used in a `with` block.
+
+  Args:
+    folder, variant, stem: as in `find_files`.
+    allow_pickle: whether pickled files may be read where there are no others.
 
   Raises:
-    ConversionError: no weights there, or unreadable ones; the message says what is accepted and how
-      to get it.
+    ConversionError: there are no weights, or they can't be read; the message says what is accepted
+      and how to get it.
   """
   try:
     files = find_files(folder, variant, stem)
@@ -94,8 +105,9 @@ def open_reader(
 
 
 def files(folder: str | Path, variant: str = "", stem: str = "") -> list[Path]:
-  """The weight files of a network's folder, pickled ones where there are no others. ConversionError
-  where there are none. Arguments as `find_files`.
+  """The weight files of a network's folder; the pickled one where there are no others.
+
+  Arguments and errors are those of `find_files`.
   """
   try:
     return find_files(folder, variant, stem)
@@ -107,23 +119,31 @@ def files(folder: str | Path, variant: str = "", stem: str = "") -> list[Path]:
 
 
 def fingerprint(files: list[Path], blocks: int = 64, size: int = 2**18) -> str:
-  """16 hexadecimal digits of weight files, without reading 10 GB of them: sizes, and `blocks`
-  blocks of `size` bytes of each file, evenly spread (all of a smaller one). Another training run
-  changes nearly every weight, so nearly every block."""
+  """A digest of weight files that doesn't need all of their gigabytes to be read.
+
+  It covers the size of each file, and `blocks` evenly spread blocks of `size` bytes; smaller files
+  are read whole. That is enough to tell checkpoints apart, since more training changes nearly every
+  weight and so nearly every block.
+
+  Returns:
+    16 hexadecimal digits.
+  """
   digest = hashlib.sha256()
   for file in files:
     length = file.stat().st_size
     digest.update(length.to_bytes(8, "little"))
-    whole = length <= blocks * size
     with open(file, "rb") as opened:
-      for start in [0] if whole else np.linspace(0, length - size, blocks).astype(int).tolist():
+      if length <= blocks * size:
+        digest.update(opened.read())
+        continue
+      for start in np.linspace(0, length - size, blocks).astype(int).tolist():
         opened.seek(start)
-        digest.update(opened.read(-1 if whole else size))
+        digest.update(opened.read(size))
   return digest.hexdigest()[:16]
 
 
 def _plan(folder: str | Path, table: Table | str, reader: AnyReader, params: PyTree) -> Mapping:
-  """`plan` for a folder, which its message names."""
+  """`mapping.plan`, with the folder in front of the message of its error."""
   try:
     return plan(table_of(table), reader.specs, specs(params))
   except ConversionError as error:
@@ -139,32 +159,33 @@ def load(
   variant: str = "",
   allow_pickle: bool = False,
 ) -> PyTree:
-  """Reads a network's parameters, one at a time, each device's slice alone where they are sharded.
+  """Reads a network's parameters, one at a time. Where they are sharded, only the slices that the
+  devices hold are read.
 
   Args:
     folder: the network's folder, or a weight file.
     table: the table, or the name of its network (`_class_name` or `architectures[0]` of
       config.json).
-    abstract_params: tree with the shapes and dtypes wanted, as `jax.eval_shape(network.init,
-      ...)["params"]` gives it.
-    shardings: a sharding for every parameter, or one for all; None = the default device.
-    dtype: what floating-point parameters are cast to; None = what `abstract_params` says.
-    variant: "fp16" prefers those files.
+    abstract_params: tree with the shapes and dtypes of the result, as
+      `jax.eval_shape(network.init, ...)["params"]` gives it.
+    shardings: a sharding for every parameter, or one for all; None is the default device.
+    dtype: what floating-point parameters are cast to; None leaves the dtypes of `abstract_params`.
+    variant: "fp16" prefers the files of this variant.
     allow_pickle: whether torch's weights_only loader may read a .pt, .pth or .bin.
 
   Returns:
     The tree of arrays.
 
   Raises:
-    ConversionError: one message with everything that is missing, left over or misshapen, before a
-      device holds anything.
+    ConversionError: one message with everything that is missing, left over or misshapen. It is
+      raised before anything is put on a device.
   """
   with open_reader(folder, variant, allow_pickle, table_of(table).file) as reader:
     mapping = _plan(folder, table, reader, abstract_params)
-    placed = _each(shardings, mapping.targets)
+    by_path = _by_path(shardings, mapping.targets)
     params = {}
     for path, spec in _cast(mapping.targets, dtype).items():
-      params[path] = _place(mapping, path, spec, reader, placed[path])
+      params[path] = _place(mapping, path, spec, reader, by_path[path])
   return unflatten_dict(params, sep="/")
 
 
@@ -179,88 +200,92 @@ def load_lora(
 
   Args:
     path: a file, or its folder.
-    table: the name of the adapted network.
-    adapters: abstract tree of the adapters wanted (models/lora.py).
+    table: the adapted network's table, or its name.
+    adapters: abstract tree of the adapters of the run (models/lora.py).
     everywhere: the same for adapters of rank 1 on every dense layer.
     shardings: as in `load`.
 
   Returns:
-    (the tree, how often the product of its factors counts in the file).
+    The tree of arrays, and the factor of the product of its matrices in the file.
 
   Raises:
-    ConversionError: one line: no adapters, another model's, another rank, other layers.
+    ConversionError: one line: the file holds no adapters, those of another model, another rank, or
+      those of other layers.
   """
   network, file = table_of(table), lora_files.find(path)
-  wanted, known = (
-    expected_sources(lora_files.table_for(network), specs(tree)) for tree in (adapters, everywhere)
-  )
-  rank = next(spec.shape[0] for name, spec in wanted.items() if name.endswith("lora_A.weight"))
+  adapter_table = lora_files.table_for(network)
+  expected = expected_sources(adapter_table, specs(adapters))
+  every_layer = expected_sources(adapter_table, specs(everywhere))
+  rank = next(spec.shape[0] for name, spec in expected.items() if name.endswith("lora_A.weight"))
   with Reader([file]) as reader:
-    own = lora_files.fitting(network, reader.specs, wanted, known, rank)
+    file_table = lora_files.table_of_file(network, reader.specs, expected, every_layer, rank)
     scale = lora_files.scale_of(file, network, reader, rank)
-  return load(file, own, adapters, shardings), scale
+  return load(file, file_table, adapters, shardings), scale
 
 
-def _each(
+def _by_path(
   shardings: PyTree | Sharding | None, targets: dict[str, Spec]
 ) -> dict[str, Sharding | None]:
-  """Path -> sharding, from a tree of them or one for all."""
-  placed: dict[str, Sharding | None] = (
-    flatten_dict(shardings, sep="/")
-    if isinstance(shardings, dict)
-    else dict.fromkeys(targets, shardings)
-  )
-  if set(placed) != set(targets):
-    raise ConversionError(f"shardings and parameters differ: {sorted(set(placed) ^ set(targets))}")
-  return placed
+  """The sharding of every parameter, from a tree of shardings or one for all."""
+  if not isinstance(shardings, dict):
+    return dict.fromkeys(targets, shardings)
+  by_path = flatten_dict(shardings, sep="/")
+  if set(by_path) != set(targets):
+    raise ConversionError(f"shardings and parameters differ: {sorted(set(by_path) ^ set(targets))}")
+  return by_path
 
 
 def draw(
-  abstract_params: PyTree, shardings: PyTree | Sharding | None = None, seed: int = 0
+  abstract_params: PyTree,
+  shardings: PyTree | Sharding | None = None,
+  seed: int = 0,
+  *,
+  table: Table | None,
 ) -> PyTree:
   """Random parameters in place of a checkpoint's, for a first look and for tests of speed and
   memory.
 
-  Kernels are normal with variance 1 / fan-in, embeddings normal with std 0.02, biases 0, scales 1;
-  no layer starts at 0, so that whatever comes before it matters. A parameter depends on the seed
-  and its path alone, never on the devices.
+  Kernels are normal with variance 1 / fan-in, embeddings are normal with standard deviation 0.02,
+  biases are 0 and scales are 1. No layer starts at 0, so that whatever comes before it matters. A
+  parameter depends on the seed and its path only, never on the devices.
 
   Args:
-    abstract_params: tree with the shapes and dtypes wanted.
+    abstract_params: tree with the shapes and dtypes of the result.
     shardings: as in `load`.
-    seed: of all of them.
+    seed: of all parameters.
+    table: the network's, which says what parameters are stacked over layers; None where no
+      parameter is.
   """
   targets = specs(abstract_params)
-  placed = _each(shardings, targets)
+  by_path = _by_path(shardings, targets)
 
   def one(path: str, spec: Spec) -> jax.Array:
-    whole = _random(path, spec, seed)
-    place = placed[path]
-    if place is None:
+    layer_axes = 0 if table is None else stacked_axes(table, path, len(spec.shape))
+    whole = _random(path, spec, layer_axes, seed)
+    sharding = by_path[path]
+    if sharding is None:
       return jax.device_put(whole)
-    return jax.make_array_from_callback(spec.shape, place, lambda index: whole[index])
+    return jax.make_array_from_callback(spec.shape, sharding, lambda index: whole[index])
 
   return unflatten_dict({path: one(path, spec) for path, spec in targets.items()}, sep="/")
 
 
-def _random(path: str, spec: Spec, seed: int) -> np.ndarray:
-  """One parameter of `draw`, whole, on the host."""
+def _random(path: str, spec: Spec, layer_axes: int, seed: int) -> np.ndarray:
+  """One parameter of `draw`, whole, on the host. Its first `layer_axes` axes count layers, which
+  are no part of the fan-in.
+  """
   leaf = path.rpartition("/")[2]
   if leaf == "bias":
     return np.zeros(spec.shape, spec.dtype)
   if leaf == "scale" or (len(spec.shape) < 2 and leaf != "class_embedding"):
     return np.ones(spec.shape, spec.dtype)
-  stacked = (
-    len(spec.shape) % 2
-    # kernels of dense layers have two axes, of convolutions four; one more where blocks are stacked
-  )
-  std = 0.02 if "embedding" in leaf else np.prod(spec.shape[stacked:-1]) ** -0.5
+  std = 0.02 if "embedding" in leaf else np.prod(spec.shape[layer_axes:-1]) ** -0.5
   rng = np.random.default_rng([seed, zlib.crc32(path.encode())])
   return (std * rng.standard_normal(spec.shape, np.float32)).astype(spec.dtype)
 
 
 def _cast(tensors: dict[str, Spec], dtype: Any) -> dict[str, Spec]:
-  """The same with floating-point dtypes replaced, unless `dtype` is None."""
+  """The specs with floating-point dtypes replaced, unless `dtype` is None."""
   if dtype is None:
     return tensors
   floating = {name for name, spec in tensors.items() if jnp.issubdtype(spec.dtype, jnp.floating)}
@@ -274,17 +299,17 @@ def _place(
   mapping: Mapping, path: str, spec: Spec, reader: AnyReader, sharding: Sharding | None
 ) -> jax.Array:
   """One parameter on its devices. Slices that several devices hold are read once."""
-  shape, held = spec.shape, {}
+  shape, values = spec.shape, {}
 
-  def slices(index):
+  def value(index: Any) -> np.ndarray:
     key = tuple(s.indices(n)[:2] for s, n in zip(index, shape))
-    if key not in held:
-      held[key] = import_slice(mapping, path, index, reader.read, spec.dtype)
-    return held[key]
+    if key not in values:
+      values[key] = import_slice(mapping, path, index, reader.read, spec.dtype)
+    return values[key]
 
   if sharding is None:
-    return jax.device_put(slices((slice(None),) * len(shape)))
-  return jax.make_array_from_callback(shape, sharding, slices)
+    return jax.device_put(value((slice(None),) * len(shape)))
+  return jax.make_array_from_callback(shape, sharding, value)
 
 
 def save(
@@ -295,17 +320,17 @@ def save(
   dtype: Any = None,
   like: str | Path | None = None,
 ) -> Path:
-  """Writes a network's folder, which diffusers or transformers loads: weights and config.json, each
+  """Writes a network's folder as diffusers or transformers loads it: weights and config.json, each
   under a temporary name first.
 
   Args:
-    folder: made if need be; a weight file in it is replaced.
+    folder: made if it isn't there; a weight file in it is replaced.
     table: as in `load`.
     params: tree of arrays.
-    config_json: contents of config.json; None leaves it alone.
-    dtype: of the floating-point tensors; None = the parameters' own (or `like`'s).
-    like: a folder whose names, buffers and dtypes the file is to have: the one the parameters were
-      loaded from.
+    config_json: contents of config.json; None leaves the file alone.
+    dtype: of the floating-point tensors; None leaves the dtypes of the parameters, or of `like`.
+    like: the folder that the parameters were loaded from; the new file gets its names, buffers and
+      dtypes.
 
   Returns:
     The weight file.
@@ -332,17 +357,19 @@ def save(
 
 
 def save_lora(folder: str | Path, table: Table | str, adapters: PyTree) -> Path:
-  """Writes adapters as diffusers' `save_lora_weights` does, float32; returns the file.
+  """Writes adapters as diffusers' `save_lora_weights` does, in float32, and returns the file.
 
-  It says nothing of alpha, which every reader takes for the rank: alpha / rank must be in the
-  factors already.
+  The file doesn't give alpha, so that every reader takes the rank for it. The factors must contain
+  alpha / rank already.
   """
   return save(folder, lora_files.table_for(table_of(table)), adapters)
 
 
 def _fetch(array: Any, index: tuple[slice, ...]) -> np.ndarray:
-  """`array[index]` on the host. A part is cut on the device by one program a shape: its start is an
-  argument.
+  """`array[index]` on the host.
+
+  A part is cut out on the device. The start of the part is an argument of the program, so that
+  there is one program for each shape.
   """
   sizes = tuple(s.stop - s.start for s in index)
   if isinstance(array, np.ndarray):

@@ -1,11 +1,11 @@
-"""Checkpoint tables: which tensors of a file are which parameters, as data that reads forwards,
+"""Checkpoint tables: which tensors of a file are which parameters, as data that is read forwards,
 backwards and by slices.
 
-A `Row` says that a tensor (or an equal part of it along one axis) is a parameter (or a part or one
-layer of it) with its axes in another order. So every row is a correspondence of boxes: `plan` turns
-a table, the tensors of a file and the parameters of a network into `Block`s, and import, export and
-the reading of one shard's slice all walk the same blocks. Nothing here knows JAX, a network or a
-file format; tensors come through `read(name, slices)`.
+A `Row` says that a tensor, or an equal part of it along one axis, is a parameter, or a part or one
+layer of it, with its axes in another order. A row is therefore a correspondence of boxes. `plan`
+turns a table, the tensors of a file and the parameters of a network into `Block`s; import, export
+and the reading of one shard's slice all walk the same blocks. Nothing here knows JAX, a network or
+a file format: tensors come through `read(name, slices)`.
 """
 
 import math
@@ -32,8 +32,9 @@ class Spec(NamedTuple):
 
 
 class Part(NamedTuple):
-  """Units `start` to `stop` of `total` equal ones along an axis, which is named by its letter in
-  `Row.axes`.
+  """Units `start` to `stop` of the `total` equal units that an axis is divided into.
+
+  `axis` is the letter that names the axis in `Row.axes`.
   """
 
   axis: str
@@ -43,16 +44,16 @@ class Part(NamedTuple):
 
 
 class Row(NamedTuple):
-  """One correspondence.
+  """One correspondence of a tensor and a parameter.
 
   Attributes:
     source: tensor name; `{i}` stands for an index.
     target: parameter path, levels joined by "/"; uses the indices of `source`.
     axes: "o i h w -> h w i o". A 1 is an axis of length 1 that the other side lacks. An index of
       `source` on the right ("o i -> {n} i o") is an axis along which the tensors are stacked.
-    source_part: the part of the tensor that this row takes; None = all. Rows for the other parts
-      take the rest.
-    target_part: the part of the parameter that it fills; None = all.
+    source_part: the part of the tensor that this row takes; None is the whole tensor. Rows for the
+      other parts take the rest.
+    target_part: the part of the parameter that the tensor fills; None is the whole parameter.
   """
 
   source: str
@@ -63,8 +64,8 @@ class Row(NamedTuple):
 
 
 class Buffer(NamedTuple):
-  """A tensor of the file that is no parameter: dropped on import. `make` regenerates it on export:
-  "arange" = 0, 1, 2 ...
+  """A tensor of the file that is no parameter. It is dropped on import; on export `make` says how
+  it is made again: "arange" is 0, 1, 2 ...
   """
 
   source: str
@@ -74,20 +75,21 @@ class Buffer(NamedTuple):
 class Table(NamedTuple):
   """All rows of one network.
 
-  Where several rows fit a tensor's name, those count whose number of axes fits the tensor and whose
-  target the network
-  has: so one table serves stacked and unstacked layers, conv and linear projections. Of
-    alternatives for one
-  parameter, the first names the tensor when a file is written from nothing.
+  Where the names of several rows match a tensor, those rows count whose number of axes fits the
+  tensor and whose parameter the network has. So one table serves stacked and single layers, and
+  convolutions and dense projections. Where several rows are alternatives for one parameter, the
+  first one names the tensor when a file is written from nothing.
 
   Attributes:
     name: the class name that config.json gives.
     rows: the correspondences.
-    aliases: (other spelling, spelling of the rows); `{*}` stands for any text. Only for reading.
+    aliases: (other spelling, spelling of the rows); `{*}` stands for any text. Used for reading
+      only.
     buffers: tensors that are no parameters.
-    copies: (tensor, the tensor that it repeats), for weights that a network ties: some files hold
-      one name, some both. Only for reading, where the second is missing; else left out.
-    others: tensors of networks in the same file that aren't wanted here. Left out.
+    copies: (tensor, the tensor that it repeats), for weights that a network ties. Some files hold
+      one of the names, some both. The first is read where the second is missing, and left out
+      elsewhere.
+    others: tensors of other networks in the same file. They are left out.
     file: stem of the weight file in this layout.
     lora_prefix: what the network is called in LoRA files of its pipeline.
   """
@@ -103,8 +105,10 @@ class Table(NamedTuple):
 
 
 class Block(NamedTuple):
-  """A box of a tensor that is a box of a parameter. `axes[k]` is the tensor's axis that target axis
-  k is; None = length 1.
+  """A box of a tensor that is a box of a parameter.
+
+  `axes[k]` is the tensor's axis that axis k of the parameter is; None is an axis of length 1 that
+  the tensor lacks.
   """
 
   source: str
@@ -115,8 +119,9 @@ class Block(NamedTuple):
 
 
 class Mapping(NamedTuple):
-  """What `plan` found: every tensor's and every parameter's blocks. Tensors that the table leaves
-  out aren't among `sources`.
+  """The result of `plan`: every tensor's and every parameter's blocks.
+
+  Tensors that the table leaves out aren't among `sources`.
   """
 
   sources: dict[str, Spec]
@@ -127,8 +132,8 @@ class Mapping(NamedTuple):
 
 
 class Piece(NamedTuple):
-  """One read of an import: `read` of tensor `source`, axes arranged by `axes`, goes to `place` of
-  the result.
+  """One read of an import: the slices `read` of the tensor `source`, with its axes arranged by
+  `axes`, go to `place` of the result.
   """
 
   source: str
@@ -137,32 +142,40 @@ class Piece(NamedTuple):
   place: Slices
 
 
-# ---- patterns
-# -------------------------------------------------------------------------------------------------------
+# ---- Patterns
 
 
 @cache
 def _regex(pattern: str) -> re.Pattern:
+  # Splitting at a group puts the placeholders' names at the odd positions.
   pieces = re.split(r"\{(\w+|\*)\}", pattern)
-  groups = [
-    (r"(?P<rest>.*)" if p == "*" else rf"(?P<{p}>\d+)") if k % 2 else re.escape(p)
-    for k, p in enumerate(pieces)
-  ]
-  return re.compile("".join(groups))
+  texts, names = pieces[::2], pieces[1::2]
+  groups = [r"(?P<rest>.*)" if name == "*" else rf"(?P<{name}>\d+)" for name in names]
+  return re.compile("".join(re.escape(text) + group for text, group in zip(texts, [*groups, ""])))
 
 
 def _match(pattern: str, name: str) -> dict[str, str] | None:
-  found = _regex(pattern).fullmatch(name)
-  return found.groupdict() if found else None
+  """What the placeholders of a pattern stand for in a name; None where it doesn't match."""
+  result = _regex(pattern).fullmatch(name)
+  return result.groupdict() if result else None
 
 
-def _fill(pattern: str, values: dict) -> str:
-  return re.sub(r"\{(\w+|\*)\}", lambda m: str(values["rest" if m[1] == "*" else m[1]]), pattern)
+def _matches(pattern: str, name: str) -> bool:
+  return _match(pattern, name) is not None
+
+
+def _fill(pattern: str, values: dict[str, str]) -> str:
+  """The name that a pattern gives with these values in the place of its placeholders."""
+  return re.sub(r"\{(\w+|\*)\}", lambda m: values["rest" if m[1] == "*" else m[1]], pattern)
 
 
 @cache
 def _axes(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """The axis names of both sides of a row, checked. ValueError: a mistake in the table."""
+  """The axis names of the tensor and of the parameter of a row.
+
+  Raises:
+    ValueError: an axis is named on one side only, which is a mistake in the table.
+  """
   left, right = (tuple(side.split()) for side in row.axes.split("->"))
   stacked = {f"{{{index}}}" for index in _regex(row.source).groupindex}
   if set(left) - {"1"} != set(right) - {"1"} - stacked:
@@ -172,8 +185,27 @@ def _axes(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
   return left, right
 
 
-# ---- blocks
-# ---------------------------------------------------------------------------------------------------------
+def _is_stacked(axis: str) -> bool:
+  """Whether an axis name of a parameter is an index, along which tensors are stacked."""
+  return axis.startswith("{")
+
+
+def _index_of(axis: str) -> str:
+  """The name of the index of a stacked axis: "i" of "{i}"."""
+  return axis[1:-1]
+
+
+# ---- Blocks
+
+
+class _Candidate(NamedTuple):
+  """A row whose `source` matches a tensor's name, with what the indices stand for and the parameter
+  path that follows.
+  """
+
+  row: Row
+  indices: dict[str, str]
+  path: str
 
 
 def _span(part: Part | None, axis: str, size: int) -> tuple[int, int]:
@@ -186,240 +218,360 @@ def _span(part: Part | None, axis: str, size: int) -> tuple[int, int]:
   return part.start * unit, part.stop * unit
 
 
-def _block(
-  row: Row, index: dict[str, str], name: str, source: Spec, path: str, target: Spec
-) -> Block:
-  """The block of one tensor. ValueError: the shapes do not fit."""
+def _block(candidate: _Candidate, name: str, source: Spec, target: Spec) -> Block:
+  """The block of a tensor in the parameter of a candidate.
+
+  Raises:
+    ValueError: the shapes do not fit.
+  """
+  row, indices, path = candidate
   left, right = _axes(row)
-  source_box = tuple(
-    (0, 1) if a == "1" else _span(row.source_part, a, n) for a, n in zip(left, source.shape)
-  )
-  length = {a: stop - start for a, (start, stop) in zip(left, source_box)}
-  target_box, wanted = [], []
-  for a, size in zip(right, target.shape):
-    if a in length:
-      start, stop = _span(row.target_part, a, size) if a != "1" else (0, 1)
-      wanted.append(length[a] if (start, stop) == (0, size) else length[a] + size - stop + start)
-    elif a == "1":
-      start, stop = 0, 1
-      wanted.append(1)
-    else:
-      start, stop = int(index[a[1:-1]]), int(index[a[1:-1]]) + 1
-      wanted.append(max(size, stop))
-    target_box.append((start, stop))
-  # A 1 in the row must be a 1 in the tensor too, else its elements would be left out in silence.
-  if any(a == "1" and n != 1 for a, n in zip(left, source.shape)):
+  # A 1 in the row must be a 1 in the tensor too, or its elements would be left out silently.
+  if any(axis == "1" and size != 1 for axis, size in zip(left, source.shape)):
     raise ValueError(f"expected {row.axes.split('->')[0].strip()!r} with 1 where it says 1")
-  if tuple(wanted) != target.shape:
-    raise ValueError(f"it would be {_show(wanted)}")
-  axes = tuple(left.index(a) if a in length and a != "1" else None for a in right)
-  return Block(name, source_box, path, tuple(target_box), axes)
+  source_box = tuple(_span(row.source_part, axis, size) for axis, size in zip(left, source.shape))
+  lengths = {axis: stop - start for axis, (start, stop) in zip(left, source_box)}
+  target_box, fitting_shape = [], []
+  for axis, size in zip(right, target.shape):
+    if axis == "1":
+      start, stop, fitting_size = 0, 1, 1
+    elif _is_stacked(axis):
+      start = int(indices[_index_of(axis)])
+      stop = start + 1
+      fitting_size = max(size, stop)
+    else:
+      start, stop = _span(row.target_part, axis, size)
+      fitting_size = lengths[axis] + size - (stop - start)
+    target_box.append((start, stop))
+    fitting_shape.append(fitting_size)
+  if tuple(fitting_shape) != target.shape:
+    raise ValueError(f"it would be {_show(fitting_shape)}")
+  axes = tuple(left.index(axis) if axis in lengths and axis != "1" else None for axis in right)
+  return Block(
+    source=name, source_box=source_box, target=path, target_box=tuple(target_box), axes=axes
+  )
 
 
 def _volume(box: Box) -> int:
   return math.prod(stop - start for start, stop in box)
 
 
+def _covers(boxes: Iterable[Box], shape: tuple[int, ...]) -> bool:
+  """Whether boxes that don't overlap fill an array of this shape."""
+  return sum(map(_volume, boxes)) >= math.prod(shape)
+
+
 def _overlap(a: Box, b: Box) -> bool:
   return all(max(p[0], q[0]) < min(p[1], q[1]) for p, q in zip(a, b))
+
+
+def _any_overlap(boxes: list[Box]) -> bool:
+  return any(_overlap(a, b) for k, a in enumerate(boxes) for b in boxes[:k])
 
 
 def _show(shape: Iterable[int]) -> str:
   return "[" + ", ".join(map(str, shape)) + "]"
 
 
-def _names(table: Table, path: str, spec: Spec) -> list[tuple[Row, dict, str]]:
-  """(row, indices, tensor name) that the table gives a parameter; stacked parameters have one a
-  layer, fused ones one a part.
+# ---- Names of tensors
+
+
+def _rows_of(table: Table, path: str, rank: int) -> list[tuple[Row, dict[str, str]]]:
+  """The rows that fill a parameter with this number of axes, and the indices that its path gives.
+
+  A fused parameter has one row for each part. Of alternatives for the same part, the first counts.
   """
-  found, filled = [], set()
+  rows, filled = [], set()
   for row in table.rows:
-    index = _match(row.target, path)
-    if index is None or len(_axes(row)[1]) != len(spec.shape) or row.target_part in filled:
+    indices = _match(row.target, path)
+    if indices is None or len(_axes(row)[1]) != rank or row.target_part in filled:
       continue
     filled.add(row.target_part)
-    left, right = _axes(row)
-    indices = [index]
-    for a, size in zip(right, spec.shape):
-      if a.startswith("{"):
-        indices = [known | {a[1:-1]: str(k)} for known in indices for k in range(size)]
-    found += [(row, known, _fill(row.source, known)) for known in indices]
-  return found
+    rows.append((row, indices))
+  return rows
+
+
+def _tensors_of(table: Table, path: str, shape: tuple[int, ...]) -> list[tuple[Row, str]]:
+  """The rows and tensor names that the table gives a parameter.
+
+  A stacked parameter has one tensor for each layer, a fused one has one for each part.
+  """
+  tensors = []
+  for row, indices in _rows_of(table, path, len(shape)):
+    filled = [indices]
+    for axis, size in zip(_axes(row)[1], shape):
+      if _is_stacked(axis):
+        filled = [known | {_index_of(axis): str(k)} for known in filled for k in range(size)]
+    tensors += [(row, _fill(row.source, values)) for values in filled]
+  return tensors
+
+
+def _tensor_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape of a row's tensor, from the shape of its parameter."""
+  left, right = _axes(row)
+  spans = {axis: _span(row.target_part, axis, size) for axis, size in zip(right, shape)}
+  sizes = {axis: stop - start for axis, (start, stop) in spans.items()}
+  part = row.source_part
+  if part is not None:
+    sizes[part.axis] = sizes[part.axis] * part.total // (part.stop - part.start)
+  return tuple(1 if axis == "1" else sizes[axis] for axis in left)
 
 
 def expected_sources(table: Table, targets: dict[str, Spec]) -> dict[str, Spec]:
-  """Names, shapes and dtypes of the file that a network's parameters would be written to.
+  """The tensors of the file that a network's parameters would be written to.
+
+  Args:
+    table: the network's rows.
+    targets: the parameters, by path.
+
+  Returns:
+    Shapes and dtypes by tensor name.
 
   Raises:
     ConversionError: parameters that no row of the table names.
   """
   sources, unknown = {}, []
   for path, spec in targets.items():
-    rows = _names(table, path, spec)
-    if not rows:
+    tensors = _tensors_of(table, path, spec.shape)
+    if not tensors:
       unknown.append(f"parameter {path} {_show(spec.shape)}: no row of the table names it")
-    for row, _, name in rows:
-      left, right = _axes(row)
-      size = {
-        a: stop - start
-        for a, n in zip(right, spec.shape)
-        for start, stop in [_span(row.target_part, a, n)]
-      }
-      part = row.source_part
-      whole = {part.axis: size[part.axis] * part.total // (part.stop - part.start)} if part else {}
-      sources[name] = Spec(tuple(1 if a == "1" else (size | whole)[a] for a in left), spec.dtype)
+    for row, name in tensors:
+      sources[name] = Spec(_tensor_shape(row, spec.shape), spec.dtype)
   _raise(table, unknown)
   return sources
 
 
-# ---- plan
-# -----------------------------------------------------------------------------------------------------------
+def stacked_axes(table: Table, path: str, rank: int) -> int:
+  """How many of a parameter's first axes count layers, because tensors are stacked along them.
+
+  Args:
+    table: the network's rows.
+    path: of the parameter.
+    rank: its number of axes.
+
+  Returns:
+    0 where the layers are held apart, and where no row names the parameter.
+  """
+  for row, _ in _rows_of(table, path, rank):
+    right = _axes(row)[1]
+    return next((k for k, axis in enumerate(right) if not _is_stacked(axis)), len(right))
+  return 0
 
 
-def _left_out(table: Table, name: str, sources: dict[str, Spec]) -> bool:
+# ---- Plans
+
+
+class _Matching(NamedTuple):
+  """What `match` has worked out so far. The collections are filled in while it goes on.
+
+  Attributes:
+    table: the network's rows.
+    sources: the file's tensors, without those that the table leaves out.
+    targets: the parameters, by path.
+    by_source: every tensor's blocks.
+    by_target: every parameter's blocks.
+    buffers: tensors that are no parameters.
+    unexpected: tensors without a parameter, each with the paths that the table would give it.
+    misfits: tensors and parameters whose shapes do not fit; nothing more is reported of them.
+    problems: a line for each.
+  """
+
+  table: Table
+  sources: dict[str, Spec]
+  targets: dict[str, Spec]
+  by_source: dict[str, list[Block]]
+  by_target: dict[str, list[Block]]
+  buffers: dict[str, Buffer]
+  unexpected: dict[str, list[str]]
+  misfits: set[str]
+  problems: list[str]
+
+
+def _is_left_out(table: Table, name: str, sources: dict[str, Spec]) -> bool:
   """Whether a tensor repeats one that is there, or belongs to another network of the file."""
-  repeats = any(name == copy and own in sources for copy, own in table.copies)
-  return repeats or any(_match(pattern, name) is not None for pattern in table.others)
+  repeats = any(name == copy and original in sources for copy, original in table.copies)
+  return repeats or any(_matches(pattern, name) for pattern in table.others)
+
+
+def _canonical(table: Table, name: str) -> str:
+  """The spelling of a tensor's name that the rows use."""
+  for spelling, canonical in table.aliases + table.copies:
+    rest = _match(spelling, name)
+    if rest is not None:
+      return _fill(canonical, rest)
+  return name
+
+
+def _candidates(table: Table, canonical: str) -> list[_Candidate]:
+  candidates = []
+  for row in table.rows:
+    indices = _match(row.source, canonical)
+    if indices is not None:
+      candidates.append(_Candidate(row, indices, _fill(row.target, indices)))
+  return candidates
 
 
 def match(
   table: Table, sources: dict[str, Spec], targets: dict[str, Spec]
 ) -> tuple[Mapping, list[str]]:
-  """As `plan`, but hands the problems back instead of raising them; for `inspect`."""
-  sources = {name: spec for name, spec in sources.items() if not _left_out(table, name, sources)}
-  by_source: dict[str, list[Block]] = {name: [] for name in sources}
-  by_target: dict[str, list[Block]] = {path: [] for path in targets}
-  buffers, problems, unknown, reported, seen = {}, [], [], set(), {}
-  for name, spec in sources.items():
-    canonical = next(
-      (
-        _fill(to, m)
-        for other, to in table.aliases + table.copies
-        if (m := _match(other, name)) is not None
-      ),
-      name,
-    )
-    if seen.setdefault(canonical, name) != name:
-      problems.append(
-        f"tensors {seen[canonical]} and {name}: two spellings of the same tensor {canonical}"
-      )
-      continue
-    buffer = next((b for b in table.buffers if _match(b.source, canonical) is not None), None)
-    if buffer:
-      buffers[name] = buffer
-      continue
-    rows = [
-      (row, index) for row in table.rows if (index := _match(row.source, canonical)) is not None
-    ]
-    paths = [(row, index, _fill(row.target, index)) for row, index in rows]
-    present = [p for p in paths if p[2] in targets]
-    fitting = [
-      p
-      for p in present
-      if len(_axes(p[0])[0]) == len(spec.shape) and len(_axes(p[0])[1]) == len(targets[p[2]].shape)
-    ]
-    for row, index, path in fitting:
-      try:
-        block = _block(row, index, name, spec, path, targets[path])
-      except ValueError as error:
-        problems.append(
-          f"tensor {name} {_show(spec.shape)} does not fit parameter {path}"
-          f" {_show(targets[path].shape)}: {error}"
-        )
-        reported |= {name, path}
-        continue
-      by_source[name].append(block)
-      by_target[path].append(block)
-    if present and not fitting:
-      path = present[0][2]
-      problems.append(
-        f"tensor {name} {_show(spec.shape)} does not fit parameter {path}"
-        f" {_show(targets[path].shape)}: "
-        f"expected axes {' or '.join(dict.fromkeys(repr(p[0].axes) for p in present))}"
-      )
-      reported |= {name, path}
-    elif not present:
-      unknown.append((name, list(dict.fromkeys(p[2] for p in paths))))
-  problems += _uncovered(
-    table, sources, targets, by_source, by_target, reported, unknown, set(buffers)
-  )
-  found = Mapping(
+  """Matches a file's tensors with a network's parameters, whatever fits.
+
+  Args:
+    table: the network's rows.
+    sources: the file's tensors.
+    targets: the parameters, by path.
+
+  Returns:
+    The mapping of all that fits, and a line for every problem. `plan` raises them instead.
+  """
+  sources = {name: spec for name, spec in sources.items() if not _is_left_out(table, name, sources)}
+  matching = _Matching(
+    table=table,
     sources=sources,
     targets=targets,
-    by_source={name: tuple(blocks) for name, blocks in by_source.items()},
-    by_target={path: tuple(blocks) for path, blocks in by_target.items()},
-    buffers=buffers,
+    by_source={name: [] for name in sources},
+    by_target={path: [] for path in targets},
+    buffers={},
+    unexpected={},
+    misfits=set(),
+    problems=[],
   )
-  return found, problems
+  first_spellings: dict[str, str] = {}
+  for name in sources:
+    canonical = _canonical(table, name)
+    first = first_spellings.setdefault(canonical, name)
+    buffer = next((b for b in table.buffers if _matches(b.source, canonical)), None)
+    if first != name:
+      matching.problems.append(
+        f"tensors {first} and {name}: two spellings of the same tensor {canonical}"
+      )
+    elif buffer is not None:
+      matching.buffers[name] = buffer
+    else:
+      _place(matching, name, _candidates(table, canonical))
+  problems = matching.problems + _without_counterpart(matching) + _used_wrongly(matching)
+  mapping = Mapping(
+    sources=sources,
+    targets=targets,
+    by_source={name: tuple(blocks) for name, blocks in matching.by_source.items()},
+    by_target={path: tuple(blocks) for path, blocks in matching.by_target.items()},
+    buffers=matching.buffers,
+  )
+  return mapping, problems
 
 
-def _uncovered(
-  table, sources, targets, by_source, by_target, reported, unknown, buffers
-) -> list[str]:
-  """Problems of tensors that go nowhere, go twice or go in part, and of parameters that stay empty
-  or are filled twice.
+def _place(matching: _Matching, name: str, candidates: list[_Candidate]) -> None:
+  """Adds the blocks of one tensor, or notes why it has none."""
+  spec, targets = matching.sources[name], matching.targets
+  present = [candidate for candidate in candidates if candidate.path in targets]
+  if not present:
+    paths = dict.fromkeys(candidate.path for candidate in candidates)
+    matching.unexpected[name] = list(paths)
+    return
+  fitting = []
+  for candidate in present:
+    left, right = _axes(candidate.row)
+    if len(left) == len(spec.shape) and len(right) == len(targets[candidate.path].shape):
+      fitting.append(candidate)
+  if not fitting:
+    alternatives = dict.fromkeys(repr(candidate.row.axes) for candidate in present)
+    _note_misfit(matching, name, present[0].path, f"expected axes {' or '.join(alternatives)}")
+  for candidate in fitting:
+    path = candidate.path
+    try:
+      block = _block(candidate, name, spec, targets[path])
+    except ValueError as error:
+      _note_misfit(matching, name, path, str(error))
+    else:
+      matching.by_source[name].append(block)
+      matching.by_target[path].append(block)
+
+
+def _note_misfit(matching: _Matching, name: str, path: str, reason: str) -> None:
+  shape, target = matching.sources[name].shape, matching.targets[path].shape
+  matching.problems.append(
+    f"tensor {name} {_show(shape)} does not fit parameter {path} {_show(target)}: {reason}"
+  )
+  matching.misfits.update((name, path))
+
+
+def _missing_tensors(matching: _Matching) -> dict[str, list[str]]:
+  """The parameters that the file fills in part or not at all, with the tensors that would fill
+  them.
   """
-  problems, missing, extra = [], {}, {name for name, _ in unknown}
-  for path, blocks in by_target.items():
-    have = {block.source for block in blocks}
-    if path not in reported and sum(_volume(b.target_box) for b in blocks) < math.prod(
-      targets[path].shape
-    ):
-      missing[path] = [
-        name for _, _, name in _names(table, path, targets[path]) if name not in have
-      ]
-  wanted = [name for names in missing.values() for name in names]
-  for name, paths in unknown:
-    tried = f"the network has no parameter {' or '.join(paths)}" if paths else "unknown name"
-    problems.append(
-      f"unexpected tensor {name} {_show(sources[name].shape)}:"
-      f" {tried}{_hint(name, wanted, len(problems))}"
-    )
+  missing = {}
+  for path, blocks in matching.by_target.items():
+    shape = matching.targets[path].shape
+    if path not in matching.misfits and not _covers((b.target_box for b in blocks), shape):
+      present = {block.source for block in blocks}
+      names = [name for _, name in _tensors_of(matching.table, path, shape)]
+      missing[path] = [name for name in names if name not in present]
+  return missing
+
+
+def _without_counterpart(matching: _Matching) -> list[str]:
+  """A line for every tensor without a parameter, and for every parameter without its tensors.
+
+  Each is a hint for the other: one of them may be misspelt.
+  """
+  problems: list[str] = []
+  missing = _missing_tensors(matching)
+  missing_names = [name for names in missing.values() for name in names]
+  for name, paths in matching.unexpected.items():
+    reason = f"the network has no parameter {' or '.join(paths)}" if paths else "unknown name"
+    shape, hint = matching.sources[name].shape, _hint(name, missing_names, len(problems))
+    problems.append(f"unexpected tensor {name} {_show(shape)}: {reason}{hint}")
   for path, names in missing.items():
-    where = f"expected tensor {', '.join(names)}" if names else "no row of the table names it"
-    hint = _hint(names[0], extra, len(problems)) if names else ""
-    problems.append(
-      f"parameter {path} {_show(targets[path].shape)} is not in the checkpoint: {where}{hint}"
-    )
-  for kind, side, specs, box in (
-    ("tensor", by_source, sources, 1),
-    ("parameter", by_target, targets, 3),
-  ):
-    for name, blocks in side.items():
-      boxes = [block[box] for block in blocks]
-      if any(_overlap(a, b) for k, a in enumerate(boxes) for b in boxes[:k]):
-        others = sorted({block[2 if box == 1 else 0] for block in blocks})
-        problems.append(f"{kind} {name}: the same elements belong to {' and '.join(others)}")
-      elif (
-        kind == "tensor"
-        and blocks
-        and name not in reported
-        and sum(map(_volume, boxes)) < math.prod(specs[name].shape)
-      ):
-        problems.append(
-          f"tensor {name} {_show(specs[name].shape)}: only a part of it is a parameter of the"
-          " network"
-        )
+    if names:
+      hint = _hint(names[0], matching.unexpected, len(problems))
+      reason = f"expected tensor {', '.join(names)}{hint}"
+    else:
+      reason = "no row of the table names it"
+    shape = matching.targets[path].shape
+    problems.append(f"parameter {path} {_show(shape)} is not in the checkpoint: {reason}")
   return problems
 
 
+def _used_wrongly(matching: _Matching) -> list[str]:
+  """A line for every tensor that is used twice or in part, and every parameter filled twice."""
+  problems = []
+  for name, blocks in matching.by_source.items():
+    boxes, shape = [block.source_box for block in blocks], matching.sources[name].shape
+    if _any_overlap(boxes):
+      problems.append(_shared("tensor", name, {block.target for block in blocks}))
+    elif blocks and name not in matching.misfits and not _covers(boxes, shape):
+      problems.append(
+        f"tensor {name} {_show(shape)}: only a part of it is a parameter of the network"
+      )
+  for path, blocks in matching.by_target.items():
+    if _any_overlap([block.target_box for block in blocks]):
+      problems.append(_shared("parameter", path, {block.source for block in blocks}))
+  return problems
+
+
+def _shared(kind: str, name: str, owners: set[str]) -> str:
+  return f"{kind} {name}: the same elements belong to {' and '.join(sorted(owners))}"
+
+
 def _hint(name: str, candidates: Iterable[str], count: int) -> str:
-  """A did-you-mean. Left out past the first problems: a wholly wrong file would take minutes to
-  compare.
+  """The most similar name, where one is similar enough.
+
+  Past `count` = 50 problems there are no hints: for a wholly wrong file they would take minutes.
   """
   close = get_close_matches(name, list(candidates), n=1, cutoff=0.8) if count < 50 else []
   return f" (similar: {close[0]})" if close else ""
 
 
 def _raise(table: Table, problems: list[str]) -> None:
+  """Raises the problems as one ConversionError, if there are any."""
   if problems:
-    head = f"{table.name}: {len(problems)} problem{'s' * (len(problems) > 1)} between the checkpoint and the network"
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    head = f"{table.name}: {count} between the checkpoint and the network"
     raise ConversionError("\n  ".join([head, *problems]))
 
 
 def plan(table: Table, sources: dict[str, Spec], targets: dict[str, Spec]) -> Mapping:
-  """Matches a file's tensors with a network's parameters, strictly: nothing left over on either
-  side.
+  """Matches a file's tensors with a network's parameters; nothing may be left over on either side.
 
   Args:
     table: the network's rows.
@@ -427,8 +579,8 @@ def plan(table: Table, sources: dict[str, Spec], targets: dict[str, Spec]) -> Ma
     targets: the parameters, by path.
 
   Raises:
-    ConversionError: with every unexpected tensor, empty parameter, shape that does not fit and
-      double spelling.
+    ConversionError: names every unexpected tensor, every empty parameter, every shape that does not
+      fit and every tensor that is there in two spellings.
   """
   mapping, problems = match(table, sources, targets)
   _raise(table, problems)
@@ -436,22 +588,29 @@ def plan(table: Table, sources: dict[str, Spec], targets: dict[str, Spec]) -> Ma
 
 
 def describe(mapping: Mapping) -> list[tuple[str, tuple[int, ...], str, str]]:
-  """(name, shape, dtype, where it goes) for every tensor, in the file's order."""
-
-  def place(block: Block) -> str:
-    box = list(zip(block.target_box, mapping.targets[block.target].shape))
-    parts = [
-      ":" if span == (0, n) else str(span[0]) if span[1] - span[0] == 1 else f"{span[0]}:{span[1]}"
-      for span, n in box
-    ]
-    return block.target + (f"[{', '.join(parts)}]" if set(parts) - {":"} else "")
-
-  def goes(name: str) -> str:
-    if name in mapping.buffers:
-      return "(buffer: dropped, made again on export)"
-    return ", ".join(place(block) for block in mapping.by_source[name]) or "(nowhere)"
-
+  """(name, shape, dtype, destination) of every tensor, in the file's order."""
   return [
-    (name, spec.shape, np.dtype(spec.dtype).name, goes(name))
+    (name, spec.shape, np.dtype(spec.dtype).name, _destination(mapping, name))
     for name, spec in mapping.sources.items()
   ]
+
+
+def _destination(mapping: Mapping, name: str) -> str:
+  """Where a tensor goes, in words."""
+  if name in mapping.buffers:
+    return "(buffer: dropped, made again on export)"
+  places = []
+  for block in mapping.by_source[name]:
+    shape = mapping.targets[block.target].shape
+    parts = [_index_text(span, size) for span, size in zip(block.target_box, shape)]
+    is_whole = all(part == ":" for part in parts)
+    places.append(block.target if is_whole else f"{block.target}[{', '.join(parts)}]")
+  return ", ".join(places) or "(nowhere)"
+
+
+def _index_text(span: tuple[int, int], size: int) -> str:
+  """A box's extent along an axis of this size, as an index is written in Python."""
+  start, stop = span
+  if span == (0, size):
+    return ":"
+  return str(start) if stop - start == 1 else f"{start}:{stop}"

@@ -1,12 +1,13 @@
-"""Moves values along a `Mapping`: parameters out of tensors (whole or by slices), and tensors out
-of parameters.
+"""Moves values along a `Mapping`: parameters out of tensors, whole or by slices, and tensors out of
+parameters.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from dancegrpo_jax.conversion.mapping import Box, Mapping, Piece, Read, Slices
+from dancegrpo_jax.conversion.mapping import Box, Mapping, Piece, Read, Slices, Spec
 from dancegrpo_jax.errors import ConversionError
 
 
@@ -27,65 +28,96 @@ def _bounds(index: Slices, shape: tuple[int, ...]) -> Box:
   return tuple(s.indices(n)[:2] for s, n in zip(index, shape))
 
 
+def _moved(box: Box, origin: Box) -> Box:
+  """A box relative to the start of another one."""
+  return tuple((start - first, stop - first) for (start, stop), (first, _) in zip(box, origin))
+
+
 def read_slice(mapping: Mapping, path: str, index: Slices) -> list[Piece]:
-  """Which slices of which tensors make `parameter[index]`; nothing outside it is read.
+  """Which slices of which tensors make `parameter[index]`.
 
   Args:
     mapping: from `plan`.
     path: the parameter.
-    index: one slice an axis, as a sharding gives it.
+    index: one slice for each axis, as a sharding gives it.
+
+  Returns:
+    The reads; nothing outside of `parameter[index]` is read.
   """
-  wanted, pieces = _bounds(index, mapping.targets[path].shape), []
+  requested, pieces = _bounds(index, mapping.targets[path].shape), []
   for block in mapping.by_target[path]:
-    common = tuple((max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(block.target_box, wanted))
+    common = tuple((max(a[0], b[0]), min(a[1], b[1])) for a, b in zip(block.target_box, requested))
     if any(start >= stop for start, stop in common):
       continue
-    box = list(block.source_box)
-    for axis, (start, stop), whole in zip(block.axes, common, block.target_box):
+    source_box = list(block.source_box)
+    for axis, (start, stop) in zip(block.axes, _moved(common, block.target_box)):
       if axis is not None:
-        first = box[axis][0] - whole[0]
-        box[axis] = (start + first, stop + first)
-    place = tuple((start - w[0], stop - w[0]) for (start, stop), w in zip(common, wanted))
-    pieces.append(Piece(block.source, _slices(tuple(box)), block.axes, _slices(place)))
+        first = source_box[axis][0]
+        source_box[axis] = (first + start, first + stop)
+    pieces.append(
+      Piece(
+        source=block.source,
+        read=_slices(tuple(source_box)),
+        axes=block.axes,
+        place=_slices(_moved(common, requested)),
+      )
+    )
   return pieces
 
 
-def import_slice(mapping: Mapping, path: str, index: Slices, read: Read, dtype=None) -> np.ndarray:
-  """`parameter[index]`, C-contiguous, in `dtype` (None: the parameter's own).
+def import_slice(
+  mapping: Mapping, path: str, index: Slices, read: Read, dtype: Any = None
+) -> np.ndarray:
+  """`parameter[index]`, C-contiguous.
+
+  Args:
+    mapping: from `plan`.
+    path: the parameter.
+    index: one slice for each axis.
+    read: (tensor name, slices) -> that part of the tensor.
+    dtype: of the result; None is the parameter's dtype.
 
   Raises:
-    ConversionError: `read` handed back another shape than the plan was made for.
+    ConversionError: `read` returned another shape than the mapping was made for.
   """
   dtype = np.dtype(mapping.targets[path].dtype if dtype is None else dtype)
   shape = tuple(_lengths(_bounds(index, mapping.targets[path].shape)))
   pieces = read_slice(mapping, path, index)
-  out = None
+  result = None
   for piece in pieces:
     value = read(piece.source, piece.read)
     if value.shape != tuple(s.stop - s.start for s in piece.read):
       raise ConversionError(
         f"tensor {piece.source}: read {value.shape}, expected {piece.read}; has the file changed?"
       )
-    axes = [a for a in piece.axes if a is not None]
-    rest = [a for a in range(value.ndim) if a not in axes]  # of length 1
-    value = value.transpose(axes + rest).reshape([s.stop - s.start for s in piece.place])
-    if value.shape == shape:  # all of it: no buffer to gather in
+    axes = [axis for axis in piece.axes if axis is not None]
+    units = [axis for axis in range(value.ndim) if axis not in axes]  # of length 1
+    value = value.transpose(axes + units).reshape([s.stop - s.start for s in piece.place])
+    if value.shape == shape:  # the whole slice: no array to gather pieces in is needed
       return np.asarray(value, dtype, order="C")
-    out = np.empty(shape, dtype) if out is None else out
-    out[piece.place] = value
-  return np.empty(shape, dtype) if out is None else out
+    result = np.empty(shape, dtype) if result is None else result
+    result[piece.place] = value
+  return np.empty(shape, dtype) if result is None else result
 
 
-def import_tree(mapping: Mapping, read: Read, dtype=None) -> dict[str, np.ndarray]:
+def import_tree(mapping: Mapping, read: Read, dtype: Any = None) -> dict[str, np.ndarray]:
   """All parameters, whole, by path."""
   whole = {path: (slice(None),) * len(spec.shape) for path, spec in mapping.targets.items()}
   return {path: import_slice(mapping, path, index, read, dtype) for path, index in whole.items()}
 
 
+def _arange(spec: Spec) -> np.ndarray:
+  """position_ids: [1, n] of 0 .. n - 1."""
+  return np.arange(np.prod(spec.shape), dtype=spec.dtype).reshape(spec.shape)
+
+
+_MAKE = {"arange": _arange}  # how a `Buffer` is made again
+
+
 def export_tensor(
   mapping: Mapping, name: str, read: Callable[[str, Slices], np.ndarray]
 ) -> np.ndarray:
-  """One tensor of the file, in the dtype that the plan has for it.
+  """One tensor of the file, in the dtype that the mapping has for it.
 
   Args:
     mapping: from `plan`.
@@ -95,14 +127,14 @@ def export_tensor(
   spec = mapping.sources[name]
   if name in mapping.buffers:
     return _MAKE[mapping.buffers[name].make](spec)
-  out = np.empty(spec.shape, spec.dtype)
+  tensor = np.empty(spec.shape, spec.dtype)
   for block in mapping.by_source[name]:
     value = np.asarray(read(block.target, _slices(block.target_box)))
-    axes = [a for a in block.axes if a is not None]
+    axes = [axis for axis in block.axes if axis is not None]
     lengths = _lengths(block.source_box)
-    value = value.reshape([lengths[a] for a in axes]).transpose(np.argsort(axes))
-    out[_slices(block.source_box)] = value.reshape(lengths)
-  return out
+    value = value.reshape([lengths[axis] for axis in axes]).transpose(np.argsort(axes))
+    tensor[_slices(block.source_box)] = value.reshape(lengths)
+  return tensor
 
 
 def export_tree(mapping: Mapping, params: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -111,9 +143,3 @@ def export_tree(mapping: Mapping, params: dict[str, np.ndarray]) -> dict[str, np
     name: export_tensor(mapping, name, lambda path, index: params[path][index])
     for name in mapping.sources
   }
-
-
-# How a buffer is made again. arange: position_ids, [1, n] of 0 .. n - 1.
-_MAKE = {
-  "arange": lambda spec: np.arange(np.prod(spec.shape), dtype=spec.dtype).reshape(spec.shape)
-}

@@ -1,16 +1,20 @@
-"""Command: checkpoints out, in, and looked into.
+"""Command: inspects, exports and imports checkpoints.
 
     python -m dancegrpo_jax.convert inspect FOLDER [--config=...]
     python -m dancegrpo_jax.convert export --config=... --checkpoint=runs/x --out=DIR
-    [--part=denoiser|lora] [--weights=ema|raw]
+        [--part=denoiser|lora] [--weights=ema|raw]
     python -m dancegrpo_jax.convert import --config=... --out=DIR
 
-inspect: every tensor's name, shape, dtype and parameter, and all that does not fit. FOLDER is a
-diffusers pipeline (model_index.json) or one network's folder (config.json and safetensors); with a
-config, also a checkpoint or network of the family and the rewards that it names as module:object.
-export: a trained model in its base's layout (diffusers'), or its adapters as a LoRA file.
-import: the config's base model as an Orbax tree, for repeated starts; `config.model.checkpoint`
-takes it.
+`inspect` prints every tensor's name, shape, dtype and parameter, and whatever does not fit. FOLDER
+is a diffusers pipeline (model_index.json) or one network's folder (config.json and safetensors).
+With a config, it may also be a checkpoint or network of the family and the rewards that the config
+names as module:object.
+
+`export` writes a trained model in its base's layout, which for the families of this package is
+diffusers', or its adapters as a LoRA file.
+
+`import` writes the config's base model as an Orbax tree, which is faster to start from. The new
+folder can be used as `config.model.checkpoint`.
 """
 
 import argparse
@@ -31,11 +35,11 @@ from dancegrpo_jax.settings import command_line, config_file
 
 
 class Known(NamedTuple):
-  """What can be looked into.
+  """What `inspect` knows.
 
   Attributes:
     networks: by class.
-    folders: those with networks in a checkpoint that is no diffusers pipeline.
+    folders: of the networks in a checkpoint that is no diffusers pipeline.
   """
 
   networks: dict[str, Network] = NETWORKS
@@ -43,8 +47,13 @@ class Known(NamedTuple):
 
 
 def known_with(path: str) -> Known:
-  """The networks of this package and, where a config file is given, those of its own family and
-  rewards. ConfigError: it can't be read, or names what is not there.
+  """The networks of this package and, where a config is given, of the config's family and rewards.
+
+  Args:
+    path: of the config file, with its preset; "" for none.
+
+  Raises:
+    ConfigError: the config can't be read, or names a family or reward that isn't there.
   """
   if not path:
     return Known()
@@ -52,33 +61,33 @@ def known_with(path: str) -> Known:
   names = dict.fromkeys(kinds.reward_of(term) for term, _ in config.reward.terms)
   try:
     family = families.family_of(config.model.family)
-    own = [family.networks, *(kinds.kind_of(name).networks for name in names)]
+    added = [family.networks, *(kinds.kind_of(name).networks for name in names)]
   except ValueError as error:
     raise errors.ConfigError(str(error)) from error
-  networks = {name: network for each in own for name, network in each.items()}
-  return Known(NETWORKS | networks, () if family.index else family.layout.networks)
+  networks = dict(NETWORKS)
+  for each in added:
+    networks |= each
+  return Known(networks=networks, folders=() if family.index_file else family.layout.networks)
 
 
 def components(folder: Path, known: Known) -> tuple[list[Path], list[str]]:
-  """The folders of the networks in a checkpoint, and lines on what is left out.
+  """The folders of the networks in a checkpoint, and a line for each part that is left out.
 
   Raises:
-    ConversionError: neither a pipeline nor a network.
+    ConversionError: the folder is neither a pipeline nor a network.
   """
   if (folder / "config.json").is_file():
     return [folder], []
-  own = [folder / place for place in known.folders]
-  if own and all((place / "config.json").is_file() for place in own):
-    return own, []
+  places = [folder / place for place in known.folders]
+  if places and all((place / "config.json").is_file() for place in places):
+    return places, []
   if not (folder / INDEX).is_file():
-    found = (
-      ", ".join(sorted(path.name for path in folder.iterdir()))
-      if folder.is_dir()
-      else "no such folder"
-    )
+    content = "no such folder"
+    if folder.is_dir():
+      content = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
     expected = f"{INDEX} (a diffusers pipeline) or config.json (one network)"
     raise ConversionError(
-      f"{folder}: not a checkpoint folder; expected {expected}; found: {found or 'nothing'}"
+      f"{folder}: not a checkpoint folder; expected {expected}; found: {content}"
     )
   index = weights.read_config(folder, INDEX)
   parts = {
@@ -86,8 +95,8 @@ def components(folder: Path, known: Known) -> tuple[list[Path], list[str]]:
     for name, value in index.items()
     if isinstance(value, list) and len(value) == 2 and value[1]
   }
-  found = [folder / name for name, kind in parts.items() if kind in known.networks]
-  return found, [
+  folders = [folder / name for name, kind in parts.items() if kind in known.networks]
+  return folders, [
     f"{name} ({kind}): not a network that is converted"
     for name, kind in parts.items()
     if kind not in known.networks
@@ -95,7 +104,14 @@ def components(folder: Path, known: Known) -> tuple[list[Path], list[str]]:
 
 
 def inspect(args: argparse.Namespace) -> int:
-  """Prints the mapping of every network in the folder, then every problem."""
+  """Prints the mapping of every network in the folder, then every problem.
+
+  Returns:
+    The exit code: 2 if there are problems, else 0.
+
+  Raises:
+    ConfigError, ConversionError: there is nothing to inspect.
+  """
   known = known_with(args.config)
   folders, skipped = components(installation.find(args.folder), known)
   problems = []
@@ -106,7 +122,7 @@ def inspect(args: argparse.Namespace) -> int:
       targets = weights.specs(abstract_params(config, known.networks))
       table = known.networks[name].table
       with weights.open_reader(folder, args.variant, stem=table.file) as reader:
-        mapping, found = match(table, reader.specs, targets)
+        mapping, misfits = match(table, reader.specs, targets)
     except ConversionError as error:
       message = str(error)
       problems.append(message if str(folder) in message else f"{folder}: {message}")
@@ -115,14 +131,13 @@ def inspect(args: argparse.Namespace) -> int:
     for tensor, shape, dtype, target in describe(mapping):
       print(f"{tensor}\t{list(shape)}\t{dtype}\t{target}")
     for tensor in sorted(reader.specs.keys() - mapping.sources.keys()):
-      print(f"# {tensor}: left out, a copy or another network's")
-    problems += [f"{folder}: {problem}" for problem in found]
+      print(f"# {tensor}: left out; it is a copy or belongs to another network")
+    problems += [f"{folder}: {misfit}" for misfit in misfits]
   for line in skipped:
     print(f"# {line}")
   if problems:
-    print(
-      f"{len(problems)} problem{'s' * (len(problems) > 1)}:", *problems, sep="\n  ", file=sys.stderr
-    )
+    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+    print(f"{count}:", *problems, sep="\n  ", file=sys.stderr)
   return 2 if problems else 0
 
 
@@ -136,43 +151,44 @@ def export(argv: Sequence[str]) -> None:
       "--part",
       default="",
       choices=("", "pipeline", "denoiser", "lora"),
-      help="all of it, the trained network (with adapters merged in), or adapters alone, the"
-      " default where they were trained",
+      help="the whole pipeline, the trained network (with adapters merged in), or only the"
+      " adapters, which is the default where adapters were trained",
     )
     parser.add_argument(
       "--weights",
       default="",
       choices=("", "ema", "raw"),
-      help="default: averaged where the run kept them",
+      help="default: the averaged weights where the checkpoint has them",
     )
 
   line = command_line.parse_argv(
     argv, "Write a trained model as a folder in its base's layout.", add_flags
   )
-  from dancegrpo_jax.convert import folders  # after the flags: a misspelt one is answered at once
+  # Imported after the flags have been read, so that a misspelt flag is reported at once.
+  from dancegrpo_jax.convert import folders
 
+  flags = line.flags
   _converted(
     lambda: folders.export(
-      line.config, line.flags.checkpoint, Path(line.flags.out), line.flags.part, line.flags.weights
+      line.config, flags.checkpoint, Path(flags.out), part=flags.part, kind=flags.weights
     )
   )
 
 
 def import_checkpoint(argv: Sequence[str]) -> None:
   """Reads the flags of `import` and runs it. ConfigError as `folders.import_checkpoint`."""
-  line = command_line.parse_argv(
-    argv,
-    "Write a base model as an Orbax tree.",
-    lambda parser: parser.add_argument(
-      "--out", required=True, help="folder to write; must not exist"
-    ),
-  )
-  from dancegrpo_jax.convert import folders
+
+  def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", required=True, help="folder to write; must not exist")
+
+  line = command_line.parse_argv(argv, "Write a base model as an Orbax tree.", add_flags)
+  from dancegrpo_jax.convert import folders  # late, as in `export`
 
   _converted(lambda: folders.import_checkpoint(line.config, Path(line.flags.out)))
 
 
 def _converted(run: Callable[[], None]) -> None:
+  """Calls `run`, and turns its ConversionError into a ConfigError."""
   try:
     run()
   except ConversionError as error:
@@ -183,12 +199,12 @@ WITH_CONFIG = {"export": export, "import": import_checkpoint}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-  """Runs one subcommand; returns the exit code (2 after a mistake)."""
+  """Runs one subcommand and returns the exit code, which is 2 after a mistake."""
   argv = sys.argv[1:] if argv is None else argv
   if argv and argv[0] in WITH_CONFIG:
     return command_line.exit_on_mistake(lambda: WITH_CONFIG[argv[0]](argv[1:]))
   parser = argparse.ArgumentParser(
-    prog=command_line.program(), description="Checkpoints out, in, and looked into."
+    prog=command_line.program(), description="Inspect, export or import checkpoints."
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   commands.add_parser("export", help="a trained model as a folder; see export --help")

@@ -1,7 +1,7 @@
-"""Whole checkpoint folders: a trained model written in its base's layout, which for the families of
-this package is diffusers', and a base model written once as an Orbax tree.
+"""Writes whole checkpoint folders: a trained model in its base's layout, which for the families of
+this package is diffusers', and a base model as an Orbax tree.
 
-Both appear under their name when they are complete, and neither ever replaces anything.
+A folder appears under its name when it is complete, and never replaces anything.
 """
 
 import contextlib
@@ -29,32 +29,34 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".safete
 
 
 def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> None:
-  """Writes a trained model as a folder in its base's layout, or as a LoRA file, float32.
+  """Writes a trained model as a folder in its base's layout, or as a LoRA file, in float32.
 
   Args:
     config: of the run.
-    name: a workdir, or a folder of checkpoints; the last one is taken.
-    out: where to; must not exist, or be empty.
-    part: "pipeline": the trained network with the base's other files, which of the families of this
-      package diffusers' `from_pretrained` takes; "denoiser": its folder alone, for the network's
-      own `from_pretrained`;
-      "lora": the adapters as pytorch_lora_weights.safetensors, for `load_lora_weights` on the
-      base's pipeline; "": "lora" where the run trained adapters, which the others merge into the
-      weights, else "pipeline".
-    kind: "ema", "raw", or "" for the averaged weights where the checkpoint keeps them.
+    name: a workdir, or a folder of checkpoints; the last checkpoint is taken.
+    out: where to write; must not exist, or be empty.
+    part: one of
+      - "pipeline": the trained network with the base's other files. For the families of this
+        package, `from_pretrained` of a diffusers pipeline loads it.
+      - "denoiser": the folder of the trained network, for the network's own `from_pretrained`.
+      - "lora": the adapters as pytorch_lora_weights.safetensors, for `load_lora_weights` of the
+        base's pipeline. The other parts have the adapters merged into the weights.
+      - "": "lora" where the run trained adapters, else "pipeline".
+    kind: "ema", "raw", or "" for the averaged weights where the checkpoint has them.
 
   Raises:
-    ConfigError: `out` is taken, or a checkpoint can't be used.
+    ConfigError: `out` exists already, or a checkpoint can't be used.
   """
   check_free(out)
   checks.validate(config, num_devices=jax.device_count())
-  part = part or ("lora" if config.lora.rank else "pipeline")
+  if not part:
+    part = "lora" if config.lora.rank else "pipeline"
   if part == "lora" and not config.lora.rank:
     raise ConfigError(
       "--part=lora: this config trains every weight (lora.rank = 0); use pipeline or denoiser"
     )
   sampling.check_lora(config, name)
-  base, index = loading.checkpoint_folder(config), loading.family_of(config).index
+  base, index = loading.checkpoint_folder(config), loading.family_of(config).index_file
   if part == "pipeline" and index and not (base / index).is_file():
     raise ConfigError(
       f"{base}: has no {index}, so the pipeline's class is unknown; export it with --part=denoiser"
@@ -64,23 +66,17 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
     _check_folders(pipeline)
   component = pipeline.components["denoiser"]
   shardings = loading.shardings_of(config, pipeline, mesh)
-  trainable = pipeline.trainable
-  abstract = component.abstract if pipeline.adapters is None else pipeline.adapters
   _note_base(config, name)
   with jax.set_mesh(mesh), written(out) as folder:
-    trained = sampling.restore_weights(
-      name, {trainable: components.placed(abstract, shardings[trainable])}, kind
-    )[trainable]
+    trained = _restore(name, pipeline, shardings, kind)
     if part == "lora":
       weights.save_lora(folder, component.table, lora.scaled(trained, _scale(config)))
     else:
-      target = folder if part == "denoiser" else folder / component.folder
-      whole = _whole(config, pipeline, trained, shardings)
       weights.save(
-        target,
+        folder if part == "denoiser" else folder / component.folder,
         component.table,
-        whole,
-        weights.read_config(base / component.folder),
+        _whole(config, pipeline, trained, shardings),
+        config_json=weights.read_config(base / component.folder),
         dtype="float32",
       )
     if part == "pipeline":
@@ -93,27 +89,41 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
   print(f"{part} of {name}: {out}")
 
 
+def _restore(name: str, pipeline: Pipeline, shardings: dict[str, PyTree], kind: str) -> PyTree:
+  """The trained parameters of a run's last checkpoint: the denoiser's, or its adapters."""
+  abstract = pipeline.adapters
+  if abstract is None:
+    abstract = pipeline.components["denoiser"].abstract
+  trainable = pipeline.trainable
+  placed = components.placed(abstract, shardings[trainable])
+  return sampling.restore_weights(name, {trainable: placed}, kind)[trainable]
+
+
 def _whole(
   config: ConfigDict, pipeline: Pipeline, trained: PyTree, shardings: dict[str, PyTree]
 ) -> PyTree:
-  """The denoiser's parameters: what was trained, or the base that it was trained over with the
-  adapters merged in.
+  """The denoiser's parameters: the trained ones, or those of the base with the trained adapters
+  merged in.
   """
   if pipeline.adapters is None:
     return trained
-  location, model = loading.model_location(config), config.model
-  base = components.read_component(
-    location,
-    pipeline.components["denoiser"],
-    shardings["denoiser"],
-    model.variant,
-    model.allow_pickle,
-  )
+  base = _read(config, pipeline.components["denoiser"], shardings["denoiser"])
   return lora.merged(base, trained, _scale(config))
 
 
+def _read(config: ConfigDict, component: Component, sharding: PyTree) -> PyTree:
+  """One network's parameters from config.model.checkpoint."""
+  return components.read_component(
+    loading.model_location(config),
+    component,
+    sharding,
+    variant=config.model.variant,
+    allow_pickle=config.model.allow_pickle,
+  )
+
+
 def _scale(config: ConfigDict) -> float:
-  """How often the adapters of a run that trained some count."""
+  """The factor of the adapters' product, alpha / rank, in a run that trains adapters."""
   adapters = loading.lora_of(config)
   assert adapters is not None
   return adapters.scale
@@ -123,18 +133,23 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
   """Reads config.model.checkpoint and writes all its networks as one Orbax tree beside its JSON
   files and tokenizers.
 
-  `config.model.checkpoint` takes the folder; dtypes are those of this config. Errors as `export`.
+  The new folder can be used as `config.model.checkpoint`. Its dtypes are those of this config.
+
+  Args:
+    config: of a run that would start from the checkpoint.
+    out: where to write; must not exist, or be empty.
+
+  Raises:
+    ConfigError: `out` exists already, or the checkpoint can't be used.
   """
   check_free(out)
   checks.validate(config, num_devices=jax.device_count())
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   _check_folders(pipeline)
-  shardings, location = loading.shardings_of(config, pipeline, mesh), loading.model_location(config)
+  shardings = loading.shardings_of(config, pipeline, mesh)
   with jax.set_mesh(mesh), written(out) as folder:
     trees = {
-      component.folder: components.read_component(
-        location, component, shardings[key], config.model.variant, config.model.allow_pickle
-      )
+      component.folder: _read(config, component, shardings[key])
       for key, component in pipeline.components.items()
     }
     with store.Saver(folder / hub.ORBAX, keep=1) as saver:
@@ -143,26 +158,26 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
     _copy_files(config, base, folder)
     for component in pipeline.components.values():
       _copy(base / component.folder / "config.json", folder / component.folder / "config.json")
-    index = loading.family_of(config).index
+    index = loading.family_of(config).index_file
     if index and (base / index).is_file():
       _copy(base / index, folder / index)
   print(f"{config.model.checkpoint}: {out}; use it with --config.model.checkpoint={out}")
 
 
 def _check_folders(pipeline: Pipeline) -> None:
-  """ConfigError where two networks lie in one folder: one would be written over the other."""
+  """Raises ConfigError where two networks share a folder: one would be written over the other."""
   owners: dict[str, str] = {}
   for name, component in pipeline.components.items():
     other = owners.setdefault(str(Path(component.folder)), name)
     if other != name:
       raise ConfigError(
         f"the networks {other} and {name} share the folder {component.folder!r} of the checkpoint,"
-        " which can be read and not written; --part=denoiser and --part=lora are possible"
+        " which can be read but not written; use --part=denoiser or --part=lora"
       )
 
 
 def check_free(out: Path) -> None:
-  """ConfigError where a folder can't be written under this name."""
+  """Raises ConfigError where a folder can't be written under this name."""
   if out.is_dir() and any(out.iterdir()):
     raise ConfigError(
       f"--out={out}: exists and is not empty; name a new folder, or remove it first"
@@ -174,8 +189,8 @@ def check_free(out: Path) -> None:
 
 @contextlib.contextmanager
 def written(out: Path) -> Iterator[Path]:
-  """A temporary folder beside `out` that gets its name when the block ends well, and vanishes when
-  it does not.
+  """A temporary folder beside `out`. It gets the name `out` when the block ends without an error,
+  and is removed when it does not.
   """
   temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
   temporary.mkdir(parents=True)
@@ -187,13 +202,14 @@ def written(out: Path) -> Iterator[Path]:
 
 
 def _note_base(config: ConfigDict, name: str) -> None:
-  """A line where the run's base has another name than the config's: the folders copied must be of
-  the same model.
+  """Prints a note where the run started from another checkpoint than the config names.
+
+  The folders that are copied must be of the same model.
   """
   ran_with = store.read_meta(sampling.checkpoints(name))["config"]["model"]["checkpoint"]
   if ran_with != config.model.checkpoint:
     print(
-      f"note: {name} was trained from {ran_with!r}; the rest is taken from"
+      f"note: {name} was trained from {ran_with!r}; its other folders are copied from"
       f" {config.model.checkpoint!r}"
     )
 
@@ -204,14 +220,16 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
-  """What the base has beside networks of ours: the files of its layout, each with its folder, as
-  scheduler and tokenizer, and what else its index names (as feature_extractor).
+  """Copies what the base has beside its networks: the files of its layout, each with its folder, as
+  scheduler and tokenizer, and the other folders that its index names, as feature_extractor.
   """
   layout = loading.family_of(config).layout
   files = [Path(file) for file in (*layout.files.values(), *hub.tokenizer_files(layout))]
   names = {str(file.parent) for file in files if file.parent != Path()}
-  if layout.index and (base / layout.index).is_file():
-    names |= {key for key in weights.read_config(base, layout.index) if not key.startswith("_")}
+  if layout.index_file and (base / layout.index_file).is_file():
+    names |= {
+      key for key in weights.read_config(base, layout.index_file) if not key.startswith("_")
+    }
   for name in sorted(names - set(layout.networks)):
     if (base / name).is_dir():
       shutil.copytree(base / name, folder / name)  # follows the links of the hub's cache
@@ -223,28 +241,26 @@ def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
 def _copy_network(
   config: ConfigDict, base: Path, component: Component, sharding, target: Path
 ) -> None:
-  """A frozen network: its weight file as it is, under the plain name; from anything but one file,
-  read and written anew.
+  """Copies a frozen network. A single weight file is copied as it is, under the plain name; weights
+  in any other form are read and written anew.
   """
-  location = loading.model_location(config)
-  stored = not is_random(location) and any((base / component.folder).glob("*.safetensors"))
-  place, variant, stem = base / component.folder, config.model.variant, component.table.file
-  files = find_files(place, variant, stem) if stored else []
+  source, stem = base / component.folder, component.table.file
+  files = []
+  if not is_random(loading.model_location(config)) and any(source.glob("*.safetensors")):
+    files = find_files(source, config.model.variant, stem)
   if len(files) == 1:
-    _copy(files[0], target / f"{component.table.file}.safetensors")
-  else:  # shards, pickles, an Orbax tree, random ones
-    tree = components.read_component(
-      location, component, sharding, config.model.variant, config.model.allow_pickle
-    )
-    weights.save(target, component.table, tree)
-  for path in (base / component.folder).iterdir():
+    _copy(files[0], target / f"{stem}.safetensors")
+  else:  # shards, pickles, an Orbax tree, random weights
+    weights.save(target, component.table, _read(config, component, sharding))
+  for path in source.iterdir():
     if path.is_file() and not path.name.endswith(_WEIGHTS) and ".index." not in path.name:
       _copy(path, target / path.name)
 
 
 def _write_index(base: Path, folder: Path, name: str) -> None:
-  """model_index.json without the parts whose folders aren't there: the hub's safety checker isn't
-  fetched, for example.
+  """Writes model_index.json without the parts whose folders aren't there.
+
+  The hub's safety checker, for example, is not fetched.
   """
   index = weights.read_config(base, name)
   for part, value in index.items():

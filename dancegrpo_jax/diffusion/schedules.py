@@ -84,11 +84,16 @@ def diffusion_schedule(
   return _schedule(np.append(times, 0), np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar))
 
 
-def flow_schedule(steps: int, shift: float, num_train_timesteps: int = 1000) -> Schedule:
+def flow_schedule(steps: int, shift: float = 1.0, num_train_timesteps: int = 1000) -> Schedule:
   """Grid of a rectified-flow model: alpha = 1 - sigma, sigma from 1 to 0.
 
   sigma = k s / (1 + (k - 1) s) with s = linspace(1, 0, N + 1) and the time shift k (arXiv
   2403.03206, eq. 23). The model time is sigma * num_train_timesteps, not truncated to an integer.
+
+  Args:
+    steps: N, network calls a sample.
+    shift: k; above 1 there are more steps at high noise.
+    num_train_timesteps: the model time of pure noise; 1 for a network whose time is sigma itself.
 
   Raises:
     ValueError: fewer than one step, or a shift that isn't positive.
@@ -163,13 +168,12 @@ def _training_times(
     raise ValueError(
       f"steps is {steps}, must lie between 1 and num_train_timesteps = {num_train_timesteps}"
     )
+  times: np.ndarray
   if spacing == "leading":
     times = np.arange(steps)[::-1] * (num_train_timesteps // steps) + steps_offset
   elif spacing == "trailing":
-    times = (
-      np.round(num_train_timesteps - np.arange(steps) * (num_train_timesteps / steps)).astype(int)
-      - 1
-    )
+    exact = num_train_timesteps - np.arange(steps) * (num_train_timesteps / steps)
+    times = np.round(exact).astype(int) - 1
   elif spacing == "linspace":
     times = np.round(np.linspace(0, num_train_timesteps - 1, steps)).astype(int)[::-1]
   else:

@@ -1,18 +1,20 @@
 """One denoising step as a Gaussian p(x_next | x): the policy of the reinforcement learning.
 
-A step goes from (alpha, sigma) to (alpha', sigma'), a `Point` of the grid. Written for ONE sample
-(callers vmap), scalars for the noise levels; float32 throughout. With std 0 a step is
-deterministic.
+A step goes from (alpha, sigma) to (alpha', sigma'), a `Point` of the grid. The functions take ONE
+sample, with scalars for the noise levels, and callers vmap them. Everything is float32. A step with
+std 0 is deterministic.
 
 | kind | step | source |
 | --- | --- | --- |
 | ode | Euler step of the probability flow; DDIM with eta = 0 | |
-| dance | reverse SDE with stochasticity e | DanceGRPO, arXiv 2505.07818, eq. (7) diffusion, eq. (8)
-rectified flow | | flow | the same with a noise level that falls with time; rectified flow alone |
-Flow-GRPO, arXiv 2505.05470 | | ddim | the posterior q(x' | x, x0), its std times eta | arXiv
-2010.02502, eq. (12), (16) | | cps | keeps both coefficients: alpha' x0 + sigma' (noise of which a
-part is fresh) | Flow-CPS, arXiv 2509.05952 | | x0hat | jump to the clean estimate | |
+| dance | reverse SDE with stochasticity e | DanceGRPO, arXiv 2505.07818, eq. (7) and (8) |
+| flow | the same, with a noise level that falls with time | Flow-GRPO, arXiv 2505.05470 |
+| ddim | the posterior q(x' given x and x0), its std times eta | arXiv 2010.02502, eq. (12), (16) |
+| cps | alpha' x0 + sigma' noise, of which a part is fresh | Flow-CPS, arXiv 2509.05952 |
+| x0hat | jump to the clean estimate | |
 | dpm++ | DPM-Solver++(2M), deterministic, second order | arXiv 2211.01095, algorithm 2 |
+
+Eq. (7) of dance is for diffusion, eq. (8) for rectified flow. flow is for rectified flow alone.
 """
 
 from typing import NamedTuple
@@ -56,7 +58,9 @@ class History(NamedTuple):
 def empty_history(x: Float[Array, "*shape"]) -> History:
   """The history before the first step, and after a stochastic one."""
   return History(
-    jnp.zeros_like(x, dtype=jnp.float32), jnp.zeros((), jnp.float32), jnp.zeros((), bool)
+    m_prev=jnp.zeros_like(x, dtype=jnp.float32),
+    lambda_prev=jnp.zeros((), jnp.float32),
+    valid=jnp.zeros((), bool),
   )
 
 
@@ -120,12 +124,10 @@ def transition(
     return _deterministic(_euler(point, x, prediction) if is_flow else _renoise(point, prediction))
   if kind == "ddim":
     return _ddim(noise_level, point, prediction)
+  if kind == "dance" and is_flow:
+    return _flow_sde(noise_level, point, x, prediction)
   if kind == "dance":
-    return (
-      _flow_sde(noise_level, point, x, prediction)
-      if is_flow
-      else _dance_diffusion(noise_level, point, prediction)
-    )
+    return _dance_diffusion(noise_level, point, prediction)
   if kind == "flow":
     return _flow_sde(noise_level * _flow_grpo_scale(point), point, x, prediction)
   if kind == "cps":
@@ -190,9 +192,8 @@ def check_kl(mode: str, kind: str, prediction_type: str) -> None:
     raise ValueError(f"KL mode is {mode!r}, must be one of {', '.join(KL_MODES)}")
   if mode == "no_dt" and (kind not in ("dance", "flow") or prediction_type != "velocity"):
     raise ValueError(
-      "KL mode 'no_dt' needs a std with a factor sqrt(dt): dance or flow with a velocity"
-      f" network, not {kind} with "
-      f"{prediction_type}; use exact"
+      "KL mode 'no_dt' needs a std with a factor sqrt(dt): dance or flow with a velocity network,"
+      f" not {kind} with {prediction_type}; use exact"
     )
   if mode == "velocity_mse" and prediction_type != "velocity":
     raise ValueError(
@@ -320,10 +321,9 @@ def _fresh_noise(share: ScalarLike, point: Point, prediction: Prediction) -> Tra
   """alpha' x0 + sqrt(sigma'^2 - std^2) eps with std = share * sigma': part of the noise is replaced
   by fresh noise.
   """
-  kept = point.sigma_next * jnp.sqrt(jnp.maximum(1.0 - jnp.square(share), 0.0))
-  return Transition(
-    point.alpha_next * prediction.x0 + kept * prediction.eps, jnp.float32(share) * point.sigma_next
-  )
+  unchanged = point.sigma_next * jnp.sqrt(jnp.maximum(1.0 - jnp.square(share), 0.0))
+  mean = point.alpha_next * prediction.x0 + unchanged * prediction.eps
+  return Transition(mean, jnp.float32(share) * point.sigma_next)
 
 
 def _log_snr(alpha: Float[Array, ""], sigma: Float[Array, ""]) -> Float[Array, ""]:

@@ -25,11 +25,8 @@ def size(config_window: Any, policy_steps: int) -> int:
     raise ValueError(
       f"window.size is {config_window.size}, must lie between 0 and the {policy_steps} policy steps"
     )
-  if (
-    config_window.size
-    and config_window.mode != "random"
-    and not 0 <= config_window.start <= policy_steps - width
-  ):
+  has_start = config_window.size and config_window.mode != "random"
+  if has_start and not 0 <= config_window.start <= policy_steps - width:
     raise ValueError(
       f"window.start is {config_window.start}, must lie between 0 and {policy_steps - width} for"
       f" {width} of {policy_steps} steps"
@@ -42,10 +39,12 @@ def window(
 ) -> Int[Array, ""]:
   """First step of the window in this iteration, 0 <= start <= policy_steps - K.
 
-  fixed: `start`. random: uniform over all positions, new each iteration. sliding: `start` at
-    iteration 0, `stride` further each
-  `interval` iterations; a move that would leave the grid stops at the last position, so that the
-  last steps are trained too, and the move after that wraps to 0.
+  Modes:
+    fixed: the window stays at `start`.
+    random: it is drawn anew in each iteration, uniformly over all positions.
+    sliding: it begins at `start` and moves by `stride` every `interval` iterations. A move that
+      would leave the grid stops at the last position, so that the last steps are trained too, and
+      the move after that goes back to 0.
 
   Args:
     config_window: has size, mode, start, stride and interval (the config's sampler.window).

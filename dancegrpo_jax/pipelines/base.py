@@ -110,7 +110,7 @@ class Family(NamedTuple):
     options: `(config) -> options`, the keyword arguments of `build` beside the common settings.
     text_length: `(jsons) -> tokens`, the length of a tokenised text, for plans of checkpoints
       without tokenizers.
-    index: `layout.INDEX` where its checkpoints are diffusers pipelines; "" for another layout.
+    index_file: `layout.INDEX` where its checkpoints are diffusers pipelines; "" for another layout.
   """
 
   files: dict[str, str]
@@ -120,14 +120,14 @@ class Family(NamedTuple):
   networks: dict[str, Network]
   options: Callable[[ConfigDict], dict[str, Any]] = no_options
   text_length: Callable[[dict[str, dict]], int] = lambda jsons: 77
-  index: str = ""
+  index_file: str = ""
 
   @property
   def layout(self) -> Layout:
     """The files of its checkpoints."""
     stems = dict.fromkeys(network.table.file for network in self.networks.values())
     layout = layout_of(self.files, self.tokenizers)
-    return layout._replace(index=self.index, stems=tuple(stems) or STEMS)
+    return layout._replace(index_file=self.index_file, stems=tuple(stems) or STEMS)
 
 
 def adapted(pipeline: Pipeline, settings: Lora | None) -> Pipeline:

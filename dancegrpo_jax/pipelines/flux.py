@@ -282,5 +282,5 @@ FAMILY = Family(
     "guidance": config.sampler.embedded_guidance,
   },
   text_length=lambda jsons: jsons["text_encoder"].get("max_position_embeddings", 77),
-  index=INDEX,
+  index_file=INDEX,
 )

@@ -66,15 +66,15 @@ class Layout(NamedTuple):
     tokenizers: the kind of each tokenizer, by folder: a name in `data.tokenizers.KINDS`, or a
       `TokenizerKind`.
     networks: the folders with weights.
-    index: the file in which diffusers reads a pipeline's parts, which only an export needs; ""
-      where the layout has none.
+    index_file: the file in which diffusers reads a pipeline's parts, which only an export needs;
+      "" where the layout has none.
     stems: the stems of the names of weight files that may be fetched.
   """
 
   files: dict[str, str]
   tokenizers: dict[str, str | TokenizerKind]
   networks: tuple[str, ...]
-  index: str = ""
+  index_file: str = ""
   stems: tuple[str, ...] = STEMS
 
 

@@ -184,5 +184,5 @@ FAMILY = Family(
     "CLIPTextModel": CLIP_TEXT,
   },
   text_length=lambda jsons: jsons["text_encoder"].get("max_position_embeddings", 77),
-  index=INDEX,
+  index_file=INDEX,
 )

@@ -5,6 +5,7 @@ Rewards are `[prompts P, samples G]`; a failed reward is NaN and is masked out, 
 number. Masked inputs pass a `where` before any arithmetic, since 0 * NaN is NaN.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,18 +18,25 @@ WEIGHTED_SUM = "sum"  # name of the one signal of mode "rewards"
 
 
 class Statistics(NamedTuple):
-  """What rewards are normalised with, one row a prompt.
+  """What rewards are normalised with, one entry for each group.
 
-  The mean is origin + mean, kept apart: equal rewards then have a mean of exactly 0 over their
-  origin, where a plain float32 mean would leave a round-off that the tiny std blows up to
-  advantages near 1.
+  The mean of the rewards is `origin + mean`, in two parts: the mean of equal rewards over their
+  origin is then exactly 0. A plain float32 mean would have a round-off error, which the division by
+  a tiny std turns into advantages near 1.
+
+  Attributes:
+    origin: the first valid reward.
+    mean: of the valid rewards, over the origin.
+    std: of the valid rewards.
+    spread: largest valid reward minus smallest.
+    number: of valid rewards.
   """
 
   origin: Float[Array, "*groups"]
   mean: Float[Array, "*groups"]
   std: Float[Array, "*groups"]
   spread: Float[Array, "*groups"]
-  count: Int[Array, "*groups"]
+  number: Int[Array, "*groups"]
 
 
 class Advantages(NamedTuple):
@@ -53,36 +61,36 @@ class PromptStats(NamedTuple):
   """
 
   values: Float[Array, "num_prompts size"]
-  count: Int[Array, "num_prompts"]
+  # The field's name is in checkpoints. As a NamedTuple's it hides tuple.count, which nobody needs.
+  count: Int[Array, "num_prompts"]  # type: ignore[assignment]
 
 
 def group_statistics(
-  rewards: Float[Array, "*groups n"], valid: Bool[Array, "*groups n"], ddof: int
+  rewards: Float[Array, "*groups n"], valid: Bool[Array, "*groups n"], ddof: int = 1
 ) -> Statistics:
   """Mean, std (ddof 1 unbiased, 0 not), spread (max - min) and number of the valid rewards of each
   group.
   """
   rewards = jnp.where(valid, rewards, 0.0)
-  count = jnp.sum(valid, axis=-1)
+  number = jnp.sum(valid, axis=-1)
   origin = jnp.take_along_axis(rewards, jnp.argmax(valid, axis=-1, keepdims=True), axis=-1)
   centred = jnp.where(valid, rewards - origin, 0.0)
-  mean = jnp.sum(centred, axis=-1) / jnp.maximum(count, 1)
+  mean = jnp.sum(centred, axis=-1) / jnp.maximum(number, 1)
   squares = jnp.where(valid, jnp.square(centred - mean[..., None]), 0.0)
-  std = jnp.sqrt(jnp.sum(squares, axis=-1) / jnp.maximum(count - ddof, 1))
-  spread = jnp.max(centred, axis=-1) - jnp.min(
-    centred, axis=-1
-  )  # masked entries lie at the origin, inside the range
-  return Statistics(origin[..., 0], mean, std, spread, count)
+  std = jnp.sqrt(jnp.sum(squares, axis=-1) / jnp.maximum(number - ddof, 1))
+  # Masked entries are 0 here, which is the origin and so lies inside the range.
+  spread = jnp.max(centred, axis=-1) - jnp.min(centred, axis=-1)
+  return Statistics(origin=origin[..., 0], mean=mean, std=std, spread=spread, number=number)
 
 
 def group_advantages(
   rewards: Float[Array, "prompts samples"],
   valid: Bool[Array, "prompts samples"],
   *,
-  ddof: int,
-  eps: ScalarLike,
-  clamp: ScalarLike,
-  min_spread: ScalarLike,
+  ddof: int = 1,
+  eps: ScalarLike = 1e-8,
+  clamp: ScalarLike = 5.0,
+  min_spread: ScalarLike = 1e-6,
   statistics: Statistics | None = None,
 ) -> Float[Array, "prompts samples"]:
   """A = (r - mean) / (std + eps) within each group, clipped to +-clamp; 0 where invalid (arXiv
@@ -97,10 +105,10 @@ def group_advantages(
     min_spread: a group whose rewards differ by no more than this gets A = 0.
     statistics: `[P]`, used in place of the group's own (`prompt_statistics`).
   """
-  own = group_statistics(rewards, valid, ddof) if statistics is None else statistics
-  centred = jnp.where(valid, rewards, 0.0) - own.origin[:, None] - own.mean[:, None]
-  normalised = jnp.clip(centred / (own.std[:, None] + eps), -clamp, clamp)
-  return jnp.where(valid & (own.spread > min_spread)[:, None], normalised, 0.0)
+  used = group_statistics(rewards, valid, ddof) if statistics is None else statistics
+  centred = jnp.where(valid, rewards, 0.0) - used.origin[:, None] - used.mean[:, None]
+  normalised = jnp.clip(centred / (used.std[:, None] + eps), jnp.negative(clamp), clamp)
+  return jnp.where(valid & (used.spread > min_spread)[:, None], normalised, 0.0)
 
 
 def apply_thresholds(
@@ -141,23 +149,24 @@ def signals(
   valid = jnp.all(jnp.stack([jnp.isfinite(scores[term]) for term, _ in terms]), axis=0)
   masked = {term: jnp.where(valid, scores[term].astype(jnp.float32), 0.0) for term, _ in terms}
   if mode == "rewards":
-    masked = {WEIGHTED_SUM: sum(weight * masked[term] for term, weight in terms)}
+    weighted = (weight * masked[term] for term, weight in terms)
+    masked = {WEIGHTED_SUM: sum(weighted, start=jnp.zeros(()))}
   return masked, valid
 
 
 def combine(
   scores: dict[str, Float[Array, "prompts samples"]],
   terms: Sequence[tuple[str, float | int]],
-  mode: str,
+  mode: str = "advantages",
   *,
-  ddof: int,
-  eps: ScalarLike,
-  clamp: ScalarLike,
-  min_spread: ScalarLike,
+  ddof: int = 1,
+  eps: ScalarLike = 1e-8,
+  clamp: ScalarLike = 5.0,
+  min_spread: ScalarLike = 1e-6,
   statistics: dict[str, Statistics] | None = None,
 ) -> Advantages:
-  """Advantages of several rewards. A sample that fails any term leaves all terms' statistics and
-  gets weight 0.
+  """Advantages of one reward or several. A sample that fails any term leaves all terms' statistics
+  and gets weight 0.
 
   A group with fewer than 2 valid rewards has weight 0; one with equal rewards keeps weight 1 with A
   = 0, so that a KL penalty still acts on it.
@@ -179,20 +188,21 @@ def combine(
   statistics = statistics or {
     name: group_statistics(rewards, valid, ddof) for name, rewards in named.items()
   }
-  options = {"ddof": ddof, "eps": eps, "min_spread": min_spread}
-  known = jnp.all(jnp.stack([statistics[name].count >= 2 for name in named]), axis=0)
+  normalise = functools.partial(
+    group_advantages, ddof=ddof, eps=eps, clamp=jnp.inf, min_spread=min_spread
+  )
+  known = jnp.all(jnp.stack([statistics[name].number >= 2 for name in named]), axis=0)
   trained = valid & known[:, None]
   weights = {WEIGHTED_SUM: 1.0} if mode == "rewards" else dict(terms)
-  total = sum(
-    weights[name]
-    * group_advantages(rewards, trained, clamp=jnp.inf, statistics=statistics[name], **options)
+  weighted = (
+    weights[name] * normalise(rewards, trained, statistics=statistics[name])
     for name, rewards in named.items()
   )
+  total = sum(weighted, start=jnp.zeros(()))
   if mode == "gdpo":
-    total = group_advantages(
-      total.reshape(1, -1), trained.reshape(1, -1), clamp=jnp.inf, **options
-    ).reshape(total.shape)
-  total = jnp.clip(total, -clamp, clamp)
+    batch = normalise(total.reshape(1, -1), trained.reshape(1, -1))
+    total = batch.reshape(total.shape)
+  total = jnp.clip(total, jnp.negative(clamp), clamp)
   return Advantages(
     advantage=total,
     weight=trained.astype(jnp.float32),
@@ -271,8 +281,8 @@ def prompt_statistics(
   rewards: Float[Array, "prompts samples"],
   valid: Bool[Array, "prompts samples"],
   *,
-  min_count: int,
-  ddof: int,
+  min_count: int = 16,
+  ddof: int = 1,
 ) -> Statistics:
   """Statistics of each prompt over iterations, once `min_count` rewards were seen; until then those
   of the whole batch.
@@ -288,10 +298,10 @@ def prompt_statistics(
     ddof: 1 = unbiased std, 0 = not.
   """
   filled = jnp.arange(stats.values.shape[1])[None, :] < stats.count[prompts][:, None]
-  own = group_statistics(stats.values[prompts], filled, ddof)
+  history = group_statistics(stats.values[prompts], filled, ddof)
   batch = group_statistics(rewards.reshape(-1), valid.reshape(-1), ddof)
   enough = stats.count[prompts] >= min_count
-  return jax.tree.map(lambda mine, everyone: jnp.where(enough, mine, everyone), own, batch)
+  return jax.tree.map(lambda mine, everyone: jnp.where(enough, mine, everyone), history, batch)
 
 
 def _require(scores: dict, pairs: Sequence[tuple], what: str) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Key
 from dancegrpo_jax.diffusion import transitions
 from dancegrpo_jax.diffusion.schedules import Schedule, point
 from dancegrpo_jax.rl import lanes, objective, rng, timesteps
+from dancegrpo_jax.rl.advantages import Advantages
 from dancegrpo_jax.rl.optimize import Algorithm
 from dancegrpo_jax.rl.rollout import Policy, Rollout, distribution, log_prob
 from dancegrpo_jax.types import PyTree
@@ -28,21 +29,22 @@ class Objective(NamedTuple):
 
   Attributes:
     old_log_prob: recompute | rollout: where the old policy's log-probs come from.
-    timesteps: see `timesteps.select`.
-    timestep_fraction: share of the policy steps that is trained.
+    timesteps: first | random | last | all, see `timesteps.select`.
+    timestep_fraction: share of the policy steps that is trained, in (0, 1].
     kl_weight: of the penalty that holds the policy to a reference; 0 for none.
-    kl_mode: see `transitions.kl`.
+    kl_mode: exact | no_dt | mean_mse | velocity_mse, see `transitions.kl`.
     updates: optimizer steps an iteration.
-    microbatch: transitions in one forward and backward pass.
+    microbatch: transitions in one forward and backward pass; `updates * microbatch` must divide
+      the number of transitions.
   """
 
-  old_log_prob: str
-  timesteps: str
-  timestep_fraction: float
-  kl_weight: float
-  kl_mode: str
-  updates: int
-  microbatch: int
+  old_log_prob: str = "recompute"
+  timesteps: str = "random"
+  timestep_fraction: float = 0.6
+  kl_weight: float = 0.0
+  kl_mode: str = "exact"
+  updates: int = 1
+  microbatch: int = 256
 
 
 class Batch(NamedTuple):
@@ -65,6 +67,8 @@ class Batch(NamedTuple):
   weight: Float[Array, "lanes samples"]
 
 
+OLD_LOG_PROBS = ("recompute", "rollout")
+
 # Which axis of each array the lanes are; of an array that every device holds as a whole, None.
 LANE_AXES = {
   "step_index": None, "latents": 1, "log_probs": 1, "prompt": 0, "advantage": 0, "weight": 0
@@ -84,15 +88,24 @@ class Transitions(NamedTuple):
 
 
 class Scored(NamedTuple):
-  """The policy at a microbatch: log-prob of the actions, mean, std and network output.
+  """The policy at a microbatch: log-prob of the actions, mean, std and network output."""
 
-  Of the old policy, which is stored, only the log-prob is there, and the mean where it is needed.
+  log_prob: Float[Array, "m"]
+  mean: Float[Array, "m *shape"]
+  std: Float[Array, "m"]
+  output: Float[Array, "m *shape"]
+
+
+class Remembered(NamedTuple):
+  """The old policy at a microbatch, as far as it has to be stored.
+
+  Attributes:
+    log_prob: of the actions.
+    mean: None where the surrogate does not read it.
   """
 
   log_prob: Float[Array, "m"]
   mean: Float[Array, "m *shape"] | None
-  std: Float[Array, "m"] | None
-  output: Float[Array, "m *shape"] | None
 
 
 class Surrogate(NamedTuple):
@@ -105,7 +118,7 @@ class Surrogate(NamedTuple):
     needs_means: whether it reads the old policy's means, which then have to be stored.
   """
 
-  loss: Callable[[Transitions, Scored, Scored, Schedule], tuple[Array, dict[str, Array]]]
+  loss: Callable[[Transitions, Scored, Remembered, Schedule], tuple[Array, dict[str, Array]]]
   reports: tuple[str, ...] = ()
   needs_means: bool = False
 
@@ -115,18 +128,21 @@ PolicyOutput = Callable[[PyTree, Array, Array, Int[Array, "m"]], Array]
 Keys = tuple[Key[Array, "samples"], Key[Array, ""]]  # one a sample for the steps; for the shuffling
 
 
-def clipped(clip_range: float, guard: bool = False) -> Surrogate:
-  """PPO's clipped surrogate, as DanceGRPO has it.
+def clipped(clip_range: float = 1e-4, guard: bool = False) -> Surrogate:
+  """PPO's clipped surrogate (arXiv 1707.06347, eq. (7)), as DanceGRPO has it.
 
   Args:
-    clip_range: c; the ratio counts within [1 - c, 1 + c].
-    guard: the ratio and the weight of GRPO-Guard (arXiv 2510.22319).
+    clip_range: c; the ratio counts within [1 - c, 1 + c]. The default belongs to the log-probs of a
+      policy with `log_prob="mean"`.
+    guard: the ratio and the weight of GRPO-Guard (arXiv 2510.22319); it needs the objective's
+      `old_log_prob` to be "recompute".
   """
 
-  def loss(t: Transitions, new: Scored, old: Scored, schedule: Schedule) -> tuple[Array, dict]:
+  def loss(t: Transitions, new: Scored, old: Remembered, schedule: Schedule) -> tuple[Array, dict]:
     log_ratio = objective.log_ratio(new.log_prob, old.log_prob)
     weight: Array | float = 1.0
     if guard:
+      assert old.mean is not None  # because of needs_means
       log_ratio = jax.vmap(objective.guard_log_ratio)(new.mean, old.mean, new.std, t.x_next)
       weight = objective.guard_weight(schedule.sigma[t.step], schedule.sigma[t.step + 1])
     ratio = jnp.exp(log_ratio)
@@ -146,8 +162,8 @@ def batch_of(
   prompt: Int[Array, "lanes samples"],
   advantage: Float[Array, "selected"],
   weight: Float[Array, "selected"],
-  chosen: Int[Array, "selected"] | None,
-  count: int,
+  chosen: Int[Array, "selected"] | None = None,
+  count: int = 1,
 ) -> Batch:
   """An iteration's trajectories in lanes.
 
@@ -177,7 +193,30 @@ def batch_of(
   )
 
 
-def keys_of(seed: int, iteration: Array, prompt_ids: Array, sample: Array) -> Keys:
+def batch_of_groups(drawn: Rollout, result: Advantages) -> Batch:
+  """A rollout and its advantages as a batch, for scripts on one device: all samples are trained.
+
+  Args:
+    drawn: P G samples, prompt by prompt: sample number b is sample b % G of prompt b // G.
+    result: of `advantages.combine`, `[P, G]`. Row p belongs to row p of the conditioning.
+
+  Raises:
+    ValueError: another number of samples.
+  """
+  prompts, group = result.advantage.shape
+  if len(drawn.sample) != prompts * group:
+    raise ValueError(
+      f"the rollout has {len(drawn.sample)} samples, the advantages belong to {prompts} x {group}"
+    )
+  return batch_of(
+    rollouts=(drawn,),
+    prompt=jnp.repeat(jnp.arange(prompts, dtype=jnp.int32), group)[None],
+    advantage=result.advantage.reshape(-1),
+    weight=result.weight.reshape(-1),
+  )
+
+
+def keys_of(seed: int, iteration: rng.Index, prompt_ids: rng.Indices, sample: rng.Indices) -> Keys:
   """The keys of an iteration's update.
 
   Args:
@@ -212,27 +251,41 @@ def algorithm(
     schedule: the grid.
     policy: the sampler that drew the trajectories.
     settings: static choices.
-    surrogate: what a transition's loss is.
-    reference: trainable parameters that a KL penalty holds to, or None.
+    surrogate: what a transition's loss is: `clipped`, `dppo.trust_region`, or one's own.
+    reference: trainable parameters that a KL penalty holds to. None: there is no penalty, whatever
+      its weight.
 
   Its metrics are ratio, approximate KL and the surrogate's own statistics over all transitions, and
   the drift of the two sources of old log-probs before the first optimizer step.
+
+  Raises:
+    ValueError: an unknown `old_log_prob`, one that lacks what the surrogate needs, or a KL mode
+      that has no meaning for the policy.
   """
+  if settings.old_log_prob not in OLD_LOG_PROBS:
+    raise ValueError(
+      f"old_log_prob is {settings.old_log_prob!r}, must be one of {', '.join(OLD_LOG_PROBS)}"
+    )
   recomputes = settings.old_log_prob == "recompute"
+  if surrogate.needs_means and not recomputes:
+    raise ValueError("this surrogate needs the old policy's means: set old_log_prob to 'recompute'")
+  if reference is not None:
+    transitions.check_kl(settings.kl_mode, policy.kind, policy.prediction)
 
   def forward(trainable: PyTree, t: Transitions) -> Scored:
     return score(policy_output, schedule, policy, trainable, t)
 
-  def kept(scored: Scored) -> Scored:
-    """What has to be stored of the old policy."""
-    mean = scored.mean if surrogate.needs_means else None
-    return Scored(log_prob=scored.log_prob, mean=mean, std=None, output=None)
+  def remembered_of(log_prob: Array, mean: Array) -> Remembered:
+    return Remembered(log_prob=log_prob, mean=mean if surrogate.needs_means else None)
 
-  def blank(t: Transitions) -> tuple[Scored, dict[str, Array]]:
+  def remember(trainable: PyTree, t: Transitions) -> Remembered:
+    old = forward(trainable, t)
+    return remembered_of(old.log_prob, old.mean)
+
+  def blank(t: Transitions) -> tuple[Remembered, dict[str, Array]]:
     numbers = jnp.zeros_like(t.weight)
     names = ("weight", "ratio", "approx_kl", "kl", "rollout_drift", *surrogate.reports)
-    scored = Scored(log_prob=numbers, mean=jnp.zeros_like(t.x), std=None, output=None)
-    return kept(scored), dict.fromkeys(names, numbers)
+    return remembered_of(numbers, jnp.zeros_like(t.x)), dict.fromkeys(names, numbers)
 
   def deal(batch: Batch, keys: Keys) -> tuple[Array, Array]:
     count, samples = batch.prompt.shape
@@ -245,9 +298,11 @@ def algorithm(
   def weigh(batch: Batch, items: tuple[Array, Array]) -> Float[Array, "m"]:
     return jax.vmap(lambda weight, sample: weight[sample])(batch.weight, items[0]).reshape(-1)
 
-  def loss(trainable: PyTree, t: Transitions, remembered: Scored | None, is_first: Array) -> tuple:
+  def loss(
+    trainable: PyTree, t: Transitions, remembered: Remembered | None, is_first: Array
+  ) -> tuple:
     new = forward(trainable, t)
-    now = kept(jax.lax.stop_gradient(new))
+    now = jax.lax.stop_gradient(remembered_of(new.log_prob, new.mean))
     if not recomputes:
       old = now._replace(log_prob=t.rollout_log_prob)
     elif remembered is None:  # there is one optimizer step: the policy is the old one
@@ -268,7 +323,7 @@ def algorithm(
     take=gather,
     weigh=weigh,
     blank=blank,
-    remember=(lambda p, t: kept(forward(p, t))) if remembers(settings) else None,
+    remember=remember if remembers(settings) else None,
     loss=loss,
     metrics=summary,
   )
@@ -285,8 +340,18 @@ def partition(
   Returns:
     (sample, step), both int32 `[updates, microbatches, lanes, microbatch / lanes]`: positions in
     the lane and in the K steps.
+
+  Raises:
+    ValueError: a microbatch that is not a multiple of the lanes, or does not fit the transitions.
   """
   count, samples, trained = selected.shape
+  if microbatch % count:
+    raise ValueError(f"microbatch is {microbatch}, must be a multiple of the {count} lanes")
+  if selected.size % (updates * microbatch):
+    raise ValueError(
+      f"updates x microbatch is {updates} x {microbatch}, must divide the {selected.size}"
+      f" transitions ({count * samples} samples x {trained} steps)"
+    )
   keys = jax.vmap(lambda lane: jax.random.fold_in(key, lane))(jnp.arange(count))
   order = jax.vmap(lambda k: jax.random.permutation(k, samples * trained))(keys)
   step = jnp.take_along_axis(selected.reshape(count, -1), order, axis=1)
@@ -367,7 +432,7 @@ def _distances(
 def summary(statistics: dict[str, Float[Array, "u n m"]]) -> dict[str, Array]:
   """Scalars out of the statistics; samples of weight 0 stay out.
 
-  A statistic of a surrogate's own, as "clip_fraction", becomes its mean over the transitions.
+  What a surrogate reports, for example "clip_fraction", becomes its mean over the transitions.
   """
   weight = statistics["weight"]
   used, total = weight > 0, jnp.maximum(weight.sum(), 1.0)

@@ -94,7 +94,7 @@ def begin(algorithm: Algorithm, trainable: PyTree, batch: Any, keys: Any) -> tup
   work = Work(
     batch=batch,
     items=items,
-    # Not reshaped first: microbatches are split over devices along their last axis.
+    # The weights are not reshaped before they are summed: their last axis is split over devices.
     totals=jnp.maximum(weights.sum(axis=(1, 2)), 1.0),
   )
 
@@ -135,10 +135,12 @@ def remember(
     stop: one past its last.
   """
   _, microbatches = jax.tree.leaves(work.items)[0].shape[:2]
+  remember_one = algorithm.remember
+  assert remember_one is not None, "this algorithm remembers nothing"
 
   def one(k: Int[Array, ""], remembered: PyTree) -> PyTree:
     update, i = 1 + k // microbatches, k % microbatches
-    row = algorithm.remember(trainable, algorithm.take(work.batch, _at(work.items, update, i)))
+    row = remember_one(trainable, algorithm.take(work.batch, _at(work.items, update, i)))
     return _put(remembered, row, update, i)
 
   return sums._replace(remembered=jax.lax.fori_loop(start, stop, one, sums.remembered))
@@ -166,7 +168,8 @@ def accumulate(
   """
 
   def weighted(trainable: PyTree, microbatch: Any, remembered: PyTree, row: PyTree) -> tuple:
-    losses, statistics = algorithm.loss(trainable, microbatch, remembered, update == 0)
+    is_first = jnp.equal(update, 0)
+    losses, statistics = algorithm.loss(trainable, microbatch, remembered, is_first)
     weight = algorithm.weigh(work.batch, row)
     value = jnp.sum(weight * losses) / work.totals[update]
     return value, jax.lax.stop_gradient(statistics)
@@ -176,10 +179,10 @@ def accumulate(
     row = _at(work.items, update, i)
     remembered = None if sums.remembered is None else _at(sums.remembered, update, i)
     microbatch = algorithm.take(work.batch, row)
-    (part, found), g = jax.value_and_grad(weighted, has_aux=True)(
+    (part, new), g = jax.value_and_grad(weighted, has_aux=True)(
       trainable, microbatch, remembered, row
     )
-    return jax.tree.map(jnp.add, gradient, g), loss + part, _put(statistics, found, update, i)
+    return jax.tree.map(jnp.add, gradient, g), loss + part, _put(statistics, new, update, i)
 
   carry = (sums.gradient, sums.loss, sums.statistics)
   gradient, loss, statistics = jax.lax.fori_loop(start, stop, one, carry)
@@ -246,23 +249,26 @@ def metrics(algorithm: Algorithm, sums: Sums) -> dict[str, Array]:
 def update(
   algorithm: Algorithm,
   optimizer: optax.GradientTransformation,
-  ema_decay: float,
   state: TrainState,
   batch: Any,
   keys: Any,
+  ema_decay: float = 0.0,
 ) -> tuple[TrainState, dict[str, Array]]:
   """All optimizer steps of an iteration in one call: for scripts that run on one device.
 
   Args:
     algorithm: what is learned.
     optimizer: gradient clipping included.
-    ema_decay: of the running average of the parameters.
     state: before.
     batch: of the algorithm.
     keys: of the algorithm's `deal`.
+    ema_decay: of the running average of the parameters; of no effect where `state.ema` is None.
 
   Returns:
-    The state after, and metrics.
+    The state after, and metrics: scalars by name.
+
+  Raises:
+    ValueError: a batch that can't be cut as the algorithm wants it.
   """
   work, sums = begin(algorithm, state.trainable, batch, keys)
   updates, microbatches = jax.tree.leaves(work.items)[0].shape[:2]

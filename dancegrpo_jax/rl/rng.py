@@ -51,7 +51,7 @@ def initial_noise(
   prompt: Indices,
   sample: Indices,
   *,
-  shared: bool,
+  shared: bool = True,
   shape: tuple[int, ...],
 ) -> Float[Array, "batch *shape"]:
   """x_T: standard normal `[batch, *shape]`, float32, at an iteration.

@@ -13,35 +13,63 @@ from dancegrpo_jax.diffusion import predictions, transitions
 from dancegrpo_jax.diffusion.schedules import Schedule, point
 from dancegrpo_jax.diffusion.transitions import Transition
 
+LAST_STEPS = ("ode", "x0hat", "sde")
+
 
 class Policy(NamedTuple):
   """The static choices of a sampler; the field names are those of the config's `sampler` section.
 
   Attributes:
-    kind: of a stochastic step.
-    noise_level: see `transitions.transition`.
-    prediction: what the network's output means.
+    kind: of a stochastic step: ddim | dance | flow | cps.
+    noise_level: of a stochastic step, without a unit; see `transitions.transition`. At 0 nothing is
+      random, and nothing is learned.
+    prediction: what the network's output means: epsilon | v | velocity.
     steps: N, of the grid.
-    window: K, stochastic steps; 0 samples deterministically.
-    outside: kind of a step outside the window.
+    window: K, stochastic steps; None makes every step stochastic that may be, 0 samples
+      deterministically.
+    outside: kind of a step outside the window: ode | dpm++.
     last_step: kind of the last step where it is not in the window: ode | x0hat; "sde" is the
       policy's own.
-    log_prob: mean | sum.
+    log_prob: how a step's log-density is reduced over the sample's dimensions: mean | sum.
   """
 
   kind: str
   noise_level: float
   prediction: str
   steps: int
-  window: int
-  outside: str
-  last_step: str
-  log_prob: str
+  window: int | None = None
+  outside: str = "ode"
+  last_step: str = "ode"
+  log_prob: str = "mean"
 
   @property
   def policy_steps(self) -> int:
     """Steps that may be stochastic: all but a deterministic last one."""
-    return self.steps - (self.last_step != "sde")
+    return self.steps if self.last_step == "sde" else self.steps - 1
+
+  @property
+  def width(self) -> int:
+    """K, the number of stochastic steps."""
+    return self.policy_steps if self.window is None else self.window
+
+
+def check_policy(policy: Policy, schedule: Schedule) -> None:
+  """Compares a policy with a grid. JAX itself would clamp an index out of range and go on.
+
+  Raises:
+    ValueError: a choice that is unknown or does not fit the grid.
+  """
+  transitions.check_kind(policy.kind, policy.prediction)
+  transitions.check_kind(policy.outside, policy.prediction)
+  if policy.last_step not in LAST_STEPS:
+    raise ValueError(f"last_step is {policy.last_step!r}, must be one of {', '.join(LAST_STEPS)}")
+  if not 0 <= policy.width <= policy.policy_steps:
+    raise ValueError(
+      f"window is {policy.window}, must lie between 0 and the {policy.policy_steps} policy steps"
+    )
+  grid = len(schedule.model_time) - 1
+  if policy.steps != grid:
+    raise ValueError(f"the policy has {policy.steps} steps and the schedule {grid}")
 
 
 class Rollout(NamedTuple):
@@ -49,10 +77,10 @@ class Rollout(NamedTuple):
   taken at `latents[k]`.
 
   Attributes:
-    step_index: of the K steps in the grid.
-    latents: float32.
-    log_probs: of each action, as the rollout computed it.
-    sample: the final latents.
+    step_index: `[K]`, places of the stochastic steps in the grid.
+    latents: `[K + 1, batch, ...]`, float32.
+    log_probs: `[K, batch]`, of each action, as the rollout computed it.
+    sample: `[batch, ...]`, the final latents.
   """
 
   step_index: Int[Array, "steps"]
@@ -70,6 +98,8 @@ def distribution(
 ) -> Transition:
   """p(x_next | x) at grid steps `i`, one a sample: what rollout draws from and the update scores.
 
+  The equations and their sources are in diffusion/transitions.py.
+
   Args:
     policy: the sampler.
     schedule: its grid.
@@ -79,6 +109,9 @@ def distribution(
 
   Returns:
     Transition with a mean `[batch, *shape]` and a std `[batch]`.
+
+  Raises:
+    ValueError: as `transitions.transition`.
   """
 
   def one(i, x, output):
@@ -92,30 +125,46 @@ def distribution(
 
 
 def log_prob(
-  transition: Transition, x_next: Float[Array, "batch *shape"], reduce: str
+  transition: Transition, x_next: Float[Array, "batch *shape"], reduce: str = "mean"
 ) -> Float[Array, "batch"]:
-  """`transitions.log_prob` of a batch."""
+  """log p(x_next | x) of a batch, in nats: `transitions.log_prob` of each sample.
+
+  Args:
+    transition: of `distribution`.
+    x_next: where each sample went.
+    reduce: "mean" over a sample's dimensions (DanceGRPO) or "sum" (the true density).
+
+  Raises:
+    ValueError: an unknown `reduce`.
+  """
   return jax.vmap(lambda t, x: transitions.log_prob(t, x, reduce))(transition, x_next)
 
 
 def rollout(
-  denoise: Callable[[Array, Array], Array],
+  network_output: Callable[[Array, Array], Array],
   schedule: Schedule,
   policy: Policy,
   start: Int[Array, ""] | int,
   initial: Float[Array, "batch *shape"],
   step_noise: Callable[[Int[Array, ""]], Float[Array, "batch *shape"]],
 ) -> Rollout:
-  """Samples a batch.
+  """Samples a batch with N calls of `network_output`.
 
   Args:
-    denoise: `(x [batch, ...], model_time [batch]) -> output`, conditioning and guidance included.
+    network_output: `(x [batch, ...], model_time [batch]) -> output`, conditioning and guidance
+      included.
     schedule: N steps.
     policy: the sampler.
-    start: first step of the window, traced or not; 0 <= start <= policy_steps - window.
-    initial: x_T.
-    step_noise: standard normal noise of grid step i.
+    start: first step of the window, traced or not; 0 <= start <= policy_steps - window. 0 where
+      the policy has no window.
+    initial: x_T, standard normal.
+    step_noise: `(i) -> noise [batch, ...]`, standard normal, of grid step i, which is traced. It is
+      not called where the window is 0.
+
+  Raises:
+    ValueError: as `check_policy`.
   """
+  check_policy(policy, schedule)
   batch = initial.shape[0]
 
   def stochastic(i, x, output, history):
@@ -152,9 +201,9 @@ def rollout(
 
   def step(carry, i):
     x, history = carry
-    output = denoise(x, jnp.broadcast_to(schedule.model_time[i], (batch,)))
-    if policy.window:
-      inside = (i >= start) & (i < start + policy.window)
+    output = network_output(x, jnp.broadcast_to(schedule.model_time[i], (batch,)))
+    if policy.width:
+      inside = (i >= start) & (i < start + policy.width)
       x_next, score, history = jax.lax.cond(
         inside, stochastic, deterministic, i, x, output, history
       )
@@ -168,8 +217,8 @@ def rollout(
   )
   states = jnp.concatenate([before, sample[None]])
   return Rollout(
-    step_index=start + jnp.arange(policy.window, dtype=jnp.int32),
-    latents=jax.lax.dynamic_slice_in_dim(states, start, policy.window + 1),
-    log_probs=jax.lax.dynamic_slice_in_dim(scores, start, policy.window),
+    step_index=start + jnp.arange(policy.width, dtype=jnp.int32),
+    latents=jax.lax.dynamic_slice_in_dim(states, start, policy.width + 1),
+    log_probs=jax.lax.dynamic_slice_in_dim(scores, start, policy.width),
     sample=sample,
   )

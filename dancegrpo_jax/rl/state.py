@@ -20,7 +20,8 @@ class TrainState(NamedTuple):
   Attributes:
     step: optimizer steps taken; skipped ones don't count.
     skipped: optimizer steps whose loss or gradient was not finite.
-    trainable: `{component: params}`, float32; `{"lora": adapters}` where those alone are trained.
+    trainable: any pytree of float32 arrays. Of a run it is `{component: params}`, or `{"lora":
+      adapters}` where those alone are trained.
     opt_state: of optax.
     ema: running average of `trainable`, or None.
     prompt_stats: per-prompt reward statistics by signal, {} where they are off.
@@ -40,12 +41,29 @@ def variables(frozen: PyTree, trainable: PyTree) -> PyTree:
 
 
 def create(
-  trainable: PyTree, optimizer: optax.GradientTransformation, ema_decay: float, prompt_stats: dict
+  trainable: PyTree,
+  optimizer: optax.GradientTransformation,
+  ema_decay: float = 0.0,
+  prompt_stats: dict[str, PromptStats] | None = None,
 ) -> TrainState:
-  """The state before the first iteration."""
+  """The state before the first iteration.
+
+  Args:
+    trainable: parameters, float32.
+    optimizer: gradient clipping included.
+    ema_decay: of the running average of the parameters; 0 keeps none.
+    prompt_stats: `advantages.empty_stats` by signal, or None: no statistics over iterations.
+  """
   zero = jnp.zeros((), jnp.int32)
   ema = jax.tree.map(jnp.copy, trainable) if ema_decay else None
-  return TrainState(zero, jnp.copy(zero), trainable, optimizer.init(trainable), ema, prompt_stats)
+  return TrainState(
+    step=zero,
+    skipped=jnp.copy(zero),
+    trainable=trainable,
+    opt_state=optimizer.init(trainable),
+    ema=ema,
+    prompt_stats=prompt_stats or {},
+  )
 
 
 def learning_rate(config: ConfigDict) -> Callable:
@@ -68,7 +86,13 @@ def optimizer_of(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def init_state(config: ConfigDict, num_prompts: int, shardings: PyTree) -> Callable:
-  """`trainable -> TrainState`, sharded."""
+  """`trainable -> TrainState`, sharded: `create` with the config's optimizer and statistics.
+
+  Args:
+    config: validated.
+    num_prompts: of the data set.
+    shardings: of the TrainState, or None: on one device, not compiled.
+  """
   size = config.advantage.history.size
   terms = config.reward.terms
   names = (

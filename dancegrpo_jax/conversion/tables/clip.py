@@ -1,7 +1,7 @@
-"""Conversion tables of CLIP, with transformers' and with open_clip's names, and of the aesthetic
+"""Conversion tables of CLIP, with the names of transformers and of open_clip, and of the aesthetic
 head.
 
-Names were checked against the published files' inventories (tests/fixtures/tensors).
+The names are checked against inventories of the published files (tests/fixtures/tensors).
 """
 
 from dancegrpo_jax.conversion.mapping import Buffer, Part, Row, Table
@@ -18,8 +18,7 @@ from dancegrpo_jax.conversion.tables.rows import (
   under,
 )
 
-# ---- CLIP, transformers' names
-# --------------------------------------------------------------------------------------
+# ---- CLIP with transformers' names
 
 CLIP_LAYER = join(
   norm("layer_norm1"),
@@ -28,7 +27,6 @@ CLIP_LAYER = join(
   dense("mlp.fc1"),
   dense("mlp.fc2"),
 )
-
 
 CLIP_ENCODER = layers("encoder.layers", "encoder/layers", CLIP_LAYER)
 
@@ -50,8 +48,8 @@ VISION_TOWER = join(
 
 
 def _tower_aliases(prefix: str, modules: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-  """transformers 5.6 dropped the prefix of the single towers; published files and earlier versions
-  have it.
+  """The spelling of a single tower's tensors since transformers 5.6, which dropped the prefix that
+  published files and earlier versions have.
   """
   return tuple((f"{module}.{{*}}", f"{prefix}{module}.{{*}}") for module in modules)
 
@@ -88,9 +86,13 @@ CLIP = Table(
 )
 
 
+# ---- CLIP with open_clip's names (LAION, DFN5B, HPS-v2)
+
+
 def _third(name: str) -> Rows:
-  """q, k and v lie one after another along the rows of a single tensor."""
-  part = Part("o", "qkv".index(name), "qkv".index(name) + 1, 3)
+  """The projection q, k or v, which lie one after another along the first axis of one tensor."""
+  number = "qkv".index(name)
+  part = Part("o", number, number + 1, 3)
   return (
     Row("attn.in_proj_weight", f"self_attn/{name}_proj/kernel", "o i -> i o", source_part=part),
     Row("attn.in_proj_bias", f"self_attn/{name}_proj/bias", "o -> o", source_part=part),
@@ -140,5 +142,5 @@ OPEN_CLIP = Table(
   file="open_clip_model",
 )
 
-# LAION's aesthetic predictor v2: the Linears of a Sequential with dropouts between.
+# LAION's aesthetic predictor v2: the Linear layers of a Sequential, with dropouts between them.
 AESTHETIC = Table(name="AestheticHead", rows=dense("layers.{i}"), file="model")

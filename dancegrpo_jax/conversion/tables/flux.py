@@ -1,13 +1,12 @@
 """Conversion tables of FLUX's transformer and of T5's encoder.
 
-Names were checked against the published files' inventories (tests/fixtures/tensors).
+The names are checked against inventories of the published files (tests/fixtures/tensors).
 """
 
 from dancegrpo_jax.conversion.mapping import Row, Table
 from dancegrpo_jax.conversion.tables.rows import dense, embedding, join, layers, scale, under
 
 # ---- FLUX
-# -----------------------------------------------------------------------------------------------------------
 
 FEED_FORWARD = join(dense("net.0.proj"), dense("net.2"))
 
@@ -53,7 +52,6 @@ FLUX = Table(
 )
 
 # ---- T5
-# -------------------------------------------------------------------------------------------------------------
 
 T5_BLOCK = join(
   under(
@@ -75,7 +73,7 @@ T5 = Table(
     embedding("shared"),
     layers("encoder.block", "encoder/block", T5_BLOCK),
     (
-      # the first layer's in the file, every layer's in the network
+      # The file holds it in the first layer; all layers use it, and the network holds it once.
       Row(
         "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
         "encoder/relative_attention_bias/embedding",

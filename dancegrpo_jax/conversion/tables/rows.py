@@ -1,7 +1,7 @@
 """The building blocks of conversion tables: one function for each kind of torch layer.
 
-Parameter paths follow the torch names: "." becomes "/", and "_" in front of an index. So most rows
-need the torch name alone.
+Parameter paths follow the torch names: "." becomes "/", or "_" in front of an index. Most rows can
+therefore be made from the torch name alone.
 """
 
 import re
@@ -16,27 +16,33 @@ def tree_path(name: str) -> str:
   return re.sub(r"\.(?=\d|\{)", "_", name).replace(".", "/")
 
 
+def _kernel(name: str, axes: str, bias: bool) -> Rows:
+  path = tree_path(name)
+  weight = Row(f"{name}.weight", f"{path}/kernel", axes)
+  return (weight, Row(f"{name}.bias", f"{path}/bias", "o -> o")) if bias else (weight,)
+
+
 def dense(name: str, bias: bool = True) -> Rows:
   """torch.nn.Linear."""
-  weight = Row(f"{name}.weight", f"{tree_path(name)}/kernel", "o i -> i o")
-  return (weight, Row(f"{name}.bias", f"{tree_path(name)}/bias", "o -> o")) if bias else (weight,)
+  return _kernel(name, "o i -> i o", bias)
 
 
 def conv(name: str, bias: bool = True) -> Rows:
   """torch.nn.Conv2d."""
-  weight = Row(f"{name}.weight", f"{tree_path(name)}/kernel", "o i h w -> h w i o")
-  return (weight, Row(f"{name}.bias", f"{tree_path(name)}/bias", "o -> o")) if bias else (weight,)
+  return _kernel(name, "o i h w -> h w i o", bias)
 
 
 def norm(name: str) -> Rows:
   """torch.nn.LayerNorm and GroupNorm."""
-  return Row(f"{name}.weight", f"{tree_path(name)}/scale", "c -> c"), Row(
-    f"{name}.bias", f"{tree_path(name)}/bias", "c -> c"
+  path = tree_path(name)
+  return (
+    Row(f"{name}.weight", f"{path}/scale", "c -> c"),
+    Row(f"{name}.bias", f"{path}/bias", "c -> c"),
   )
 
 
 def scale(name: str) -> Rows:
-  """torch.nn.RMSNorm: a norm without a bias."""
+  """torch.nn.RMSNorm, which has no bias."""
   return norm(name)[:1]
 
 
@@ -46,14 +52,14 @@ def embedding(name: str) -> Rows:
 
 
 def both(name: str) -> Rows:
-  """A projection that is a 1x1 convolution (SD 1.x) or a linear layer (SD 2.x) in the network as in
-  the file.
+  """A projection that is a 1x1 convolution (SD 1.x) or a linear layer (SD 2.x), in the network as
+  in the file.
   """
   return conv(name) + dense(name)[:1]
 
 
 def under(prefix: str, rows: Rows) -> Rows:
-  """The rows inside a module."""
+  """The rows of a module, from the rows of what is inside it."""
   return tuple(
     r._replace(source=f"{prefix}.{r.source}", target=f"{tree_path(prefix)}/{r.target}")
     for r in rows
@@ -61,15 +67,18 @@ def under(prefix: str, rows: Rows) -> Rows:
 
 
 def join(*groups: Rows) -> Rows:
+  """The rows of several layers together."""
   return tuple(row for group in groups for row in group)
 
 
 def layers(source: str, target: str, rows: Rows) -> Rows:
-  """The rows of a list of layers, for a network that holds every layer apart and for one that
-  stacks them on axis 0.
+  """The rows of a list of layers, for networks that hold every layer apart and for networks that
+  stack them along axis 0.
 
-  `source` is the list's name in the file, `target` its path in the network; `rows` are those of one
-  layer.
+  Args:
+    source: the list's name in the file.
+    target: its path in the network.
+    rows: of one layer.
   """
   rows = tuple(r._replace(source=f"{source}.{{i}}.{r.source}") for r in rows)
   apart = tuple(r._replace(target=f"{target}_{{i}}/{r.target}") for r in rows)
@@ -81,10 +90,6 @@ def layers(source: str, target: str, rows: Rows) -> Rows:
 def prefixed(prefix: str, rows: Rows) -> Rows:
   """Rows whose tensors carry a prefix that the network's paths lack."""
   return tuple(r._replace(source=prefix + r.source) for r in rows)
-
-
-# ---- CLIP, open_clip's names (LAION, DFN5B, HPS-v2)
-# -----------------------------------------------------------------
 
 
 def renamed(name: str, rows: Rows) -> Rows:

@@ -1,13 +1,12 @@
 """Conversion tables of Stable Diffusion's UNet and of AutoencoderKL.
 
-Names were checked against the published files' inventories (tests/fixtures/tensors).
+The names are checked against inventories of the published files (tests/fixtures/tensors).
 """
 
 from dancegrpo_jax.conversion.mapping import Row, Table
 from dancegrpo_jax.conversion.tables.rows import both, conv, dense, join, norm, tree_path, under
 
-# ---- Stable Diffusion
-# -----------------------------------------------------------------------------------------------
+# ---- UNet
 
 RESNET = join(
   norm("norm1"),
@@ -53,8 +52,10 @@ UNET = Table(
   lora_prefix="unet",
 )
 
-# Biases everywhere; 1x1 convolutions in the oldest files of the LDM lineage, linear layers in all
-# diffusers ones.
+# ---- Autoencoder
+
+# All projections have biases. They are 1x1 convolutions in the oldest files, which come from the
+# latent-diffusion repository, and linear layers in all files of diffusers.
 VAE_ATTENTION = join(
   norm("group_norm"),
   *(
@@ -85,7 +86,7 @@ AUTOENCODER = Table(
     conv("quant_conv"),
     conv("post_quant_conv"),
   ),
-  # SD 1.x and 2.x were published before diffusers renamed these.
+  # SD 1.x and 2.x were published before diffusers renamed these layers.
   aliases=tuple(
     (f"{half}.mid_block.attentions.0.{old}.{{*}}", f"{half}.mid_block.attentions.0.{new}.{{*}}")
     for half in ("encoder", "decoder")
