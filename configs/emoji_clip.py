@@ -7,14 +7,14 @@ in emoji-CLIP's space, .37 for the base:
 
   rate, warm-up, seed            iteration   reward   fixed   variety
   2e-4, 40 steps, 0                     20     .788    .798
-                                        40     .825    .845     .05   right, and nearly one picture a prompt
+                                        40     .825    .845     .05   nearly one picture a prompt
   3e-4, 20 steps, 0                     40     .755    .766           worse than 2e-4: stays there
   3e-5, 20 steps, 0                     20     .748    .726     .22
                                         30     .770    .815     .15
-  2e-5, 20 steps, 0 (this file)         30     .757             .20   reward of the first 5 iterations .657, of the last .752
+  2e-5, 20 steps, 0 (this file)         30     .757             .20   first 5 .657, last 5 .752
                                         32     .765    .773     .20
   2e-5, 20 steps, 1                     30     .764             .20   .661, .764
-                                        32     .764    .759     .19   5 min 34 s on 2 idle cores, 25 s of it to compile
+                                        32     .764    .759     .19   5 min 34 s on 2 idle cores
 
 What ends a run is variety: half of it is gone at a reward of about .77, whatever the rate. A lower
 rate starts more gently, so that more of the gain lies between the first and the last iterations.
