@@ -6,8 +6,8 @@ is the same with fewer pictures and steps in an evaluation.
 Memory, computed from the numbers of parameters and not measured, in GB of 10^9 bytes. The rules
 replicate, so that every device holds all of this:
   33.3  transformer of 11.90 B parameters and T5-XXL of 4.76 B in bfloat16, frozen: 23.8 + 9.5
-   3.0  adapters of 190 layers, 149.4 M parameters in float32: 0.6, Adam's moments 1.2, gradients and
-        their sum 1.2
+   3.0  adapters of 190 layers, 149.4 M parameters in float32: 0.6, Adam's moments 1.2, gradients
+        and their sum 1.2
    1.8  adapters and moments before the iteration, kept while it has several optimizer steps
    2.4  CLIP-L's text tower, autoencoder and HPS-v2.1's ViT-H/14 in bfloat16
    1.2  latents of an iteration, 192 x 12 of 16x90x90 in float32; split over the devices

@@ -2,14 +2,14 @@
 
 Presets:
   ""     The published code's recipe [C]: 512x512 pixels, DDIM with eta 1 in 50 steps, guidance 5,
-         32 prompts with 16 samples each, all 49 stochastic steps, and 2 optimizer steps. It is for 8
-         devices of 80 GB; any number that divides 8 works.
+         32 prompts with 16 samples each, all 49 stochastic steps, and 2 optimizer steps. It is for
+         8 devices of 80 GB; any number that divides 8 works.
   1gpu   The same numbers on one GPU of 80 GB, in smaller chunks and microbatches: the same result,
          more slowly.
   v5e    The same numbers on 8 TPU v5e chips of 16 GB, or 8 larger ones. Parameters and optimizer
-         are split over them, chunks and microbatches are smaller. Compiled for them, sd_hps takes 11.8
-         GiB at most of a v5e and 12.6 of a v6e, before the state of the iteration's start was kept,
-         which is 1.3 more. Nothing was run.
+         are split over them, chunks and microbatches are smaller. Compiled for them, sd_hps takes
+         11.8 GiB at most of a v5e and 12.6 of a v6e, before the state of the iteration's start was
+         kept, which is 1.3 more. Nothing was run.
   paper  What the paper asks for where guidance is trained [P, section 3.3]: 1 optimizer step, and a
          random 60 % of the steps.
   tiny   Two iterations of a random network on a CPU, in a minute. It shows that everything fits
