@@ -1,36 +1,45 @@
-"""What the flux_*.py files share: DanceGRPO's recipe for FLUX.1-dev and its presets. Not a run by
-itself.
+"""DanceGRPO's recipe for FLUX.1-dev and its presets, which the flux_*.py files share. This file is
+not a run by itself.
 
 Presets:
-  ""      the published code's recipe [C] for 16 GPUs: 720x720, the dance SDE at level 0.3 in 16 steps, time shift 3, embedded
-          guidance 3.5, 16 prompts x 12 samples, a random 60 % of the 15 stochastic steps (9), 3
-          optimizer steps. Any number of devices that divides 64 computes the same; how much memory
-          each then needs stands below. 64 TPU chips take three rows of a microbatch each: `python
-          -m dancegrpo_jax.plan` and benchmarks/RESULTS.md say how that fits.
-  8gpu    the same recipe on eight GPUs of 80 GB: 8 samples a device in a chunk and 4 rows in a microbatch.
-  tiny    two iterations of a random network on a CPU, a minute or two: shows that everything fits together, learns nothing.
 
-Memory, computed from the parameter counts and not measured (GB of 10^9 bytes), all devices
-together, split over mesh.fsdp:
-  transformer 11.90 B parameters, float32: weights 47.6, Adam's moments 95.2, gradients and their sum 95.2            238.0
-  T5-XXL 4.76 B parameters in bfloat16                                                                                  9.5
-  latents of an iteration, 192 x 16 of 16x90x90 in float32                                                              1.6
-and on every device, whole: the autoencoder, 83.8 M in bfloat16 0.2 (CLIP-L and the reward's
-network, see each file, are split too), and activations: with rematerialised blocks 0.9 for the
-stored inputs of the 57 blocks and as an estimate 2 for the block at work, for each of a device's
-rows of a microbatch. 16 devices, 12 rows: 16 + 35 a device. 8gpu, 4 rows: 31 + 12; compiled for
-eight H100 it takes 34.0 GiB at most (the update; benchmarks/RESULTS.md). On one device of 80 GB it
-does not fit, and a run says so before it reads any weights: use LoRA.
+  ""      The recipe of the published code [C] for 16 GPUs: 720x720, the dance SDE at level 0.3 in
+          16 steps, time shift 3, embedded guidance 3.5, 16 prompts x 12 samples, a random 60 % of
+          the 15 stochastic steps (9), 3 optimizer steps. Any number of devices that divides 64
+          computes the same; the memory that each then needs is below. 64 TPU chips have three rows
+          of a microbatch each: `python -m dancegrpo_jax.plan` and benchmarks/RESULTS.md say how
+          that fits.
+  8gpu    The same recipe on eight GPUs of 80 GB, with 8 samples a device in a chunk and 4 rows in a
+          microbatch.
+  tiny    Two iterations of a random network on a CPU, in a minute or two. It shows that everything
+          fits together, and learns nothing.
 
-Compute: about 37 TFLOP a forward pass of one row (2025 image and 512 text tokens), so 0.4 EFLOP an
-iteration, with the rematerialised forward and the recomputed old log-probs.
+Memory of all devices together, split over mesh.fsdp, in GB of 10^9 bytes. It is computed from the
+parameter counts and not measured:
 
-Weights: black-forest-labs/FLUX.1-dev of the Hugging Face hub, 34 GB. Its licence must be accepted
-on its page and `hf auth login` be run once; then it is fetched when it isn't cached. FLUX.1-schnell
-goes in the same place with --config.model.checkpoint=black-forest-labs/FLUX.1-schnell
---config.model.text_length=256: it takes no guidance. Prompts: 400 of this project. The paper's are
-HPDv2's: `python -m dancegrpo_jax.data.hpdv2_prompts`, then
---config.data.prompts=tfds:hpdv2_prompts.
+  transformer, 11.90 B parameters in float32                                          238.0
+    weights 47.6, Adam's moments 95.2, gradients and their sum 95.2
+  T5-XXL, 4.76 B parameters in bfloat16                                                 9.5
+  latents of an iteration, 192 x 16 of 16x90x90 in float32                              1.6
+
+Every device holds the whole autoencoder too, 83.8 M parameters in bfloat16, 0.2 GB. (CLIP-L and the
+reward's network, see each file, are split.) Activations come on top. With rematerialised blocks
+they are 0.9 GB for the stored inputs of the 57 blocks and an estimated 2 GB for the block that is
+computed, for each of a device's rows of a microbatch. With 16 devices and 12 rows this is 16 + 35
+GB a device. With 8gpu and 4 rows it is 31 + 12 GB; compiled for eight H100 it takes 34.0 GiB at
+most (the update; benchmarks/RESULTS.md). The recipe does not fit on one device of 80 GB, and a run
+reports that before it reads any weights: use LoRA.
+
+Compute: about 37 TFLOP for a forward pass of one row (2025 image tokens and 512 text tokens), so
+0.4 EFLOP an iteration, with the rematerialised forward pass and the recomputed old log-probs.
+
+Weights: black-forest-labs/FLUX.1-dev of the Hugging Face hub, 34 GB. Accept the licence on its page
+and run `hf auth login` once; then they are fetched unless they are cached. FLUX.1-schnell works
+too, with --config.model.checkpoint=black-forest-labs/FLUX.1-schnell and
+--config.model.text_length=256; it has no guidance input.
+
+Prompts: 400 of this project. The paper's are those of HPDv2: run `python -m
+dancegrpo_jax.data.hpdv2_prompts`, then use --config.data.prompts=tfds:hpdv2_prompts.
 """
 
 from ml_collections import ConfigDict
@@ -38,11 +47,11 @@ from ml_collections import ConfigDict
 from configs import common
 
 PRESETS = ("", "8gpu", "tiny")
-RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
-# Kernels `[.., in, out]` along `in`: a TPU lays the last axis out in lanes of 128, and collects
-# narrower pieces (3072 over 64 chips are 48) as a sum with zeros, twice the bytes. v5p sums even so
-# (libtpu 0.0.42.1, 64 chips), v5e and v6e gather. Norms' scales and what stands at the network's
-# ends is small.
+RANDOM_CLIP = "random:assets/random-clip"  # the network of the rewards of `tiny`
+# Kernels `[.., in, out]` are split along `in`. A TPU stores the last axis in lanes of 128, and
+# gathers narrower pieces (3072 over 64 chips are 48) as a sum with zeros, which is twice the bytes.
+# With this split v5e and v6e gather; v5p still sums (libtpu 0.0.42.1, 64 chips). The scales of
+# norms and the layers at the ends of the network are small, so they are not split.
 SPLIT = (
   ("denoiser/(single_)?transformer_blocks/.*/kernel", ("...", "fsdp", None)),
   ("denoiser/(single_)?transformer_blocks/.*/bias", ("...", "fsdp")),
@@ -56,7 +65,12 @@ SPLIT_REWARDS = ((".*/encoder/.*/kernel", ("...", "fsdp", None)), (".*", ()))
 
 
 def recipe(name: str, preset: str) -> ConfigDict:
-  """The config of a run without its reward; `name` is that of its file."""
+  """The config of a run, without its reward.
+
+  Args:
+    name: the name of the run's file.
+    preset: one of `PRESETS`.
+  """
   config = common.get_config()
   config.name = name + (f"_{preset}" if preset else "")
   config.iterations = 300
@@ -79,8 +93,8 @@ def recipe(name: str, preset: str) -> ConfigDict:
     kind="dance",
     noise_level=0.3,
     steps=16,
-    shift=3.0,  # constant; 0 would be the checkpoint's own, which grows with the resolution
-    guidance_scale=1.0,  # distilled: one forward pass a step, in training too
+    shift=3.0,  # constant; 0 would be the checkpoint's, which grows with the resolution
+    guidance_scale=1.0,  # one forward pass a step, because the model is guidance-distilled
     embedded_guidance=3.5,
     last_step="ode",  # 15 of 16 steps are stochastic
   )
@@ -111,8 +125,9 @@ def recipe(name: str, preset: str) -> ConfigDict:
 
 
 def _tiny(config: ConfigDict) -> None:
-  """Two iterations of networks with random weights (assets/random-flux holds their config.json
-  files).
+  """Changes the config to two iterations of networks with random weights.
+
+  assets/random-flux has their config.json files.
   """
   config.iterations = 2
   config.model.update(
@@ -126,9 +141,8 @@ def _tiny(config: ConfigDict) -> None:
   config.data.prompts_per_iteration = 4
   config.sampler.steps = 4
   config.rollout.update(samples_per_prompt=4, chunk=16)
-  config.optimizer.update(
-    updates_per_iteration=1, microbatch=16
-  )  # one pass: on a CPU compiling takes longer than running
+  # One pass of the update, because on a CPU compiling takes longer than running.
+  config.optimizer.update(updates_per_iteration=1, microbatch=16)
   config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),), reward_rules=((".*", ()),))
   config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
   config.checkpoint.every = 2

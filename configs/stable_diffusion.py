@@ -1,35 +1,44 @@
-"""What the sd_*.py files share: DanceGRPO's recipe for Stable Diffusion v1.4 and its presets. Not a
-run by itself.
+"""DanceGRPO's recipe for Stable Diffusion v1.4 and its presets, which the sd_*.py files share. This
+file is not a run by itself.
 
 Presets:
-  ""      the published code's recipe [C]: 512x512, DDIM with eta 1 in 50 steps, guidance 5, 32 prompts x 16 samples, all 49
-          stochastic steps, 2 optimizer steps. For 8 devices of 80 GB; any number that divides 8
-          works.
-  1gpu    the same numbers on one GPU of 80 GB: smaller chunks and microbatches, so the same result more slowly.
-  v5e     the same numbers on 8 TPU v5e chips (16 GB each), or 8 larger ones: parameters and optimizer split over them, smaller
-          chunks and microbatches. Compiled for them sd_hps takes 11.8 GiB at most of a v5e, 12.6 of
-          a v6e; nothing was run.
-  paper   what the paper asks where guidance is trained [P, section 3.3]: 1 optimizer step, a random 60 % of the steps.
-  tiny    two iterations of a random network on a CPU, a minute: shows that everything fits together, learns nothing.
 
-Memory, computed from the parameter counts and not measured (GB of 10^9 bytes, on every device: the
-rules replicate):
-  UNet 859.5 M parameters, float32: weights 3.4, Adam's moments 6.9, gradients and their sum over microbatches 6.9    17.2
-  text encoder 123.1 M and autoencoder 83.7 M in bfloat16: 0.25 + 0.17                                                 0.4
-  latents of an iteration, 512 x 50 of 4x64x64 in float32, split over the devices                                      1.7
+  ""      The recipe of the published code [C]: 512x512, DDIM with eta 1 in 50 steps, guidance 5, 32
+          prompts x 16 samples, all 49 stochastic steps, 2 optimizer steps. It is for 8 devices of
+          80 GB; any number that divides 8 works.
+  1gpu    The same numbers on one GPU of 80 GB, with smaller chunks and microbatches: the result is
+          the same and takes longer.
+  v5e     The same numbers on 8 TPU v5e chips (16 GB each), or 8 larger ones. Parameters and
+          optimizer state are split over them, and chunks and microbatches are smaller. Compiled for
+          them sd_hps takes at most 11.8 GiB of a v5e and 12.6 of a v6e; nothing was run.
+  paper   The paper's numbers for training with guidance [P, section 3.3]: 1 optimizer step, a
+          random 60 % of the steps.
+  tiny    Two iterations of a random network on a CPU, in a minute. It shows that everything fits
+          together, and learns nothing.
+
+Memory of every device, because the rules replicate, in GB of 10^9 bytes. It is computed from the
+parameter counts and not measured:
+
+  UNet, 859.5 M parameters in float32                                                  17.2
+    weights 3.4, Adam's moments 6.9, gradients and their sum over microbatches 6.9
+  text encoder 123.1 M and autoencoder 83.7 M in bfloat16: 0.25 + 0.17                   0.4
+  latents of an iteration, 512 x 50 of 4x64x64 in float32, split over the devices        1.7
   the reward's network: see each file
-What is left of 80 GB is for activations. Compiled for one H100, sd_hps.py:1gpu takes 25.4 GiB at
+
+The rest of the 80 GB is for activations. Compiled for one H100, sd_hps.py:1gpu takes 25.4 GiB at
 most (the update, with rematerialised blocks and fused attention, 32 rows with guidance;
-benchmarks/RESULTS.md); nothing was run. `optimizer.microbatch` and `rollout.chunk` change nothing
-but speed, memory and round-off.
+benchmarks/RESULTS.md); nothing was run. `optimizer.microbatch` and `rollout.chunk` change only
+speed, memory and round-off.
 
-Compute, as plan.py counts it: 0.80 TFLOP a forward pass of one row, 204 PFLOP an iteration, without
-the rematerialised forward.
+Compute, as `plan` counts it: 0.80 TFLOP for a forward pass of one row, 204 PFLOP an iteration,
+without the rematerialised forward pass.
 
-Weights: CompVis/stable-diffusion-v1-4 of the Hugging Face hub, fetched when they aren't cached (4.2
-GB). v1.5 and v2.1 go in the same place: --config.model.checkpoint=DIR_OR_ID (v2.1:
---config.model.size="(768, 768)"). Prompts: 400 of this project. The paper's are HPDv2's: `python -m
-dancegrpo_jax.data.hpdv2_prompts`, then --config.data.prompts=tfds:hpdv2_prompts.
+Weights: CompVis/stable-diffusion-v1-4 of the Hugging Face hub, 4.2 GB, which are fetched unless
+they are cached. v1.5 and v2.1 work too, with --config.model.checkpoint=DIR_OR_ID (and for v2.1
+--config.model.size="(768, 768)").
+
+Prompts: 400 of this project. The paper's are those of HPDv2: run `python -m
+dancegrpo_jax.data.hpdv2_prompts`, then use --config.data.prompts=tfds:hpdv2_prompts.
 """
 
 from ml_collections import ConfigDict
@@ -37,9 +46,9 @@ from ml_collections import ConfigDict
 from configs import common
 
 PRESETS = ("", "1gpu", "v5e", "paper", "tiny")
-RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
-# Kernels `[.., in, out]` along `in`, see configs/flux.py; what is left (the ends, norms, biases,
-# the autoencoder) is small.
+RANDOM_CLIP = "random:assets/random-clip"  # the network of the rewards of `tiny`
+# Kernels `[.., in, out]` are split along `in`, see configs/flux.py. The rest (the layers at the
+# ends, norms, biases and the autoencoder) is small, so it is not split.
 SPLIT = (
   ("denoiser/(down_blocks|mid_block|up_blocks|time_embedding).*/kernel", ("...", "fsdp", None)),
   ("text_encoder/encoder/.*/kernel", ("...", "fsdp", None)),
@@ -49,7 +58,12 @@ SPLIT_REWARDS = ((".*/encoder/.*/kernel", ("...", "fsdp", None)), (".*", ()))
 
 
 def recipe(name: str, preset: str) -> ConfigDict:
-  """The config of a run without its reward; `name` is that of its file."""
+  """The config of a run, without its reward.
+
+  Args:
+    name: the name of the run's file.
+    preset: one of `PRESETS`.
+  """
   config = common.get_config()
   config.name = name + (f"_{preset}" if preset else "")
   config.iterations = 300
@@ -71,8 +85,8 @@ def recipe(name: str, preset: str) -> ConfigDict:
     noise_level=1.0,
     steps=50,
     guidance_scale=5.0,
-    # 49 of 49 stochastic steps are trained, as in [C], which decodes a noisy last sample (std .02)
-    # instead
+    # All 49 stochastic steps are trained, as in [C], which decodes a noisy last sample (std .02)
+    # instead.
     last_step="ode",
   )
   config.rollout.update(samples_per_prompt=16, shared_noise=True, chunk=128)
@@ -108,8 +122,9 @@ def recipe(name: str, preset: str) -> ConfigDict:
 
 
 def _tiny(config: ConfigDict) -> None:
-  """Two iterations of networks with random weights (assets/random-sd holds their config.json
-  files).
+  """Changes the config to two iterations of networks with random weights.
+
+  assets/random-sd has their config.json files.
   """
   config.iterations = 2
   config.model.update(
@@ -122,8 +137,7 @@ def _tiny(config: ConfigDict) -> None:
   config.data.prompts_per_iteration = 4
   config.sampler.steps = 4
   config.rollout.update(samples_per_prompt=4, chunk=16)
-  config.optimizer.update(
-    updates_per_iteration=1, microbatch=48
-  )  # one pass: on a CPU compiling takes longer than running
+  # One pass of the update, because on a CPU compiling takes longer than running.
+  config.optimizer.update(updates_per_iteration=1, microbatch=48)
   config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
   config.checkpoint.every = 2
