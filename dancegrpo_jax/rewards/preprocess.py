@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 # The values of openai/CLIP, which open_clip, HPS-v2 and PickScore use too.
@@ -94,10 +95,13 @@ def _squash(pixels: Float[Array, "b h w 3"], how: Preprocessing) -> Float[Array,
 MODES = {"shortest": _shortest, "longest": _longest, "squash": _squash}
 
 
-def preprocess(pixels: Float[Array, "b h w 3"], how: Preprocessing) -> Float[Array, "b s s 3"]:
+def preprocess(
+  pixels: Float[Array | np.ndarray, "b h w 3"], how: Preprocessing
+) -> Float[Array, "b s s 3"]:
   """The input of the tower, float32, from pixels in [0, 1]."""
-  square = MODES[how.mode](pixels.astype(jnp.float32), how)
-  return (square - jnp.array(how.mean).reshape(1, 1, 1, 3)) / jnp.array(how.std).reshape(1, 1, 1, 3)
+  square = MODES[how.mode](jnp.asarray(pixels, jnp.float32), how)
+  mean, std = (jnp.array(values).reshape(1, 1, 1, 3) for values in (how.mean, how.std))
+  return (square - mean) / std
 
 
 def from_transformers(config: dict[str, Any], size: int) -> Preprocessing:
