@@ -3,9 +3,9 @@
 Presets:
   ""    The published code's recipe [C] for 16 GPUs: 720x720 pixels, the dance SDE at level 0.3 in
         16 steps, time shift 3, embedded guidance 3.5, 16 prompts with 12 samples each, a random
-        60 % of the 15 stochastic steps (9), and 3 optimizer steps. Any number of devices that divides
-        64 computes the same; the memory that each then needs is below. 64 TPU chips take three
-        rows of a microbatch each; benchmarks/RESULTS.md says how that fits.
+        60 % of the 15 stochastic steps (9), and 3 optimizer steps. Any number of devices that
+        divides 64 computes the same; the memory that each then needs is below. 64 TPU chips take
+        three rows of a microbatch each; benchmarks/RESULTS.md says how that fits.
   8gpu  The same recipe on eight GPUs of 80 GB: 8 samples a device in a chunk, 4 rows in a
         microbatch.
   tiny  Two iterations of a random network on a CPU, in a minute or two. It shows that everything
