@@ -22,9 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dancegrpo_jax.diffusion import windows  # noqa: E402
-from dancegrpo_jax.rl import timesteps  # noqa: E402
-from dancegrpo_jax.settings import checks, config_file  # noqa: E402
+from dancegrpo_jax.settings import config_file, geometry  # noqa: E402
 
 CONFIG = str(ROOT / "configs" / "emoji_flow_clip.py")
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -60,15 +58,9 @@ ARMS = {
 
 def passes(config) -> int:
   """Forward passes of the denoiser in one iteration. One with a backward pass counts as one."""
-  c, updates = config.objective, config.optimizer.updates_per_iteration
-  stochastic = windows.size(config.sampler.window, checks.policy_steps(config))
-  trained = timesteps.count(c.timesteps, c.timestep_fraction, stochastic)
-  samples = config.data.prompts_per_iteration * config.rollout.samples_per_prompt
-  return (
-    samples * config.sampler.steps
-    + samples * trained
-    + samples * trained * (updates - 1) // updates
-  )
+  batches = geometry.of(config)
+  again = batches.transitions * (batches.updates - 1) // batches.updates  # of the old policy
+  return batches.samples * config.sampler.steps + batches.transitions + again
 
 
 def train(arm: str, seed: int, folder: Path) -> dict:

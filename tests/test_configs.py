@@ -19,8 +19,7 @@ from dancegrpo_jax.data.prompts import read_prompts
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.models import clip, flux, t5
 from dancegrpo_jax.models.lora import Lora, abstract
-from dancegrpo_jax.rl import timesteps
-from dancegrpo_jax.settings import checks, config_file, stored_config
+from dancegrpo_jax.settings import checks, config_file, geometry, stored_config
 
 ROOT = Path(__file__).parent.parent
 FILES = (ROOT / "configs").glob("*.py")
@@ -85,12 +84,7 @@ def test_the_recipe_is_the_published_one():
     1.0,
   )
   assert config.data.prompts_per_iteration * config.rollout.samples_per_prompt == 32 * 16
-  assert (
-    timesteps.count(
-      config.objective.timesteps, config.objective.timestep_fraction, checks.policy_steps(config)
-    )
-    == 49
-  )
+  assert geometry.of(config).trained_steps == 49
   o = config.optimizer
   assert (o.updates_per_iteration, o.learning_rate, o.b1, o.b2, o.eps, o.weight_decay) == (
     2,
@@ -136,11 +130,7 @@ def test_flux_recipes_are_the_published_ones():
       config.data.prompts_per_iteration * config.rollout.samples_per_prompt == 16 * 12
       and config.model.size == (720, 720)
     )
-    policy_steps = checks.policy_steps(config)
-    assert (
-      timesteps.count(config.objective.timesteps, config.objective.timestep_fraction, policy_steps)
-      == trained
-    )
+    assert geometry.of(config).trained_steps == trained
     assert (o.updates_per_iteration, o.b1, o.b2, o.eps, o.weight_decay) == (
       updates,
       0.9,

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from dancegrpo_jax.settings import checks, command_line, config_file, stored_config
+from dancegrpo_jax.settings import command_line, config_file, stored_config
+from dancegrpo_jax.settings.checks import values
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = (ROOT / "examples").glob("*/README.md")
@@ -105,7 +106,7 @@ def test_every_choice_is_explained():
     entry.path: entry.comment
     for entry in CONFIGURATION["entries"]((ROOT / "configs" / "common.py").read_text())
   }
-  for field, choices in checks.CHOICES.items():
+  for field, choices in values.CHOICES.items():
     for choice in choices:
       pattern = rf"(?<!\w){re.escape(str(choice))}(?!\w)"
       assert re.search(pattern, explained[field]), f"{field}: {choice}"

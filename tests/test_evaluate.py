@@ -1,4 +1,4 @@
-"""evaluate.py: its statistics against closed forms, and the command on a trained tiny model."""
+"""evaluate: its statistics against closed forms, and the command on a trained tiny model."""
 
 import json
 

@@ -27,7 +27,7 @@ from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.pretrain import stages
-from dancegrpo_jax.programs import update
+from dancegrpo_jax.programs import update_calls
 from dancegrpo_jax.rl.state import init_state
 from dancegrpo_jax.settings import config_file
 from dancegrpo_jax.types import Conditioning, Media
@@ -361,7 +361,7 @@ def update_of(
   most: int = 0,
   stop: Callable[[], bool] = lambda: False,
 ) -> Any:
-  """Updates as an iteration of the loop does: by "deal", and by the calls of `update.run`.
+  """Updates as an iteration of the loop does: by "deal", and by the calls of `update_calls.run`.
 
   Args:
     run: the programs.
@@ -377,7 +377,8 @@ def update_of(
     (state, metrics), or None where `stop` returned True.
   """
   dealt = run.update["deal"](state.trainable, rollouts, ids, *rest)
-  return update.run(run.update, state, frozen, reference, conditioning, dealt, most, stop)
+  inputs = update_calls.Inputs(frozen, reference, conditioning)
+  return update_calls.run(run.update, state, inputs, dealt, most, stop)
 
 
 def shapes_of(arguments: Any) -> Any:

@@ -2,8 +2,7 @@
 
 import jax
 
-from dancegrpo_jax.rl import timesteps
-from dancegrpo_jax.settings import checks
+from dancegrpo_jax.settings import geometry
 from gpu_parts import loaded
 
 
@@ -38,11 +37,7 @@ class Work:
 
   def __init__(self, config):
     branches = 1 + (config.sampler.guidance_scale != 1.0)
-    samples = config.data.prompts_per_iteration * config.rollout.samples_per_prompt
-    policy = config.sampler.window.size or checks.policy_steps(config)
-    trained = samples * timesteps.count(
-      config.objective.timesteps, config.objective.timestep_fraction, policy
-    )
+    trained = geometry.of(config).transitions
     self.steps = config.sampler.steps
     self.chunk_rows = config.rollout.chunk * branches
     self.microbatch_rows = config.optimizer.microbatch * branches

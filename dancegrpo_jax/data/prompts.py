@@ -1,5 +1,5 @@
-"""Prompts: read from a text file, a JSON list or a TFDS data set, and dealt out in batches by
-iteration number.
+"""Prompts: read from a text file, a JSON list or a TFDS data set, and dealt out in batches by the
+number of the iteration.
 """
 
 import importlib
@@ -9,13 +9,12 @@ import os
 from ml_collections import ConfigDict
 
 from dancegrpo_jax import installation
-from dancegrpo_jax.data import prompts
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.types import Example
 
 FIELDS = ("prompt", "negative_prompt", "metadata")  # of an object in a .json list
-TFDS_FIELDS = ("prompt", "caption")  # the first of these that a data set has
-# TFDS data sets of this project -> the module that makes them; its `builder` registers the name.
+TFDS_FIELDS = ("prompt", "caption")  # the first of these that a data set has is read
+# The module that makes each TFDS data set of this project; its `builder` registers the name.
 BUILDERS = {
   "emoji": "dancegrpo_jax.data.emoji_dataset",
   "hpdv2_prompts": "dancegrpo_jax.data.hpdv2_prompts",
@@ -27,20 +26,20 @@ def read_prompts(path: str, negative_prompt: str = "") -> list[Example]:
 
   Args:
     path: one of
-      - a text file, UTF-8, one prompt a line; blank lines and lines that start with "#" are
-        skipped;
-      - a .json file: a list of strings, or of objects with prompt, negative_prompt (optional),
+      - a text file in UTF-8 with one prompt on each line; blank lines and lines that start with "#"
+        are skipped;
+      - a .json file: a list of strings, or of objects with prompt, negative_prompt (optional) and
         metadata (optional);
       - "tfds:NAME[/CONFIG][#SPLIT]": the prompt or caption feature of a prepared TFDS data set in
-        ArrayRecord format, repeated texts once (a prompt data set of pictures has several of each);
-        the split is train unless named.
-    negative_prompt: of the prompts that have none of their own.
+        ArrayRecord format. Repeated texts are taken once, since a data set of pictures has several
+        of each. The split is train unless it is named.
+    negative_prompt: for prompts that have none.
 
   Returns:
     Examples in the order of the file, numbered from 0.
 
   Raises:
-    ValueError: with one line that names the source and what to do.
+    ValueError: the source can't be used; one line that names it and what to do.
   """
   rows: list[dict]
   if path.startswith("tfds:"):
@@ -56,15 +55,18 @@ def read_prompts(path: str, negative_prompt: str = "") -> list[Example]:
     )
   return [
     Example(
-      i, row["prompt"], row.get("negative_prompt", negative_prompt), None, row.get("metadata")
+      id=number,
+      prompt=row["prompt"],
+      negative_prompt=row.get("negative_prompt", negative_prompt),
+      metadata=row.get("metadata"),
     )
-    for i, row in enumerate(rows)
+    for number, row in enumerate(rows)
   ]
 
 
 def _read_text(path: str) -> str:
   try:
-    # -sig: editors on Windows put a byte-order mark first
+    # "-sig" skips the byte-order mark that editors on Windows write.
     return installation.find(path).read_text(encoding="utf-8-sig")
   except (FileNotFoundError, NotADirectoryError) as error:
     raise ValueError(
@@ -89,9 +91,8 @@ def _read_json(path: str) -> list[dict]:
     rows = json.loads(_read_text(path) or "[]")
   except json.JSONDecodeError as error:
     raise ValueError(
-      f"prompts file {path} is not valid JSON: {error.msg} at line {error.lineno}, column"
-      f" {error.colno};"
-      " correct it, or use a .txt file"
+      f"prompts file {path} is not valid JSON: {error.msg} at line {error.lineno},"
+      f" column {error.colno}; correct it, or use a .txt file"
     ) from error
   if not isinstance(rows, list):
     raise ValueError(
@@ -114,8 +115,8 @@ def _check_row(path: str, i: int, row) -> dict:
     raise ValueError(
       f"{where} has unknown fields {', '.join(unknown)}; known are {', '.join(FIELDS)}"
     )
-  for field in ("prompt", "negative_prompt"):
-    if not isinstance(row.get(field, "" if field != "prompt" else None), str):
+  for field, missing in (("prompt", None), ("negative_prompt", "")):
+    if not isinstance(row.get(field, missing), str):
       raise ValueError(f"{where}: {field} must be a string, not {row.get(field)!r}")
   if not row["prompt"].strip():
     raise ValueError(f"{where}: prompt is empty; remove the entry")
@@ -125,7 +126,8 @@ def _check_row(path: str, i: int, row) -> dict:
 
 
 def _read_tfds(source: str) -> list[str]:
-  """The different texts of a TFDS split, in order of first appearance."""
+  """The different texts of a TFDS split, in the order of their first appearance."""
+  # Imported here because it is slow to import, and other sources don't need it.
   import tensorflow_datasets as tfds
 
   name, _, split = source.removeprefix("tfds:").partition("#")
@@ -133,16 +135,13 @@ def _read_tfds(source: str) -> list[str]:
   if module:
     importlib.import_module(f"{module}.builder")
   try:
-    builder = tfds.builder(
-      name, data_dir=os.environ.get("TFDS_DATA_DIR")
-    )  # TFDS itself reads it at import alone
+    # TFDS itself reads the variable only when it is imported.
+    builder = tfds.builder(name, data_dir=os.environ.get("TFDS_DATA_DIR"))
+    others = [feature for feature in builder.info.features if feature not in TFDS_FIELDS]
     data = builder.as_data_source(
-      split=split or "train",
-      decoders={
-        k: tfds.decode.SkipDecoding() for k in builder.info.features if k not in TFDS_FIELDS
-      },
+      split=split or "train", decoders={other: tfds.decode.SkipDecoding() for other in others}
     )
-  except Exception as error:  # TFDS has a dozen kinds, of many lines each
+  except Exception as error:  # TFDS raises a dozen types, with messages of many lines
     reason = str(error).strip().split("\n")[0][:200]
     how = f" with `python -m {module}`" if module else ""
     raise ValueError(
@@ -164,31 +163,30 @@ def prompt_batches(examples: list[Example], prompts_per_iteration: int, seed: in
   """The prompts of every iteration: `batches[iteration]` is a list of `prompts_per_iteration`
   different examples.
 
-  Random access: a batch depends on the seed and the iteration alone, so that a resumed run needs no
-  iterator state, and every host of a pod computes the same batch. Shuffled, each epoch has a new
-  order, and what is left at its end that fills no batch is dropped, because a batch over two epochs
-  could hold one prompt twice. In order (`shuffle` false), the list goes round and nothing is
-  dropped.
+  Access is random: a batch depends only on the seed and the iteration. A resumed run therefore
+  needs no iterator state, and every host of a pod computes the same batch.
 
   Args:
     examples: the whole list.
     prompts_per_iteration: P, at most the number of examples.
     seed: of the orders.
-    shuffle: a new order each epoch; false is the order of the file.
+    shuffle: true gives each epoch a new order. The examples at the end of an epoch that don't fill
+      a batch are dropped, because a batch over two epochs could hold one prompt twice. False keeps
+      the order of the list, which is repeated without dropping anything.
 
   Returns:
     An endless `grain.MapDataset` of lists.
 
   Raises:
-    ValueError: when P is below 1 or above the number of examples.
+    ValueError: P is below 1 or above the number of examples.
   """
+  # Imported here because it is slow to import, and reading prompts doesn't need it.
   import grain
 
   if not 1 <= prompts_per_iteration <= len(examples):
     raise ValueError(
       f"data.prompts_per_iteration is {prompts_per_iteration}, but must be from 1 to the number"
-      f" of prompts, {len(examples)}:"
-      " lower it, or give more prompts"
+      f" of prompts, {len(examples)}: lower it, or give more prompts"
     )
   dataset = grain.MapDataset.source(examples).seed(seed % 2**32)
   if shuffle:
@@ -199,18 +197,18 @@ def prompt_batches(examples: list[Example], prompts_per_iteration: int, seed: in
 
 
 def read_examples(config: ConfigDict) -> list[Example]:
-  """The training prompts. ConfigError naming the file and the remedy."""
+  """The training prompts. ConfigError as the ValueError of `read_prompts`."""
   try:
-    return prompts.read_prompts(config.data.prompts, config.data.negative_prompt)
+    return read_prompts(config.data.prompts, config.data.negative_prompt)
   except ValueError as error:
     raise ConfigError(str(error)) from error
 
 
 def read_held_out(config: ConfigDict) -> list[Example]:
-  """The prompts of data.held_out, [] where it is "". ConfigError as `read_examples`."""
+  """The prompts of data.held_out; [] where it is "". ConfigError as `read_examples`."""
   if not config.data.held_out:
     return []
   try:
-    return prompts.read_prompts(config.data.held_out, config.data.negative_prompt)
+    return read_prompts(config.data.held_out, config.data.negative_prompt)
   except ValueError as error:
     raise ConfigError(str(error)) from error

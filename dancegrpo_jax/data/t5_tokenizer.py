@@ -1,9 +1,9 @@
-"""T5's tokenizer: a Unigram vocabulary written in the layout of transformers' T5Tokenizer, and
-folders of that layout read.
+"""T5's tokenizer: writes a Unigram vocabulary in the layout of transformers' T5Tokenizer, and reads
+folders in that layout.
 
-T5's own vocabulary was trained by SentencePiece; the one written here knows every word of its
-captions, and letters. That is enough for the embedded models, whose captions are few, and it needs
-no training.
+T5's published vocabulary was trained by SentencePiece. The vocabulary that is written here consists
+of every word of some captions, and of letters. That needs no training, and is enough for the
+embedded models, which have few captions.
 """
 
 import collections
@@ -15,12 +15,13 @@ import numpy as np
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
 PAD, EOS, UNKNOWN, SPACE = "<pad>", "</s>", "<unk>", "▁"
-_LETTER = -20.0  # log-probability: below every word's, so that a known word is never spelled
+# The log-probability of a letter. It is below that of every word, so that no known word is spelled.
+_LETTER = -20.0
 
 
 def vocabulary(captions: list[str]) -> list[tuple[str, float]]:
-  """(piece, log-probability): the special pieces, every word by falling frequency, a space and all
-  letters.
+  """The pieces of the captions' vocabulary with their log-probabilities: the special pieces, every
+  word by falling frequency, a space and all letters.
   """
   counts = collections.Counter(word for caption in captions for word in caption.split())
   total = counts.total()
@@ -31,20 +32,22 @@ def vocabulary(captions: list[str]) -> list[tuple[str, float]]:
   letters = sorted(
     {chr(code) for code in range(33, 127)} | {letter for word in counts for letter in word}
   )
-  return (
-    [(piece, 0.0) for piece in (PAD, EOS, UNKNOWN)]
-    + words
-    + [(piece, _LETTER) for piece in (SPACE, *letters)]
-  )
+  special = [(piece, 0.0) for piece in (PAD, EOS, UNKNOWN)]
+  return special + words + [(piece, _LETTER) for piece in (SPACE, *letters)]
 
 
 def write_t5_tokenizer(captions: list[str], folder: str, length: int) -> None:
-  """Writes tokenizer.json and tokenizer_config.json with the captions' vocabulary; `length` is what
-  texts are padded to.
+  """Writes tokenizer.json and tokenizer_config.json with the captions' vocabulary.
+
+  Args:
+    captions: the texts; every one must fit.
+    folder: where to write.
+    length: tokens that texts are padded and cut to.
 
   Raises:
     ValueError: a caption needs more than `length` tokens.
   """
+  # Here and below transformers is imported late, because it is slow to import.
   from transformers import T5Tokenizer
 
   tokenizer = T5Tokenizer(vocab=vocabulary(captions), extra_ids=0, model_max_length=length)
@@ -61,20 +64,19 @@ def load_t5_tokenizer(folder: str) -> Callable[[list[str], int], np.ndarray]:
   """The tokenizer of a T5Tokenizer folder, of this project or of FLUX, through transformers.
 
   Returns:
-    (texts, length) -> ids int32 `[texts, length]`: text, end, padding; long texts are cut and keep
-    their end.
+    A function (texts, length) -> ids int32 `[texts, length]`: the text, the end token, padding.
+    Long texts are cut, and still finish with the end token.
 
   Raises:
-    FileNotFoundError: naming the file that is missing.
+    FileNotFoundError: names the file that is missing.
   """
   from transformers import T5Tokenizer
 
   for name in FILES:
     if not os.path.isfile(os.path.join(folder, name)):
-      needed = " and ".join(FILES)
       raise FileNotFoundError(
         f"tokenizer file not found: {os.path.join(folder, name)}; a T5 tokenizer folder has"
-        f" {needed}"
+        f" {' and '.join(FILES)}"
       )
   tokenizer = T5Tokenizer.from_pretrained(folder)
 

@@ -1,10 +1,9 @@
 """CLIP's byte-level BPE: trained on captions, written in the layout of transformers' CLIPTokenizer,
 and read again.
 
-The vocabulary is laid out as OpenAI's: 256 bytes, the same 256 ending a word, the merges,
-<|startoftext|>, <|endoftext|>. Every byte is there, so that any text has a tokenisation and nothing
-becomes the unknown token. Reading works on Stable Diffusion's own tokenizer folder too, without
-transformers.
+The vocabulary has the order of OpenAI's: 256 bytes, the same 256 bytes as ends of words, the
+merges, <|startoftext|>, <|endoftext|>. It contains every byte, so that any text has a tokenisation
+and nothing becomes the unknown token. Stable Diffusion's tokenizer folder can be read too.
 """
 
 import json
@@ -15,16 +14,17 @@ import numpy as np
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
-# OpenAI's pattern: contractions, runs of letters, single digits, runs of anything else
+# OpenAI's pattern: contractions, runs of letters, single digits, runs of anything else.
 PATTERN = (
   r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
 
 
 def _split(tokenizer):
-  """Sets how text is normalised and cut into words, as transformers' CLIPTokenizer does. Returns
-  the tokenizer.
+  """Makes a tokenizer normalise text and cut it into words as transformers' CLIPTokenizer does, and
+  returns it.
   """
+  # Here and below `tokenizers` and `transformers` are imported late: they are slow to import.
   from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
   tokenizer.normalizer = normalizers.Sequence(
@@ -41,8 +41,8 @@ def _split(tokenizer):
 
 
 def _build(vocab: dict[str, int], merges: list[tuple[str, str]], length: int):
-  """A tokenizer that puts bos and eos around a text and cuts and pads it (with eos, at the end) to
-  `length`.
+  """A tokenizer that puts bos and eos around a text, and cuts the text or pads it with eos, at the
+  end, to `length`.
   """
   from tokenizers import AddedToken, Tokenizer, models, processors
 
@@ -61,17 +61,17 @@ def _build(vocab: dict[str, int], merges: list[tuple[str, str]], length: int):
 
 
 def _train_merges(captions: list[str], count: int) -> list[tuple[str, str]]:
-  """The first `count` merges of byte-pair encoding on the captions' words (fewer when every word is
-  one token).
+  """The first `count` merges of byte-pair encoding on the captions' words; fewer where every word
+  has become one token.
   """
   from tokenizers import Tokenizer, models, trainers
   from tokenizers.pre_tokenizers import ByteLevel
 
   tokenizer = _split(Tokenizer(models.BPE(end_of_word_suffix=WORD_END)))
   alphabet = sorted(ByteLevel.alphabet())
-  # Among equally frequent pairs the trainer takes the one with the smallest ids, and numbers the
-  # word-ending letters in the order of a hash table, new in each process. Giving them their ids
-  # first, as special tokens, makes it repeatable.
+  # Of equally frequent pairs the trainer takes the one with the smallest ids. It numbers letters
+  # that end words in the order of a hash table, which differs from process to process. They are
+  # given their ids first, as special tokens, so that training is repeatable.
   ends = [letter + WORD_END for letter in alphabet]
   trainer = trainers.BpeTrainer(
     vocab_size=2 * len(alphabet) + count,
@@ -85,18 +85,18 @@ def _train_merges(captions: list[str], count: int) -> list[tuple[str, str]]:
 
 
 def train_tokenizer(captions: list[str], length: int = 16, size: int = 1000):
-  """Trains on captions.
+  """Trains a tokenizer on captions.
 
   Args:
     captions: the texts; every one must fit.
-    length: tokens of a text with bos and eos, what is padded and cut to.
-    size: most entries of the vocabulary, at least 514 (the bytes twice, bos, eos).
+    length: tokens, with bos and eos, that texts are padded and cut to.
+    size: the largest number of entries in the vocabulary, at least 514 (the bytes twice, bos, eos).
 
   Returns:
-    A `tokenizers.Tokenizer`. Ids of bos and eos are the last two.
+    A `tokenizers.Tokenizer`. The ids of bos and eos are the last two.
 
   Raises:
-    ValueError: when `size` has no room for the bytes, or a caption needs more than `length` tokens.
+    ValueError: `size` has no room for the bytes, or a caption needs more than `length` tokens.
   """
   from tokenizers.pre_tokenizers import ByteLevel
 
@@ -121,11 +121,10 @@ def train_tokenizer(captions: list[str], length: int = 16, size: int = 1000):
 
 
 def write_tokenizer(captions: list[str], folder: str, length: int = 16, size: int = 1000):
-  """Trains on captions and writes vocab.json, merges.txt, tokenizer_config.json and
-  special_tokens_map.json.
+  """Trains a tokenizer on captions and writes vocab.json, merges.txt, tokenizer_config.json and
+  special_tokens_map.json into a folder, which transformers' CLIPTokenizer can load.
 
-  transformers' CLIPTokenizer loads the folder as it is. Arguments, result and errors are
-  `train_tokenizer`'s.
+  The other arguments, the result and the errors are those of `train_tokenizer`.
   """
   tokenizer = train_tokenizer(captions, length, size)
   model = json.loads(tokenizer.to_str())["model"]
@@ -171,12 +170,12 @@ def load_tokenizer(folder: str) -> Callable[[list[str]], np.ndarray]:
   transformers.
 
   Returns:
-    texts -> ids int32 `[texts, model_max_length]`: bos, text, eos, padding; long texts are cut and
-    keep eos.
+    A function texts -> ids int32 `[texts, model_max_length]`: bos, the text, eos, padding. Long
+    texts are cut, and still finish with eos.
 
   Raises:
-    FileNotFoundError: naming the file that is missing.
-    ValueError: when the configuration names no usable length.
+    FileNotFoundError: names the file that is missing.
+    ValueError: the configuration gives no length that can be used.
   """
   from transformers import CLIPTokenizer
 

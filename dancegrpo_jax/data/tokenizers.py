@@ -1,4 +1,4 @@
-"""The kinds of tokenizers that a family may name."""
+"""The kinds of tokenizers that a layout may name."""
 
 from dancegrpo_jax.data.t5_tokenizer import load_t5_tokenizer
 from dancegrpo_jax.data.tokenizer import load_tokenizer
@@ -18,12 +18,12 @@ KINDS = {
 }
 
 
-def kind_of(named: str | TokenizerKind) -> TokenizerKind:
-  """The kind of this name, or the kind itself. ValueError: an unknown name."""
-  if isinstance(named, TokenizerKind):
-    return named
-  if named not in KINDS:
+def kind_of(kind: str | TokenizerKind) -> TokenizerKind:
+  """The kind of a name, or the kind itself. ValueError: the name is not known."""
+  if isinstance(kind, TokenizerKind):
+    return kind
+  if kind not in KINDS:
     raise ValueError(
-      f"no tokenizer of the kind {named!r}; one of {', '.join(KINDS)}, or a TokenizerKind"
+      f"no tokenizer of the kind {kind!r}; use one of {', '.join(KINDS)}, or a TokenizerKind"
     )
-  return KINDS[named]
+  return KINDS[kind]

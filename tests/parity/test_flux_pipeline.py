@@ -73,7 +73,7 @@ def sampled(folder, steps: int, guidance: float, **changes) -> tuple:
     numbers, owners = np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32) % 2
     conditioning = Conditioning(rows, None)
     latents = run.sample(model.trainable, model.frozen, conditioning, numbers, owners, np.int32(5))
-    pixels = run.decode(model.frozen, latents)
+    pixels = run.decode(model.frozen, latents).pixels
     stream = rng.derive(rng.stream(0, "evaluation"), np.int32(5))
     noise = rng.initial_noise(
       stream, 0, numbers, numbers, shared=True, shape=model.pipeline.latent_shape

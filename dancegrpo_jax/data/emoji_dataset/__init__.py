@@ -1,5 +1,6 @@
-"""The TFDS builder `emoji`: see `builder.py`. Light to import; TensorFlow Datasets is imported on
-first use.
+"""The data set `emoji`, made by the TFDS builder in `builder.py`.
+
+This module is light to import: TensorFlow Datasets is imported on first use.
 """
 
 import os
@@ -21,24 +22,23 @@ def load(
     split: "train" or "held_out".
     data_dir: folder of all TFDS data sets; None is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
     size: height and width of the pictures, pixels.
-    variants: pictures of each (name, colour) pair.
-    font: NotoColorEmoji.ttf; None is $EMOJI_FONT, else where Debian puts it. Only read when the
-      data set is made.
+    variants: number of pictures of each (name, colour) pair.
+    font: NotoColorEmoji.ttf; None is $EMOJI_FONT, else where Debian installs it. It is read only
+      when the data set is made.
 
   Returns:
     A sequence of dicts: image uint8 `[size, size, 3]`, caption, name and colour (bytes), pair
     (int).
 
   Raises:
-    FileNotFoundError: without the font.
-    ValueError: when the font isn't the bitmap build.
+    FileNotFoundError: the font is not there.
+    ValueError: the font isn't the bitmap build.
   """
   from dancegrpo_jax.data.emoji_dataset.builder import Emoji, EmojiConfig
 
   config = EmojiConfig.of(size, variants)
-  config = Emoji.builder_configs.get(
-    config.name, config
-  )  # TFDS refuses an equal of its own default
+  # TFDS refuses a config that equals its default one and is another object.
+  config = Emoji.builder_configs.get(config.name, config)
   builder = Emoji(config=config, data_dir=data_dir or os.environ.get("TFDS_DATA_DIR"), font=font)
   builder.download_and_prepare()
   return builder.as_data_source(split=split)

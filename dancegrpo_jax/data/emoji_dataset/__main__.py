@@ -1,6 +1,4 @@
-"""Command that makes the `emoji` data set: python -m dancegrpo_jax.data.emoji_dataset
---data-dir=DIR
-"""
+"""Makes the data set `emoji`: python -m dancegrpo_jax.data.emoji_dataset --data-dir=DIR"""
 
 import argparse
 import sys
@@ -9,7 +7,9 @@ from dancegrpo_jax.data import emoji_dataset
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Returns the exit code: 2 for a missing or unfit font or size, with one line on stderr."""
+  """The command. The exit code is 2 where the font is missing or unfit, or where a number can't be
+  used, with one line on stderr.
+  """
   parser = argparse.ArgumentParser(
     prog="python -m dancegrpo_jax.data.emoji_dataset", description=__doc__
   )
@@ -18,10 +18,10 @@ def main(argv: list[str] | None = None) -> int:
   )
   parser.add_argument("--size", type=int, default=32, help="height and width, pixels")
   parser.add_argument(
-    "--variants", type=int, default=4, help="pictures of each (name, colour) pair"
+    "--variants", type=int, default=4, help="number of pictures of each (name, colour) pair"
   )
   parser.add_argument(
-    "--font", help="NotoColorEmoji.ttf (default: $EMOJI_FONT, else where Debian puts it)"
+    "--font", help="NotoColorEmoji.ttf (default: $EMOJI_FONT, else where Debian installs it)"
   )
   args = parser.parse_args(argv)
   try:

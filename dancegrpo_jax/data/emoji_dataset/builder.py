@@ -1,6 +1,7 @@
-"""TFDS builder of the text-to-emoji pictures, written as ArrayRecord files, without TensorFlow.
+"""The TFDS builder of the text-to-emoji pictures, which writes ArrayRecord files and doesn't need
+TensorFlow.
 
-It lives in a package folder because TFDS looks for a builder's metadata beside its module.
+It has a folder of its own because TFDS looks for a builder's metadata beside its module.
 """
 
 import dataclasses
@@ -20,11 +21,11 @@ CITATION = (
 
 @dataclasses.dataclass(kw_only=True)
 class EmojiConfig(tfds.core.BuilderConfig):
-  """What the pictures depend on; its name is their folder.
+  """What the pictures depend on; the config's name is their folder.
 
   Attributes:
     size: height and width, pixels.
-    variants: pictures of each (name, colour) pair.
+    variants: number of pictures of each (name, colour) pair.
   """
 
   size: int
@@ -32,6 +33,7 @@ class EmojiConfig(tfds.core.BuilderConfig):
 
   @classmethod
   def of(cls, size: int, variants: int) -> "EmojiConfig":
+    """The config of these numbers, with a name made of them. ValueError: one is not positive."""
     if size < 1 or variants < 1:
       raise ValueError(f"emoji: size {size} and variants {variants} must be positive")
     return cls(name=f"{size}px_{variants}", size=size, variants=variants)
@@ -47,7 +49,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
   DEFAULT_BUILDER_CONFIG_NAME = DEFAULT_CONFIG
 
   def __init__(self, *, font: str | None = None, file_format="array_record", **kwargs):
-    """`font`: NotoColorEmoji.ttf; None is $EMOJI_FONT, else where Debian puts it."""
+    """`font` is NotoColorEmoji.ttf; None is $EMOJI_FONT, else where Debian installs it."""
     self.font = font or os.environ.get("EMOJI_FONT", emoji.FONT)
     super().__init__(file_format=file_format, **kwargs)
 
@@ -69,7 +71,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
       homepage="https://github.com/googlefonts/noto-emoji",
       citation=CITATION,
       license="SIL Open Font License 1.1",
-      # rows stay in table order, so that an index means the same everywhere
+      # Rows stay in the table's order, so that an index means the same everywhere.
       disable_shuffling=True,
     )
 
@@ -83,15 +85,12 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     for name, colour in emoji.pairs(split):
       pair = emoji.pair_id(name, colour)
       for variant in range(config.variants):
-        yield (
-          pair * config.variants + variant,
-          {
-            "image": Image.fromarray(
-              emoji.draw(self.font, name, colour, config.size, variant)
-            ),  # arrays need TensorFlow
-            "caption": emoji.caption(name, colour),
-            "name": name,
-            "colour": colour,
-            "pair": pair,
-          },
-        )
+        pixels = emoji.draw(self.font, name, colour, config.size, variant)
+        row = {
+          "image": Image.fromarray(pixels),  # TFDS would need TensorFlow to encode an array
+          "caption": emoji.caption(name, colour),
+          "name": name,
+          "colour": colour,
+          "pair": pair,
+        }
+        yield pair * config.variants + variant, row

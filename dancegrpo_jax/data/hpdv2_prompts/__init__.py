@@ -1,5 +1,6 @@
-"""The TFDS builder `hpdv2_prompts`: see `builder.py`. Light to import; TensorFlow Datasets is
-imported on first use.
+"""The data set `hpdv2_prompts`, made by the TFDS builder in `builder.py`.
+
+This module is light to import: TensorFlow Datasets is imported on first use.
 """
 
 import os
@@ -11,15 +12,15 @@ def load(split: str = "train", *, data_dir: str | None = None, json_file: str | 
   Args:
     split: "train", the only one.
     data_dir: folder of all TFDS data sets; None is $TFDS_DATA_DIR, else ~/tensorflow_datasets.
-    json_file: HPDv2's train.json; None fetches it from the hub where it isn't cached. Only read
-      when the data set is made.
+    json_file: HPDv2's train.json; None fetches it from the hub where it isn't cached. It is read
+      only when the data set is made.
 
   Returns:
     A sequence of dicts: prompt (bytes).
 
   Raises:
-    FileNotFoundError: no such file, or it can't be fetched; one line that says what to do.
-    ValueError: it isn't HPDv2's list.
+    FileNotFoundError: the file is not there, or can't be fetched; one line that says what to do.
+    ValueError: the file isn't HPDv2's list.
   """
   from dancegrpo_jax.data.hpdv2_prompts.builder import Hpdv2Prompts
 

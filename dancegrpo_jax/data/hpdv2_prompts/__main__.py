@@ -1,5 +1,6 @@
-"""Command that makes the `hpdv2_prompts` data set: python -m dancegrpo_jax.data.hpdv2_prompts
---data-dir=DIR [--json=PATH]
+"""Makes the data set `hpdv2_prompts`:
+
+python -m dancegrpo_jax.data.hpdv2_prompts --data-dir=DIR [--json=PATH]
 """
 
 import argparse
@@ -9,8 +10,8 @@ from dancegrpo_jax.data import hpdv2_prompts
 
 
 def main(argv: list[str] | None = None) -> int:
-  """Returns the exit code: 2 for a file that is missing, can't be fetched or is another, with one
-  line on stderr.
+  """The command. The exit code is 2 where the file is missing, can't be fetched or isn't HPDv2's
+  list, with one line on stderr.
   """
   parser = argparse.ArgumentParser(
     prog="python -m dancegrpo_jax.data.hpdv2_prompts", description=__doc__
@@ -23,10 +24,8 @@ def main(argv: list[str] | None = None) -> int:
   )
   args = parser.parse_args(argv)
   try:
-    print(
-      "hpdv2_prompts train:"
-      f" {len(hpdv2_prompts.load(data_dir=args.data_dir, json_file=args.json))} prompts"
-    )
+    source = hpdv2_prompts.load(data_dir=args.data_dir, json_file=args.json)
+    print(f"hpdv2_prompts train: {len(source)} prompts")
   except (FileNotFoundError, ValueError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -1,8 +1,8 @@
-"""TFDS builder of HPDv2's training prompts (Wu et al., arXiv 2306.09341), written as ArrayRecord
-files, without TensorFlow.
+"""The TFDS builder of HPDv2's training prompts (Wu et al., arXiv 2306.09341), which writes
+ArrayRecord files and doesn't need TensorFlow.
 
 train.json of the hub's data set ymhao/HPDv2 is a list of comparisons, each with a "prompt" and
-several images of it: a prompt stands there many times. The pictures aren't fetched.
+several images. A prompt occurs many times. The images aren't fetched.
 """
 
 import json
@@ -16,30 +16,32 @@ CITATION = "Human Preference Score v2, Wu et al. 2023, https://arxiv.org/abs/230
 
 
 def fetch() -> str:
-  """The path of train.json in the Hugging Face cache, fetched where it isn't there.
-  FileNotFoundError where that fails.
+  """The path of train.json in the Hugging Face cache, after a download where it isn't cached.
+
+  Raises:
+    FileNotFoundError: the download fails.
   """
+  # Imported here because it is slow to import, and a local file doesn't need it.
   from huggingface_hub import hf_hub_download
 
   try:
     return hf_hub_download(REPOSITORY, FILE, repo_type="dataset")
-  except Exception as error:  # no network, offline mode, no such file: a dozen classes
+  except Exception as error:  # no network, offline mode, no such file: the client has a dozen types
     reason = " ".join(str(error).split())[:200]
     raise FileNotFoundError(
-      f"{REPOSITORY}/{FILE} is not cached and can't be fetched ({type(error).__name__}:"
-      f" {reason}); where there is a network run"
-      f" `hf download {REPOSITORY} {FILE} --repo-type dataset --local-dir DIR`, copy it here and"
-      f" give --json=DIR/{FILE}"
+      f"{REPOSITORY}/{FILE} is not cached and can't be fetched ({type(error).__name__}: {reason});"
+      f" where there is a network run `hf download {REPOSITORY} {FILE} --repo-type dataset"
+      f" --local-dir DIR`, copy the file here and give --json=DIR/{FILE}"
     ) from error
 
 
 def unique_prompts(path: str) -> Iterator[str]:
-  """Every prompt once, in order of first appearance, white space at its ends and line breaks inside
-  taken out.
+  """Every prompt once, in the order of their first appearance, with single spaces for all white
+  space and none at the ends.
 
   Raises:
-    FileNotFoundError: no such file.
-    ValueError: not a JSON list of objects with a text "prompt".
+    FileNotFoundError: there is no such file.
+    ValueError: the file is not a JSON list of objects with a text "prompt".
   """
   if not Path(path).is_file():
     raise FileNotFoundError(f"{path}: no such file; give HPDv2's {FILE} with --json=PATH")
@@ -72,7 +74,7 @@ class Hpdv2Prompts(tfds.core.GeneratorBasedBuilder):
   RELEASE_NOTES = {"1.0.0": "Unique prompts of train.json, in its order."}
 
   def __init__(self, *, json_file: str | None = None, file_format="array_record", **kwargs):
-    """`json_file`: train.json; None fetches it."""
+    """`json_file` is train.json; None fetches it."""
     self.json_file = json_file
     super().__init__(file_format=file_format, **kwargs)
 
@@ -83,12 +85,14 @@ class Hpdv2Prompts(tfds.core.GeneratorBasedBuilder):
       features=tfds.features.FeaturesDict({"prompt": tfds.features.Text()}),
       homepage="https://huggingface.co/datasets/ymhao/HPDv2",
       citation=CITATION,
-      # rows stay in the file's order, so that an index means the same everywhere
+      # Rows stay in the file's order, so that an index means the same everywhere.
       disable_shuffling=True,
     )
 
   def _split_generators(self, dl_manager) -> dict:
-    del dl_manager  # the hub's own cache is used, so that the file is there for everything else too
+    del (
+      dl_manager
+    )  # The Hugging Face cache is used instead, where other programs find the file too.
     return {"train": self._generate_examples(self.json_file or fetch())}
 
   def _generate_examples(self, path: str):

@@ -1,8 +1,8 @@
-"""Prompt embeddings on disk: TFDS data sets in ArrayRecord format, one for each part of the
-prompts, and whose they are.
+"""Prompt embeddings on disk: a TFDS data set in ArrayRecord format for each part of the prompts,
+and a file that says which prompts and which encoder they belong to.
 
-A part appears when it is whole, so that an interrupted run goes on with the first one that is
-missing. Light to import; TensorFlow Datasets is imported on first use.
+A part appears when it is complete, so that an interrupted run continues with the first one that is
+missing. This module is light to import: TensorFlow Datasets is imported on first use.
 """
 
 import contextlib
@@ -17,60 +17,51 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PART = 128  # prompts; with T5-XXL's 512 tokens in bfloat16 half a gigabyte
+PART = 128  # prompts in a part: half a gigabyte with 512 tokens of T5-XXL in bfloat16
 FILE = "identity.json"
 HOW = "name another folder, or delete this one to encode again"
 
 
 class Leaf(NamedTuple):
-  """An array of one prompt's embedding."""
+  """The shape and dtype of one array of a prompt's embedding."""
 
   shape: tuple[int, ...]
   dtype: Any
 
 
 class Identity(NamedTuple):
-  """Whose embeddings a folder holds. The digests are compared, the rest is for messages.
+  """Which embeddings a folder holds. The digests are compared; the other fields are for messages.
 
   Attributes:
     prompts: digest of the texts, in order.
     encoder: digest of the networks' configs and weights.
-    tokens: digest of the texts' tokens, so of the tokenizer and its length.
-    count: texts.
+    tokens: digest of the texts' tokens, and so of the tokenizer and its length.
+    count: number of texts.
     checkpoint: the model's name.
   """
 
   prompts: str
   encoder: str
   tokens: str
-  count: int  # type: ignore[assignment]  # hides tuple.count; the name is in files
+  count: int  # type: ignore[assignment]  # It hides tuple.count; files contain the name.
   checkpoint: str
 
 
 def claim(folder: Path, identity: Identity, write: bool) -> None:
-  """Checks that a folder is this identity's, and marks an empty one as such where `write`.
+  """Checks that a folder belongs to an identity.
+
+  Args:
+    folder: of the embeddings; need not exist.
+    identity: of the embeddings that it should hold.
+    write: whether to mark a folder that is empty or missing as the identity's.
 
   Raises:
-    ValueError: it belongs to other prompts or another encoder, or holds something else; one line
-      that ends with the remedy.
+    ValueError: the folder belongs to other prompts or another encoder, or holds something else; one
+      line that ends with the remedy.
   """
   file = folder / FILE
   if file.is_file():
-    try:
-      found = Identity(**json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-      raise ValueError(f"{FILE} can't be read; {HOW}") from error
-    for field, what in (
-      ("prompts", "other prompts"),
-      ("encoder", "another text encoder"),
-      ("tokens", "another tokenizer"),
-    ):
-      both = [
-        f"{who.count} texts of {who.checkpoint!r}, digest {getattr(who, field)}"
-        for who in (found, identity)
-      ]
-      if getattr(found, field) != getattr(identity, field):
-        raise ValueError(f"belongs to {what} ({both[0]}; this run has {both[1]}); {HOW}")
+    _check_identity(file, identity)
     return
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise ValueError(f"is not empty and has no {FILE}, so it is no cache of embeddings; {HOW}")
@@ -79,6 +70,25 @@ def claim(folder: Path, identity: Identity, write: bool) -> None:
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(identity._asdict(), indent=1) + "\n")
     os.replace(temporary, file)
+
+
+def _check_identity(file: Path, identity: Identity) -> None:
+  """Raises ValueError where a file doesn't contain this identity."""
+  try:
+    stored = Identity(**json.loads(file.read_text()))
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"{FILE} can't be read; {HOW}") from error
+  for field, what in (
+    ("prompts", "other prompts"),
+    ("encoder", "another text encoder"),
+    ("tokens", "another tokenizer"),
+  ):
+    theirs, ours = (
+      f"{one.count} texts of {one.checkpoint!r}, digest {getattr(one, field)}"
+      for one in (stored, identity)
+    )
+    if getattr(stored, field) != getattr(identity, field):
+      raise ValueError(f"belongs to {what} ({theirs}; this run has {ours}); {HOW}")
 
 
 def _place(folder: Path, part: int) -> Path:
@@ -92,7 +102,7 @@ def _builder(
 
   from dancegrpo_jax.data.prompt_embeddings.builder import PromptEmbeddings
 
-  tfds.disable_progress_bar()  # of a part; the caller says how far it is
+  tfds.disable_progress_bar()  # It would be a part's; the caller prints the progress of them all.
   return PromptEmbeddings(
     data_dir=str(_place(folder, part)), leaves=leaves, texts=texts, encode=encode
   )
@@ -100,7 +110,7 @@ def _builder(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """TFDS speaks of downloads, and warns of each part that isn't there yet."""
+  """Silences TFDS, which prints lines about downloads and warns of parts that aren't there yet."""
   logging.disable(logging.WARNING)
   try:
     with contextlib.redirect_stdout(io.StringIO()):
@@ -110,12 +120,12 @@ def _quiet() -> Iterator[None]:
 
 
 def parts(texts: list[str]) -> list[list[str]]:
-  """The texts of every part."""
+  """The texts, divided into parts."""
   return [texts[i : i + PART] for i in range(0, len(texts), PART)]
 
 
 def missing(folder: Path, leaves: dict[str, Leaf], texts: list[str]) -> list[int]:
-  """The parts that are not there yet."""
+  """The numbers of the parts that are not there yet."""
   with _quiet():
     return [
       i
@@ -127,18 +137,26 @@ def missing(folder: Path, leaves: dict[str, Leaf], texts: list[str]) -> list[int
 def write(
   folder: Path, leaves: dict[str, Leaf], part: int, texts: list[str], arrays: dict[str, np.ndarray]
 ) -> None:
-  """Writes a part: its texts, and their arrays `[n, ...]` by name."""
-  shutil.rmtree(_place(folder, part), ignore_errors=True)  # what a killed run left of it
+  """Writes a part.
+
+  Args:
+    folder: of the embeddings.
+    leaves: shapes and dtypes of a prompt's arrays, by name.
+    part: its number.
+    texts: of the part.
+    arrays: of the texts, `[n, ...]` by name.
+  """
+  shutil.rmtree(_place(folder, part), ignore_errors=True)  # a killed run may have left files
   with _quiet():
     _builder(folder, leaves, part, texts, lambda _: arrays).download_and_prepare()
 
 
 def _open(builder: Any, texts: list[str]):
-  """A part for random access. ValueError where it doesn't end with the last of its texts."""
+  """A part, for random access. ValueError: its last text is not the last one of `texts`."""
   try:
     source = builder.as_data_source("train")
     reason = "" if source[len(texts) - 1]["prompt"].decode() == texts[-1] else "other texts"
-  except Exception as error:  # TFDS has a dozen kinds, of many lines each
+  except Exception as error:  # TFDS raises a dozen types, with messages of many lines
     reason = str(error).strip().split("\n")[0][:200]
   if reason:
     raise ValueError(
@@ -151,18 +169,17 @@ class Table:
   """The embeddings of all texts, read from disk row by row."""
 
   def __init__(self, folder: Path, leaves: dict[str, Leaf], texts: list[str]):
-    """ValueError: a part is damaged."""
+    """Opens the parts of a folder. ValueError: one is damaged."""
     self._leaves = leaves
-    self._where = {
-      text: (i, row) for i, part in enumerate(parts(texts)) for row, text in enumerate(part)
-    }
-    self._parts = [
-      _open(_builder(folder, leaves, i, part), part) for i, part in enumerate(parts(texts))
-    ]
+    self._places = {}  # (part, row) by text
+    self._parts = []
+    for number, part in enumerate(parts(texts)):
+      self._places.update({text: (number, row) for row, text in enumerate(part)})
+      self._parts.append(_open(_builder(folder, leaves, number, part), part))
 
   def rows(self, texts: list[str]) -> dict[str, np.ndarray]:
-    """Arrays `[n, ...]` by name. KeyError for a text that isn't in the table."""
-    places = [self._where[text] for text in texts]
+    """The arrays `[n, ...]` of these texts, by name. KeyError: a text isn't in the table."""
+    places = [self._places[text] for text in texts]
     read = {(part, row): self._parts[part][row] for part, row in dict.fromkeys(places)}
 
     def array(name: str, leaf: Leaf) -> np.ndarray:

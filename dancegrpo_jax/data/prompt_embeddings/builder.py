@@ -1,7 +1,7 @@
-"""TFDS builder of a part of a run's prompt embeddings, written as ArrayRecord files, without
-TensorFlow.
+"""The TFDS builder of a part of a run's prompt embeddings, which writes ArrayRecord files and
+doesn't need TensorFlow.
 
-It lives in a package folder because TFDS looks for a builder's metadata beside its module.
+It has a folder of its own because TFDS looks for a builder's metadata beside its module.
 """
 
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from dancegrpo_jax.data.prompt_embeddings import Leaf
 
 
 class PromptEmbeddings(tfds.core.GeneratorBasedBuilder):
-  """Prompts and what a text encoder makes of them. TFDS moves them to their place when they are
-  whole.
+  """Prompts and their embeddings by a text encoder. TFDS moves the files to their place when they
+  are complete.
   """
 
   name = "prompt_embeddings"
@@ -30,14 +30,14 @@ class PromptEmbeddings(tfds.core.GeneratorBasedBuilder):
     file_format="array_record",
     **kwargs,
   ):
-    """`encode`: texts -> host arrays `[n, ...]` by the names of `leaves`; not called for a part
-    that is there.
+    """`encode` turns texts into host arrays `[n, ...]`, by the names of `leaves`. It is not called
+    for a part that is there, and may then be None.
     """
     self.leaves, self.texts, self.encode = leaves, texts, encode
     super().__init__(file_format=file_format, **kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
-    def stored(leaf: Leaf):  # bytes, since TFDS has no bfloat16 without TensorFlow
+    def stored(leaf: Leaf):  # as bytes, since TFDS has no bfloat16 without TensorFlow
       shape = (int(np.prod(leaf.shape)) * np.dtype(leaf.dtype).itemsize,)
       return tfds.features.Tensor(
         shape=shape, dtype=np.uint8, encoding=tfds.features.Encoding.BYTES
@@ -48,7 +48,7 @@ class PromptEmbeddings(tfds.core.GeneratorBasedBuilder):
       builder=self,
       description=PromptEmbeddings.__doc__,
       features=tfds.features.FeaturesDict({"prompt": tfds.features.Text(), **features}),
-      disable_shuffling=True,  # rows stay in the prompts' order
+      disable_shuffling=True,  # so that rows stay in the prompts' order
     )
 
   def _split_generators(self, dl_manager) -> dict:
@@ -56,7 +56,7 @@ class PromptEmbeddings(tfds.core.GeneratorBasedBuilder):
     return {"train": self._generate_examples()}
 
   def _generate_examples(self):
-    assert self.encode is not None  # of a part that isn't there
+    assert self.encode is not None  # This is called only for parts that are not there.
     arrays = self.encode(self.texts)
     for i, text in enumerate(self.texts):
       rows = {
