@@ -139,11 +139,19 @@ sys.exit(main.main(sys.argv[2:]))
 
 
 def start(
-  folders, workdir, *flags: str, devices: int = 1, environment=None, patience=0, **changes
+  folders,
+  workdir,
+  *flags: str,
+  devices: int = 1,
+  environment=None,
+  patience=0,
+  source="",
+  **changes,
 ) -> subprocess.Popen:
   """Starts the command in a process of its own.
 
-  `patience` replaces the number of seconds that it waits for other processes.
+  `patience` replaces the number of seconds that it waits for other processes. `source` is Python
+  code that calls the command with the arguments in sys.argv.
   """
   words = [
     CONFIG,
@@ -159,7 +167,7 @@ def start(
     **(environment or {}),
   }
   program = ["-c", PATIENT, str(patience)] if patience else ["-m", "dancegrpo_jax.main"]
-  command = [sys.executable, *program, *words]
+  command = [sys.executable, *(["-c", source] if source else program), *words]
   return subprocess.Popen(
     command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
   )
