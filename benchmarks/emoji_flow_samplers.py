@@ -1,11 +1,14 @@
-"""Which steps of a trajectory to train: seven ways on emoji-flux, at an equal number of the
-denoiser's forward passes.
+"""Compares seven ways of choosing the steps of a trajectory to train, on emoji-flux.
 
-    python benchmarks/emoji_flow_samplers.py run [--folder=runs/samplers] [ARM ...]   # about 3 minutes a run, 21 runs
-    python benchmarks/emoji_flow_samplers.py plot                                     # the figure and the table
+All of them get the same number of forward passes of the denoiser.
 
-A run that is finished is a line of emoji_flow_samplers.jsonl, beside this file, and is not
-repeated; one that was interrupted goes on from its checkpoint.
+    # 21 runs of about 3 minutes each:
+    python benchmarks/emoji_flow_samplers.py run [--folder=runs/samplers] [ARM ...]
+    # The figure and the table:
+    python benchmarks/emoji_flow_samplers.py plot
+
+Each finished run is a line of emoji_flow_samplers.jsonl, beside this file, and is not repeated. An
+interrupted run resumes from its checkpoint.
 """
 
 import argparse
@@ -19,12 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from dancegrpo_jax.diffusion import windows  # noqa: E402
-from dancegrpo_jax.rl import timesteps  # noqa: E402
-from dancegrpo_jax.settings import (
-  checks,  # noqa: E402
-  config_file,  # noqa: E402
-)
+from dancegrpo_jax.settings import config_file, geometry  # noqa: E402
 
 CONFIG = str(ROOT / "configs" / "emoji_flow_clip.py")
 RESULTS = Path(__file__).with_suffix(".jsonl")
@@ -59,20 +57,14 @@ ARMS = {
 
 
 def passes(config) -> int:
-  """Forward passes of the denoiser in one iteration; one with a backward pass counts as one."""
-  c, updates = config.objective, config.optimizer.updates_per_iteration
-  stochastic = windows.size(config.sampler.window, checks.policy_steps(config))
-  trained = timesteps.count(c.timesteps, c.timestep_fraction, stochastic)
-  samples = config.data.prompts_per_iteration * config.rollout.samples_per_prompt
-  return (
-    samples * config.sampler.steps
-    + samples * trained
-    + samples * trained * (updates - 1) // updates
-  )
+  """Forward passes of the denoiser in one iteration. One with a backward pass counts as one."""
+  batches = geometry.of(config)
+  again = batches.transitions * (batches.updates - 1) // batches.updates  # of the old policy
+  return batches.samples * config.sampler.steps + batches.transitions + again
 
 
 def train(arm: str, seed: int, folder: Path) -> dict:
-  """One run, as a process of its own; its line of the results."""
+  """Trains one run in a process of its own and returns its line of the results."""
   changes = SHARED | ARMS[arm] | {"seed": seed}
   words = [f"{key}={value}" for key, value in changes.items()]
   each = passes(config_file.load(CONFIG, words))
@@ -93,7 +85,7 @@ def train(arm: str, seed: int, folder: Path) -> dict:
 
 
 def run(arms: list[str], folder: Path) -> None:
-  """What is missing of these arms, a seed of every arm before the next."""
+  """Trains the missing runs of these arms: one seed of every arm, then the next seed."""
   for seed in SEEDS:
     for arm in arms:
       if not any(row["arm"] == arm and row["seed"] == seed for row in read()):
@@ -103,12 +95,15 @@ def run(arms: list[str], folder: Path) -> None:
 
 
 def read() -> list[dict]:
-  """The finished runs."""
+  """The lines of the finished runs."""
   return [json.loads(line) for line in RESULTS.read_text().splitlines()] if RESULTS.exists() else []
 
 
 def smooth(values: list[float], width: int = 4) -> np.ndarray:
-  """Running mean over `width` iterations, two rounds of the prompts; shorter where it starts."""
+  """Running mean over `width` iterations, which are two passes over the prompts.
+
+  The first means are of fewer iterations.
+  """
   total = np.concatenate([[0.0], np.cumsum(values)])
   stop = np.arange(1, len(values) + 1)
   start = np.maximum(stop - width, 0)
@@ -116,7 +111,7 @@ def smooth(values: list[float], width: int = 4) -> np.ndarray:
 
 
 def plot() -> None:
-  """The figure, and its numbers as a table."""
+  """Draws the figure and prints its numbers as a table."""
   import matplotlib
 
   matplotlib.use("Agg")
@@ -154,7 +149,7 @@ def plot() -> None:
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument("command", choices=("run", "plot"))
-  parser.add_argument("arms", nargs="*", help=f"some of: {', '.join(ARMS)}; all by default")
+  parser.add_argument("arms", nargs="*", help=f"default: all of {', '.join(ARMS)}")
   parser.add_argument("--folder", type=Path, default=Path("runs/samplers"))
   flags = parser.parse_args()
   unknown = [arm for arm in flags.arms if arm not in ARMS]

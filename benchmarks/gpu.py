@@ -1,4 +1,4 @@
-"""What one NVIDIA GPU does with this project, and with diffusers beside it: one command.
+"""Measures this project on one NVIDIA GPU, and diffusers beside it, with one command.
 
     python benchmarks/gpu.py                       the parts that matter most, 6 minutes at most
     python benchmarks/gpu.py --parts=all           every part, 9 minutes at most
@@ -6,10 +6,10 @@
     python benchmarks/gpu.py --tiny --out=x.json   tiny sizes, on whatever device is there
     python benchmarks/gpu.py --write               the section of RESULTS.md alone
 
-Ends in a table, a JSON file and a section of RESULTS.md; what a part doesn't reach in its time is
-told there as not measured. Needs what requirements-gpu.txt brings; the PyTorch side runs where
-torch and diffusers are installed too. No weights are read or fetched. Parts that aren't run keep
-what the JSON file holds of them; --cache=FOLDER keeps compiled programs for the next command.
+The results are a table, a JSON file and a section of RESULTS.md, which lists as not measured what a
+part could not finish in its time. Needs the packages of requirements-gpu.txt; the PyTorch side runs
+where torch and diffusers are installed too. No weights are read or downloaded. Parts that are not
+run keep their results in the JSON file; --cache=FOLDER keeps compiled programs for later.
 """
 
 import argparse
@@ -33,33 +33,34 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "diffusers")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-  """The flags. SystemExit 2 with one line for a mistake."""
+  """Parses the flags. A mistake exits with code 2 and one line."""
   parser = argparse.ArgumentParser(
     description=__doc__.splitlines()[0],
     epilog=_help(),
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   parser.add_argument(
-    "--parts", default="", help="names with commas between, or all; default: see below"
+    "--parts", default="", help="names of parts, separated by commas, or all; default: see below"
   )
   parser.add_argument(
     "--minutes",
     type=float,
-    help="of all parts together; default: 6, 9 for all, else their budgets, which more stretches",
+    help="time limit of all parts together; default: 6, with --parts=all 9, with other --parts the"
+    " sum of their limits. A larger value extends every limit",
   )
-  parser.add_argument("--tiny", action="store_true", help="tiny sizes, on whatever device is there")
+  parser.add_argument("--tiny", action="store_true", help="tiny sizes, on any device")
   parser.add_argument(
     "--out",
     type=Path,
-    help=f"JSON file, completed where it is there; default: {OUT.name} beside this file",
+    help=f"JSON file, which keeps the results of other parts; default: {OUT.name} beside this file",
   )
   parser.add_argument(
     "--results",
     type=Path,
-    help="file whose section is written; default: RESULTS.md beside this file",
+    help="Markdown file whose section is written; default: RESULTS.md beside this file",
   )
   parser.add_argument(
-    "--cache", type=Path, help="folder of compiled programs; default: a new one, removed at the end"
+    "--cache", type=Path, help="folder of compiled programs; default: a temporary folder"
   )
   parser.add_argument(
     "--write", action="store_true", help="write the section from the JSON file and measure nothing"
@@ -71,7 +72,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.exit(2, f"error: {error}\n")
   if flags.minutes is not None and not flags.minutes > 0:
     parser.exit(2, f"error: --minutes={flags.minutes}: must be above 0\n")
-  if not flags.tiny:  # what is tiny goes nowhere but where it is sent
+  if not flags.tiny:  # tiny results are written only to files that the flags name
     flags.out, flags.results = flags.out or OUT, flags.results or results.FILE
   for name, file in (("out", flags.out), ("results", flags.results)):
     if file and not file.absolute().parent.is_dir():
@@ -83,7 +84,7 @@ def _help() -> str:
   rows = [f"  {part.name:24} {part.seconds:4.0f} s  {part.title}" for part in registry.ALL]
   return "\n".join(
     [
-      "parts, in their order, and the budget of each:",
+      "parts in the order in which they run, with their time limits:",
       *rows,
       "default: " + ", ".join(registry.DEFAULT),
     ]
@@ -91,7 +92,7 @@ def _help() -> str:
 
 
 def versions() -> dict[str, str]:
-  """Of the packages that matter, those that are installed."""
+  """Versions of the relevant packages that are installed."""
   found = {"Python": platform.python_version()}
   for name in PACKAGES:
     try:
@@ -102,8 +103,10 @@ def versions() -> dict[str, str]:
 
 
 def card() -> tuple[str, str]:
-  """Name and driver of the first NVIDIA GPU, ("", "") where there is none. Read without touching
-  it."""
+  """Name and driver of the first NVIDIA GPU, or ("", "") where there is none.
+
+  Does not touch the GPU.
+  """
   query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
   try:
     lines = subprocess.run(
@@ -116,12 +119,12 @@ def card() -> tuple[str, str]:
 
 
 def read(file: Path | None) -> dict[str, dict]:
-  """The parts' results that a JSON file holds, {} where there is none."""
+  """The results of the parts in a JSON file, or {} where there is no file."""
   return json.loads(file.read_text())["parts"] if file and file.exists() else {}
 
 
 def write(parts: dict[str, dict], out: Path | None, markdown: Path | None) -> None:
-  """The JSON file and the section, where they are wanted."""
+  """Writes the JSON file and the section of RESULTS.md, where they are requested."""
   if out:
     partial = out.with_name(out.name + ".tmp")
     partial.write_text(json.dumps({"parts": parts}, indent=1) + "\n")
@@ -135,8 +138,10 @@ def say(line: str) -> None:
 
 
 def measure(flags: argparse.Namespace) -> dict[str, dict]:
-  """Runs the chosen parts; what is known is written after each of them. All results, older ones of
-  other parts too."""
+  """Runs the chosen parts, and writes the results after each of them.
+
+  Returns all results, with earlier results of the other parts.
+  """
   parts, (gpu, driver) = read(flags.out), card()
   words = [word for word in flags.argv if not word.startswith(("--out", "--results", "--cache"))]
   ran = {
@@ -147,7 +152,7 @@ def measure(flags: argparse.Namespace) -> dict[str, dict]:
     "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
     "command": shlex.join(["python", "benchmarks/gpu.py", *words]),
   }
-  write(parts, None, flags.results)  # a file that can't be written is found before anything is run
+  write(parts, None, flags.results)  # an unwritable file is noticed before anything is run
   total = flags.minutes * 60 if flags.minutes else registry.total_of(flags.parts, flags.chosen)
   say(
     f"{', '.join(part.name for part in flags.chosen)}: {total / 60:.1f} minutes at most, on"
@@ -164,7 +169,7 @@ def measure(flags: argparse.Namespace) -> dict[str, dict]:
 
 
 def main(argv: list[str]) -> int:
-  """Measures or writes; 1 where a part that was to run did not end well."""
+  """Measures or writes. Returns 1 where a part failed."""
   flags = parse(argv)
   flags.argv, start = argv, time.monotonic()
   if flags.write:

@@ -1,14 +1,15 @@
-"""Plans of the published recipes on TPUs and GPUs: runs `dancegrpo_jax.plan`, and writes its
-section of RESULTS.md.
+"""Plans the published recipes on TPUs and GPUs, and writes the section of RESULTS.md.
 
-    python benchmarks/plans.py            all of them, then the section: hours of one core, and 20 GB of memory for Stable
-                                          Diffusion's updates on TPUs; needs libtpu and JAX's CUDA
-                                          plugin, but no TPU and no GPU
-    python benchmarks/plans.py NAME ...   these alone, then the section; NAME:update,rollout compiles these programs alone and
-                                          keeps the others' rows of earlier calls
-    python benchmarks/plans.py --write    the section alone, from the JSON files in benchmarks/plans
+    # All plans, then the section. Takes hours on one core, and 20 GB of memory for the updates of
+    # Stable Diffusion on TPUs. Needs libtpu and JAX's CUDA plugin, but no TPU and no GPU.
+    python benchmarks/plans.py
+    # The named plans, then the section. NAME:update,rollout compiles only these programs and keeps
+    # the other programs' rows of earlier calls.
+    python benchmarks/plans.py NAME ...
+    # The section alone, from the JSON files in benchmarks/plans.
+    python benchmarks/plans.py --write
 
-The numbers are the compiler's and what is computed from them; nothing was run on a TPU or a GPU.
+The numbers are the compiler's, or computed from them; nothing was run on a TPU or a GPU.
 """
 
 import json
@@ -19,7 +20,8 @@ from pathlib import Path
 import results
 
 HERE = Path(__file__).parent
-PLANS = {  # name: config, topology; a config may be followed by overrides and flags
+# Name: (config, topology). A config may be followed by overrides and flags.
+PLANS = {
   "flux_hps_v5p_64": ("configs/flux_hps.py", "v5p:4x4x4"),
   "flux_hps_v6e_64": ("configs/flux_hps.py", "v6e:8x8"),
   "flux_hps_lora_v5e_16": ("configs/flux_hps_lora.py:v5e", "v5e:4x4"),
@@ -34,27 +36,31 @@ GPU_PLANS = {
 ALL = PLANS | GPU_PLANS
 HEAD = """## Plans
 
-`python benchmarks/plans.py`: every program of an iteration compiled ahead of time at full size with the TPU compiler (libtpu
-{libtpu}, JAX {jax}), on a machine without a TPU and without weights. **Nothing here was run on a TPU.** Memory is what the
-compiler allots, with all that stays resident. "TFLOP" is what the networks' matrix products and convolutions have to compute on
-all devices together, without rematerialisation. The times are estimates: the cycles that the compiler expects of each operation,
-attention kernels (of which it expects nothing) at half of the chip's peak, and the collectives' bytes over all links of a chip as
-if nothing were computed meanwhile. MFU is what they imply. Compile times are of one core that other work shared.
+`python benchmarks/plans.py`: every program of an iteration compiled ahead of time at full size with
+the TPU compiler (libtpu {libtpu}, JAX {jax}), on a machine without a TPU and without weights.
+**Nothing here was run on a TPU.** Memory is what the compiler allots, with all that stays resident.
+"TFLOP" is what the networks' matrix products and convolutions have to compute on all devices
+together, without rematerialisation. The times are estimates: the cycles that the compiler expects
+of each operation, attention kernels (of which it expects nothing) at half of the chip's peak, and
+the collectives' bytes over all links of a chip as if nothing were computed meanwhile. MFU is what
+they imply. Compile times are of one core that other work shared.
 
-These rows are of an earlier form of the networks: since then convolutions are written as matrix products for TPUs, and CLIP's
-layers are stacked. What that does to one program stands under "Compilation" below; the others have not been compiled again.
+These rows are of an earlier form of the networks: since then convolutions are written as matrix
+products for TPUs, and CLIP's layers are stacked. What that does to one program stands under
+"Compilation" below; the others have not been compiled again.
 """
 GPU_HEAD = """## Plans for GPUs
 
-`python benchmarks/plans.py`, with JAX's CUDA plugin (JAX {jax}) on a machine without a GPU and without weights. **Nothing here
-was run on a GPU.** Memory is what the compiler allots, with all that stays resident, beside 92 % of a card's. On a card the
-compiler tries kernels out and may take others, and a convolution may be given memory to work in that is missing here. There are
-no times: the compiler states none for GPUs.
+`python benchmarks/plans.py`, with JAX's CUDA plugin (JAX {jax}) on a machine without a GPU and
+without weights. **Nothing here was run on a GPU.** Memory is what the compiler allots, with all
+that stays resident, beside 92 % of a card's. On a card the compiler tries kernels out and may take
+others, and a convolution may be given memory to work in that is missing here. There are no times:
+the compiler states none for GPUs.
 """
 
 
 def run(name: str, only: str) -> int:
-  """One plan, or some of its programs; the exit code."""
+  """Makes one plan, or plans some of its programs. Returns the exit code."""
   config, topology = ALL[name]
   flags = [
     *f"--config={config}".split(),
@@ -68,7 +74,7 @@ def run(name: str, only: str) -> int:
 
 
 def page(named: dict[str, tuple[str, str]], head: str) -> str:
-  """A head and the plans of `named` for which there are JSON files."""
+  """The heading, then the plans of `named` that have JSON files."""
   sys.path.insert(0, str(HERE.parent))
   from dancegrpo_jax.plan import table
 
@@ -83,7 +89,10 @@ def page(named: dict[str, tuple[str, str]], head: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-  """Runs what is asked and writes the section; 1 where a plan did not fit or failed."""
+  """Makes the requested plans and writes the section.
+
+  Returns 1 where a plan failed or did not fit.
+  """
   asked = [] if arguments == ["--write"] else arguments or list(ALL)
   names = {name: only for name, _, only in (word.partition(":") for word in asked)}
   unknown = set(names) - set(ALL)

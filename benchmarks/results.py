@@ -1,5 +1,4 @@
-"""RESULTS.md in sections, one a script: each script writes its own and leaves every other byte as
-it is.
+"""RESULTS.md in sections: each script replaces its section and leaves every other byte as it is.
 
 A section lies between two lines of its own, and what is between them is the script's:
 
@@ -16,7 +15,7 @@ FILE = Path(__file__).with_name("RESULTS.md")
 
 
 class ResultsError(Exception):
-  """The file's markers don't make sense: one line that says which."""
+  """The markers in the file are inconsistent. The message is one line that names the marker."""
 
 
 def _begins(text: str, name: str) -> list[re.Match]:
@@ -59,17 +58,18 @@ def replace_section(text: str, name: str, body: str) -> str:
 
 
 def write_section(name: str, body: str, file: Path = FILE) -> None:
-  """Writes a section into the file, which is replaced as a whole or not at all. ResultsError as
-  `replace_section`."""
+  """Writes a section into the file, which is replaced as a whole or not at all.
+
+  Raises a ResultsError as `replace_section` does.
+  """
   text = file.read_bytes().decode() if file.exists() else ""  # bytes: line ends stay as they are
   new = replace_section(text, name, body).encode()
   handle, partial = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
   try:
     with os.fdopen(handle, "wb") as opened:
       opened.write(new)
-    os.chmod(
-      partial, file.stat().st_mode & 0o777 if file.exists() else 0o644
-    )  # mkstemp's is for its owner alone
+    # mkstemp makes files that their owner alone can read.
+    os.chmod(partial, file.stat().st_mode & 0o777 if file.exists() else 0o644)
     os.replace(partial, file)
   except BaseException:
     Path(partial).unlink(missing_ok=True)

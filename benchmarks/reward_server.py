@@ -1,8 +1,8 @@
-"""A scorer for reward.terms = (("remote", 1.0),): `python benchmarks/reward_server.py
-my_module:my_function --port=8000`.
+"""Serves a function of yours to reward.terms = (("remote", 1.0),).
 
-The function is called as a local one: (pixels float32 [b, (f,) h, w, 3] in [0, 1], prompts,
-metadata) -> b numbers, where None or NaN is a sample that it can't score.
+The command is `python benchmarks/reward_server.py my_module:my_function --port=8000`. The function
+has the signature of a local reward: (pixels float32 [b, (f,) h, w, 3] in [0, 1], prompts, metadata)
+-> b numbers, with None or NaN for a sample that it cannot score.
 """
 
 import argparse
@@ -36,7 +36,7 @@ class Handler(BaseHTTPRequestHandler):
         pixels.astype(np.float32) / 255, request["prompts"], request["metadata"]
       )
       status, answer = 200, {"scores": [None if x is None or x != x else float(x) for x in scores]}
-    except Exception as error:  # whatever the function raises is the client's to hear
+    except Exception as error:  # any exception of the function is answered to the client
       status, answer = 500, {"error": f"{type(error).__name__}: {error}"}
     self.send_response(status)
     self.end_headers()
@@ -47,9 +47,9 @@ if __name__ == "__main__":
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("function", help="module:function")
   parser.add_argument(
-    "--host", default="127.0.0.1", help="0.0.0.0 lets other machines in; there is no password"
+    "--host", default="127.0.0.1", help="0.0.0.0 accepts other machines; there is no password"
   )
-  parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+  parser.add_argument("--port", type=int, default=8000, help="0 chooses a free port")
   flags = parser.parse_args()
   module, _, name = flags.function.partition(":")
   sys.path.insert(0, "")

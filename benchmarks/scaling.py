@@ -1,8 +1,11 @@
-"""How a FLUX update's cost grows from 8 to 256 v5p chips at fixed work a chip, from programs
-compiled without a TPU.
+"""How the cost of a FLUX update grows from 8 to 256 v5p chips when each chip's work is fixed.
 
-    python benchmarks/scaling.py run     # plans, into scaling.jsonl beside this file; a finished one is not repeated
+The numbers come from programs that are compiled without a TPU.
+
+    python benchmarks/scaling.py run     # writes plans to scaling.jsonl, beside this file
     python benchmarks/scaling.py plot    # the figure and the table
+
+A finished plan is not repeated.
 
 Each chip has 3 samples an iteration and 27 of their transitions, in 3 optimizer steps of 9
 microbatches with 1 transition a chip: flux_hps's recipe, which 64 chips give its 192 samples.
@@ -24,7 +27,7 @@ SHAPES = {8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: 
 
 
 def plan(chips: int) -> dict:
-  """The update of an iteration by one plan: its programs' rows together."""
+  """Plans one update iteration and returns the rows of all its programs."""
   changes = {
     "mesh.lanes": chips,
     "rollout.chunk": chips,
@@ -47,7 +50,7 @@ def plan(chips: int) -> dict:
 
 
 def whole(result: dict) -> dict:
-  """What the calls of an iteration sum up to, and the most memory that one of them takes."""
+  """Sums over all calls of an iteration, and the most memory that one of them takes."""
   rows, iterations = result["rows"], result["iterations"]
 
   def total(value: Callable[[dict], float]) -> float:
@@ -71,7 +74,7 @@ def read() -> list[dict]:
 
 
 def run() -> None:
-  """What is missing, the smallest first."""
+  """Makes the plans that are missing, the smallest first."""
   done = {row["chips"] for row in read()}
   for chips in SHAPES:
     if chips not in done:
@@ -81,7 +84,7 @@ def run() -> None:
 
 
 def plot() -> None:
-  """The figure, and its numbers as a table."""
+  """Draws the figure and prints its numbers as a table."""
   import matplotlib
 
   matplotlib.use("Agg")

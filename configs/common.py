@@ -1,8 +1,8 @@
-"""Every value of a run, with its unit and its source. A run's config file starts from these values
-and changes what differs; the code holds no defaults of its own.
+"""Every value of a run, with its unit and its source.
 
-Every field has a comment above it or behind it. docs/make_configuration.py makes the page
-docs/configuration.md from these comments, so they are sentences that stand alone.
+The config file of a run starts from these values and changes some of them. The code has no other
+defaults. Every field has a comment above it or behind it. docs/make_configuration.py makes the page
+docs/configuration.md from these comments, so each one is understood without the others.
 
 Sources: [P] is the DanceGRPO paper, arXiv 2505.07818. [C] is its PyTorch code as of October 2025.
 [F] is Flow-GRPO, arXiv 2505.05470.
@@ -12,9 +12,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-  """The shared defaults: the paper's algorithm on the embedded Stable Diffusion-like emoji
-  model.
-  """
+  """The defaults: the algorithm of the paper on the embedded emoji Stable Diffusion."""
   config = ConfigDict()
   # The name of the run. Without `--workdir` a run writes into `runs/<name>`.
   config.name = "common"
@@ -26,7 +24,8 @@ def get_config() -> ConfigDict:
   # The generator, and how its networks are computed.
   config.model = ConfigDict(
     {
-      # The kind of model: `stable_diffusion` (1.x and 2.x) or `flux` (FLUX.1).
+      # The kind of model: `stable_diffusion` (1.x and 2.x), `flux` (FLUX.1), or `module:object` for
+      # a family of your own, for example `examples/own_family`.
       "family": "stable_diffusion",
       # Where the model is: a folder in diffusers' layout, a Hugging Face hub id, a folder that
       # `convert import` wrote, or `random:FOLDER`, which reads the config.json files of FOLDER and
@@ -53,8 +52,8 @@ def get_config() -> ConfigDict:
       # The attention kernel: `auto` (what suits the devices), `xla`, `cudnn` (NVIDIA GPUs) or
       # `splash` (TPUs). `models/attention.py` has the table.
       "attention": "auto",
-      # The precision of float32 products and convolutions in every network. `default` is what the
-      # device is fast at: tf32 (10 bits of mantissa) on NVIDIA GPUs, bfloat16 on TPUs and float32
+      # The precision of float32 products and convolutions in every network. `default` is the fast
+      # one of the device: tf32 (10 bits of mantissa) on NVIDIA GPUs, bfloat16 on TPUs and float32
       # on CPUs. `highest` is float32 everywhere. Half precision is not changed.
       "matmul_precision": "default",
       # Whether the weights of equal blocks are stacked and one block of a kind is compiled: in
@@ -152,7 +151,8 @@ def get_config() -> ConfigDict:
   config.reward = ConfigDict(
     {
       # The rewards as (term, weight) pairs. A term is `clip`, `hps`, `pickscore`, `aesthetic`,
-      # `compressibility`, `remote`, or `module:function` for a Python function.
+      # `compressibility`, `remote`, or `module:object` for a Python function or a kind of reward of
+      # your own, for example `examples/own_reward`.
       "terms": (("clip", 1.0),),
       # How several rewards become one advantage: `advantages` (the weighted sum of the terms'
       # advantages [P]), `rewards` (the advantage of the weighted sum of rewards [F]) or `gdpo` (as
@@ -323,8 +323,8 @@ def get_config() -> ConfigDict:
       # (sample, step) pairs of one forward and backward pass. It bounds the memory of the update;
       # another size changes results by round-off at most.
       "microbatch": 256,
-      # Microbatches that one call of a program goes through; 0 is all of them. Between two calls
-      # the run hears SIGTERM. It changes nothing that is computed.
+      # Microbatches that one call of a program processes; 0 is all of them. Between two calls the
+      # run reacts to SIGTERM. The value doesn't change the results.
       "microbatches_per_call": 0,
       # Optimizer steps with a non-finite loss or gradient that are skipped before the run stops.
       "max_skipped": 10,
@@ -347,10 +347,10 @@ def get_config() -> ConfigDict:
     }
   )
   # A running average of the trained weights, in float32. Where there is one, samples, evaluations
-  # and exports take it.
+  # and exports use it.
   config.ema = ConfigDict(
     {
-      # What the average keeps of itself at each optimizer step. 0 turns it off.
+      # The share of the old average that each optimizer step keeps. 0 turns the average off.
       "decay": 0.0,
     }
   )
@@ -365,12 +365,12 @@ def get_config() -> ConfigDict:
       "fsdp": 1,
       # Devices along the tensor axis, which splits parameters inside a layer.
       "tensor": 1,
-      # The number of lanes that the samples of an iteration are dealt to. A device owns whole
+      # The number of lanes that the samples of an iteration are distributed to. A device has whole
       # lanes, so the number must be a multiple of data x fsdp. Results depend on the number of
       # lanes and not on the number of devices.
       "lanes": 8,
-      # Where the model's parameters lie, as (regular expression, partition) pairs. The first
-      # expression that matches a parameter's whole path holds. `("...", "fsdp")` splits the
+      # How the model's parameters are split, as (regular expression, partition) pairs. The first
+      # expression that matches a parameter's whole path counts. `("...", "fsdp")` splits the
       # last dimension over fsdp.
       "rules": ((".*", ()),),
       # The same for the rewards' networks, whose paths begin with the reward's name, as in

@@ -1,9 +1,11 @@
-"""The embedded rectified-flow model: emoji FLUX, reward = emoji-CLIP cosine, the dance SDE. CPU, no
-downloads.
+"""The embedded rectified-flow model: emoji FLUX with the cosine of emoji-CLIP as its reward.
 
-What was found with 16 prompts x 16 samples, noise level 0.7 and 5e-5, as `evaluate` sees the run's
-prompts (8 samples each, deterministic, unseen noise); the base scores .607, with 42 % nearest to
-their own caption and a diversity of .316:
+The sampler is the dance SDE. It runs on a CPU and downloads nothing.
+
+These runs had 16 prompts x 16 samples, noise level 0.7 and learning rate 5e-5. Score, retrieval and
+diversity are those of `evaluate` on the run's prompts (8 samples each, deterministic, with noise
+that training never sees). The base model scores .607, with 42 % nearest to their own caption
+(retrieval) and a diversity of .316.
 
   seed   iterations   reward of the first and last 5   score   retrieval   diversity
   0              30   .604 .719                         .722        70 %        .226
@@ -21,15 +23,18 @@ PRESETS = ("", "tiny")
 
 
 def get_config(preset: str = ""):
-  """`""` the 10-minute run; `tiny` 6 iterations of few samples, for tests."""
+  """The config.
+
+  Args:
+    preset: "" for the run of 10 minutes; "tiny" for 6 iterations with few samples, for tests.
+  """
   config = common.get_config()
   config.name = "emoji_flow_clip" + (f"_{preset}" if preset else "")
   config.iterations = 40
   config.model.update(family="flux", checkpoint="assets/emoji-flux", text_length=12)
-  config.model.matmul_precision = "highest"  # float32 on every device, as what was found above
-  config.sampler.update(
-    kind="dance", noise_level=0.7, steps=8
-  )  # 7 policy steps, of which each sample trains a random 4
+  config.model.matmul_precision = "highest"  # float32 on every device, as in the runs above
+  # Each sample trains a random 4 of the 7 policy steps.
+  config.sampler.update(kind="dance", noise_level=0.7, steps=8)
   config.rollout.update(samples_per_prompt=16, chunk=256)
   config.optimizer.update(
     learning_rate=5e-5, warmup_steps=20, b2=0.98, updates_per_iteration=4, microbatch=128

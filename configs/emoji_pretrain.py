@@ -1,14 +1,15 @@
-"""How the embedded models in assets/ were made, by `python -m dancegrpo_jax.pretrain` (2 CPU cores;
-times in assets/README.md).
+"""How `python -m dancegrpo_jax.pretrain` made the embedded models in assets/, on 2 CPU cores.
 
-Four stages, each a folder of weights: vae -> assets/emoji-sd/vae, clip -> assets/emoji-clip,
-denoiser -> the rest of assets/emoji-sd, flow -> assets/emoji-flux, with the same autoencoder. The
-networks are the published classes with small numbers; their config.json values stand here.
+assets/README.md has the times. Each of four stages writes a folder of weights: vae ->
+assets/emoji-sd/vae, clip -> assets/emoji-clip, denoiser -> the rest of assets/emoji-sd, flow ->
+assets/emoji-flux, with the same autoencoder. The networks are small versions of the published
+classes. The values of their config.json files are those below.
 """
 
 from ml_collections import ConfigDict
 
-TEXT = {  # CLIP's text towers: of the reward, of Stable Diffusion and of FLUX's pooled text
+# CLIP's text tower, of the reward, of Stable Diffusion and of FLUX's pooled text.
+TEXT = {
   "hidden_size": 128,
   "intermediate_size": 512,
   "num_hidden_layers": 2,
@@ -20,7 +21,11 @@ TEXT = {  # CLIP's text towers: of the reward, of Stable Diffusion and of FLUX's
 
 
 def get_config(preset: str = "") -> ConfigDict:
-  """`""` is what made the assets; `tiny` runs every stage in seconds, for tests."""
+  """The config.
+
+  Args:
+    preset: "" for the config that made the assets; "tiny" for stages of seconds, for tests.
+  """
   config = ConfigDict()
   config.name = "emoji_pretrain"
   config.seed = 0
@@ -60,8 +65,8 @@ def get_config(preset: str = "") -> ConfigDict:
       "batch": 128,  # distinct pairs, so that every caption has one picture
       "learning_rate": 1e-3,
       "warmup": 100,
-      # largest std of white noise added to pixels in [0, 1], so that the score survives imperfect
-      # samples
+      # The largest std of white noise that is added to pixels in [0, 1], so that the score is right
+      # for imperfect samples too.
       "pixel_noise": 0.1,
       "ema": 0.99,
       "text": ConfigDict(TEXT),
@@ -182,7 +187,7 @@ def get_config(preset: str = "") -> ConfigDict:
 
 
 def _tiny(config: ConfigDict) -> None:
-  """Three steps of small networks: few layers, since compiling them is what takes the time."""
+  """Changes the config to three steps of networks with few layers, which compile fast."""
   config.variants = 1
   for stage in (config.vae, config.clip, config.denoiser, config.flow):
     stage.update(steps=3, batch=8, warmup=1)

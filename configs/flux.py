@@ -1,26 +1,30 @@
-"""What the flux_*.py files share: DanceGRPO's recipe for FLUX.1-dev and its presets. Not a run by
-itself.
+"""What the flux_*.py files share: DanceGRPO's recipe for FLUX.1-dev and its presets.
 
 Presets:
-  ""      the published code's recipe [C] for 16 GPUs: 720x720, the dance SDE at level 0.3 in 16 steps, time shift 3, embedded
-          guidance 3.5, 16 prompts x 12 samples, a random 60 % of the 15 stochastic steps (9), 3
-          optimizer steps. Any number of devices that divides 64 computes the same; how much memory
-          each then needs stands below. 64 TPU chips take three rows of a microbatch each: `python
-          -m dancegrpo_jax.plan` and benchmarks/RESULTS.md say how that fits.
-  8gpu    the same recipe on eight GPUs of 80 GB: 8 samples a device in a chunk and 4 rows in a microbatch.
-  tiny    two iterations of a random network on a CPU, a minute or two: shows that everything fits together, learns nothing.
+  ""    The published code's recipe [C] for 16 GPUs: 720x720 pixels, the dance SDE at level 0.3 in
+        16 steps, time shift 3, embedded guidance 3.5, 16 prompts with 12 samples each, a random
+        60 % of the 15 stochastic steps (9), and 3 optimizer steps. Any number of devices that
+        divides 64 computes the same; the memory that each then needs is below. 64 TPU chips take
+        three rows of a microbatch each; benchmarks/RESULTS.md says how that fits.
+  8gpu  The same recipe on eight GPUs of 80 GB: 8 samples a device in a chunk, 4 rows in a
+        microbatch.
+  tiny  Two iterations of a random network on a CPU, in a minute or two. It shows that everything
+        fits together, and learns nothing.
 
-Memory, computed from the parameter counts and not measured (GB of 10^9 bytes), all devices
-together, split over mesh.fsdp:
-  transformer 11.90 B parameters, float32: weights 47.6, Adam's moments 95.2, gradients and their sum 95.2            238.0
-  T5-XXL 4.76 B parameters in bfloat16                                                                                  9.5
-  latents of an iteration, 192 x 16 of 16x90x90 in float32                                                              1.6
-and on every device, whole: the autoencoder, 83.8 M in bfloat16 0.2 (CLIP-L and the reward's
-network, see each file, are split too), and activations: with rematerialised blocks 0.9 for the
-stored inputs of the 57 blocks and as an estimate 2 for the block at work, for each of a device's
-rows of a microbatch. 16 devices, 12 rows: 16 + 35 a device. 8gpu, 4 rows: 31 + 12; compiled for
-eight H100 it takes 34.0 GiB at most (the update; benchmarks/RESULTS.md). On one device of 80 GB it
-does not fit, and a run says so before it reads any weights: use LoRA.
+Memory, computed from the numbers of parameters and not measured, in GB of 10^9 bytes. All devices
+together hold this, split over mesh.fsdp:
+  238.0  transformer of 11.90 B parameters in float32: weights 47.6, Adam's moments 95.2, gradients
+         and their sum 95.2
+    9.5  T5-XXL, 4.76 B parameters in bfloat16
+    1.6  latents of an iteration: 192 x 16 of 16x90x90 in float32
+CLIP-L and the reward's network, see each file, are split too. Every device holds the autoencoder as
+a whole, 0.2 for 83.8 M parameters in bfloat16, and activations. With rematerialised blocks these
+are 0.9 for the stored inputs of the 57 blocks, and as an estimate 2 for the block at work, for each
+of a device's rows of a microbatch. On 16 devices with 12 rows that is 16 + 35 a device; with 8gpu
+and 4 rows, 31 + 12. While an iteration has several optimizer steps the state before it is kept as
+well, another 143 over all devices. Compiled for eight H100, before that state was kept, 8gpu took
+34.0 GiB at most (the update; benchmarks/RESULTS.md). On one device of 80 GB the recipe does not
+fit, and a run says so before it reads any weights: use LoRA.
 
 Compute: about 37 TFLOP a forward pass of one row (2025 image and 512 text tokens), so 0.4 EFLOP an
 iteration, with the rematerialised forward and the recomputed old log-probs.

@@ -1,18 +1,19 @@
-"""FLUX.1-dev, reward = HPS-v2.1, LoRA by the published code's recipe: rank 128, alpha 256, rate
-3e-4, 12 steps. 1 to 8 GPUs.
+"""FLUX.1-dev with LoRA, reward = HPS-v2.1, by the published code's recipe.
 
-The devices are of 80 GB each; 2 and 4 do as well. The preset 1gpu is the same with fewer pictures
-in an evaluation.
+Rank 128, alpha 256, learning rate 3e-4 and 12 steps, on 1, 2, 4 or 8 GPUs of 80 GB. The preset 1gpu
+is the same with fewer pictures and steps in an evaluation.
 
-Memory, computed from the parameter counts and not measured (GB of 10^9 bytes, on every device: the
-rules replicate):
-  transformer 11.90 B parameters and T5-XXL 4.76 B in bfloat16, frozen: 23.8 + 9.5                                      33.3
-  adapters, 149.4 M parameters of 190 layers, float32: 0.6, Adam's moments 1.2, gradients and their sum 1.2              3.0
-  CLIP-L's text tower, autoencoder and HPS-v2.1's ViT-H/14 in bfloat16                                                   2.4
-  latents of an iteration, 192 x 12 of 16x90x90 in float32, split over the devices                                       1.2
-  activations of a microbatch of 8 rows with rematerialised blocks on one device: 7 stored, 5 an
-  estimate for the block 12
-The base's gradient doesn't exist. Compiled for one H100, 1gpu takes 38.4 GiB at most (the update;
+Memory, computed from the numbers of parameters and not measured, in GB of 10^9 bytes. The rules
+replicate, so that every device holds all of this:
+  33.3  transformer of 11.90 B parameters and T5-XXL of 4.76 B in bfloat16, frozen: 23.8 + 9.5
+   3.0  adapters of 190 layers, 149.4 M parameters in float32: 0.6, Adam's moments 1.2, gradients
+        and their sum 1.2
+   1.8  adapters and moments before the iteration, kept while it has several optimizer steps
+   2.4  CLIP-L's text tower, autoencoder and HPS-v2.1's ViT-H/14 in bfloat16
+   1.2  latents of an iteration, 192 x 12 of 16x90x90 in float32; split over the devices
+    12  activations of a microbatch of 8 rows with rematerialised blocks, on one device: 7 are
+        stored, 5 is an estimate for the block at work
+The base has no gradient. Compiled for one H100, 1gpu takes 38.4 GiB at most (the update;
 benchmarks/RESULTS.md). With unfused attention an earlier version's update was seen to take 56.4 GiB
 on such a card. The preset v5e splits what is frozen and the adapters over 16 TPU v5e chips of 16 GB
 (`plan`, benchmarks/RESULTS.md).

@@ -1,8 +1,9 @@
-"""FLUX.1-dev, reward = PickScore (cosine, without its own scale).
+"""FLUX.1-dev with PickScore as its reward (the cosine, without PickScore's scale).
 
-Hardware, memory and the model's weights: configs/flux.py. On top, computed and not measured:
-ViT-H/14, 986.1 M parameters in bfloat16, 2.0 GB a device; from yuvalkirstain/PickScore_v1 of the
-hub (3.9 GB on disk), tokenizer from laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
+For hardware, memory and the model's weights see configs/flux.py. The reward adds 2.0 GB a device,
+computed and not measured: a ViT-H/14 of 986.1 M parameters in bfloat16, from
+yuvalkirstain/PickScore_v1 of the hub (3.9 GB on disk). Its tokenizer is that of
+laion/CLIP-ViT-H-14-laion2B-s32B-b79K.
 
     python -m dancegrpo_jax.main --config=configs/flux_pick.py
 """
@@ -13,7 +14,7 @@ PRESETS = flux.PRESETS
 
 
 def get_config(preset: str = ""):
-  """Presets: see configs/flux.py."""
+  """The config; for the presets see configs/flux.py."""
   config = flux.recipe("flux_pick", preset)
   config.reward.terms = (("pickscore", 1.0),)
   if preset == "tiny":

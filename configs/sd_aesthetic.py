@@ -1,13 +1,14 @@
-"""Stable Diffusion v1.4, reward = LAION's aesthetic predictor v2 (points, about 1 to 10; it never
-sees the prompt).
+r"""Stable Diffusion v1.4 with LAION's aesthetic predictor v2 as its reward.
 
-Hardware, memory and the model's weights: configs/stable_diffusion.py. On top, computed and not
-measured: CLIP ViT-L/14, 427.6 M parameters in bfloat16, 0.9 GB, from openai/clip-vit-large-patch14
-of the hub, and the predictor's head (1 M, float32), a pickle: sac+logos+ava1-l14-linearMSE.pth of
-https://github.com/christophschuhmann/improved-aesthetic-predictor into checkpoints/.
+The score is in points from about 1 to 10, and the predictor doesn't know the prompt. For hardware,
+memory and the model's weights see configs/stable_diffusion.py. The reward adds 0.9 GB, computed and
+not measured: CLIP ViT-L/14, 427.6 M parameters in bfloat16, from openai/clip-vit-large-patch14 of
+the hub, and the predictor's head (1 M, float32). The head is a pickle, which belongs into
+checkpoints/: sac+logos+ava1-l14-linearMSE.pth of
+https://github.com/christophschuhmann/improved-aesthetic-predictor.
 
-    python -m dancegrpo_jax.main --config=configs/sd_aesthetic.py:1gpu
-    --config.model.allow_pickle=true
+    python -m dancegrpo_jax.main --config=configs/sd_aesthetic.py:1gpu \
+      --config.model.allow_pickle=true
 """
 
 from configs import stable_diffusion
@@ -16,7 +17,7 @@ PRESETS = stable_diffusion.PRESETS
 
 
 def get_config(preset: str = ""):
-  """Presets: see configs/stable_diffusion.py."""
+  """The config; for the presets see configs/stable_diffusion.py."""
   config = stable_diffusion.recipe("sd_aesthetic", preset)
   config.reward.terms = (("aesthetic", 1.0),)
   if preset == "tiny":

@@ -1,8 +1,9 @@
-"""Stable Diffusion v1.4, reward = HPS-v2.1: the paper's main experiment (.239 -> .365 there).
+"""Stable Diffusion v1.4 with HPS-v2.1 as its reward: the main experiment of the paper, which takes
+HPS from .239 to .365.
 
-Hardware, memory and the model's weights: configs/stable_diffusion.py. On top, computed and not
-measured: ViT-H/14, 986.1 M parameters in bfloat16, 2.0 GB. Its weights are a pickle; it is read
-through torch's weights_only loader and only if allowed:
+For hardware, memory and the model's weights see configs/stable_diffusion.py. The reward adds 2.0
+GB, computed and not measured: a ViT-H/14 of 986.1 M parameters in bfloat16. Its weights are a
+pickle, which is read by torch's weights_only loader, and only if it is allowed:
 
     hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints/HPSv2
     python -m dancegrpo_jax.main --config=configs/sd_hps.py:1gpu --config.model.allow_pickle=true
@@ -14,7 +15,7 @@ PRESETS = stable_diffusion.PRESETS
 
 
 def get_config(preset: str = ""):
-  """Presets: see configs/stable_diffusion.py."""
+  """The config; for the presets see configs/stable_diffusion.py."""
   config = stable_diffusion.recipe("sd_hps", preset)
   config.reward.terms = (("hps", 1.0),)
   if preset == "tiny":

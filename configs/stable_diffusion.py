@@ -1,30 +1,34 @@
-"""What the sd_*.py files share: DanceGRPO's recipe for Stable Diffusion v1.4 and its presets. Not a
-run by itself.
+"""What the sd_*.py files share: DanceGRPO's recipe for Stable Diffusion v1.4 and its presets.
 
 Presets:
-  ""      the published code's recipe [C]: 512x512, DDIM with eta 1 in 50 steps, guidance 5, 32 prompts x 16 samples, all 49
-          stochastic steps, 2 optimizer steps. For 8 devices of 80 GB; any number that divides 8
-          works.
-  1gpu    the same numbers on one GPU of 80 GB: smaller chunks and microbatches, so the same result more slowly.
-  v5e     the same numbers on 8 TPU v5e chips (16 GB each), or 8 larger ones: parameters and optimizer split over them, smaller
-          chunks and microbatches. Compiled for them sd_hps takes 11.8 GiB at most of a v5e, 12.6 of
-          a v6e; nothing was run.
-  paper   what the paper asks where guidance is trained [P, section 3.3]: 1 optimizer step, a random 60 % of the steps.
-  tiny    two iterations of a random network on a CPU, a minute: shows that everything fits together, learns nothing.
+  ""     The published code's recipe [C]: 512x512 pixels, DDIM with eta 1 in 50 steps, guidance 5,
+         32 prompts with 16 samples each, all 49 stochastic steps, and 2 optimizer steps. It is for
+         8 devices of 80 GB; any number that divides 8 works.
+  1gpu   The same numbers on one GPU of 80 GB, in smaller chunks and microbatches: the same result,
+         more slowly.
+  v5e    The same numbers on 8 TPU v5e chips of 16 GB, or 8 larger ones. Parameters and optimizer
+         are split over them, chunks and microbatches are smaller. Compiled for them, sd_hps takes
+         11.8 GiB at most of a v5e and 12.6 of a v6e, before the state of the iteration's start was
+         kept, which is 1.3 more. Nothing was run.
+  paper  What the paper asks for where guidance is trained [P, section 3.3]: 1 optimizer step, and a
+         random 60 % of the steps.
+  tiny   Two iterations of a random network on a CPU, in a minute. It shows that everything fits
+         together, and learns nothing.
 
-Memory, computed from the parameter counts and not measured (GB of 10^9 bytes, on every device: the
-rules replicate):
-  UNet 859.5 M parameters, float32: weights 3.4, Adam's moments 6.9, gradients and their sum over microbatches 6.9    17.2
-  text encoder 123.1 M and autoencoder 83.7 M in bfloat16: 0.25 + 0.17                                                 0.4
-  latents of an iteration, 512 x 50 of 4x64x64 in float32, split over the devices                                      1.7
-  the reward's network: see each file
-What is left of 80 GB is for activations. Compiled for one H100, sd_hps.py:1gpu takes 25.4 GiB at
-most (the update, with rematerialised blocks and fused attention, 32 rows with guidance;
-benchmarks/RESULTS.md); nothing was run. `optimizer.microbatch` and `rollout.chunk` change nothing
-but speed, memory and round-off.
+Memory, computed from the numbers of parameters and not measured, in GB of 10^9 bytes. The rules
+replicate, so that every device holds all of this:
+  17.2  UNet of 859.5 M parameters in float32: weights 3.4, Adam's moments 6.9, gradients and their
+        sum over microbatches 6.9
+  10.3  the state before the iteration, which is kept while it has several optimizer steps
+   0.4  text encoder, 123.1 M parameters in bfloat16, and autoencoder, 83.7 M
+   1.7  latents of an iteration, 512 x 50 of 4x64x64 in float32; these are split over the devices
+The reward's network is in each file. What is left of 80 GB is for activations. Compiled for one
+H100, before that state was kept, sd_hps.py:1gpu took 25.4 GiB at most (the update, with
+rematerialised blocks and fused attention, 32 rows with guidance; benchmarks/RESULTS.md). Nothing
+was run. `optimizer.microbatch` and `rollout.chunk` change nothing but speed, memory and round-off.
 
-Compute, as plan.py counts it: 0.80 TFLOP a forward pass of one row, 204 PFLOP an iteration, without
-the rematerialised forward.
+Compute, as `plan` counts it: 0.80 TFLOP for a forward pass of one row, and 204 PFLOP an iteration,
+without the rematerialised forward.
 
 Weights: CompVis/stable-diffusion-v1-4 of the Hugging Face hub, fetched when they aren't cached (4.2
 GB). v1.5 and v2.1 go in the same place: --config.model.checkpoint=DIR_OR_ID (v2.1:

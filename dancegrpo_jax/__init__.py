@@ -23,7 +23,7 @@ if TYPE_CHECKING:
   from dancegrpo_jax.rl.rollout import Policy, Rollout, distribution, log_prob, rollout
   from dancegrpo_jax.types import Conditioning
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
   "Conditioning",

@@ -1,7 +1,8 @@
-"""Command: `dancegrpo COMMAND ...`, every command of this package under one name.
+"""The command `dancegrpo COMMAND ...`, which runs every command of this package.
 
-`dancegrpo train --config=emoji_clip` is `python -m dancegrpo_jax.main --config=emoji_clip`. A
-command's module is imported when it is asked for, so that --help and --version answer at once.
+`dancegrpo train --config=emoji_clip` does the same as `python -m dancegrpo_jax.main
+--config=emoji_clip`. The module of a command is imported only when the command runs, so that --help
+and --version answer at once.
 """
 
 import importlib
@@ -14,7 +15,7 @@ from dancegrpo_jax import __version__
 
 
 class Command(NamedTuple):
-  """A subcommand: the module whose `main(argv)` it is, and a line on what it does."""
+  """A subcommand: the module whose `main(argv)` runs it, and one line about it."""
 
   module: str
   summary: str
@@ -24,7 +25,7 @@ COMMANDS = {
   "train": Command("main", "post-train a generator; running again on a workdir resumes"),
   "sample": Command("sample", "images from a base model or a checkpoint"),
   "evaluate": Command("evaluate", "scores of a checkpoint next to its base model's"),
-  "convert": Command("convert.__main__", "checkpoints out (export), in (import), looked into"),
+  "convert": Command("convert.__main__", "export, import or inspect checkpoints"),
   "pretrain": Command("pretrain.__main__", "make the embedded emoji models"),
   "plan": Command("plan.__main__", "compile a run ahead of time: does it fit, how long it takes"),
 }
@@ -35,10 +36,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs a subcommand.
 
   Args:
-    argv: the subcommand and its arguments; default: the process's own.
+    argv: the subcommand and its arguments. None means the arguments of the process.
 
   Returns:
-    The exit code: the subcommand's own, 2 for a missing or unknown one.
+    The exit code of the subcommand, or 2 if it is missing or unknown.
   """
   name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
   if name in HELP:
@@ -51,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"error: {_unknown(name)}", file=sys.stderr)
     return 2
   if not sys.flags.safe_path and os.getcwd() not in sys.path:
-    # As `python -m` does: a reward `my_module:function` may lie in the working folder.
+    # `python -m` does the same. A reward `my_module:function` may be in the working folder.
     sys.path.insert(0, os.getcwd())
-  sys.argv = [f"dancegrpo {name}", *rest]  # the name in usage lines
+  sys.argv = [f"dancegrpo {name}", *rest]  # usage lines begin with argv[0]
   return importlib.import_module(f"dancegrpo_jax.{COMMANDS[name].module}").main(rest)
 
 
@@ -74,7 +75,7 @@ def _help() -> str:
 def _unknown(name: str) -> str:
   if not name:
     return f"a command is missing; give one of {', '.join(COMMANDS)}, or --help"
-  from dancegrpo_jax.settings.config_file import did_you_mean
+  from dancegrpo_jax.settings.config_file import did_you_mean  # slow, and for a mistake only
 
   near = did_you_mean(name, list(COMMANDS))
   return f"unknown command {name!r}{near or '; one of ' + ', '.join(COMMANDS)}"

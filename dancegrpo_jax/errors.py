@@ -1,13 +1,12 @@
-"""The two mistakes that are the user's: of a setting, and of a checkpoint. Their messages are meant
-to be read.
+"""The two kinds of mistakes that users make, in settings and in checkpoints.
+
+Commands print their messages without a traceback.
 """
 
 
 class ConversionError(ValueError):
-  """A checkpoint that cannot be read, or that does not fit its network. The message names every
-  problem.
-  """
+  """A checkpoint can't be read or doesn't fit its network. The message names every problem."""
 
 
 class ConfigError(ValueError):
-  """A mistake of the user: one line a problem, each naming the field, its value and the remedy."""
+  """A mistake in the config. The message has one line a problem, with field, value and remedy."""

@@ -1,5 +1,5 @@
-"""Command: scores of a checkpoint next to its base model's, on prompts with noise that training
-never saw.
+"""Command: scores of a checkpoint beside those of its base model, on prompts and noise that
+training never sees.
 
     python -m dancegrpo_jax.evaluate --config=configs/emoji_clip.py --checkpoint=runs/emoji_clip \\
       --out=runs/emoji_clip/evaluation.json
@@ -15,7 +15,7 @@ from dancegrpo_jax.settings import command_line
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  """The flags of this command."""
+  """Adds the flags of this command."""
   parser.add_argument(
     "--checkpoint", required=True, help="a workdir, its checkpoints/ folder, or base"
   )
@@ -28,25 +28,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str]) -> int:
-  """Reads the flags and evaluates; returns the exit code, 2 for a mistake."""
+  """Reads the flags and evaluates. Returns the exit code, 2 for a mistake."""
 
   def command() -> None:
-    line = command_line.parse_argv(argv, "Score a checkpoint next to its base model.", add_flags)
+    line = command_line.parse_argv(argv, "Score a checkpoint beside its base model.", add_flags)
+    flags, data = line.flags, line.config.data
+    out = Path(flags.out)
     accelerator.start()
-    if Path(line.flags.out).suffix != ".json":
+    if out.suffix != ".json":
       raise ConfigError(
-        f"--out={line.flags.out}: must end with .json; the images go into the folder of that"
-        " name without it"
+        f"--out={flags.out}: must end with .json; the images go into the folder of that name"
+        " without it"
       )
-    command_line.require_writable(f"--out={line.flags.out}", Path(line.flags.out).parent)
-    files = line.flags.prompts or [
-      file for file in (line.config.data.prompts, line.config.data.held_out) if file
-    ]
-    from dancegrpo_jax.evaluation import (
-      comparison,  # after the flags: a misspelt one is answered at once
-    )
+    command_line.require_writable(f"--out={flags.out}", out.parent)
+    files = flags.prompts or [file for file in (data.prompts, data.held_out) if file]
+    # Imported now: JAX takes a second, and a misspelt flag should be answered at once.
+    from dancegrpo_jax.evaluation import comparison
 
-    comparison.run(line.config, line.flags.checkpoint, files, Path(line.flags.out))
+    comparison.run(line.config, flags.checkpoint, files, out)
 
   return command_line.exit_on_mistake(command)
 

@@ -1,7 +1,7 @@
-"""Where the files that come with the package are: `configs/` and `assets/`.
+"""Finds the files that come with the package: `configs/` and `assets/`.
 
-In a checkout they lie beside the package. A wheel has them inside it, in `_data/`, so that an
-installation adds nothing but `dancegrpo_jax` to a user's site-packages.
+In a checkout they are beside the package. In a wheel they are inside the package, in `_data/`, so
+that an installation adds only `dancegrpo_jax` to a user's site-packages.
 """
 
 from pathlib import Path
@@ -12,21 +12,21 @@ SHIPPED = ("configs", "assets")
 
 
 def places(path: str | Path) -> list[Path]:
-  """Where a path of a config or of a command line is, the one that counts first; [] where nowhere.
+  """The existing files that a path in a config or on a command line can mean, best first.
 
-  A relative path is looked up in the working folder, and then, if it begins with `configs` or
-  `assets`, among the files that come with the package. The user's own file is therefore always
-  preferred, and `assets/prompts/emoji_run.txt` is found from any folder.
+  A relative path is looked up in the working folder first. If it begins with `configs` or `assets`,
+  it is then looked up among the files that come with the package. The user's file is therefore
+  preferred, and `assets/prompts/emoji_run.txt` exists from any folder.
   """
   path = Path(path)
-  found = [path] if path.exists() else []
+  files = [path] if path.exists() else []
   if not path.is_absolute() and path.parts[:1] and path.parts[0] in SHIPPED:
     shipped = ROOT / path
-    if shipped.exists() and not (found and shipped.samefile(path)):
-      found.append(shipped)
-  return found
+    if shipped.exists() and not (files and shipped.samefile(path)):
+      files.append(shipped)
+  return files
 
 
 def find(path: str | Path) -> Path:
-  """The first of `places`; the path itself where there is none, for the caller's message."""
+  """The first of `places`, or the path itself if there is none, for the caller's message."""
   return next(iter(places(path)), Path(path))

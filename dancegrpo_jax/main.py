@@ -1,7 +1,10 @@
 """Command: train.
 
-python -m dancegrpo_jax.main --config=configs/emoji_clip.py [--config.key=value ...] [--workdir=DIR]
-... --coordinator=HOST:PORT --num-processes=N --process-id=I      several processes where nothing else says who they are
+    python -m dancegrpo_jax.main --config=configs/emoji_clip.py [--config.key=value ...] \\
+      [--workdir=DIR]
+
+A run of several processes needs --coordinator=HOST:PORT --num-processes=N --process-id=I for each
+of them, except on a TPU pod and under Slurm.
 """
 
 import argparse
@@ -13,23 +16,25 @@ from dancegrpo_jax.settings import command_line, stored_config
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  """The flags of this command alone."""
+  """Adds the flags of this command."""
   parser.add_argument("--workdir", help="default: runs/<config name>; running again on it resumes")
   processes.add_flags(parser)
 
 
 def main(argv: list[str]) -> int:
-  """Reads the flags and runs; returns the exit code, 2 for a mistake."""
+  """Reads the flags and trains. Returns the exit code, 2 for a mistake."""
 
   def command() -> None:
     line = command_line.parse_argv(argv, "GRPO post-training of an image generator.", add_flags)
     accelerator.start()
-    from dancegrpo_jax import train  # after the flags: a misspelt one is answered at once
+    # Imported now: JAX takes a second, and a misspelt flag should be answered at once.
+    from dancegrpo_jax import train
 
     processes.start(line.flags)  # before anything touches a device
-    remedy = "start all of them with the same --config, --config.key and files"
     processes.require_same(
-      stored_config.digest(line.config), "the processes have different configs", remedy
+      stored_config.digest(line.config),
+      problem="the processes have different configs",
+      remedy="start all of them with the same --config, --config.key and files",
     )
     workdir = Path(line.flags.workdir or f"runs/{line.config.name}")
     train.run(line.config, workdir, line.given)

@@ -5,20 +5,20 @@ from typing import Any
 
 
 def is_named(name: str) -> bool:
-  """Whether a name is of the form "module:object"."""
+  """Whether a name has the form "module:object"."""
   return ":" in name
 
 
 def load(field: str, name: str) -> Any:
-  """The object that `name` names, as "my_package.my_module:my_object".
+  """The object that `name` names, for example "my_package.my_module:my_object".
 
   Args:
-    field: of the config, for messages.
-    name: the module must be importable: from the working folder, from the config file's folder or
-      the one above it (settings/config_file.py), or through PYTHONPATH.
+    field: the field of the config, for messages.
+    name: a module and an object in it. The module must be importable: from the working folder, from
+      the config file's folder or the one above it (settings/config_file.py), or through PYTHONPATH.
 
   Raises:
-    ValueError: one line: the module can't be imported, or has no such object.
+    ValueError: the module can't be imported, or has no such object; one line.
   """
   module, _, path = name.partition(":")
   try:
@@ -32,7 +32,7 @@ def load(field: str, name: str) -> Any:
     ) from error
   except AttributeError as error:
     raise ValueError(f"config.{field}: {name!r}: {error}; write module:object") from error
-  except Exception as error:  # the user's own module: whatever it raises is a mistake there
+  except Exception as error:  # a mistake in the user's module can raise anything
     raise ValueError(
       f"config.{field}: {name!r}: {type(error).__name__} in {module}: {error}"
     ) from error

@@ -1,9 +1,10 @@
-"""Scores of decoded samples: by device rewards, by host rewards in threads, and from all processes
-together.
+"""Scores of decoded samples. Device rewards are compiled programs; host rewards are Python, run in
+threads during training, and every process scores the samples on its own devices.
 """
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -15,6 +16,38 @@ from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.rewards.kinds import reward_of
 from dancegrpo_jax.types import Example, Media, PyTree
 
+Warn = Callable[[str], None]  # gets a line about a reward that failed
+
+
+class Scorers(NamedTuple):
+  """Rewards, and what device rewards score samples with.
+
+  Attributes:
+    rewards: by name.
+    params: parameters by reward, {} for a reward without a network.
+    compute: compiled functions by device reward, `Programs.score`.
+    features: by device reward, one row for each prompt.
+  """
+
+  rewards: dict[str, Reward]
+  params: dict[str, PyTree]
+  compute: dict[str, Callable]
+  features: dict[str, PyTree]
+
+
+class HostScores(NamedTuple):
+  """Scores of a chunk that a thread is computing.
+
+  Attributes:
+    reward: its name.
+    chunk: numbers of all samples of the chunk.
+    result: of `local_scores`.
+  """
+
+  reward: str
+  chunk: np.ndarray
+  result: Future
+
 
 def reward_features(
   rewards: dict[str, Reward],
@@ -23,17 +56,17 @@ def reward_features(
   examples: list[Example],
   rows: int,
 ) -> dict[str, PyTree]:
-  """Every device reward's features of all prompts, computed once, `rows` prompts a call.
+  """The features that device rewards make of the prompts. They are computed once for a run.
 
   Args:
     rewards: by name.
-    params: by reward.
-    compute: compiled, `Programs.features`.
-    examples: the data set.
+    params: parameters by reward.
+    compute: compiled functions by device reward, `Programs.features`.
+    examples: the prompts.
     rows: prompts of one call.
 
   Returns:
-    By reward, a pytree of host arrays with one row an example.
+    By device reward, a pytree of host arrays with one row for each prompt.
   """
   padded = examples + [examples[-1]] * (-len(examples) % rows)
   result = {}
@@ -50,14 +83,15 @@ def reward_features(
 
 
 def host_scores(
-  reward: Reward, media: Media, examples: list[Example], say: Callable[[str], None]
+  reward: Reward, media: Media, examples: list[Example], warn: Warn
 ) -> dict[str, np.ndarray]:
-  """A host reward of some samples. A failure is NaN in all of its terms, and a line."""
+  """Scores of samples by a host reward. If it fails, `warn` gets a line and all terms are NaN."""
   try:
     return reward.score(media, examples)
   # The user's own function: whatever it raises must not end the run.
   except Exception as error:
-    say(f"reward {reward.name} failed for {len(examples)} samples: {type(error).__name__}: {error}")
+    failure = f"{type(error).__name__}: {error}"
+    warn(f"reward {reward.name} failed for {len(examples)} samples: {failure}")
     return failed_scores(reward, len(examples))
 
 
@@ -66,115 +100,115 @@ def failed_scores(reward: Reward, count: int) -> dict[str, np.ndarray]:
   return {term: np.full(count, np.nan, np.float32) for term in reward.terms}
 
 
-def own_scores(
+def local_scores(
   reward: Reward,
   shards: sharding.Shards,
   fps: float | None,
   examples: list[Example],
-  say: Callable[[str], None],
+  warn: Warn,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-  """A host reward of this process's rows of one chunk, in a thread: it may look at devices' data,
-  and not compute on them.
+  """Scores, by a host reward, of the rows of a chunk that lie on this process's devices.
+
+  It runs in a thread, so it may read arrays of the devices but not compute on them.
 
   Args:
     reward: on the host.
     shards: this process's rows of the chunk's pixels.
-    fps: of the media.
-    examples: one a row of the chunk.
-    say: where a failure is told.
+    fps: frames per second of the samples, None for images.
+    examples: one for each row of the chunk.
+    warn: gets a line where the reward fails.
 
   Returns:
-    (numbers of the rows, {term: scores of these rows}).
+    (which rows of the chunk these are, their scores by term).
   """
   if not len(shards.numbers):
     return shards.numbers, {}
   rows = Media(np.concatenate([np.asarray(part) for part in shards.parts]), fps)
-  own = [examples[number] for number in shards.numbers]
-  return shards.numbers, host_scores(reward, rows, own, say)
+  local = [examples[number] for number in shards.numbers]
+  return shards.numbers, host_scores(reward, rows, local, warn)
 
 
-def from_host(
-  config: ConfigDict, waiting: list[tuple[str, np.ndarray, Future]], chunks: np.ndarray
+def gather_host_scores(
+  config: ConfigDict, started: list[HostScores], chunks: np.ndarray
 ) -> dict[str, list]:
-  """The host rewards of an iteration, from all processes; waits for them.
+  """Waits for the host rewards of an iteration and joins those of all processes.
 
   Args:
     config: of the run.
-    waiting: reward, sample numbers of its chunk, and the future of `own_scores`.
-    chunks: sample numbers `[chunks, chunk]`.
+    started: every host reward of every chunk.
+    chunks: sample numbers `[chunks, samples of a chunk]`.
 
   Returns:
-    `{term: [f32[samples]]}` in the order of `chunks`, NaN where failed.
+    `{term: [f32[samples]]}` in the order of `chunks`, NaN where a reward failed. A list, because
+    `Programs.join` takes one array for each chunk of a device reward.
   """
   place = np.argsort(chunks.reshape(-1))  # of a sample among all chunks
-  terms = {
-    name: [term for term, _ in config.reward.terms if reward_of(term) == name]
-    for name, *_ in waiting
-  }
-  values = {
-    term: np.full(chunks.size, np.nan, np.float32) for named in terms.values() for term in named
-  }
-  own = np.zeros(chunks.size, bool)
-  for name, chunk, future in waiting:
-    numbers, scores = future.result()
-    places = place[chunk[numbers]]
-    own[places] = True
-    for term in terms[name]:
-      if term in scores:
+  rewards = {scores.reward for scores in started}
+  terms = [term for term, _ in config.reward.terms if reward_of(term) in rewards]
+  values = {term: np.full(chunks.size, np.nan, np.float32) for term in terms}
+  is_local = np.zeros(chunks.size, bool)
+  for reward, chunk, result in started:
+    rows, scores = result.result()
+    places = place[chunk[rows]]
+    is_local[places] = True
+    for term in terms:
+      if reward_of(term) == reward and term in scores:
         values[term][places] = scores[term]
-  return {term: [row] for term, row in sharding.join_processes(values, own).items()}
+  return {term: [row] for term, row in sharding.join_processes(values, is_local).items()}
 
 
-def chunks(count: int, size: int, lanes: int) -> np.ndarray:
-  """Numbers 0 .. count - 1 in rows of one length: `size`, or fewer where all fit in one; the last
-  number fills up.
+def chunks(count: int, size: int, lanes: int) -> Int[np.ndarray, "calls size"]:
+  """Cuts samples into calls of equal length.
+
+  Args:
+    count: number of samples.
+    size: most samples of a call; a multiple of `lanes`.
+    lanes: a call has a multiple of so many samples.
+
+  Returns:
+    The numbers 0, ..., count - 1 in rows; the last number fills up the last row.
   """
   size = min(size, -(-count // lanes) * lanes)
-  return np.minimum(np.arange(-(-count // size) * size, dtype=np.int32), count - 1).reshape(
-    -1, size
-  )
+  numbers = np.arange(-(-count // size) * size, dtype=np.int32)
+  return np.minimum(numbers, count - 1).reshape(-1, size)
 
 
 def score_all(
-  rewards: dict[str, Reward],
-  params: dict[str, PyTree],
-  compute: dict[str, Callable],
+  scorers: Scorers,
   media: Media,
-  features: dict[str, PyTree],
   owners: Int[np.ndarray, "n"],
   examples: list[Example],
   rows: Int[np.ndarray, "calls size"],
-  say: Callable[[str], None] = print,
+  warn: Warn = print,
 ) -> dict[str, np.ndarray]:
-  """Every reward of samples that are there already: for evaluation; training scores chunk by chunk,
-  as they come.
+  """Scores of samples that are all there already, by every reward.
+
+  Evaluations call it. Training scores each chunk as soon as it is decoded.
 
   Args:
-    rewards: by name.
-    params: by name.
-    compute: compiled, `Programs.score`.
+    scorers: the rewards.
     media: n samples, on the host.
-    features: of the device rewards, one row an example.
-    owners: each sample's row of `features` and `examples`.
-    examples: prompts.
-    rows: `chunks(n, ..)`, what device rewards score at once.
-    say: where failures are told.
+    owners: for each sample, the row of its prompt in `scorers.features` and `examples`.
+    examples: the prompts.
+    rows: `chunks(n, ...)`, the samples of each call of a device reward.
+    warn: gets a line where a host reward fails.
 
   Returns:
-    `{term: f32[n]}`, NaN where failed. Host rewards are process 0's alone, as all have the same
-    samples: NaN elsewhere.
+    `{term: f32[n]}`, NaN where a reward failed. All processes have the same samples, so process 0
+    alone computes host rewards: on other processes they are NaN.
   """
   result, count = {}, len(media.pixels)
-  for name, reward in rewards.items():
-    if reward.kind == "host":
-      is_first = jax.process_index() == 0
-      own = [examples[owner] for owner in owners]
-      result |= host_scores(reward, media, own, say) if is_first else failed_scores(reward, count)
-      continue
-    parts = [
-      compute[name](params[name], Media(media.pixels[row], media.fps), features[name], owners[row])
-      for row in rows
-    ]
-    for term in parts[0]:
-      result[term] = np.concatenate([np.asarray(part[term]) for part in parts])[:count]
+  for name, reward in scorers.rewards.items():
+    if reward.kind == "host" and jax.process_index() > 0:
+      result |= failed_scores(reward, count)
+    elif reward.kind == "host":
+      result |= host_scores(reward, media, [examples[owner] for owner in owners], warn)
+    else:
+      params, features = scorers.params[name], scorers.features[name]
+      score = scorers.compute[name]
+      parts = [
+        score(params, Media(media.pixels[row], media.fps), features, owners[row]) for row in rows
+      ]
+      for term in parts[0]:
+        result[term] = np.concatenate([np.asarray(part[term]) for part in parts])[:count]
   return result

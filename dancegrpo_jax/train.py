@@ -1,5 +1,6 @@
-"""The training loop: prompts -> rollout -> rewards -> advantages -> update. Read `run` from top to
-bottom.
+"""The training loop: prompts -> rollout -> rewards -> advantages -> update.
+
+Read `run` from top to bottom.
 """
 
 import contextlib
@@ -14,24 +15,26 @@ from ml_collections import ConfigDict
 from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.devices import accelerator, out_of_memory, sharding
 from dancegrpo_jax.devices.preemption import Preemption
-from dancegrpo_jax.programs import update as update_calls
+from dancegrpo_jax.programs import update_calls
 from dancegrpo_jax.report import metrics, page
 from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.training import tracing
 from dancegrpo_jax.training.collecting import Experience, collect
-from dancegrpo_jax.training.outcome import Pending, flush, give_up, what_is_left
+from dancegrpo_jax.training.outcome import Numbers, Pending, give_up, what_is_left
 from dancegrpo_jax.training.session import Session, checked, prepare, resumed_config
 from dancegrpo_jax.training.showing import save_extremes, show
 
 
 def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
-  """Trains, or goes on training what the workdir holds. SIGTERM ends it as of the last whole
-  iteration, saved, after the program call or the few chunks that it comes upon.
+  """Trains, or goes on with the run that the workdir holds.
+
+  SIGTERM ends the run after the program call, or the few chunks, that are on the devices. The state
+  after the last finished iteration is then saved.
 
   Args:
     config: of the run.
-    workdir: where it is kept.
+    workdir: the folder for everything that the run writes.
     given: fields of the config that the user has set by hand; see `stored_config.as_stored`.
 
   Raises:
@@ -42,77 +45,73 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
   config = resumed_config(config, workdir, given)
   examples, first = checked(config, workdir)
   if first >= config.iterations:
-    print(
-      f"{workdir}: already finished, {first} iterations;"
-      f" {metrics.last_line(workdir, workdir / page.FILE)}"
-    )
+    summary = metrics.last_line(workdir, workdir / page.FILE)
+    print(f"{workdir}: already finished, {first} iterations; {summary}")
     return
   if jax.process_index() == 0:
     accelerator.say_share(jax.default_backend())
   mesh = sharding.make_mesh(config.mesh)
   with contextlib.ExitStack() as stack:
-    stack.enter_context(out_of_memory.explained(config, lambda: what_is_left(workdir)))
-    stack.enter_context(jax.set_mesh(mesh))
-    preemption = stack.enter_context(Preemption(mesh))
-    clock_thread = stack.enter_context(ThreadPoolExecutor(1))
-    reward_threads = stack.enter_context(ThreadPoolExecutor(8))
-    progress = stack.enter_context(metrics.Progress(config.iterations, first))
+    enter = stack.enter_context
+    enter(out_of_memory.explained(config, lambda: what_is_left(workdir)))
+    enter(jax.set_mesh(mesh))
+    preemption = enter(Preemption(mesh))
+    clock_thread, reward_threads = enter(ThreadPoolExecutor(1)), enter(ThreadPoolExecutor(8))
+    progress = enter(metrics.Progress(config.iterations, first))
     session, state = prepare(config, workdir, examples, mesh, first, progress)
-    saver = stack.enter_context(store.Saver(workdir / "checkpoints", config.checkpoint.keep))
-    writer = stack.enter_context(metrics.Writer(workdir, config, first))
-    if first == 0:
-      show(session, 0, state, progress.warning)
+    saver = enter(store.Saver(workdir / "checkpoints", config.checkpoint.keep))
+    writer = enter(metrics.Writer(workdir, config, first))
     if config.logging.profile_steps:
       stack.callback(tracing.end_trace)
-    meta, pending, clock = {"config": config.to_dict()}, None, None
+    numbers, clock = Numbers(config, workdir, writer, progress), None
+    meta = {"config": config.to_dict()}
+    if first == 0:
+      show(session, 0, state, progress.warning)
+
     for iteration in range(first, config.iterations):
       done = iteration + 1
-      last = done == config.iterations
-      save = last or is_due(done, config.checkpoint.every)
-      shown = last or is_due(done, config.evaluation.every)
+      is_last = done == config.iterations
+      saves = is_last or is_due(done, config.checkpoint.every)
+      shows = is_last or is_due(done, config.evaluation.every)
       clock = Clock(clock_thread, before=clock)
-
       tracing.start_profile(config, workdir, iteration)
-      # Prompts, rollout, decode and rewards, chunk by chunk.
+
+      # Prompts -> samples -> scores, chunk by chunk.
       seen = collect(
-        session,
-        state.trainable,
-        iteration,
-        clock,
-        reward_threads,
-        progress.warning,
-        shown,
-        preemption.reached,
+        session=session,
+        trainable=state.trainable,
+        iteration=iteration,
+        clock=clock,
+        threads=reward_threads,
+        warn=progress.warning,
+        keep_pixels=shows,
+        stop=preemption.reached,
       )
-      # Read the last iteration's numbers, now that this one's work is queued. Wait for its
-      # checkpoint, so that a run that must stop knows the last one.
+      # This iteration is queued on the devices by now, so there is time to read the numbers of the
+      # one before. Its checkpoint is awaited too: a run that has to stop names the last one.
       saver.wait()
-      flush(config, workdir, pending, writer, progress)
-      pending = None
-      # Scores -> advantages within each prompt's group -> optimizer steps. The host is chunks
-      # ahead; a signal that comes during these is to be heard before the update.
+      numbers.read()
+
+      # Scores -> advantages -> optimizer steps. A signal that comes while the devices finish the
+      # chunks has to be noticed before the update.
       jax.block_until_ready(seen)
       after = None
       if seen is not None and not preemption.reached(wait=True):
         after = update(session, state, seen, iteration, clock, preemption.reached)
-      if after is None:
+      if seen is None or after is None:
         give_up(saver, workdir, state, iteration, first, meta, progress)
         break
       state, values = after
       tracing.stop_profile(config, iteration, values)
-      pending = Pending(iteration=iteration, values=values, clock=clock)
 
-      if shown:
-        pending = pending._replace(
-          values=pending.values | show(session, done, state, progress.warning)
-        )
-      # A state is saved only after its numbers were read and found sound.
-      if save or shown:
-        flush(config, workdir, pending, writer, progress)
-        pending = None
-      if save:
+      shown = show(session, done, state, progress.warning) if shows else {}
+      numbers.add(Pending(iteration=iteration, values=values | shown, clock=clock))
+      # A state is saved only after its numbers have been read: `read` raises where they are bad.
+      if saves or shows:
+        numbers.read()
+      if saves:
         saver.save(done, state, meta | {"iteration": done})
-      if shown:
+      if shows:
         save_extremes(session, done, seen)
   if jax.process_index() == 0:
     print(metrics.last_line(workdir, page.write(workdir)))
@@ -130,40 +129,33 @@ def update(
 
   Args:
     session: of the run.
-    before: the state; it stays valid where None is returned.
-    seen: what the iteration has collected; its trajectories are taken out of it, so that they are
-      freed as soon as they lie in lanes.
-    iteration: number of the iteration.
+    before: the state before the iteration. It stays valid where None is returned.
+    seen: what the iteration has collected. Its trajectories are removed from it, so that they are
+      freed as soon as the update has its own arrangement of them.
+    iteration: its number.
     clock: of the iteration.
     stop: asked between two calls of a program; True gives the iteration up.
 
   Returns:
-    The state after, and metrics; None where the iteration was given up.
+    The state after the iteration, and metrics. None where the iteration was given up.
   """
-  config, model, run = session.config, session.model, session.programs
-  advantage, weight, chosen, stats, reward_metrics = run.advantages(
+  config, model, compiled = session.config, session.model, session.programs
+  advantage, weight, chosen, prompt_stats, reward_metrics = compiled.advantages(
     seen.scores, seen.ids, before.prompt_stats
   )
   clock.phase("reward", advantage)
-  dealt = run.update["deal"](
-    before.trainable,
-    tuple(seen.rollouts),
-    seen.ids,
-    advantage,
-    weight,
-    chosen,
-    np.int32(iteration),
+  number = np.int32(iteration)
+  dealt = compiled.update["deal"](
+    before.trainable, tuple(seen.rollouts), seen.ids, advantage, weight, chosen, number
   )
   seen.rollouts.clear()
   after = update_calls.run(
-    run.update,
-    before._replace(prompt_stats=stats),
-    model.frozen,
-    session.reference,
-    seen.conditioning,
-    dealt,
-    config.optimizer.microbatches_per_call,
-    stop,
+    programs=compiled.update,
+    before=before._replace(prompt_stats=prompt_stats),
+    inputs=update_calls.Inputs(model.frozen, session.reference, seen.conditioning),
+    dealt=dealt,
+    most=config.optimizer.microbatches_per_call,
+    stop=stop,
   )
   if after is None:
     return None
@@ -173,7 +165,5 @@ def update(
 
 
 def is_due(done: int, every: int) -> bool:
-  """Whether something that happens each `every` iterations (0 = never) happens after `done` of
-  them.
-  """
+  """Whether what happens after every `every` iterations (0: never) happens after `done` of them."""
   return every > 0 and done % every == 0

@@ -1,4 +1,4 @@
-"""Values that cross rooms and belong to no single one of them. All of them are pytrees."""
+"""Types that several rooms of the package exchange. All of them are pytrees."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -7,9 +7,9 @@ import jax
 
 PyTree = Any
 
-# The mesh axes that samples are split over, fsdp the major one. XLA's partitioner (jaxlib 0.10.2)
-# gets gradients wrong of kernels that lie over the minor one of them and tensor: fsdp must not be
-# it (tests/test_mesh.py), and rules with data are refused.
+# The mesh axes that samples are split over; fsdp is the major one. XLA's partitioner (jaxlib
+# 0.10.2) computes wrong gradients of kernels that are split over the minor one of them and tensor.
+# So fsdp must not be the minor one (tests/test_mesh.py), and rules with data are rejected.
 SAMPLE_AXES = ("fsdp", "data")
 
 
@@ -17,11 +17,11 @@ class Example(NamedTuple):
   """One row of a prompt data set.
 
   Attributes:
-    id: position in the data set; with the seed it names the sample's noise.
+    id: the position in the data set. The noise of the samples depends on it and on the seed.
     prompt: the text.
-    negative_prompt: text of the unconditional branch of classifier-free guidance.
-    image: path of the picture that a video begins with, else None.
-    metadata: anything a reward wants (an answer, a tag list).
+    negative_prompt: the text of the unconditional branch of classifier-free guidance.
+    image: the path of the picture that a video begins with, or None.
+    metadata: values for the rewards, for example an answer or a list of tags.
   """
 
   id: int
@@ -32,10 +32,10 @@ class Example(NamedTuple):
 
 
 class Conditioning(NamedTuple):
-  """What a denoiser is conditioned on: opaque pytrees with one row a prompt.
+  """The conditioning of a denoiser: pytrees with one row a prompt, of any structure.
 
-  Rows are gathered by prompt index where they are used, so that a group of G samples holds one
-  copy.
+  Rows are gathered by the index of the prompt where they are used, so that a group of G samples
+  needs one copy.
   """
 
   positive: PyTree
@@ -48,9 +48,9 @@ class Media:
   """Decoded samples.
 
   Attributes:
-    pixels: `[batch, (frames,) height, width, 3]` in [0, 1], of JAX or NumPy; images have no frames
-      axis. Abstract where programs are only compiled.
-    fps: frames a second, None for images. It is part of the tree's structure and not a leaf, so
+    pixels: `[batch, (frames,) height, width, 3]` in [0, 1], an array of JAX or NumPy. Images have
+      no axis of frames. Where programs are only compiled, the array is abstract.
+    fps: frames a second; None for images. It is part of the tree's structure and not a leaf, so
       that a compiled program knows it.
   """
 

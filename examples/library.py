@@ -92,7 +92,7 @@ def draw(params, iteration):
   """An iteration's trajectories. All noise is a function of (seed, iteration, prompt, sample)."""
   first, later = dg.rng.stream(0, "initial_noise"), dg.rng.stream(0, "step_noise")
   return dg.rollout(
-    denoise=lambda x, time: network.apply(params, x, time, PROMPT),
+    network_output=lambda x, time: network.apply(params, x, time, PROMPT),
     schedule=schedule,
     policy=policy,
     start=0,
@@ -123,7 +123,7 @@ def sample(params):
   """1000 points of the deterministic sampler, on noise that training never sees."""
   prompt = jnp.arange(1000) % PROMPTS
   return dg.rollout(
-    denoise=lambda x, time: network.apply(params, x, time, prompt),
+    network_output=lambda x, time: network.apply(params, x, time, prompt),
     schedule=schedule,
     policy=policy._replace(window=0),
     start=0,

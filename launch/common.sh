@@ -1,5 +1,5 @@
 # shellcheck shell=bash
-# What the launch scripts share; sourced, never run.
+# Functions of the launch scripts, which source this file.
 
 dry_run=false
 
@@ -19,7 +19,7 @@ mistake() {
   exit 2
 }
 
-# Words as one line for another shell: what a script was given reaches python unchanged, spaces and quotes included.
+# Prints its arguments as one line for another shell, in which spaces and quotes are escaped.
 quoted() {
   local line
   printf -v line '%q ' "$@"
@@ -34,6 +34,8 @@ read_arguments() {
   fi
   command="${1:-}"
   flags=("${@:2}")
-  [[ "${flags[*]}" != *--dry-run* ]] || mistake "--dry-run comes before the command: $0 --dry-run $command"
-  [[ "$command" == run || ${#flags[@]} -eq 0 ]] || mistake "only run takes flags of main, $command takes none: ${flags[*]}"
+  [[ "${flags[*]}" != *--dry-run* ]] ||
+    mistake "--dry-run comes before the command: $0 --dry-run $command"
+  [[ "$command" == run || ${#flags[@]} -eq 0 ]] ||
+    mistake "only run takes flags of main, $command takes none: ${flags[*]}"
 }

@@ -1,18 +1,19 @@
 #!/usr/bin/env bash
-# Trains on GPU nodes of a Slurm cluster. Started on a login node, in a checkout that all nodes see.
+# Trains on GPU nodes of a Slurm cluster. Run it on a login node, in a checkout that all nodes see.
 #
 #   launch/slurm.sh [--dry-run] setup | run [flag of main ...] | status | logs | stop | delete
 #
-# run after stop, the time limit or a preemption goes on from the last checkpoint of WORKDIR.
+# After stop, the time limit or a preemption, run continues from the last checkpoint of WORKDIR.
 set -euo pipefail
 
-# ---- what to change, here or in the environment ----
-NAME="${NAME:-dancegrpo}"                    # of the job; its log is NAME.log
+# ---- settings, to change here or in the environment ----
+NAME="${NAME:-dancegrpo}"                    # the name of the job; its log is NAME.log
 NODES="${NODES:-1}"
-GPUS="${GPUS:-8}"                            # of a node; each gets a process of its own
-CPUS="${CPUS:-8}"                            # of a process
+GPUS="${GPUS:-8}"                            # GPUs of a node, with one process each
+CPUS="${CPUS:-8}"                            # CPUs of a process
 TIME="${TIME:-24:00:00}"
-GRACE="${GRACE:-300}"                        # seconds before the time limit at which SIGTERM comes: an update and a save must fit
+# Seconds from SIGTERM to the time limit, in which an update and a save must be possible.
+GRACE="${GRACE:-300}"
 PARTITION="${PARTITION:-}"                   # "": the cluster's default
 ACCOUNT="${ACCOUNT:-}"                       # "": yours
 CONFIG="${CONFIG:-configs/emoji_clip.py}"
@@ -28,18 +29,21 @@ setup() {
   call .venv/bin/pip install --quiet -r requirements-gpu.txt
 }
 
-# Every process sees all GPUs of its node and takes the one of its local number, which is what JAX expects under Slurm.
-# SIGTERM goes to the processes alone (no B: in --signal), so that the job's own shell waits for them.
+# Every process sees all GPUs of its node and uses the one with its local number, as JAX expects
+# under Slurm. Only the processes get SIGTERM (no B: in --signal), so that the job's shell waits for
+# them.
 run() {
-  local main words=(sbatch "--job-name=$NAME" "--nodes=$NODES" "--ntasks-per-node=$GPUS" "--gpus-per-node=$GPUS")
-  words+=("--cpus-per-task=$CPUS" "--time=$TIME" "--signal=TERM@$GRACE" "--output=$NAME.log" --open-mode=append)
+  local main words=(sbatch "--job-name=$NAME" "--nodes=$NODES" "--ntasks-per-node=$GPUS")
+  words+=("--gpus-per-node=$GPUS" "--cpus-per-task=$CPUS" "--time=$TIME" "--signal=TERM@$GRACE")
+  words+=("--output=$NAME.log" --open-mode=append)
   if [[ -n "$PARTITION" ]]; then
     words+=("--partition=$PARTITION")
   fi
   if [[ -n "$ACCOUNT" ]]; then
     words+=("--account=$ACCOUNT")
   fi
-  main="$(quoted .venv/bin/python -m dancegrpo_jax.main "--config=$CONFIG" "--workdir=$WORKDIR" "${flags[@]}")"
+  main="$(quoted .venv/bin/python -m dancegrpo_jax.main "--config=$CONFIG" "--workdir=$WORKDIR" \
+    "${flags[@]}")"
   call "${words[@]}" "--wrap=srun --kill-on-bad-exit=1 --cpus-per-task=$CPUS $main"
 }
 
@@ -49,7 +53,7 @@ case "$command" in
   run) run ;;
   status) call squeue --me "--name=$NAME" ;;
   logs) call tail -n 100 -F "$NAME.log" ;;
-  stop) call scancel "--name=$NAME" --signal=TERM ;; # ends with the last whole iteration saved
+  stop) call scancel "--name=$NAME" --signal=TERM ;; # the run saves its last complete iteration
   delete) call scancel "--name=$NAME" ;;
   *) mistake "command '$command': use setup, run, status, logs, stop or delete" ;;
 esac

@@ -1,23 +1,28 @@
 #!/usr/bin/env bash
-# Trains on TPU VMs that a queued resource brings: one slice or several, on demand or spot.
+# Trains on TPU VMs of a queued resource: one slice or several, on demand or spot.
 #
-#   launch/tpu_vm.sh [--dry-run] create | status | setup | run [flag of main ...] | logs | stop | fetch | delete
+#   launch/tpu_vm.sh [--dry-run] COMMAND
 #
-# WORKDIR lies on the VM's own disk, and goes with it, unless NFS is set. fetch copies it to runs/ here. A preempted spot resource
-# is deleted and created anew; after setup, run goes on from the last checkpoint of WORKDIR, which is on NFS.
+# COMMAND: create | status | setup | run [flag of main ...] | logs | stop | fetch | delete.
+# WORKDIR is on the disk of the VM and is deleted with it, unless NFS is set. fetch copies it to
+# runs/ here. After a preemption of a spot resource, delete it and create it again; after setup, run
+# then continues from the last checkpoint of WORKDIR, which is on NFS.
 set -euo pipefail
 
-# ---- what to change, here or in the environment ----
+# ---- settings, to change here or in the environment ----
 PROJECT="${PROJECT:-my-project}"
 ZONE="${ZONE:-us-east5-b}"
-NAME="${NAME:-dancegrpo}"                    # of the queued resource
+NAME="${NAME:-dancegrpo}"                    # the name of the queued resource
 ACCELERATOR="${ACCELERATOR:-v6e-8}"          # type and size of one slice
-RUNTIME="${RUNTIME:-v2-alpha-tpuv6e}"        # goes with the type: v2-alpha-tpuv5 for v5p, v2-alpha-tpuv5-lite for v5e
+# The runtime of this type. v5p needs v2-alpha-tpuv5, and v5e needs v2-alpha-tpuv5-lite.
+RUNTIME="${RUNTIME:-v2-alpha-tpuv6e}"
 SLICES="${SLICES:-1}"
-SPOT="${SPOT:-false}"                        # true: cheaper, and taken away at any time; needs NFS
-NFS="${NFS:-}"                               # host:/share, mounted as runs/ on each host; needed by several hosts and by SPOT
+SPOT="${SPOT:-false}"                        # true: cheaper, but may end at any time; needs NFS
+# host:/share, which each host mounts as runs/. Several hosts need it, and SPOT does.
+NFS="${NFS:-}"
 CONFIG="${CONFIG:-configs/emoji_clip.py}"
-WORKDIR="${WORKDIR:-runs/$NAME}"             # inside the checkout on the hosts; all hosts must see the same folder
+# A folder in the checkout on the hosts. All hosts must see the same folder.
+WORKDIR="${WORKDIR:-runs/$NAME}"
 # ----------------------------------------------------
 
 cd "$(dirname "$0")/.."
@@ -48,7 +53,8 @@ create() {
   queued "${words[@]}"
 }
 
-# The last commit goes to every host. uv brings Python: that of the runtime images is older than what JAX needs.
+# Copies the last commit to every host. uv installs Python, because that of the runtime images is
+# too old for JAX.
 setup() {
   call mkdir -p out
   call git archive --format=tar.gz "--output=$archive" HEAD
@@ -56,46 +62,54 @@ setup() {
   local mount=""
   if [[ -n "$NFS" ]]; then
     mount=" && sudo apt-get install -y -q nfs-common && mkdir -p runs\
- && (mountpoint -q runs || sudo mount -t nfs $(quoted "$NFS") runs) && (test -w runs || sudo chmod a+rwx runs)"
+ && (mountpoint -q runs || sudo mount -t nfs $(quoted "$NFS") runs)\
+ && (test -w runs || sudo chmod a+rwx runs)"
   fi
-  everywhere "mkdir -p dancegrpo_jax && tar -xzf dancegrpo_jax.tar.gz -C dancegrpo_jax && cd dancegrpo_jax\
- && python3 -m pip install --user --quiet uv && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv\
+  everywhere "mkdir -p dancegrpo_jax && tar -xzf dancegrpo_jax.tar.gz -C dancegrpo_jax\
+ && cd dancegrpo_jax && python3 -m pip install --user --quiet uv\
+ && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv\
  && python3 -m uv pip install --quiet --python .venv/bin/python -r requirements-tpu.txt$mount"
 }
 
-# In the background on every host, so that a lost connection costs nothing.
+# Starts the run in the background on every host, so that a lost connection doesn't end it.
 run() {
   local main
-  main="$(quoted .venv/bin/python -m dancegrpo_jax.main "--config=$CONFIG" "--workdir=$WORKDIR" "${flags[@]}")"
-  everywhere "set -e; cd dancegrpo_jax; if [ -f run.pid ] && kill -0 \$(cat run.pid) 2> /dev/null; then\
+  main="$(quoted .venv/bin/python -m dancegrpo_jax.main "--config=$CONFIG" "--workdir=$WORKDIR" \
+    "${flags[@]}")"
+  everywhere "set -e; cd dancegrpo_jax;\
+ if [ -f run.pid ] && kill -0 \$(cat run.pid) 2> /dev/null; then\
  echo 'error: a run is going on; stop it first' >&2; exit 2; fi;\
  nohup $main > run.log 2>&1 < /dev/null & echo \$! > run.pid"
 }
 
-# SIGTERM: the run ends with its last whole iteration saved.
+# Sends SIGTERM, on which the run saves its last complete iteration and ends.
 stop() {
   everywhere "kill -TERM \$(cat dancegrpo_jax/run.pid)"
 }
 
-# Hosts that can't see each other's files, or lose them: found before anything is paid for. A host has at most 8 chips.
+# Checks before anything is paid for that all hosts see the same files and don't lose them. A host
+# has at most 8 chips.
 require_share() {
   local remedy="set NFS=host:/share, which setup mounts as runs/"
   if [[ -z "$NFS" ]] && ((SLICES > 1 || ${ACCELERATOR##*-} > 8)); then
-    mistake "SLICES = $SLICES, ACCELERATOR = $ACCELERATOR: several hosts must see the same WORKDIR; $remedy"
+    mistake "SLICES = $SLICES, ACCELERATOR = $ACCELERATOR: several hosts must see the same WORKDIR;\
+ $remedy"
   fi
   if [[ -z "$NFS" && "$SPOT" == true ]]; then
-    mistake "SPOT = true: a preempted VM takes its disk with it, and the run; $remedy, or SPOT=false"
+    mistake "SPOT = true: a preempted VM takes its disk with it, and the run;\
+ $remedy, or SPOT=false"
   fi
 }
 
-# The newest state of the run, from the first host: all of them see the same.
+# Copies the newest state of the run from the first host, because all hosts see the same files.
 fetch() {
   call mkdir -p runs
   queued scp --recurse "$NAME:dancegrpo_jax/$WORKDIR" runs/ --node=0 --worker=0
 }
 
 read_arguments "$@"
-[[ "$ACCELERATOR" =~ ^[a-z0-9]+-[0-9]+$ ]] || mistake "ACCELERATOR = $ACCELERATOR: must be type and size, as v6e-8"
+[[ "$ACCELERATOR" =~ ^[a-z0-9]+-[0-9]+$ ]] ||
+  mistake "ACCELERATOR = $ACCELERATOR: must be type and size, for example v6e-8"
 [[ ! "$command" =~ ^(create|setup|run)$ ]] || require_share
 case "$command" in
   create) create ;;

@@ -1,4 +1,6 @@
-"""Test setup: 8 forced CPU devices, no silent rank promotion, key reuse is an error, shapes are
+"""Setup of all tests.
+
+There are 8 virtual CPU devices; silent rank promotion and reuse of keys are errors; shapes are
 checked.
 """
 
@@ -6,15 +8,14 @@ import os
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if (
-  "PYTEST_XDIST_WORKER" not in os.environ and "full_size" not in sys.argv
-):  # workers have it from the process that starts them
-  # Small programs that run a few times: what they cost is their compilation, a third of it without
-  # LLVM's optimisations.
+# Workers inherit the flags from the process that starts them.
+if "PYTEST_XDIST_WORKER" not in os.environ and "full_size" not in sys.argv:
+  # Small programs that run a few times take most of their time to compile. Without LLVM's
+  # optimisations they need a third of it.
   os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Tests that are about kept programs turn it on (the `program_cache` fixture); commands that tests
-# start have this too.
+# Tests of the compilation cache turn it on with the `program_cache` fixture. Commands that tests
+# start inherit this setting.
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
 
 import jax
@@ -30,9 +31,7 @@ install_import_hook("dancegrpo_jax", "beartype.beartype")
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory):
-  """Folders of a tiny random Stable Diffusion and CLIP, and a prompts file:
-  `tiny_checkpoint.Folders`.
-  """
+  """Folders of a tiny random Stable Diffusion and CLIP, and a file of prompts."""
   from tiny_checkpoint import write_models
 
   return write_models(tmp_path_factory.mktemp("tiny"))
@@ -40,7 +39,7 @@ def tiny_models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def program_cache(tmp_path_factory):
-  """A folder for compiled programs, and JAX's cache turned on for the tests of a module."""
+  """A folder of compiled programs, with JAX's cache turned on for the tests of a module."""
   fields = (
     "jax_enable_compilation_cache",
     "jax_compilation_cache_dir",
@@ -49,7 +48,7 @@ def program_cache(tmp_path_factory):
   )
   before = {field: getattr(jax.config, field) for field in fields}
   jax.config.update("jax_enable_compilation_cache", True)
-  # JAX looks for a folder at the first compilation of a process alone
+  # JAX looks for the folder only at the first compilation of a process.
   compilation_cache.reset_cache()
   yield tmp_path_factory.mktemp("programs")
   for field, value in before.items():

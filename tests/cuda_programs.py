@@ -1,8 +1,7 @@
-"""Lowers the programs of configs for NVIDIA GPUs on a machine without one, and notes which kernel
-each attention gets.
+"""Lowers the programs of configs for NVIDIA GPUs on a machine without one.
 
-Lowering is where JAX refuses what cuDNN can't do. What it asks of the driver has stand-ins here: an
-H100 with cuDNN 9.19.
+Notes which kernel each attention gets. JAX refuses at lowering what cuDNN cannot compute. Stand-ins
+answer its questions to the driver: they describe an H100 with cuDNN 9.19.
 
     python tests/cuda_programs.py      prints the tables of docs/gpus.md
 """
@@ -35,7 +34,7 @@ from dancegrpo_jax.settings import stored_config
 
 H100, A100 = Place("gpu", (9, 0)), Place("gpu", (8, 0))
 PAGE = Path(__file__).parent.parent / "docs" / "gpus.md"
-# What a program's graph does not depend on: names, files, and numbers that are constants in it.
+# Fields that do not change a program's graph: names, files, and numbers that are constants in it.
 CONSTANTS = (
   "name",
   "seed",
@@ -58,13 +57,14 @@ CONSTANTS = (
   "optimizer.weight_decay",
   "optimizer.max_grad_norm",
   "optimizer.max_skipped",
+  "optimizer.microbatches_per_call",
   "objective.clip_range",
   "sampler.noise_level",
 )
 
 
 class Note(NamedTuple):
-  """An attention that a program makes, and its kernels on two GPUs."""
+  """An attention in a program, and its kernels on two GPUs."""
 
   program: str
   shape: Shape
@@ -77,8 +77,9 @@ Notes = set[Note]
 
 @contextlib.contextmanager
 def h100() -> Iterator[Notes]:
-  """Traces and lowers as on an H100; yields the notes of all attentions of the programs that are
-  traced meanwhile.
+  """Traces and lowers as on an H100.
+
+  Yields the notes of all attentions of the programs that are traced meanwhile.
   """
   notes: Notes = set()
   names: list[str] = []
@@ -115,8 +116,11 @@ def h100() -> Iterator[Notes]:
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-  """Without the checks of shapes and of reused keys, which other tests make, and without looking
-  for garbage: tracing is what these tests spend their time on, and these are half of it."""
+  """Turns off the checks of shapes and reused keys, and the garbage collector.
+
+  Other tests make these checks. Tracing takes most of the time here, and the checks would be half
+  of it.
+  """
   shapes, keys = jaxtyping.config.jaxtyping_disable, jax.config.jax_debug_key_reuse
   jaxtyping.config.update("jaxtyping_disable", True)
   jax.config.update("jax_debug_key_reuse", False)
@@ -130,17 +134,17 @@ def unchecked() -> Iterator[None]:
 
 
 def lower(call: calls.Call) -> jax.stages.Lowered:
-  """The call's program, lowered for CUDA; raises what JAX raises on a machine that has a GPU."""
+  """Lowers the call's program for CUDA. Raises what JAX raises on a machine that has a GPU."""
   return call.program.trace(*call.arguments).lower(lowering_platforms=("cuda",))
 
 
 def groups(family: str, devices: int, tiny: bool) -> list[list[ConfigDict]]:
-  """The configs of a family that are equal but for rewards and constants, group by group.
+  """The configs of a family in groups that differ only in rewards and constants.
 
   Args:
-    family: of config.model.
-    devices: of the mesh; sharding rules count on several only.
-    tiny: those with networks of this repository's assets, or else those of the published sizes.
+    family: the config's model.family.
+    devices: number of devices; sharding rules matter only where there are several.
+    tiny: whether to take the networks of this repository's assets, or those of published sizes.
   """
   found = defaultdict(list)
   for name, preset in CASES:
@@ -155,20 +159,20 @@ def groups(family: str, devices: int, tiny: bool) -> list[list[ConfigDict]]:
 
 
 def is_in(field: str, sections: tuple[str, ...]) -> bool:
-  """Whether a field is one of these, or in one of these sections."""
+  """Whether a field is one of these fields, or belongs to one of these sections."""
   return any(field == section or field.startswith(f"{section}.") for section in sections)
 
 
 def lower_group(group: list[ConfigDict], devices: int) -> Notes:
-  """Lowers every program of a group of `groups`, on a mesh of so many devices, and looks for
-  cuDNN's calls in them.
+  """Lowers every program of a group of `groups` and looks for calls of cuDNN in them.
+
+  The mesh has the given number of devices.
   """
   mesh = sharding.make_mesh(group[0].mesh, jax.devices()[:devices])
   with h100() as notes:
     with (plain := group[0].copy_and_resolve_references()).unlocked():
-      plain.reward.terms = (
-        ("compressibility", 1.0),
-      )  # the networks of rewards are lowered below, each once
+      # The networks of the rewards are lowered below, each once.
+      plain.reward.terms = (("compressibility", 1.0),)
     taken = inventory.take(
       inventory.without_weights(plain.lock()), mesh, examples=400, held_out=100
     )
@@ -178,23 +182,24 @@ def lower_group(group: list[ConfigDict], devices: int) -> Notes:
         for call in reward_calls(config, taken, mesh):
           lower(call)
     fused = {note.program for note in notes if note.h100 == "cudnn"}
-    for name in ("rollout", "update accumulate"):
-      text = lowered[name].as_text()
+    for name in {"rollout", "update accumulate", "update remember"} & set(lowered):
+      text, has_gradient = lowered[name].as_text(), name == "update accumulate"
       assert ("__cudnn$fmhaSoftmax" in text) == (name in fused), name
-      assert ("__cudnn$fmhaSoftmaxBackward" in text) == (name in fused and name != "rollout"), name
+      assert ("__cudnn$fmhaSoftmaxBackward" in text) == (name in fused and has_gradient), name
   if "assets/" not in group[0].model.checkpoint:
     jax.clear_caches()  # traces of the published networks take gigabytes
   return notes
 
 
-LOWERED = set()  # rewards, with all that their programs depend on
+LOWERED = set()  # rewards, with all fields that their programs depend on
 
 
 def reward_calls(
   config: ConfigDict, taken: inventory.Inventory, mesh: jax.sharding.Mesh
 ) -> list[calls.Call]:
-  """The calls from pixels to advantages with a config's own rewards; [] where a config before had
-  the same.
+  """The calls from pixels to advantages with a config's rewards.
+
+  Empty where an earlier config had the same.
   """
   config = inventory.without_weights(config)
   decode = next(call for call in taken.calls if call.name == "decode")
@@ -223,8 +228,9 @@ def reward_calls(
 
 
 def rows(notes: Notes) -> list[str]:
-  """The notes as rows of the table in docs/gpus.md: programs that make the same attention share
-  one.
+  """The notes as rows of the table in docs/gpus.md.
+
+  Programs with the same attention share a row.
   """
   found = defaultdict(set)
   for note in notes:
@@ -238,7 +244,7 @@ def rows(notes: Notes) -> list[str]:
 
 
 def documented(title: str) -> list[str]:
-  """The rows of the table under a title of docs/gpus.md."""
+  """The rows of the table below a heading of docs/gpus.md."""
   section = PAGE.read_text().split(f"### {title}\n")[1].split("\n#")[0]
   return sorted(line for line in section.splitlines() if re.match(r"\| .*\| (xla|cudnn) \|$", line))
 

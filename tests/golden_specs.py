@@ -1,11 +1,10 @@
-"""Golden sharding specs: where every parameter of the published networks lies under the configs'
-rules.
+"""Golden sharding specs: the placement of all published parameters under the configs' rules.
 
-    python tests/golden_specs.py      writes tests/golden/specs_<config>.txt anew
+    python tests/golden_specs.py      writes tests/golden/specs_<config>.txt again
 
-A line is how many parameters, their path with # for the numbers of layers, shape and partition
-spec, on a mesh of as many devices as the config is planned for: a dimension that they can't share
-equally is an error.
+A line has the number of parameters, their path with # for the numbers of layers, their shape and
+their partition spec. The mesh has as many devices as the config is planned for, and a dimension
+that they cannot share equally is an error.
 """
 
 import re
@@ -25,26 +24,19 @@ from dancegrpo_jax.plan import inventory  # noqa: E402
 from dancegrpo_jax.settings import config_file  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"
-RUNS = {
-  "flux_hps": ("", 64),
-  "flux_hps_lora": ("v5e", 16),
-  "sd_hps": ("v5e", 8),
-}  # config: preset, devices
-REWARDS = dict.fromkeys(
-  ("sd_clip", "sd_pick", "sd_aesthetic"), ("v5e", 8)
-)  # the same, of which the rewards alone are new
+# Config: (preset, devices).
+RUNS = {"flux_hps": ("", 64), "flux_hps_lora": ("v5e", 16), "sd_hps": ("v5e", 8)}
+# Variants of the configs above; only their rewards are new.
+REWARDS = dict.fromkeys(("sd_clip", "sd_pick", "sd_aesthetic"), ("v5e", 8))
 
 
 def specs(name: str) -> list[str]:
-  """The lines of a config: frozen networks, what is trained, the rewards', and the optimizer's
-  state.
-  """
+  """The lines of a config: parameters of all networks and rewards, and the optimizer's state."""
   path, (preset, devices) = ROOT / "configs" / f"{name}.py", {**RUNS, **REWARDS}[name]
   config = inventory.without_weights(config_file.load(f"{path}:{preset}" if preset else str(path)))
   sizes = sharding.axis_sizes(config.mesh, devices)
-  mesh = jax.sharding.Mesh(
-    np.resize(np.array(jax.devices()), sizes), sharding.AXES
-  )  # nothing is put on them, so any may stand in
+  # Nothing is put on these devices, so any may stand in.
+  mesh = jax.sharding.Mesh(np.resize(np.array(jax.devices()), sizes), sharding.AXES)
   model = inventory.outline(config, mesh)
   trees = {"rewards": model.reward_params}
   if name in RUNS:
@@ -59,7 +51,7 @@ def specs(name: str) -> list[str]:
 
 
 def folded(lines: list[str]) -> list[str]:
-  """Lines that differ in the numbers of their layers alone as one, with their count."""
+  """Merges lines that differ only in the numbers of their layers, and counts them."""
   found = Counter(re.sub(r"_[0-9]+(?=/)", "_#", line) for line in lines)
   return [f"{count:4d} x {line}" for line, count in sorted(found.items())]
 

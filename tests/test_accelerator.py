@@ -1,4 +1,7 @@
-"""A GPU's memory and GPUs without a plugin: what JAX is told before it starts. Needs no GPU."""
+"""A GPU's memory, and GPUs without a plugin: the settings that JAX gets before it starts.
+
+Needs no GPU.
+"""
 
 import json
 import os
@@ -24,7 +27,7 @@ print(json.dumps({name: options.get(name) for name in names}))
 
 
 def clean(**variables: str) -> dict[str, str]:
-  """This process's environment without what decides about a GPU, and with these variables."""
+  """This process's environment without variables that affect GPUs, and with these variables."""
   dropped = {*accelerator.DECIDES, "JAX_PLATFORMS", "CUDA_VISIBLE_DEVICES"}
   return {name: value for name, value in os.environ.items() if name not in dropped} | variables
 
@@ -59,7 +62,7 @@ def process(arguments: list[str], environment: dict[str, str]) -> subprocess.Com
   ],
 )
 def test_what_xla_is_told(said, expected):
-  """As jaxlib itself reads the variables: whoever has set one keeps all of XLA's own choices."""
+  """Asks jaxlib itself. Where a user has set one of the variables, XLA's choices stay."""
   done = process(["-c", OPTIONS], clean(**said))
   assert done.returncode == 0, done.stderr
   assert json.loads(done.stdout) == expected
@@ -77,7 +80,7 @@ def test_only_a_run_on_a_gpu_with_our_share_is_told():
 
 @pytest.fixture
 def machine(tmp_path):
-  """A folder for PATH with an nvidia-smi, as a machine with an NVIDIA driver has one."""
+  """A folder for PATH with an nvidia-smi, as on a machine with an NVIDIA driver."""
   tool = tmp_path / "nvidia-smi"
   tool.write_text("#!/bin/sh\n")
   tool.chmod(0o755)
@@ -99,7 +102,10 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_gpu_that_will_not_be_used_is_named_by_every_command(command, machine):
-  """As a user meets it: requirements.txt on a machine with a driver. The command then goes on."""
+  """As for a user who installs requirements.txt on a machine with a driver.
+
+  The command continues after the message.
+  """
   flags = [f"--config={CONFIG}:tiny", "--config.sampler.kind=no-such", *COMMANDS[command]]
   done = process(["-m", f"dancegrpo_jax.{command}", *flags], clean(PATH=machine))
   (line,) = notes(done)
@@ -108,7 +114,7 @@ def test_a_gpu_that_will_not_be_used_is_named_by_every_command(command, machine)
 
 
 def test_nothing_is_said_where_nothing_is_wrong(machine, tmp_path):
-  """A CPU that is asked for, a GPU that is hidden, no GPU at all, or a plugin that is there."""
+  """A requested CPU, a hidden GPU, no GPU at all, and an installed plugin."""
   program = ["-c", "from dancegrpo_jax.devices import accelerator; accelerator.start()"]
   plugin = tmp_path / "packages" / "jax_plugins" / "xla_cuda13"
   plugin.mkdir(parents=True)
@@ -126,7 +132,7 @@ def test_nothing_is_said_where_nothing_is_wrong(machine, tmp_path):
 
 
 def test_a_plugin_that_a_package_announces(machine, tmp_path):
-  """JAX's other way of finding plugins: an entry point of an installed package."""
+  """JAX's other way to find plugins: an entry point of an installed package."""
   info = tmp_path / "site" / "jax_cuda13_pjrt-0.11.2.dist-info"
   info.mkdir(parents=True)
   (info / "METADATA").write_text("Metadata-Version: 2.1\nName: jax-cuda13-pjrt\nVersion: 0.11.2\n")

@@ -1,6 +1,4 @@
-"""Group normalisation, masking of failures, several rewards, selection, and statistics over
-iterations.
-"""
+"""Group normalisation, failed samples, several rewards, selection, and running statistics."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +47,8 @@ def test_groups_are_independent_and_sum_to_0():
   got = normalise(values)
   np.testing.assert_allclose(jnp.sum(got, axis=1), 0.0, atol=1e-5)
   np.testing.assert_allclose(normalise(values[2:3]), got[2:3], atol=1e-6)
-  np.testing.assert_allclose(normalise(values * 10 + 3), got, atol=2e-4)  # shift and scale fall out
+  # A shift and a scale have no effect.
+  np.testing.assert_allclose(normalise(values * 10 + 3), got, atol=2e-4)
 
 
 @pytest.mark.parametrize("value", [0.3, 0.1, 1e6, 0.0])
@@ -57,16 +56,14 @@ def test_equal_rewards_give_exactly_0(value):
   scores = {"clip": jnp.full((2, 12), value, jnp.float32)}
   for mode in advantages.MODES:
     got = combine(scores, (("clip", 0.7),), mode)
-    assert not np.any(got.advantage) and np.all(
-      got.weight == 1
-    )  # weight 1: a KL penalty still acts
+    # The weight is 1: a KL penalty still acts.
+    assert not np.any(got.advantage) and np.all(got.weight == 1)
     assert float(got.flat_groups) == 1.0
 
 
 def test_a_large_common_part_costs_no_precision():
-  values = (
-    4096.0 + np.array([1, 4, 2, 9, 3, 7]) / 1024
-  )  # exact in float32, whose mean of them isn't
+  # These values are exact in float32, but their mean in float32 is not.
+  values = 4096.0 + np.array([1, 4, 2, 9, 3, 7]) / 1024
   small = values - 4096.0
   want = (small - small.mean()) / small.std(ddof=1)
   np.testing.assert_allclose(normalise(rewards(values)), [want], rtol=1e-5)
@@ -110,10 +107,8 @@ def test_weighted_advantages_and_weighted_rewards():
   linear = np.array([-1.5, -0.5, 0.5, 1.5]) / np.sqrt(5 / 3)  # unbiased std of 1, 2, 3, 4
   summed = combine({"a": a, "b": b}, (("a", 0.7), ("b", 1.4)))
   np.testing.assert_allclose(summed.advantage, [0.7 * np.array(GOLDEN) + 1.4 * linear], atol=3e-6)
-  parts = {
-    "a": rewards([0.1, 0.0, 0.2, 0.4]),
-    "b": rewards([0.0, 0.2, 0.0, 0.25]),
-  }  # a + 2 b is the golden group
+  # a + 2 b is the golden group.
+  parts = {"a": rewards([0.1, 0.0, 0.2, 0.4]), "b": rewards([0.0, 0.2, 0.0, 0.25])}
   np.testing.assert_allclose(
     combine(parts, (("a", 1.0), ("b", 2.0)), "rewards").advantage, [GOLDEN], atol=1e-6
   )
@@ -134,9 +129,8 @@ def test_gdpo_normalises_over_the_batch():
   np.testing.assert_allclose(jnp.sum(got.advantage, axis=1), 0.0, atol=1e-5)
   summed = combine({"a": values[0], "b": values[1]}, (("a", 1.0), ("b", 0.5)))
   ratio = np.asarray(got.advantage / summed.advantage)
-  np.testing.assert_allclose(
-    ratio, ratio[0, 0], rtol=1e-4
-  )  # one factor for the whole batch, groups being centred already
+  # One factor for the whole batch, since groups are centred already.
+  np.testing.assert_allclose(ratio, ratio[0, 0], rtol=1e-4)
 
 
 def test_thresholds_keep_failures():
@@ -211,7 +205,7 @@ def test_more_rewards_than_slots_keep_the_last_ones():
 
 
 def test_statistics_over_iterations_replace_the_groups():
-  """Prompt 0 has seen enough: its own mean and std. Prompt 1 hasn't: those of the whole batch."""
+  """Prompt 0 has enough scores for its own mean and std; prompt 1 gets those of the whole batch."""
   old, new = [[1.0, 2.0], [0.0, 0.0]], [[3.0, 4.0], [10.0, 13.0]]
   prompts, ok = jnp.int32([0, 1]), jnp.ones((2, 2), bool)
   stats = advantages.update_stats(

@@ -1,9 +1,9 @@
-"""The same numbers on any devices: meshes of 1 to 8, a run resumed on others, and processes of two
-or four against one of eight.
+"""The numbers of a run are the same on any devices.
 
-Every network is as small as it can be and compiled without most of LLVM's passes: what is tested is
-how programs are split. Iterations are those of `collect` and `train.update`, without the loop's
-evaluation; several processes run the command.
+That is on meshes of 1 to 8 devices, after resuming on other devices, and on two or four processes
+against one of eight devices. Every network is as small as it can be and is compiled without most of
+LLVM's passes, because the tests are about how programs are split. Iterations are those of
+`collect` and `train.update`, without the loop's evaluation; several processes run the command.
 """
 
 import functools
@@ -81,7 +81,7 @@ COMMON = {
   "checkpoint__every": 3,
   "checkpoint__keep": 9,
   "rollout__chunk": 8,
-  # the cleanest step's std is .03, and its gradient mostly round-off
+  # The step with the least noise has a std of .03, and its gradient is mostly round-off.
   "sampler__steps": 4,
   "sampler__window__size": 2,
 }
@@ -122,13 +122,11 @@ class Machine(NamedTuple):
   mesh: Any
   session: Session
   state: Any
-  abstract: Any  # of the state, with shardings
+  abstract: Any  # shapes, dtypes and shardings of the state
 
 
 class Trained(NamedTuple):
-  """After some iterations: metrics of each, the parameters after each, and Adam's first moment
-  after the first.
-  """
+  """Results: metrics and parameters of each iteration, and Adam's first moment after the first."""
 
   rows: list
   parameters: list
@@ -145,7 +143,7 @@ def quick_to_compile():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-  """Folders of the networks, and of a module with the host reward."""
+  """Folders of the networks, and of a module with the reward that runs on the host."""
   root = tmp_path_factory.mktemp("anywhere")
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr("tiny_checkpoint.UNET", SHORT_UNET)
@@ -160,7 +158,7 @@ def models(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def machine(models, tmp_path_factory):
-  """`(network, mesh sizes) -> Machine`, each made once."""
+  """`(network, mesh sizes) -> Machine`; each is made once."""
 
   @functools.cache
   def make(network: str, sizes: tuple[int, int, int]) -> Machine:
@@ -186,14 +184,15 @@ def machine(models, tmp_path_factory):
 
 
 def adam(opt_state: Any) -> Any:
-  """Optax's state of Adam, among those of the other transformations."""
+  """Adam's state among the states of Optax's transformations."""
   has = lambda part: hasattr(part, "mu")  # noqa: E731
   return next(part for part in jax.tree.leaves(opt_state, is_leaf=has) if has(part))
 
 
 def iterate(machine: Machine, state: Any, first: int = 0, folder: Path | None = None) -> Trained:
-  """Iterations from `first` on, as the loop does them; a checkpoint after each where a folder is
-  given.
+  """Runs iterations from `first` on, as the loop does.
+
+  Saves a checkpoint after each iteration where a folder is given.
   """
   session, rows, parameters, moment = machine.session, [], [], None
   with jax.set_mesh(machine.mesh), ThreadPoolExecutor(2) as pool:
@@ -216,8 +215,9 @@ def iterate(machine: Machine, state: Any, first: int = 0, folder: Path | None = 
 
 @pytest.fixture(scope="module")
 def trained(machine, tmp_path_factory):
-  """`(network, mesh sizes) -> (Trained, folder of checkpoints, initial parameters)`, each run
-  once.
+  """`(network, mesh sizes) -> (Trained, checkpoints' folder, initial parameters)`.
+
+  Each is run once.
   """
 
   @functools.cache
@@ -230,7 +230,7 @@ def trained(machine, tmp_path_factory):
 
 
 def distance(a: Any, b: Any) -> float:
-  """Euclidean, over all leaves."""
+  """Euclidean distance over all leaves."""
   pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
   return float(np.sqrt(sum(np.square(np.asarray(x, np.float64) - y).sum() for x, y in pairs)))
 
@@ -238,9 +238,7 @@ def distance(a: Any, b: Any) -> float:
 def assert_same_course(
   actual: list, parameters: Any, expected: Trained, initial: Any, first: int = 0
 ) -> None:
-  """Rows from iteration `first` on, and the parameters after the last, within the bounds of the
-  design.
-  """
+  """Rows from iteration `first` on and the final parameters are within the design's bounds."""
   moved = distance(expected.parameters[-1], initial)
   assert moved > 0 and distance(parameters, expected.parameters[-1]) <= 1e-2 * moved
   for row, other in zip(actual, expected.rows[first:], strict=True):
@@ -261,7 +259,7 @@ def test_every_mesh_trains_the_emoji_model_alike(trained, sizes):
 
 
 def assert_alike(trained, network: str, sizes: tuple[int, int, int]) -> None:
-  """The first gradient, the course and the parameters are those of one device."""
+  """First gradient, metrics and parameters agree with those of one device."""
   (one, _, initial), (other, _, again) = trained(network, MESHES[0]), trained(network, sizes)
   assert distance(initial, again) == 0
   zero = jax.tree.map(np.zeros_like, one.moment)
@@ -270,7 +268,7 @@ def assert_alike(trained, network: str, sizes: tuple[int, int, int]) -> None:
   print(f"{network} {sizes}: gradient {error:.1e}, parameters {drift:.1e}")
   assert error <= 1e-5
   assert_same_course(other.rows, other.parameters[-1], one, initial)
-  if sizes[1] > 1:  # the rules did split them, optimizer state too
+  if sizes[1] > 1:  # the rules split parameters and optimizer state
     leaves = jax.tree.leaves((other.state.trainable, other.state.opt_state))
     assert sum(x.size for x in leaves if not x.is_fully_replicated) > 0.5 * sum(
       x.size for x in leaves
@@ -282,7 +280,7 @@ def assert_alike(trained, network: str, sizes: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("saved_on, sizes", [((2, 2, 2), (1, 1, 1)), ((1, 1, 1), (2, 2, 2))])
 def test_a_run_goes_on_on_other_devices(trained, machine, saved_on, sizes):
-  """Saved after the first iteration; the others are the uninterrupted run's."""
+  """A run that is resumed on other devices agrees with an uninterrupted run."""
   expected, folder, initial = trained("sd", saved_on)
   here = machine("sd", sizes)
   restored = store.restore(folder, here.abstract, 1).state
@@ -295,8 +293,9 @@ def test_a_run_goes_on_on_other_devices(trained, machine, saved_on, sizes):
 
 
 def toy_iterations(devices: int, first: int, last: int, folder: Path) -> list:
-  """Iterations of the toy network on some devices, from a checkpoint where there is one; (scores,
-  parameters) of each.
+  """Runs the toy network on some devices, from a checkpoint where there is one.
+
+  Returns the (scores, parameters) of each iteration.
   """
   toy = toy_programs(
     jax.devices()[:devices], optimizer__learning_rate=1e-3, optimizer__eps=1e-3, rollout__chunk=8
@@ -328,7 +327,7 @@ def toy_iterations(devices: int, first: int, last: int, folder: Path) -> list:
 
 
 def test_from_eight_devices_to_four_two_and_one(tmp_path):
-  """An iteration on each, and each time the next one's devices resume."""
+  """Runs one iteration on each number of devices, and resumes on the next."""
   straight = toy_iterations(8, 0, 5, tmp_path / "straight")
   parts = [
     toy_iterations(devices, i, i + 1, tmp_path / "moved")[0]
@@ -346,8 +345,9 @@ def test_from_eight_devices_to_four_two_and_one(tmp_path):
 def command(
   models, workdir: Path, count: int, sizes: tuple, environments: dict | None = None, **settings
 ):
-  """The command in `count` processes with 8 / count devices each, on a mesh of `sizes`; variables
-  by process.
+  """Runs the command in `count` processes with 8 / count devices each, on a mesh of `sizes`.
+
+  Environment variables are given by process.
   """
   settings = SD | dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes)) | settings
   variables = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(models.model.parent)}
@@ -365,7 +365,7 @@ def command(
 
 
 def assert_one_run(rows: list, state: Any, expected: Trained, initial: Any) -> None:
-  """The first iterations of several processes against those of one."""
+  """The first iterations of several processes agree with those of one process."""
   assert_same_course(rows, jax.device_get(state.trainable), expected, initial)
   for row, other in zip(rows, expected.rows, strict=True):
     for name in (
@@ -379,16 +379,16 @@ def assert_one_run(rows: list, state: Any, expected: Trained, initial: Any) -> N
 
 
 def test_two_processes_are_one_run(trained, models, machine, tmp_path):
-  """By the command, with a reward on the host: the numbers of one process. Then the reward fails in
-  one of them, and SIGTERM.
+  """The command in two processes, with a reward on the host, gives the numbers of one process.
+
+  Then the reward fails in one of the processes, and SIGTERM is sent.
   """
   sizes, workdir, broken = (2, 2, 2), tmp_path / "run", tmp_path / "broken"
   expected, _, initial = trained("sd", sizes)
   settings = {"iterations": 1000, "logging__tensorboard": True}
   processes = command(models, workdir, 2, sizes, {1: {"FAIL": str(broken)}}, **settings)
-  watchdog = threading.Timer(
-    900, lambda: [process.kill() for process in processes]
-  )  # a hang is a failure, not a hang
+  # The timer turns a hang into a failure.
+  watchdog = threading.Timer(900, lambda: [process.kill() for process in processes])
   watchdog.start()
   said = []
   for line in processes[0].stdout:
@@ -403,7 +403,7 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
   assert [code for code, _, _ in results] == [0, 0], "".join(said) + results[0][2] + results[1][2]
 
   rows, done = metrics.read(workdir), store.latest(workdir / "checkpoints")
-  assert [row["iteration"] for row in rows] == list(range(done)) and done >= 6  # one writer
+  assert [row["iteration"] for row in rows] == list(range(done)) and done >= 6  # one process writes
   assert f"stopped by SIGTERM: {done} iterations are saved" in results[0][1]
   assert (
     len(list((workdir / "tensorboard").glob("*tfevents*"))) == 1
@@ -423,11 +423,8 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
   assert_one_run(rows[:ITERATIONS], state, expected, initial)
 
   failed = {row["reward/failed"] for row in rows[ITERATIONS:]}
-  assert 0.5 in failed and failed <= {
-    0.0,
-    0.25,
-    0.5,
-  }  # the second process's half; a quarter where a chunk was done before
+  # Half of the scores are the second process's; a quarter fails where a chunk was done before.
+  assert 0.5 in failed and failed <= {0.0, 0.25, 0.5}
   assert re.search(
     r"process 1: reward scorer_anywhere:score failed for 4 samples: ConnectionError", results[1][1]
   )
@@ -435,8 +432,9 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
 
 
 def test_four_processes_share_the_kernels(trained, models, machine, tmp_path):
-  """4 x 2 devices with fsdp over all of them: no process has a whole kernel, and the numbers are
-  those of one process.
+  """4 processes with 2 devices each give the numbers of one process.
+
+  fsdp is over all devices, so that no process has a whole kernel.
   """
   sizes, workdir = (1, 8, 1), tmp_path / "run"
   expected, _, initial = trained("sd", sizes)
@@ -477,15 +475,14 @@ LOAD = """
       requested[0] = 0
       tree = loading.read(config, pipeline, [name], mesh)
       leaves = jax.tree.leaves(tree)
-      whole = [sum(x.nbytes for x in leaves if x.is_fully_replicated == kind) for kind in (True, False)]
-      print(json.dumps([name, requested[0], *whole]), flush=True)
+      whole = sum(x.nbytes for x in leaves if x.is_fully_replicated)
+      split = sum(x.nbytes for x in leaves if not x.is_fully_replicated)
+      print(json.dumps([name, requested[0], whole, split]), flush=True)
 """
 
 
 def test_no_process_reads_more_than_its_share(models):
-  """Of what is split over fsdp each of 4 processes asks for a quarter, slice by slice; of what is
-  not, all.
-  """
+  """Each of 4 processes reads a quarter of what is split over fsdp, and all of the rest."""
   folder = str(models.model.parent / "flux")
   config = tiny_config(
     models, **FLUX | {"model__checkpoint": folder, "mesh__data": 1, "mesh__fsdp": 4}

@@ -1,6 +1,4 @@
-"""The shipped models: diffusers and transformers load the folders as they are, and compute what
-this project computes.
-"""
+"""The shipped models: diffusers and transformers load the folders and compute what we compute."""
 
 import pathlib
 
@@ -21,7 +19,7 @@ STEPS = 20
 
 
 def test_size():
-  """25 MiB is what a clone should have to carry."""
+  """A clone should not have to hold more than 25 MiB."""
   files = [path for path in ASSETS.rglob("*") if path.is_file()]
   assert sum(path.stat().st_size for path in files) <= 25 * 2**20
   assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
@@ -42,8 +40,9 @@ def opened():
 
 
 def test_diffusers_samples_the_same_images(opened, monkeypatch):
-  """The whole path: tokenizer, text encoder, UNet, DDIM to the grid's end, decoder, from the same
-  initial latents.
+  """Compares the whole path from the same initial latents.
+
+  That is tokenizer, text encoder, UNet, DDIM to the end of the grid, and decoder.
   """
   diffusers, torch = pytest.importorskip("diffusers"), pytest.importorskip("torch")
   pipeline = diffusers.StableDiffusionPipeline.from_pretrained(
@@ -100,10 +99,8 @@ def test_transformers_scores_the_same(opened):
   ).eval()
   tokenizer = transformers.CLIPTokenizer.from_pretrained(str(ASSETS / "emoji-clip"))
   pixels = np.random.default_rng(1).uniform(size=(2, 32, 32, 3)).astype(np.float32)
-  mean, std = (
-    np.array([0.48145466, 0.4578275, 0.40821073]),
-    np.array([0.26862954, 0.26130258, 0.27577711]),
-  )
+  mean = np.array([0.48145466, 0.4578275, 0.40821073])
+  std = np.array([0.26862954, 0.26130258, 0.27577711])
   with torch.no_grad():
     images = torch.from_numpy(
       ((pixels - mean) / std).transpose(0, 3, 1, 2).astype(np.float32).copy()
@@ -122,7 +119,7 @@ def test_transformers_scores_the_same(opened):
 
 
 def test_the_base_leaves_something_to_learn(opened):
-  """Between 25 % and 75 % of the base's samples are nearest to their own caption among 200."""
+  """Of the base model's samples, 25 % to 75 % are nearest to their own caption among 200."""
   pool = prompts.read_prompts(opened.config.evaluation.distractors)
   chosen = np.random.default_rng(0).choice(len(pool), 200, replace=False)  # any emoji, any colour
   result, _ = measures.measure(opened, opened.weights, [pool[i] for i in chosen], pool)

@@ -1,6 +1,4 @@
-"""Which kernel computes an attention, and cuDNN's way of calling it, with a stand-in for the kernel
-on a CPU.
-"""
+"""The choice of the attention kernel, and calls of cuDNN with a stand-in on a CPU."""
 
 from types import SimpleNamespace
 
@@ -23,15 +21,15 @@ TURING, AMD, CPU, TPU = Place("gpu", (7, 5)), Place("gpu"), Place("cpu"), Place(
   "impl, place, dtype, head_dim, expected",
   [
     ("auto", HOPPER, "bfloat16", 40, "cudnn"),  # Stable Diffusion v1.4, 64x64
-    ("auto", HOPPER, "bfloat16", 160, "cudnn"),  # and 16x16
+    ("auto", HOPPER, "bfloat16", 160, "cudnn"),  # Stable Diffusion v1.4, 16x16
     ("auto", HOPPER, "float16", 256, "cudnn"),
     ("auto", HOPPER, "bfloat16", 264, "xla"),
     ("auto", HOPPER, "bfloat16", 36, "xla"),
     ("auto", HOPPER, "float32", 64, "xla"),
     ("auto", AMPERE, "bfloat16", 128, "cudnn"),
-    ("auto", AMPERE, "bfloat16", 160, "xla"),  # no backward pass there
+    ("auto", AMPERE, "bfloat16", 160, "xla"),  # cuDNN has no backward pass there
     ("auto", BLACKWELL, "bfloat16", 128, "cudnn"),
-    ("auto", BLACKWELL, "bfloat16", 160, "xla"),  # not in every version of cuDNN
+    ("auto", BLACKWELL, "bfloat16", 160, "xla"),  # not every version of cuDNN can
     ("auto", TURING, "float16", 64, "xla"),
     ("auto", AMD, "bfloat16", 64, "xla"),
     ("auto", CPU, "bfloat16", 128, "xla"),
@@ -42,12 +40,12 @@ TURING, AMD, CPU, TPU = Place("gpu", (7, 5)), Place("gpu"), Place("cpu"), Place(
     ("xla", TPU, "bfloat16", 128, "xla"),
     ("cudnn", HOPPER, "bfloat16", 64, "cudnn"),
     ("cudnn", CPU, "bfloat16", 64, "xla"),
-    ("splash", CPU, "float32", 128, "splash"),  # in Pallas's interpreter
+    ("splash", CPU, "float32", 128, "splash"),  # runs in Pallas's interpreter
     ("splash", HOPPER, "float32", 64, "xla"),
   ],
 )
 def test_the_table_of_kernels(impl, place, dtype, head_dim, expected):
-  for queries, keys in ((4096, 77), (2537, 2537), (2, 1)):  # no length decides
+  for queries, keys in ((4096, 77), (2537, 2537), (2, 1)):  # the lengths do not matter
     shape = Shape(queries=queries, keys=keys, heads=8, head_dim=head_dim, dtype=dtype)
     assert kernel(impl=impl, place=place, shape=shape, plain=True) == expected
     assert kernel(impl=impl, place=place, shape=shape, plain=False) == "xla"
@@ -66,7 +64,7 @@ def test_compute_capabilities_are_read_from_devices():
     (0, 0),
   ]
   assert module.place() == Place("cpu")
-  for card in gpu_topologies.CARDS.values():  # which plan.py compiles for
+  for card in gpu_topologies.CARDS.values():  # the cards that plan.py compiles for
     assert capability_of(SimpleNamespace(device_kind=card.kind)) == card.capability
 
 
@@ -79,8 +77,9 @@ def draw(queries: int, keys: int, dim: int = 16, batch: int = 3, dtype=jnp.float
 
 
 def stand_in(q, k, v, *, scale, is_causal, query_seq_lengths=None, key_value_seq_lengths=None):
-  """What cuDNN does, as JAX documents it: no odd lengths; rows of queries beyond the length are
-  anything.
+  """Computes what cuDNN does, as JAX documents it.
+
+  It refuses odd lengths, and rows of queries beyond the length are undefined.
   """
   n, m = q.shape[1], k.shape[1]
   assert n % 2 == 0 and m % 2 == 0, (n, m)
@@ -101,7 +100,7 @@ def stand_in(q, k, v, *, scale, is_causal, query_seq_lengths=None, key_value_seq
 
 
 def value_and_gradients(q, k, v, impl: str, **options):
-  """The result, and the gradients of a weighted sum of it, as float32 on the host."""
+  """The result and the gradients of a weighted sum of it, as float32 on the host."""
 
   def loss(q, k, v):
     y = attention(q, k, v, impl=impl, **options)
@@ -119,14 +118,15 @@ LENGTHS = [(16, 16), (17, 17), (16, 7), (9, 12), (1, 1)]
 @pytest.mark.parametrize("queries, keys", LENGTHS)
 @pytest.mark.parametrize("lengths", [None, (1, 4, 7)])
 def test_padding_for_cudnn_changes_nothing(monkeypatch, queries, keys, lengths, causal):
-  """The kernel's stand-in, called through `attention`, against xla: value and gradients, odd and
-  even lengths.
+  """Values and gradients agree with xla's for odd and even lengths.
+
+  A stand-in takes the kernel's place below `attention`.
   """
   monkeypatch.setattr(module, "_fused", stand_in)
   monkeypatch.setattr(module, "kernel", lambda impl, **_: impl)
   q, k, v = draw(queries, keys)
   key_lengths = None if lengths is None else jnp.minimum(jnp.array(lengths), keys)
-  if key_lengths is not None:  # what no query may look at is far too large to go unnoticed
+  if key_lengths is not None:  # invalid keys are so large that they would be noticed
     beyond = (jnp.arange(keys)[None, :] >= key_lengths[:, None])[..., None, None]
     k, v = (jnp.where(beyond, 1e3, x) for x in (k, v))
   options = {"key_lengths": key_lengths, "causal": causal}
@@ -139,7 +139,7 @@ def test_padding_for_cudnn_changes_nothing(monkeypatch, queries, keys, lengths, 
 
 @pytest.mark.parametrize("queries, keys", [(16, 16), (6, 12)])
 def test_even_lengths_without_key_lengths_are_passed_as_they_are(monkeypatch, queries, keys):
-  """No mask of padding is made where there is none: the kernel without one is faster."""
+  """No padding mask is made where none is needed, because the kernel is faster without it."""
   seen = []
 
   def record(q, k, v, **options):
@@ -155,8 +155,9 @@ def test_even_lengths_without_key_lengths_are_passed_as_they_are(monkeypatch, qu
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
 @pytest.mark.parametrize("batch", [8, 3])
 def test_a_kernel_is_called_on_each_device(monkeypatch, sizes, batch):
-  """With its own samples, and its own heads where tensor splits them; 3 samples don't divide, and
-  all devices compute them.
+  """Each device computes its samples, and its heads where tensor splits them.
+
+  3 samples do not divide, so that all devices compute them.
   """
   seen = []
 
@@ -179,7 +180,7 @@ def test_a_kernel_is_called_on_each_device(monkeypatch, sizes, batch):
 
 
 def test_key_lengths_and_causal_of_xla():
-  """Against a softmax over the valid keys alone, sample by sample and query by query."""
+  """Compares with a softmax over the valid keys alone, sample by sample and query by query."""
   q, k, v = (np.asarray(x, np.float64) for x in draw(5, 6))
   lengths = [1, 4, 6]
   result = attention(
@@ -199,13 +200,13 @@ def test_key_lengths_and_causal_of_xla():
 
 
 def test_auto_asks_where_it_runs_and_a_kernel_that_can_not_is_named_once(monkeypatch, caplog):
-  """Stand-ins for the kernels tell which of them was called."""
+  """Stand-ins for the kernels record which of them was called."""
   called = []
   monkeypatch.setattr(splash, "attention", lambda q, *_, **__: called.append("splash") or q)
   monkeypatch.setattr(module, "_fused", lambda q, *_, **__: called.append("cudnn") or q)
   q, k, v = draw(8, 8, dim=128)
   half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-  attention(q, k, v)  # a CPU
+  attention(q, k, v)  # on a CPU
   assert called == []
   monkeypatch.setattr(module, "place", lambda: TPU)
   attention(q, k, v)
@@ -235,9 +236,7 @@ def test_auto_asks_where_it_runs_and_a_kernel_that_can_not_is_named_once(monkeyp
 @pytest.mark.parametrize("dim", [40, 64, 128, 160])
 @pytest.mark.parametrize("queries, keys", [(150, 130), (151, 77), (64, 77)])
 def test_cudnn_equals_xla_with_its_gradients(queries, keys, dim):
-  """bfloat16 has steps of 1/256 relative to a value; the two round their weights at different
-  points.
-  """
+  """Steps of bfloat16 are 1/256 of a value, and the kernels round weights at different points."""
   inputs = draw(queries, keys, dim=dim, dtype=jnp.bfloat16)
   for mine, theirs in zip(
     value_and_gradients(*inputs, "cudnn"), value_and_gradients(*inputs, "xla")

@@ -1,5 +1,6 @@
-"""Checkpoints come back bit for bit, in part or whole, onto other devices; a killed or damaged one
-is never taken for good.
+"""Checkpoints come back bit for bit, in part or whole, and onto other devices.
+
+A checkpoint that is incomplete or damaged is never accepted.
 """
 
 import os
@@ -42,10 +43,8 @@ class State(NamedTuple):
 
 def make_state(seed=0, ema=False) -> State:
   keys = jax.random.split(jax.random.key(seed), 2)
-  kernel, bias = (
-    jax.random.normal(keys[0], (64, 32)),
-    jax.random.normal(keys[1], (32,)).astype(jnp.bfloat16),
-  )
+  kernel = jax.random.normal(keys[0], (64, 32))
+  bias = jax.random.normal(keys[1], (32,)).astype(jnp.bfloat16)
   params = {"dense": {"kernel": kernel, "bias": bias}}
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adamw(optax.linear_schedule(0.0, 1e-3, 10))
@@ -114,7 +113,8 @@ def test_restores_onto_other_devices(saved, tmp_path):
   assert state.trainable["dense"]["kernel"].sharding == split
   assert state.trainable["dense"]["kernel"].addressable_shards[0].data.shape == (16, 32)
   assert_equal(state, make_state(3))
-  with store.Saver(tmp_path / "again", keep=1) as saver:  # and back: saved from eight, read on one
+  # The way back: saved from eight devices, read on one.
+  with store.Saver(tmp_path / "again", keep=1) as saver:
     saver.save(4, state, {})
   assert_equal(store.restore(tmp_path / "again", abstract(make_state())).state, make_state(3))
 
@@ -220,7 +220,8 @@ SAVE_UNTIL_KILLED = """
   from dancegrpo_jax.checkpoints import store
   saver = store.Saver(sys.argv[1], keep=3)
   for iteration in range(1, 1000):
-    saver.save(iteration, {"w": jnp.full((2_000_000,), iteration, jnp.float32)}, {"iteration": iteration})
+    state = {"w": jnp.full((2_000_000,), iteration, jnp.float32)}
+    saver.save(iteration, state, {"iteration": iteration})
 """
 
 
@@ -244,6 +245,6 @@ def test_a_killed_save_never_looks_like_a_good_one(tmp_path):
     )
     assert restored.meta == {"iteration": iteration}
     assert (np.asarray(restored.state["w"]) == iteration).all()
-  with store.Saver(tmp_path, keep=3) as saver:  # leftovers don't stop the next run
+  with store.Saver(tmp_path, keep=3) as saver:  # partial files do not stop the next run
     saver.save(found[-1] + 1, {"w": jnp.zeros((2,))}, {})
   assert all(path.name.isdigit() for path in tmp_path.iterdir())

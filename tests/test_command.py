@@ -1,4 +1,4 @@
-"""`dancegrpo COMMAND ...`: what it answers itself, and that each command is the module's own."""
+"""`dancegrpo COMMAND ...`: its own answers, and that each command runs its module."""
 
 import importlib
 import subprocess
@@ -11,7 +11,7 @@ from dancegrpo_jax import __version__, command
 
 ROOT = Path(__file__).parent.parent
 
-FOLDERS = ["main", "sample", "evaluate", "convert", "pretrain", "plan"]  # as `python -m` has them
+FOLDERS = ["main", "sample", "evaluate", "convert", "pretrain", "plan"]  # the names for `python -m`
 
 
 def test_every_command_is_there():
@@ -60,10 +60,11 @@ def python(*words: str) -> subprocess.CompletedProcess:
 
 
 def test_as_a_process():
-  """--version imports nothing large; usage lines have the name that was typed."""
+  """--version imports no large library, and usage lines have the name that was typed."""
   code = "import sys; from dancegrpo_jax.command import main; main(['--version']);"
-  done = python("-c", code + "print([m for m in ('jax', 'numpy', 'ml_collections')"
-    " if m in sys.modules])")  # fmt: skip
+  done = python(
+    "-c", code + "print([m for m in ('jax', 'numpy', 'ml_collections') if m in sys.modules])"
+  )
   assert done.stdout == f"dancegrpo {__version__}\n[]\n", done.stderr
   done = python("-m", "dancegrpo_jax", "train", "--help")
   assert done.stdout.startswith("usage: dancegrpo train --config="), done.stderr

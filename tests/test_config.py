@@ -1,5 +1,6 @@
-"""The command line, overrides, validation and the comparison on resume. Expected texts are what a
-user should read.
+"""The command line, overrides, validation, and the comparison on resume.
+
+Expected texts are what a user should read.
 """
 
 import argparse
@@ -93,7 +94,7 @@ def test_a_config_file_can_import_its_neighbour(tmp_path):
 
 
 def test_a_name_alone(tmp_path, monkeypatch):
-  """Means the working folder's file, one of its configs/, or one that comes with the package."""
+  """A bare name is a file of the working folder, or of its configs/, or of the package."""
   monkeypatch.chdir(tmp_path)
   for name in ("emoji_clip:tiny", "configs/emoji_clip:tiny", "emoji_clip.py:tiny"):
     assert config_file.load(name).name == "emoji_clip_tiny"
@@ -102,12 +103,12 @@ def test_a_name_alone(tmp_path, monkeypatch):
   (tmp_path / "configs" / "emoji_clip.py").write_text(text)
   assert config_file.load("emoji_clip").name == "common"
   (tmp_path / "emoji_clip.py").write_text(text.replace("return ", "return 1, "))
-  with pytest.raises(AttributeError):  # a tuple can't be locked: it's this file
+  with pytest.raises(AttributeError):  # this file's config is a tuple, which cannot be locked
     config_file.load("emoji_clip")
 
 
 def test_any_file_may_import_the_configs_of_the_package(tmp_path, monkeypatch):
-  """As in a process that starts elsewhere, with the package installed."""
+  """In a process that starts elsewhere, with the package installed."""
   root = str(installation.ROOT)
   monkeypatch.chdir(tmp_path)
   monkeypatch.setattr("sys.path", [p for p in sys.path if p not in ("", root)])
@@ -150,8 +151,10 @@ def test_a_broken_file_of_a_relative_path_names_its_line(tmp_path, monkeypatch):
 
 
 def test_what_a_config_names_may_lie_beside_it(tmp_path, monkeypatch):
-  """`module:object` is found in the file's folder and the one above, from any working folder; what
-  was importable before comes first."""
+  """`module:object` is looked up in the config's folder and the one above.
+
+  This works from any working folder. Modules that are importable anyway take precedence.
+  """
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "a.py").write_text(Path(COMMON).read_text())
   (tmp_path / "mine" / "scores_of_mine.py").write_text("score = 1\n")
@@ -244,13 +247,10 @@ def test_parse_argv_shares_config_and_keeps_own_flags():
     "--prompt",
     "b",
   ]
-  config, flags, given = command_line.parse_argv(argv, "samples", add_flags)
-  assert (config.iterations, config.mesh.data, flags.prompt, flags.workdir) == (
-    3,
-    -1,
-    ["a", "b"],
-    "",
-  )
+  line = command_line.parse_argv(argv, "samples", add_flags)
+  assert (line.config.iterations, line.config.mesh.data) == (3, -1)
+  assert (line.flags.prompt, line.flags.workdir) == (["a", "b"], "")
+  assert line.given == {"iterations", "mesh.data"}
 
 
 @pytest.mark.parametrize(
@@ -432,7 +432,7 @@ def test_one_wrong_value_is_one_line(changes, text):
 @pytest.mark.parametrize(
   "changes, text",
   [
-    # 256 samples; their divisors that are multiples of 8 lanes: 8, 16, 32, 64, 128, 256
+    # 256 samples have these divisors that are multiples of 8 lanes: 8, 16, 32, 64, 128, 256.
     (
       {"rollout__chunk": 100},
       "rollout.chunk = 100: must divide the 256 samples .*mesh.lanes = 8; use 16, 32, 64 or 128",
@@ -472,13 +472,15 @@ def test_prompts_must_suffice():
 
 
 def test_every_kind_of_algorithm_is_accepted():
-  """...beside the settings of the others, which are harmless."""
+  """The settings of the other algorithms may be present; they have no effect."""
   for kind in algorithms.KINDS:
     assert problems(objective__kind=kind) == []
 
 
 def test_a_custom_reward_is_accepted():
-  assert problems(reward__terms=(("tiny_checkpoint:overrides", 1.0),)) == []
+  assert problems(reward__terms=(("json:loads", 1.0),)) == []  # any function will do
+  (line,) = problems(reward__terms=(("my_package.rewards:score", 1.0),))
+  assert "the module must be importable" in line
 
 
 def test_all_problems_come_in_one_message():
@@ -499,7 +501,7 @@ def test_a_missing_field_is_named():
 @pytest.mark.parametrize(
   "facts, said",
   [
-    ({}, ""),  # nothing is known, as where a checkpoint is exported
+    ({}, ""),  # numbers of devices and prompts are unknown, as in an export
     ({"platform": "gpu", "capability": (9, 0)}, ""),
     ({"platform": "gpu", "capability": (8, 0)}, ""),
     (
@@ -526,7 +528,7 @@ def test_cudnn_needs_a_gpu_that_has_it(facts, said):
 
 
 def test_splash_is_refused_on_a_gpu():
-  """On a CPU Pallas's interpreter runs it, which is for tests."""
+  """On a CPU it runs in Pallas's interpreter, which is for tests."""
   config = common(model__attention="splash")
   for platform in ("cpu", "tpu"):
     checks.validate(config, num_devices=1, platform=platform)

@@ -1,5 +1,6 @@
-"""Every config and preset loads, is locked and validates; some tiny ones of Stable Diffusion and
-FLUX run from end to end.
+"""Every config and preset loads, is locked, and is valid.
+
+Some tiny ones of Stable Diffusion and FLUX run from end to end.
 """
 
 import json
@@ -18,8 +19,7 @@ from dancegrpo_jax.data.prompts import read_prompts
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.models import clip, flux, t5
 from dancegrpo_jax.models.lora import Lora, abstract
-from dancegrpo_jax.rl import timesteps
-from dancegrpo_jax.settings import checks, config_file, stored_config
+from dancegrpo_jax.settings import checks, config_file, geometry, stored_config
 
 ROOT = Path(__file__).parent.parent
 FILES = (ROOT / "configs").glob("*.py")
@@ -44,7 +44,7 @@ def test_all_are_there():
   assert wanted <= set(RUNS) and len(CASES) >= 4 * 6 + 3 + 2 + 3 * 4 + 4
   assert {"emoji_clip", "emoji_flow_clip"} <= set(RUNS)
   assert {"flux_hps", "flux_hps_8gpu", "flux_hps_lora", "flux_hps_clip", "flux_pick"} <= set(RUNS)
-  for name in RUNS:  # one H100 or eight: the small ones run anywhere
+  for name in RUNS:  # the presets for one or eight H100s; small configs run anywhere
     assert name.startswith("emoji") or {"1gpu", "8gpu"} & set(presets(name)), name
 
 
@@ -65,7 +65,7 @@ def test_loads_locks_and_validates(name, preset):
 
 
 def test_two_runs_have_one_name_only_where_they_are_the_same():
-  """A name is the default workdir."""
+  """The default workdir has the name of the run."""
   found = {}
   for name, preset in CASES:
     config = load(name, preset)
@@ -73,8 +73,9 @@ def test_two_runs_have_one_name_only_where_they_are_the_same():
 
 
 def test_the_recipe_is_the_published_one():
-  """Section 2 of DanceGRPO's recipe table for SD v1.4; the paper's preset differs in two numbers
-  alone.
+  """Section 2 of DanceGRPO's recipe table for SD v1.4.
+
+  The paper's preset differs in two numbers only.
   """
   config = load("sd_hps")
   assert (config.sampler.steps, config.sampler.guidance_scale, config.sampler.noise_level) == (
@@ -83,12 +84,7 @@ def test_the_recipe_is_the_published_one():
     1.0,
   )
   assert config.data.prompts_per_iteration * config.rollout.samples_per_prompt == 32 * 16
-  assert (
-    timesteps.count(
-      config.objective.timesteps, config.objective.timestep_fraction, checks.policy_steps(config)
-    )
-    == 49
-  )
+  assert geometry.of(config).trained_steps == 49
   o = config.optimizer
   assert (o.updates_per_iteration, o.learning_rate, o.b1, o.b2, o.eps, o.weight_decay) == (
     2,
@@ -114,13 +110,12 @@ def test_the_recipe_is_the_published_one():
   changed = {key for key, value in stored_config.flatten(config).items() if small[key] != value} - {
     "name"
   }
-  assert all(
-    any(key.startswith(field) for field in stored_config.RESUMABLE) for key in changed
-  )  # the same result by another way
+  # Fields that may change on resuming: they give the same result by another way.
+  assert all(any(key.startswith(field) for field in stored_config.RESUMABLE) for key in changed)
 
 
 def test_flux_recipes_are_the_published_ones():
-  """Section 2 of DanceGRPO's recipe table for FLUX: 16 GPUs, 8 GPUs, LoRA."""
+  """Section 2 of DanceGRPO's recipe table for FLUX, with 16 GPUs, 8 GPUs, and LoRA."""
   wide, eight, adapters = (load(name) for name in ("flux_hps", "flux_hps_8gpu", "flux_hps_lora"))
   for config, trained, updates in ((wide, 9, 3), (eight, 9, 2), (adapters, 6, 2)):
     s, o = config.sampler, config.optimizer
@@ -135,11 +130,7 @@ def test_flux_recipes_are_the_published_ones():
       config.data.prompts_per_iteration * config.rollout.samples_per_prompt == 16 * 12
       and config.model.size == (720, 720)
     )
-    policy_steps = checks.policy_steps(config)
-    assert (
-      timesteps.count(config.objective.timesteps, config.objective.timestep_fraction, policy_steps)
-      == trained
-    )
+    assert geometry.of(config).trained_steps == trained
     assert (o.updates_per_iteration, o.b1, o.b2, o.eps, o.weight_decay) == (
       updates,
       0.9,
@@ -152,13 +143,7 @@ def test_flux_recipes_are_the_published_ones():
       5.0,
       300,
     )
-  for name in (
-    "flux_hps",
-    "flux_hps_clip",
-    "flux_pick",
-    "flux_hps_8gpu",
-    "flux_hps_lora",
-  ):  # other pieces
+  for name in ("flux_hps", "flux_hps_clip", "flux_pick", "flux_hps_8gpu", "flux_hps_lora"):
     preset = stored_config.flatten(load(name, "1gpu" if name == "flux_hps_lora" else "8gpu"))
     changed = {
       key for key, value in stored_config.flatten(load(name)).items() if preset[key] != value
@@ -197,8 +182,9 @@ def published(name: str, module, **options):
 
 
 def test_flux_fits_its_meshes():
-  """The sharding rules on the published shapes: 8 devices hold an eighth of all but 3 % of the
-  parameters, also of T5.
+  """Each of 8 devices holds an eighth of the parameters and at most 3 % of them more.
+
+  This is checked on the published shapes of the denoiser and of T5.
   """
   stacked = {"scan_blocks": True}
   files = {
@@ -216,9 +202,8 @@ def test_flux_fits_its_meshes():
     total = sum(x.size for x, _ in pairs)
     held = sum(math.prod(sharding.shard_shape(x.shape)) for x, sharding in pairs)
     print(f"{name}: {total / 1e9:.3f} B parameters, {held / 1e9:.3f} B on a device of 8")
-    assert (
-      held < total * (1 / 8 + 0.03) or name == "text_encoder"
-    )  # CLIP's table of tokens is whole
+    # CLIP's token table is not split.
+    assert held < total * (1 / 8 + 0.03) or name == "text_encoder"
     assert all(
       x.shape[-2] % 16 == 0 or x.shape[-1] % 16 == 0
       for x, sharding in pairs
@@ -259,14 +244,14 @@ def test_tiny_runs(name, tmp_path, monkeypatch, program_cache):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_tiny_rewards_are_found(name, monkeypatch):
-  """Every reward of a tiny preset is built from folders in the repository."""
+  """All rewards of the tiny presets are built from folders in the repository."""
   monkeypatch.chdir(ROOT)
   config = load(name, "tiny")
   assert set(reward_builders.build_rewards(config)) == {term for term, _ in config.reward.terms}
 
 
 def test_the_prompt_lists():
-  """400 and 100 prompts, none twice, and no subject of the held-out ones anywhere in the others."""
+  """400 and 100 different prompts; no subject of a held-out prompt occurs in the others."""
   folder = ROOT / "assets" / "prompts"
   general, held_out = (read_prompts(str(folder / f"general{end}.txt")) for end in ("", "_held_out"))
   assert (len(general), len(held_out)) == (400, 100)

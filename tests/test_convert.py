@@ -1,4 +1,4 @@
-"""The table engine: rows forwards, backwards and by slices; every mistake named."""
+"""The conversion tables: forwards, backwards and by slices, with all mistakes named."""
 
 import math
 
@@ -197,10 +197,8 @@ def test_stacked_and_apart_come_from_one_table():
     Row("layers.{i}.w", "layers_{i}/w", "o i -> i o"),
     Row("layers.{i}.w", "layers/w", "o i -> {i} i o"),
   )
-  table, t = (
-    Table("Either", rows),
-    {f"layers.{i}.w": np.full((2, 3), i, np.float32) for i in range(4)},
-  )
+  table = Table("Either", rows)
+  t = {f"layers.{i}.w": np.full((2, 3), i, np.float32) for i in range(4)}
   apart = plan(table, spec_of(t), {f"layers_{i}/w": Spec((3, 2), F32) for i in range(4)})
   stacked = plan(table, spec_of(t), {"layers/w": Spec((4, 3, 2), F32)})
   assert (
@@ -216,15 +214,14 @@ def test_stacked_and_apart_come_from_one_table():
 
 def test_every_problem_is_in_one_message():
   t = tensors()
-  t["conv.wieght"] = t.pop(
-    "conv.weight"
-  )  # misspelt: unexpected and missing, each with the other as a hint
+  # A misspelt name is both unexpected and missing, and each hints at the other.
+  t["conv.wieght"] = t.pop("conv.weight")
   t["point.weight"] = np.zeros((5, 9, 1, 1), np.float32)  # wrong shape
   t["gamma"] = np.zeros((7, 2), np.float32)  # wrong number of axes
   t["layers.2.fc.weight"] = np.zeros((3, 5), np.float32)  # one layer too many
-  del t["experts.1.2.weight"]  # one of a stack
-  t["in_proj"] = np.zeros((13, 5), np.float32)  # does not divide
-  t["module.temperature"] = t["temperature"]  # two spellings
+  del t["experts.1.2.weight"]  # one tensor of a stack
+  t["in_proj"] = np.zeros((13, 5), np.float32)  # its size does not divide
+  t["module.temperature"] = t["temperature"]  # two names of one tensor
   wanted = targets()
   del wanted["fused/kernel"]  # tensors without a parameter
   wanted["extra/bias"] = Spec((3,), F32)
@@ -287,8 +284,9 @@ def test_description_names_what_goes_where():
 
 
 def test_volumes_agree():
-  """The toy file and the toy network hold the same number of elements, or these tests prove less
-  than they seem to.
+  """The toy file and network have the same number of elements.
+
+  Otherwise these tests would prove less than they seem to.
   """
   elements = sum(math.prod(shape) for name, shape in SOURCES.items() if name != "position_ids")
   assert elements == sum(math.prod(shape) for shape in TARGETS.values())

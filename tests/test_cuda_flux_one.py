@@ -1,6 +1,4 @@
-"""FLUX.1-dev: every program of every config lowers for NVIDIA GPUs, at full size on a mesh of
-one.
-"""
+"""All programs of all FLUX.1-dev configs lower for NVIDIA GPUs, at full size on one device."""
 
 import pytest
 from cuda_programs import documented, groups, lower_group, rows
@@ -17,5 +15,5 @@ def test_lowers(group):
 
 
 def test_the_table_of_attentions_is_the_documented_one():
-  """Needs all tests above; `python tests/cuda_programs.py` prints it."""
+  """Needs all tests above. `python tests/cuda_programs.py` prints the table."""
   assert rows(NOTES) == documented("FLUX.1-dev")

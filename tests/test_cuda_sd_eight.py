@@ -1,5 +1,6 @@
-"""Stable Diffusion v1.4: every program of every config lowers for NVIDIA GPUs, at full size on a
-mesh of eight.
+"""All programs of all Stable Diffusion v1.4 configs lower for NVIDIA GPUs.
+
+They have the published sizes, on eight devices.
 """
 
 import pytest
@@ -17,5 +18,5 @@ def test_lowers(group):
 
 
 def test_the_table_of_attentions_is_the_documented_one():
-  """Needs all tests above; `python tests/cuda_programs.py` prints it."""
+  """Needs all tests above. `python tests/cuda_programs.py` prints the table."""
   assert rows(NOTES) == documented("Stable Diffusion v1.4")

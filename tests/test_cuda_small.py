@@ -1,5 +1,6 @@
-"""Every program of the small configs, and pretrain's losses, lower for NVIDIA GPUs; see
-cuda_programs.py.
+"""All programs of the small configs, and the losses of pretrain, lower for NVIDIA GPUs.
+
+See cuda_programs.py.
 """
 
 import shutil
@@ -30,16 +31,16 @@ GROUPS = [
   "group, devices", GROUPS, ids=lambda value: value if isinstance(value, int) else value[0].name
 )
 def test_lowers(group, devices, monkeypatch):
-  """They compute in float32, which no fused kernel takes."""
+  """The small configs compute in float32, which no fused kernel accepts."""
   monkeypatch.chdir(ROOT)
   notes = lower_group(group, devices=devices)
-  assert {"rollout", "update", "sample"} <= {note.program for note in notes}
+  assert {"rollout", "update accumulate", "sample"} <= {note.program for note in notes}
   assert {note.h100 for note in notes} == {"xla"}
 
 
 @pytest.mark.parametrize("name", stages.STAGES)
 def test_the_losses_of_pretraining_lower(name, tmp_path, monkeypatch):
-  """One optimizer step of each stage as pretrain.fit calls it, on abstract parameters."""
+  """One optimizer step of each stage, as in pretrain.fit, with abstract parameters."""
   for folder in ("emoji-sd", "emoji-flux", "emoji-clip"):
     shutil.copytree(ROOT / "assets" / folder, tmp_path / folder)
   config = config_file.load(str(ROOT / "configs" / "emoji_pretrain.py"))

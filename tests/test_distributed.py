@@ -1,5 +1,6 @@
-"""Several processes: what flags and environment ask JAX for, disagreement, SIGTERM. Clusters are
-simulated by variables.
+"""Several processes: the settings that JAX gets, disagreement between hosts, and SIGTERM.
+
+Clusters are simulated by environment variables.
 """
 
 import argparse
@@ -33,9 +34,7 @@ EXPLICIT = ["--coordinator=10.0.0.1:1234", "--num-processes=4", "--process-id=3"
 
 @pytest.fixture
 def started(monkeypatch):
-  """`(flags, variables) -> what jax.distributed.initialize was called with`, None where it
-  wasn't.
-  """
+  """`(flags, variables) -> arguments of jax.distributed.initialize`, or None without a call."""
   calls = []
   monkeypatch.setattr(jax.distributed, "initialize", lambda **arguments: calls.append(arguments))
   monkeypatch.setattr(processes, "has_tpu", lambda: False)
@@ -54,9 +53,8 @@ def test_a_single_process_does_nothing(started):
   assert started() is None
   assert started(["--coordinator=localhost:1234", "--num-processes=1", "--process-id=0"]) is None
   assert started(**SLURM | {"SLURM_NTASKS": "1"}) is None
-  assert (
-    started(**{name: value for name, value in SLURM.items() if "STEP" not in name}) is None
-  )  # sbatch without srun
+  # As under sbatch without srun.
+  assert started(**{name: value for name, value in SLURM.items() if "STEP" not in name}) is None
   assert started(TPU_WORKER_HOSTNAMES="localhost") is None
 
 
@@ -76,7 +74,7 @@ def test_clusters(started, monkeypatch):
   assert started(TPU_WORKER_HOSTNAMES="a", MEGASCALE_NUM_SLICES="2") == {}
   assert started(TPU_WORKER_HOSTNAMES="a,b", JAX_PLATFORMS="cpu") is None
   monkeypatch.setattr(processes, "has_tpu", lambda: True)
-  assert started() == {}  # a TPU VM: the metadata server knows
+  assert started() == {}  # on a TPU VM the metadata server has the addresses
   assert started(TPU_SKIP_MDS_QUERY="1") is None and started(JAX_PLATFORMS="cpu") is None
 
 
@@ -109,7 +107,7 @@ def test_processes_that_cannot_join_are_one_line(started, monkeypatch):
 
 
 def test_a_coordinator_that_is_not_there_is_one_line(tiny_models, tmp_path):
-  """A real process: JAX itself would abort it with a stack trace."""
+  """A real process, because JAX itself would abort it with a stack trace."""
   flags = together(free_port(), 2)[1]
   ((code, _, errors),) = finish([start(tiny_models, tmp_path / "run", *flags, patience=2)])
   (line,) = errors.splitlines()
@@ -120,7 +118,7 @@ def test_a_coordinator_that_is_not_there_is_one_line(tiny_models, tmp_path):
 
 
 def test_hosts_that_do_not_share_the_workdir_stop(tiny_models, tmp_path):
-  """Before weights are loaded; otherwise the first save would wait for ever."""
+  """They stop before weights are loaded; otherwise the first save would wait forever."""
   flags = together(free_port(), 2)
   processes = [start(tiny_models, tmp_path / f"run{i}", *flags[i], patience=3) for i in range(2)]
   for code, _, errors in finish(processes):
@@ -143,8 +141,9 @@ sys.exit(main.main(sys.argv[2:]))
 def start(
   folders, workdir, *flags: str, devices: int = 1, environment=None, patience=0, **changes
 ) -> subprocess.Popen:
-  """The command as a process of its own; `patience` in the place of the seconds that it waits for
-  others.
+  """Starts the command in a process of its own.
+
+  `patience` replaces the number of seconds that it waits for other processes.
   """
   words = [
     CONFIG,
@@ -180,7 +179,7 @@ def free_port() -> int:
 
 
 def finish(processes: list[subprocess.Popen], seconds: float = 240) -> list[tuple[int, str, str]]:
-  """Exit code, stdout and stderr of each; none is left running."""
+  """Exit code, stdout and stderr of each process. No process is left running."""
   try:
     texts = [process.communicate(timeout=seconds) for process in processes]
   finally:
@@ -256,8 +255,10 @@ SAVING = """
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_signal_between_a_save_and_the_next_question(tmp_path, number):
-  """Orbax asks JAX's own service for this at each save, with a number of its own: signals that came
-  then were lost.
+  """A signal that arrives during a save is not lost.
+
+  Orbax asks JAX's service for signals at each save, with a number of its own, and signals that came
+  then used to be lost.
   """
   environment = os.environ | {
     "JAX_PLATFORMS": "cpu",
@@ -277,4 +278,4 @@ def test_a_signal_between_a_save_and_the_next_question(tmp_path, number):
   ]
   for code, output, errors in finish(processes):
     assert code == 0, errors
-    assert output.splitlines()[-1] == "5 False True True", errors  # gloo says something before
+    assert output.splitlines()[-1] == "5 False True True", errors  # gloo prints lines before it

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from dancegrpo_jax.settings import checks, command_line, config_file, stored_config
+from dancegrpo_jax.settings import command_line, config_file, stored_config
+from dancegrpo_jax.settings.checks import values
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+EXAMPLES = (ROOT / "examples").glob("*/README.md")
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *EXAMPLES])
 COMMON = str(ROOT / "configs" / "common.py")
 CONFIGURATION = runpy.run_path(str(ROOT / "docs" / "make_configuration.py"))
 FIGURES = runpy.run_path(str(ROOT / "docs" / "make_figures.py"))
@@ -35,7 +37,8 @@ def shell_lines() -> list:
       for line in block.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words:
-          found.append(pytest.param(words, id=f"{page.stem}: {line[:60]}"))
+          place = page.parent.name if page.parent.parent.name == "examples" else page.stem
+          found.append(pytest.param(words, id=f"{place}: {line[:60]}"))
   return found
 
 
@@ -43,12 +46,12 @@ def shell_lines() -> list:
 def test_a_command_could_be_run(words, monkeypatch):
   """Modules, files, flags and fields of our own are there; other tools are named, no more."""
   monkeypatch.chdir(ROOT)
-  if words[:2] == ["python", "-m"] and words[2].startswith("examples."):
-    words = ["python", f"{words[2].replace('.', '/')}.py", *words[3:]]
-  if words[:2] == ["python", "-m"]:
+  is_example = len(words) > 2 and words[2].startswith("examples.")
+  if words[:2] == ["python", "-m"] and not is_example:
     parse(words[2], words[3:])
   elif words[0] == "python":
-    script = (ROOT / words[1]).read_text()
+    name = f"{words[2].replace('.', '/')}.py" if is_example else words[1]
+    script = (ROOT / name).read_text()
     flags = [word.split("=")[0] for word in words[2:] if word.startswith("--")]
     assert all(flag == "--help" or f'"{flag}"' in script for flag in flags)
   elif words[0].startswith("launch/"):
@@ -103,7 +106,7 @@ def test_every_choice_is_explained():
     entry.path: entry.comment
     for entry in CONFIGURATION["entries"]((ROOT / "configs" / "common.py").read_text())
   }
-  for field, choices in checks.CHOICES.items():
+  for field, choices in values.CHOICES.items():
     for choice in choices:
       pattern = rf"(?<!\w){re.escape(str(choice))}(?!\w)"
       assert re.search(pattern, explained[field]), f"{field}: {choice}"

@@ -1,8 +1,7 @@
-"""The cache of prompt embeddings: it has the encoder's rows, goes on where it stopped, and refuses
-what isn't its own.
+"""The cache of prompt embeddings.
 
-That training by it is training without it, bit for bit, is in test_train.py, beside the run that it
-is compared with.
+It holds the encoder's rows, resumes where it stopped, and refuses another model's or dataset's
+files. test_train.py shows that training with it equals training without it, bit for bit.
 """
 
 import json
@@ -36,7 +35,9 @@ def small_parts(monkeypatch):
   monkeypatch.setattr(disk, "PART", 3)
 
 
-GUIDED = {  # so that negative prompts are encoded too; and no reward with a text encoder of its own
+# With guidance, so that negative prompts are encoded, too, and without a reward that has a text
+# encoder.
+GUIDED = {
   "sampler__guidance_scale": 3.0,
   "data__negative_prompt": "grey",
   "reward__terms": (("compressibility", 1.0),),
@@ -45,18 +46,16 @@ GUIDED = {  # so that negative prompts are encoded too; and no reward with a tex
 
 
 def open_cache(config, workdir):
-  """The cached encoder of the config's prompts."""
+  """The encoder with a cache, for the config's prompts."""
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     return encoding.cached_encoder(config, workdir, pipeline, prompts.read_examples(config), mesh)
 
 
 def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_parts):
-  config, written, write = (
-    tiny_config(tiny_models, **GUIDED, data__cache_folder=tmp_path / "cache"),
-    [],
-    disk.write,
-  )
+  config = tiny_config(tiny_models, **GUIDED, data__cache_folder=tmp_path / "cache")
+  written = []
+  write = disk.write
 
   def interrupted(folder, leaves, part, texts, arrays):
     if part == 1 and not written[1:]:
@@ -69,23 +68,21 @@ def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_
   with pytest.raises(KeyboardInterrupt):
     open_cache(config, tmp_path)
   encode = open_cache(config, tmp_path)
-  assert written == [0, "interrupted", 1, 2]  # 8 prompts and the negative one
+  assert written == [0, "interrupted", 1, 2]  # 8 prompts and the negative prompt
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   vocabulary = pipeline.components["text_encoder"].abstract["embeddings"]["token_embedding"][
     "embedding"
   ]
-  assert vocabulary.shape not in {x.shape for x in jax.live_arrays()}  # the encoder has gone
-  monkeypatch.setattr(components, "read_component", None)  # a whole cache needs no weights
+  assert vocabulary.shape not in {x.shape for x in jax.live_arrays()}  # the encoder was freed
+  monkeypatch.setattr(components, "read_component", None)  # a complete cache needs no weights
   again = open_cache(config, tmp_path)
   texts = ["a red boat", "grey", "a red cat", "a red boat"]
   assert_trees_equal(again(as_examples(texts)), encode(as_examples(texts)))
   monkeypatch.undo()
   examples = prompts.read_examples(config)[3:7]
   with jax.set_mesh(mesh):
-    params, program = (
-      loading.read(config, pipeline, pipeline.encoders, mesh),
-      programs.encoder(config, pipeline, mesh),
-    )
+    params = loading.read(config, pipeline, pipeline.encoders, mesh)
+    program = programs.encoder(config, pipeline, mesh)
     expected = encoding.conditioning(
       config, lambda examples: program(params, pipeline.prepare(examples)), examples
     )
@@ -98,7 +95,7 @@ def test_an_interrupted_cache_goes_on(tiny_models, tmp_path, monkeypatch, small_
 
 
 def test_flux_rows_in_bfloat16(tmp_path, tiny_models):
-  """Two encoders, a dtype that numpy alone doesn't know."""
+  """Two encoders, and a dtype that is not among numpy's."""
   folder = write_flux(tmp_path / "flux")
   config = tiny_config(
     None,
@@ -110,11 +107,9 @@ def test_flux_rows_in_bfloat16(tmp_path, tiny_models):
     sampler__kind="flow",
     reward__terms=(("compressibility", 1.0),),
   )
-  encode, pipeline, mesh = (
-    open_cache(config, tmp_path),
-    loading.build_pipeline(config),
-    sharding.make_mesh(config.mesh),
-  )
+  encode = open_cache(config, tmp_path)
+  pipeline = loading.build_pipeline(config)
+  mesh = sharding.make_mesh(config.mesh)
   texts = [example.prompt for example in prompts.read_examples(config)][:4]
   with jax.set_mesh(mesh):
     params = loading.read(config, pipeline, pipeline.encoders, mesh)
@@ -129,7 +124,7 @@ def test_flux_rows_in_bfloat16(tmp_path, tiny_models):
 
 @pytest.fixture
 def other(tiny_models, tmp_path):
-  """`(what) -> (folders, words of the refusal)`: the tiny models with something changed."""
+  """`(what) -> (folders, fragments of the message)`: the tiny models with one change."""
 
   def change(what: str):
     folders = tiny_models._replace(model=tmp_path / "other-sd", prompts=tmp_path / "other.txt")
@@ -181,8 +176,9 @@ def test_a_folder_of_something_else_and_a_damaged_part_are_refused(tiny_models, 
 
 
 def test_fingerprint(tmp_path):
-  """Sizes and evenly spread blocks: another size shows, and so does any block; small files are read
-  whole.
+  """It covers the size and evenly spread blocks, so that a change of either is noticed.
+
+  Small files are read completely.
   """
   file, data = tmp_path / "weights", bytearray(np.random.default_rng(0).bytes(1000))
   prints = set()

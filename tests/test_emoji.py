@@ -1,6 +1,4 @@
-"""The text-to-emoji pictures: what is drawn, what is held out, and that nothing depends on
-chance.
-"""
+"""The text-to-emoji pictures: what is drawn, what is held out, and that nothing is random."""
 
 import collections
 import os
@@ -26,7 +24,7 @@ def test_table():
   assert len(set(emoji.EMOJI.values())) == 160
   for name in emoji.NAMES:
     assert name.isascii() and name.islower() and 1 <= len(name.split()) <= 3
-    assert name[0] not in "aeio"  # "a" is written before it
+    assert name[0] not in "aeio"  # captions write "a" before it
     assert not set(name.split()) & set(emoji.COLOURS) or name == "red apple"
   assert not any(colour[0] in "aeio" for colour in emoji.COLOURS)
   flags_and_skin = [*range(0x1F1E6, 0x1F200), *range(0x1F3FB, 0x1F400)]
@@ -81,8 +79,9 @@ LOOKS = [("red apple", "R", "GB"), ("star", "RG", "B"), ("frog", "G", "B"), ("gh
 
 @pytest.mark.parametrize("name, bright, dark", LOOKS)
 def test_glyph_has_its_colours(name, bright, dark):
-  """An apple is red, a star yellow, a frog greenish and a ghost white, as anyone sees: rows 8 to 12
-  (apple: middle) of 32.
+  """An apple is red, a star yellow, a frog greenish and a ghost white.
+
+  Colours are those of rows 8 to 12 (apple: middle) of 32.
   """
   picture = emoji.draw(SUBSET, name, "purple", 32, 0)
   assert picture.shape == (32, 32, 3) and picture.dtype == np.uint8
@@ -98,12 +97,10 @@ def test_background_and_place():
     for corner in (picture[0, 0], picture[0, -1], picture[-1, 0], picture[-1, -1]):
       np.testing.assert_array_equal(corner, rgb)
     if colour == "yellow":
-      continue  # a yellow star's edge can't be seen there
+      continue  # the edge of a yellow star is not visible there
     drawn = np.abs(picture - rgb).max(-1) > 60
-    for axis in (
-      0,
-      1,
-    ):  # centred, and its longer side fills the share that the docstring says, to a pixel
+    # The picture is centred, and its longer side has the size in the docstring, to a pixel.
+    for axis in (0, 1):
       first, last = np.flatnonzero(drawn.any(axis))[[0, -1]]
       assert first + last == pytest.approx(31, abs=1)
     assert last - first + 1 == pytest.approx(32 * emoji.FILL * sum(emoji.SCALES) / 2, abs=2.5)
@@ -150,7 +147,7 @@ def test_jitter_range_and_determinism():
   )
   assert len(set(map(str, values))) == len(values) * 7 // 8 + 1  # variant 0 is the same for all
   code = "from dancegrpo_jax.data import emoji; print(emoji.jitter('frog', 'red', 3))"
-  for seed in ("1", "2"):  # not built on Python's salted hash
+  for seed in ("1", "2"):  # Python's hash is salted, so that it must not be used
     out = subprocess.run(
       [sys.executable, "-c", code],
       cwd=ROOT,
@@ -166,7 +163,7 @@ def test_load_arrays():
   assert captions[:3] == ["a red apple on a red background"] * 3 and ids[:3].tolist() == [2 * 8] * 3
   assert len(np.unique(images.reshape(len(images), -1), axis=0)) == len(images)
   again, _, _ = emoji.load_arrays(SUBSET, 16, 1, "train", SUBSET_NAMES)
-  np.testing.assert_array_equal(images[::3], again)  # more variants change nothing of the first
+  np.testing.assert_array_equal(images[::3], again)  # more variants leave the first unchanged
   with pytest.raises(ValueError, match="no glyph for U\\+1F436"):
     emoji.load_arrays(SUBSET, 16, 1, "train", ("dog",))
 

@@ -1,6 +1,4 @@
-"""The TFDS builder: a round trip through ArrayRecord files without TensorFlow, and as a source of
-prompts.
-"""
+"""The TFDS builder: ArrayRecord files without TensorFlow, and its use as a source of prompts."""
 
 import pathlib
 import sys
@@ -18,7 +16,7 @@ NAMES = ("red apple", "star", "frog", "ghost")
 
 @pytest.fixture
 def four_names(monkeypatch):
-  """The builder draws only what the small font of the fixtures has."""
+  """The builder draws only the names that the small font of the fixtures has."""
   whole = emoji.pairs
   monkeypatch.setattr(emoji, "pairs", lambda split, names=NAMES: whole(split, names))
 

@@ -1,4 +1,4 @@
-"""evaluate.py: its statistics against closed forms, and the command on a trained tiny model."""
+"""evaluate: its statistics against closed forms, and the command on a trained tiny model."""
 
 import json
 
@@ -13,7 +13,7 @@ EXPECTED = ("clip", "clip/retrieval", "clip/diversity", "compressibility")
 
 
 def test_bootstrap_interval_is_the_normal_one_of_the_prompts_means():
-  """Prompts are what varies: eight equal samples of a prompt say no more than one."""
+  """Prompts are what varies: eight equal samples of a prompt count no more than one."""
   rng = np.random.default_rng(0)
   prompts = rng.standard_normal((400, 1))
   low, high = measures.bootstrap(np.repeat(prompts, 8, axis=1), draws=4000)

@@ -1,5 +1,6 @@
-"""Checkpoints out and in: diffusers draws what we draw from an exported run; imported trees are the
-same; nothing is replaced.
+"""Export and import of checkpoints.
+
+diffusers draws from an exported run what we draw; imported trees are equal; no file is replaced.
 """
 
 import json
@@ -41,8 +42,9 @@ def changed(config, **values):
 
 
 def theirs(folder: Path, latents: np.ndarray, prompts: list[str], steps: int) -> np.ndarray:
-  """diffusers' own pipeline on an exported folder: DDIM, eta 0, its own last step. Pixels `[n, h,
-  w, 3]` in [0, 1].
+  """Images `[n, h, w, 3]` in [0, 1] from diffusers' pipeline on an exported folder.
+
+  It samples by DDIM with eta 0 and takes diffusers' last step.
   """
   import torch
   from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -58,8 +60,9 @@ def theirs(folder: Path, latents: np.ndarray, prompts: list[str], steps: int) ->
 
 @pytest.fixture(scope="module")
 def emoji(tmp_path_factory):
-  """The embedded model after two iterations at a high rate, with averaged weights: (config,
-  workdir).
+  """(config, workdir) of the shipped model after two iterations.
+
+  They have a high learning rate and averaged weights.
   """
   config = changed(
     config_file.load(EMOJI),
@@ -107,12 +110,12 @@ def test_diffusers_draws_our_pixels(emoji, tmp_path):
         f" {255 * change:.1f}/255"
       )
       assert error <= 2 / 255
-      assert change > 10 / 255  # else the base's weights would pass
+      assert change > 10 / 255  # otherwise the base's weights would pass
 
 
 @pytest.fixture
 def run(tiny_models, tmp_path_factory):
-  """A workdir's checkpoint, as training leaves it, of a tiny random model: (config, workdir)."""
+  """(config, workdir) of a tiny random model, with a checkpoint as training saves it."""
   config, workdir = tiny_config(tiny_models), tmp_path_factory.mktemp("trained")
   component = loading.build_pipeline(config).components["denoiser"]
   with store.Saver(workdir / "checkpoints", keep=1) as saver:
@@ -180,7 +183,7 @@ def test_import_gives_the_same_run(tiny_models, tmp_path):
 
 
 def test_export_with_an_imported_base(run, tiny_models, tmp_path, capsys):
-  """There are no weight files to copy, so the frozen networks are written anew."""
+  """There are no weight files to copy, so that the frozen networks are written again."""
   config, workdir = run
   folders.import_checkpoint(config, tmp_path / "orbax")
   changed(config, model__checkpoint=str(tmp_path / "orbax"))
@@ -201,8 +204,9 @@ def test_export_with_an_imported_base(run, tiny_models, tmp_path, capsys):
 
 
 def test_a_variant_is_copied_under_the_plain_name(run, tiny_models, tmp_path):
-  """from_pretrained without a variant looks for the plain names alone; random weights are written
-  as drawn.
+  """from_pretrained without a variant looks only for the plain names.
+
+  Random weights are written as they were drawn.
   """
   config, workdir = run
   base = tmp_path / "base"
@@ -227,8 +231,9 @@ def test_a_variant_is_copied_under_the_plain_name(run, tiny_models, tmp_path):
 
 
 def test_parts_that_are_not_there_leave_the_index(run, tmp_path):
-  """The hub's safety checker and feature extractor are not fetched; from_pretrained must not look
-  for them.
+  """from_pretrained must not look for parts that are not downloaded.
+
+  They are the hub's safety checker and feature extractor.
   """
   config, workdir = run
   base = tmp_path / "base"

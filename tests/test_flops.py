@@ -46,21 +46,21 @@ def test_loops_branches_and_recomputation():
     return jax.grad(lambda x, w: jnp.sum(wrap(lambda x: jnp.tanh(x @ w) @ w)(x)))
 
   assert count(layers_of(lambda f: f), (n, n), (n, n)).total == (2 + 2) * block
-  assert (
-    count(layers_of(jax.checkpoint), (n, n), (n, n)).total == (2 + 1 + 2) * block
-  )  # x w once more
+  # Rematerialisation computes x w once more.
+  assert count(layers_of(jax.checkpoint), (n, n), (n, n)).total == (2 + 1 + 2) * block
   either = count(
     lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), (n, n)
   )
-  assert either.total == 2 * block  # the dearer one
+  assert either.total == 2 * block  # the more expensive branch
   endless = count(lambda x: jax.lax.while_loop(lambda x: x[0, 0] > 0, lambda x: x @ x, x), (n, n))
   assert (endless.total, endless.unknown) == (block, {"while"})
   assert count(jax.jit(lambda x: x @ x), (n, n)).total == block
 
 
 def test_convolution_and_its_gradient():
-  """2 B H' W' k^2 i o; a strided one's gradient has no more products than the convolution
-  itself.
+  """2 B H' W' k^2 i o FLOPs.
+
+  A strided convolution's gradient has no more products than the convolution.
   """
   b, side, i, o, k = 2, 8, 3, 5, 3
   for stride in (1, 2):
@@ -75,15 +75,12 @@ def test_convolution_and_its_gradient():
     gradient = count(
       jax.grad(lambda x, w, apply=apply: jnp.sum(apply(x, w) ** 2), (0, 1)), *shapes, platform="tpu"
     ).total
-    assert gradient == pytest.approx(
-      3 * forward, rel=0.6
-    )  # the gradient to x covers its padding too
+    # The gradient with respect to x covers the padding too.
+    assert gradient == pytest.approx(3 * forward, rel=0.6)
 
 
 def test_attention():
-  """2 n m d for the logits and as much for the values, each head; a kernel computes padded
-  lengths.
-  """
+  """2 n m d for the logits and as much for the values, per head; kernels compute padded lengths."""
   b, n, m, h, d = 2, 10, 12, 3, 8
   xla = count(
     lambda q, k, v: attention(q, k, v, impl="xla"), (b, n, h, d), (b, m, h, d), (b, m, h, d)
@@ -105,17 +102,15 @@ def test_a_device_s_part_counts_for_all_devices():
 
 
 def test_collectives_of_a_loop_count_as_often_as_it_runs():
-  """Weights split over 8 devices and gathered one after the other: 8 * 8 * 4 bytes each."""
+  """Weights are split over 8 devices and gathered one after the other: 8 * 8 * 4 bytes each."""
   mesh = sharding.make_mesh(config_file.ConfigDict({"data": 1, "fsdp": 8, "tensor": 1}))
   split, whole = jax.NamedSharding(mesh, jax.P(None, None, "fsdp")), sharding.replicated(mesh)
 
   def run(w, x):
-    step = lambda x, w: (
-      jax.lax.with_sharding_constraint(
-        jnp.tanh(x @ jax.lax.with_sharding_constraint(w, whole)), whole
-      ),
-      None,
-    )  # noqa: E731
+    def step(x, w):
+      product = x @ jax.lax.with_sharding_constraint(w, whole)
+      return jax.lax.with_sharding_constraint(jnp.tanh(product), whole), None
+
     return jax.lax.scan(step, x, w)[0]
 
   arguments = (
@@ -128,8 +123,9 @@ def test_collectives_of_a_loop_count_as_often_as_it_runs():
 
 
 def test_a_loop_whose_length_is_an_argument_counts_its_turns():
-  """...as the caller says; without that once, and the count says so. A loop inside it whose length
-  nobody knows does not take the turns of the outer one.
+  """The caller gives the number of turns; by default it is 1, and the result says so.
+
+  A loop inside it whose length is unknown does not get the turns of the outer loop.
   """
 
   def outer(x, w, stop):
@@ -155,7 +151,7 @@ def test_a_loop_whose_length_is_an_argument_counts_its_turns():
 
 
 def test_collectives_of_a_loop_whose_length_is_an_argument():
-  """The compiled text doesn't say how often it runs."""
+  """The compiled text does not say how often the loop runs."""
   mesh = sharding.make_mesh(config_file.ConfigDict({"data": 1, "fsdp": 8, "tensor": 1}))
   split, whole = jax.NamedSharding(mesh, jax.P(None, None, "fsdp")), sharding.replicated(mesh)
 
@@ -180,24 +176,29 @@ def test_collectives_of_a_loop_whose_length_is_an_argument():
 
 TPU_TEXT = """
 %fused (p: bf16[4,8]) -> bf16[4,8] {
-  %all-gather.7 = bf16[4,16] all-gather(%p), channel_id=9, backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
+  %all-gather.7 = bf16[4,16] all-gather(%p), channel_id=9, \
+backend_config={"async_collective_fusion_config":{"flag_start":"2"}}
   ROOT %all-reduce.9 = bf16[4,8]{1,0} all-reduce(%p), to_apply=%add
 }
 
 %started (p.1: bf16[4,8]) -> bf16[4,8] {
-  %all-gather.8 = bf16[4,16] all-gather(%p.1), channel_id=9, backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
+  %all-gather.8 = bf16[4,16] all-gather(%p.1), channel_id=9, \
+backend_config={"async_collective_fusion_config":{"flag_start":"-1"}}
 }
 
 %body (param: (s32[], bf16[4,8])) -> (s32[], bf16[4,8]) {
   %x = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%param), index=1
-  %all-gather.1 = bf16[4,32]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=3, metadata={op_name="jit(f)/dot_general"}
-  %fusion.1 = bf16[4,8]{1,0} fusion(%all-gather.1), kind=kOutput, calls=%fused, backend_config={"estimated_cycles":"100"}
+  %all-gather.1 = bf16[4,32]{1,0:T(8,128)(2,1)} all-gather(%x), channel_id=3, \
+metadata={op_name="jit(f)/dot_general"}
+  %fusion.1 = bf16[4,8]{1,0} fusion(%all-gather.1), kind=kOutput, calls=%fused, \
+backend_config={"estimated_cycles":"100"}
 }
 
 %all-reduce-scatter.4.clone (input.1: f32[16,8]) -> f32[2,8] {
   %input.1 = f32[16,8]{1,0:T(8,128)} parameter(0)
   %all-reduce.5 = f32[16,8]{1,0:T(8,128)} all-reduce(%input.1), channel_id=4, to_apply=%add
-  ROOT %dynamic-slice.1 = f32[2,8]{1,0} dynamic-slice(%all-reduce.5, %i, %zero), dynamic_slice_sizes={2,8}
+  ROOT %dynamic-slice.1 = f32[2,8]{1,0} dynamic-slice(%all-reduce.5, %i, %zero), \
+dynamic_slice_sizes={2,8}
 }
 
 %condition (param.1: (s32[], bf16[4,8])) -> pred[] {
@@ -235,9 +236,10 @@ def test_text_with_a_loop_whose_length_is_an_argument():
   assert (once.cycles, once.unknown) == (100 + 30 + 7, 1)
   assert (seven.cycles, seven.unknown) == (7 * 100 + 30 + 7, 0)
   assert [c.times for c in seven.collectives] == [7, 7, 1, 1]
+  # A loop within the loop: its body of 30 cycles counts once in each turn.
   again = DYNAMIC_TEXT.replace(
     "  %fusion.1 =", "  %while.2 = s32[] while(%x), condition=%condition, body=%dear\n  %fusion.1 ="
-  )  # a loop in the loop: its body, of 30 cycles, once each time
+  )
   nested = hlo.summary(again, 7)
   assert (nested.cycles, nested.unknown) == (7 * (100 + 30) + 30 + 7, 1)
 
@@ -257,14 +259,10 @@ def test_text_of_the_tpu_compiler():
     "jit(f)/dot_general",
   )
   assert (reduce.opcode, reduce.moved) == ("all-reduce", 2 * 4 * 8 * 2 * 16)
-  assert (scatter.opcode, scatter.moved) == (
-    "reduce-scatter",
-    16 * 8 * 4,
-  )  # each device keeps 2 rows of the sum
-  assert (in_parts.bytes, in_parts.times) == (
-    4 * 16 * 2,
-    1,
-  )  # of one collective that several fusions do, its start alone
+  # Each device keeps 2 rows of the sum.
+  assert (scatter.opcode, scatter.moved) == ("reduce-scatter", 16 * 8 * 4)
+  # Of one collective that several fusions share, only the start counts.
+  assert (in_parts.bytes, in_parts.times) == (4 * 16 * 2, 1)
 
 
 @pytest.mark.parametrize(
@@ -287,9 +285,7 @@ def test_text_of_the_tpu_compiler():
   ],
 )
 def test_bytes_of_a_collective(line, moved):
-  """What a device sends on a ring, from the shapes: XLA's own forms of one and of several
-  arrays.
-  """
+  """Bytes that a device sends on a ring, from the shapes of one or of several arrays."""
   head = "ENTRY %main (p: f32[4,8], r: f32[32,8]) -> f32[4,8] {\n"
   inputs = "  %p = f32[4,8] parameter(0)\n  %r = f32[32,8] parameter(1)\n"
   (found,) = hlo.summary(f"{head}{inputs}  %c = {line}\n}}").collectives
@@ -319,7 +315,7 @@ backend_config={"known_trip_count":{"n":"16"},"known_init_step":{"init":"0","ste
 
 
 def test_a_gpu_s_text_is_read_without_cycles():
-  """As XLA writes for GPUs: a gather of 4 x 32 bf16 and a product, 16 times; no cycles."""
+  """In XLA's text for GPUs: 16 times a gather of 4 x 32 bf16 and a product, without cycles."""
   read = hlo.summary(GPU_TEXT)
   (gather,) = read.collectives
   assert (gather.opcode, gather.bytes, gather.times) == ("all-gather", 4 * 32 * 2, 16)
@@ -327,7 +323,7 @@ def test_a_gpu_s_text_is_read_without_cycles():
 
 
 def test_a_gpu_takes_the_branch_for_cuda():
-  """2 * 4 * 8 * 16 FLOPs of a product on CUDA, twice that elsewhere."""
+  """A product has 2 * 4 * 8 * 16 FLOPs on CUDA, and twice that elsewhere."""
   a, b = jnp.ones((4, 8)), jnp.ones((8, 16))
   once, twice = (lambda a, b: a @ b), (lambda a, b: a @ b + a @ (2 * b))
 

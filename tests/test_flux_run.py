@@ -1,5 +1,6 @@
-"""FLUX through the whole loop: a short run with stacked, rematerialised and sharded blocks, and its
-export.
+"""FLUX through the whole loop, and its export.
+
+A short run with stacked, rematerialised and sharded blocks.
 """
 
 import json
@@ -17,8 +18,9 @@ from dancegrpo_jax.devices import sharding
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """Two iterations on 4 x 2 devices; the blocks' kernels are split along their last axis. (config,
-  workdir).
+  """(config, workdir) after two iterations on 4 x 2 devices.
+
+  The blocks' kernels are split along their last axis.
   """
   folder = write_flux(tmp_path_factory.mktemp("flux") / "base")
   config = tiny_config(

@@ -1,5 +1,6 @@
-"""Where parameters, optimizer and averages lie at full size: a change of rules, names or shapes
-shows as a difference here.
+"""Sharding of parameters, optimizer state and averages at full size.
+
+A change of rules, names or shapes appears as a difference here.
 """
 
 import difflib
@@ -22,7 +23,7 @@ def test_specs_are_the_golden_ones(name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_optimizer_lies_where_its_parameters_do(name):
-  """...and nothing that is trained, of a megabyte or more, is whole on every device."""
+  """Nor is any trained array of a megabyte or more whole on every device."""
   golden = (GOLDEN / f"specs_{name}.txt").read_text().splitlines()
   prefix = "lora" if "lora" in name else "denoiser"
   trained = {

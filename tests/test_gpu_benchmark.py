@@ -36,8 +36,8 @@ from dancegrpo_jax.assembly import loading, reward_builders  # noqa: E402
 from dancegrpo_jax.checkpoints import weights  # noqa: E402
 from dancegrpo_jax.data import prompts  # noqa: E402
 from dancegrpo_jax.devices import sharding  # noqa: E402
-from dancegrpo_jax.plan import inventory, planning  # noqa: E402
-from dancegrpo_jax.settings import checks, config_file  # noqa: E402
+from dancegrpo_jax.plan import inventory  # noqa: E402
+from dancegrpo_jax.settings import checks, config_file, geometry  # noqa: E402
 from dancegrpo_jax.types import Example  # noqa: E402
 
 
@@ -341,9 +341,8 @@ def test_the_cut_recipes_are_sound_and_of_full_size(model, tmp_path):
     config.rollout.chunk == full.rollout.chunk
     and config.optimizer.microbatch == full.optimizer.microbatch
   )
-  assert "x 4 of " in planning.geometry(
-    config, 1
-  ) and "in 2 optimizer steps of 2 microbatches" in planning.geometry(config, 1)
+  batches = geometry.of(config)
+  assert (batches.trained_steps, batches.updates, batches.microbatches) == (4, 2, 2)
   pipeline, rewards = loading.build_pipeline(config), reward_builders.build_rewards(config)
   tokens = jax.tree.leaves(pipeline.prepare([Example(0, "a cat")]))
   assert {x.shape[1] for x in tokens} == ({77} if model == "sd" else {77, 512})

@@ -1,5 +1,6 @@
-"""HPDv2's prompts: generation from a small fixture (its texts written for this test), and as a
-source of training prompts.
+"""HPDv2's prompts: their generation from a small fixture, and their use for training.
+
+The fixture's texts were written for this test.
 """
 
 import sys

@@ -1,5 +1,6 @@
-"""Finding a checkpoint's files: local folders, the cache, the hub (never reached here), and what is
-said without them.
+"""Finding a checkpoint's files: local folders, the cache, and the hub, which is never reached.
+
+Also the messages where files are missing.
 """
 
 import fnmatch
@@ -25,12 +26,20 @@ from dancegrpo_jax.rewards import clip
 
 LAYOUT = stable_diffusion.FAMILY.layout
 NAME = "nobody/no-such-model"
-# The weight files of CompVis/stable-diffusion-v1-4's unet, of a sharded one, and of a text encoder
-UNET = ["diffusion_pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors",
-        "diffusion_pytorch_model.non_ema.safetensors", "diffusion_pytorch_model.fp16.bin"]  # fmt: skip
-SHARDED = ["diffusion_pytorch_model-00001-of-00002.safetensors", "diffusion_pytorch_model.safetensors.index.json",
-           "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
-           "diffusion_pytorch_model.safetensors.index.fp16.json"]  # fmt: skip
+# Weight files: of CompVis/stable-diffusion-v1-4's unet, of a sharded unet, and of a text encoder.
+UNET = [
+  "diffusion_pytorch_model.bin",
+  "diffusion_pytorch_model.safetensors",
+  "diffusion_pytorch_model.fp16.safetensors",
+  "diffusion_pytorch_model.non_ema.safetensors",
+  "diffusion_pytorch_model.fp16.bin",
+]
+SHARDED = [
+  "diffusion_pytorch_model-00001-of-00002.safetensors",
+  "diffusion_pytorch_model.safetensors.index.json",
+  "diffusion_pytorch_model.fp16-00001-of-00002.safetensors",
+  "diffusion_pytorch_model.safetensors.index.fp16.json",
+]
 
 
 def fetched(files: list[str], variant: str = "") -> list[str]:
@@ -101,7 +110,7 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
 
 
 def test_offline_and_not_cached(monkeypatch):
-  """Before any weights are looked at: how to get it, what is accepted, one line."""
+  """One line, before any weights are read: how to get the files, and what is accepted."""
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
   with pytest.raises(ConfigError) as caught:
     hub.folder("model.checkpoint", NAME, LAYOUT)
@@ -137,8 +146,9 @@ def test_the_build_says_so(tiny_models):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-  """An empty Hugging Face cache; returns a function that puts a folder's files in it as a
-  snapshot.
+  """An empty Hugging Face cache.
+
+  Returns a function that puts a folder's files into it as a snapshot.
   """
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
   repository, commit = tmp_path / "cache" / ("models--" + NAME.replace("/", "--")), "0" * 40
@@ -159,8 +169,9 @@ def test_a_cached_one_is_used_offline(tiny_models, cache):
 
 
 def test_half_a_download_is_completed(tiny_models, cache, monkeypatch):
-  """A snapshot without its weights isn't taken; the full files are asked for, then those in half
-  precision.
+  """A snapshot without its weights is not accepted.
+
+  The full files are requested first, then those in half precision.
   """
   snapshot, asked = cache(tiny_models.model, "*.safetensors"), []
   real = huggingface_hub.snapshot_download
@@ -195,8 +206,9 @@ def test_a_gated_one(cache, monkeypatch):
 
 
 def test_random_weights(tiny_models):
-  """From JSON files alone; a function of the path, whatever the devices; no parameter is
-  degenerate.
+  """They come from JSON files alone and depend on the path, but not on the devices.
+
+  No parameter is degenerate.
   """
   config = tiny_config(tiny_models, model__checkpoint=f"{RANDOM}{ROOT / 'assets' / 'random-sd'}")
   component = loading.build_pipeline(config).components["denoiser"]
@@ -204,8 +216,13 @@ def test_random_weights(tiny_models):
   first = components.read_component(
     loading.model_location(config), component, jax.NamedSharding(mesh, jax.P())
   )
-  split = jax.tree.map(lambda x: jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 1), "fsdp")) if x.shape[-1] % 8 == 0
-                       else jax.NamedSharding(mesh, jax.P()), component.abstract)  # fmt: skip
+
+  def split_last_axis(x):
+    divisible = x.shape[-1] % 8 == 0
+    axes = [None] * (x.ndim - 1) + ["fsdp"] if divisible else []
+    return jax.NamedSharding(mesh, jax.P(*axes))
+
+  split = jax.tree.map(split_last_axis, component.abstract)
   again = weights.draw(component.abstract, split, table=component.table)
   for (path, a), b in zip(
     jax.tree_util.tree_leaves_with_path(first), jax.tree.leaves(again), strict=True
@@ -218,7 +235,10 @@ def test_random_weights(tiny_models):
 
 
 def test_random_weights_of_stacked_blocks():
-  """As wide as those of single ones, or what passes through a deep network would vanish."""
+  """Their deviation is that of single blocks.
+
+  Otherwise what passes through a deep network would vanish.
+  """
   shape = jax.ShapeDtypeStruct
   tree = {
     "blocks": {

@@ -1,4 +1,4 @@
-"""Files that come with the package, looked up from any folder: the user's own first."""
+"""Files of the package are found from any folder, but the user's files take precedence."""
 
 from pathlib import Path
 
@@ -31,9 +31,7 @@ def test_the_users_own_file_counts_first(elsewhere):
 
 
 def test_only_what_comes_with_the_package_is_looked_up_there():
-  """Else `out/model` would mean a folder of the checkout that an editable installation points
-  to.
-  """
+  """Otherwise `out/model` would mean a folder of the checkout in an editable installation."""
   for path in ("README.md", "tests/conftest.py", "", "assets/no-such", installation.ROOT / "no"):
     assert installation.places(path) in ([], [Path()])
     assert installation.find(path) == Path(path)
@@ -45,7 +43,7 @@ def test_in_the_root_itself_a_file_is_there_once(monkeypatch):
 
 
 def test_configs_values_find_it():
-  """Prompts, checkpoints with and without weights, and adapters."""
+  """Prompts, checkpoints with and without weights, and adapters are found."""
   assert len(prompts.read_prompts(PROMPTS)) == 16
   layout = Layout({"unet": "unet/config.json"}, {"tokenizer": "clip"}, ("unet",))
   assert hub.folder("x", "assets/emoji-sd", layout) == installation.ROOT / "assets/emoji-sd"

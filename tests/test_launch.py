@@ -1,8 +1,8 @@
-"""The launch scripts, with stand-ins for gcloud, xpk, kubectl, git and Slurm that only write down
-how they were called.
+"""The launch scripts, with stand-ins for gcloud, xpk, kubectl, git and Slurm.
 
-No cloud is ever asked. What the tests can't show is that a TPU or a cluster takes these commands;
-the flags are held against the real tools' --help where those are installed.
+The stand-ins only record how they were called, and no cloud is contacted. The tests cannot show
+that a TPU or a cluster accepts these commands; flags are compared with the real tools' --help where
+the tools are installed.
 """
 
 import json
@@ -53,7 +53,10 @@ SETUP = (
 
 @pytest.fixture
 def launch(tmp_path):
-  """`(script, *words, VARIABLE=value) -> (finished process, calls)`, each call a list of words."""
+  """`(script, *words, VARIABLE=value) -> (finished process, calls)`.
+
+  Each call is a list of words.
+  """
   folder = tmp_path / "bin"
   folder.mkdir()
   for tool in TOOLS:
@@ -333,7 +336,7 @@ def test_dry_run_prints_the_same_commands_and_runs_none(launch, name):
     words = subprocess.run(
       ["bash", "-c", f"printf '%s\\0' {line}"], capture_output=True, text=True, check=True
     ).stdout
-    assert words.split("\0")[:-1] == command  # what a shell makes of the pasted line
+    assert words.split("\0")[:-1] == command  # how a shell reads the pasted line
 
 
 @pytest.mark.parametrize("script", ["tpu_vm.sh", "gke_xpk.sh", "slurm.sh"])
@@ -377,7 +380,7 @@ def test_an_accelerator_without_a_size(launch):
 
 
 def examples() -> list:
-  """(script, CONFIG, devices, flags of main) of each run that docs/clusters.md starts."""
+  """(script, CONFIG, devices, flags of main) of all runs that docs/clusters.md starts."""
   found, page = [], (ROOT / "docs" / "clusters.md").read_text()
   for block in re.findall(r"^```bash\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
     for script, words in re.findall(r"launch/(\w+)\.sh run *([^#\n]*)", block):
@@ -394,7 +397,7 @@ def test_there_is_an_example_of_each_script():
 
 @pytest.mark.parametrize("config, devices, words", examples())
 def test_examples_are_sound_on_their_devices(config, devices, words):
-  """As main would find before it loads anything."""
+  """The checks that main makes before it loads anything."""
   overrides = [word.removeprefix("--config.") for word in words]
   checks.validate(
     config_file.load(str(ROOT / config), overrides), num_devices=devices, num_examples=400
@@ -402,7 +405,7 @@ def test_examples_are_sound_on_their_devices(config, devices, words):
 
 
 def on_host(launch, home: Path, *words: str) -> subprocess.CompletedProcess:
-  """Does in `home` what the script asks a host to do; ends when that shell ends, as ssh does."""
+  """Runs in `home` what the script asks a host to do. Ends when the shell ends, as ssh does."""
   _, calls = launch("tpu_vm.sh", *words)
   (command,) = [
     word.removeprefix("--command=") for word in calls[-1] if word.startswith("--command=")
@@ -413,9 +416,7 @@ def on_host(launch, home: Path, *words: str) -> subprocess.CompletedProcess:
 
 
 def test_a_run_on_a_host(launch, tmp_path):
-  """Starts in the background with its flags unharmed, isn't started twice, and is told to stop by
-  SIGTERM.
-  """
+  """It starts in the background with unchanged flags, never twice, and SIGTERM stops it."""
   folder = tmp_path / "host" / "dancegrpo_jax"
   python = folder / ".venv" / "bin" / "python"
   python.parent.mkdir(parents=True)
@@ -465,7 +466,7 @@ def test_options_of_the_shell():
 
 
 def asked(tool: str) -> dict[tuple[str, ...], set[str]]:
-  """Subcommand -> the flags that the scripts give it, over all cases."""
+  """Subcommand -> the flags that the scripts pass to it, over all cases."""
   flags: dict[tuple[str, ...], set[str]] = {}
   for _, _, _, calls in CASES.values():
     for call in calls:
@@ -485,8 +486,9 @@ CLIENTS = ("gcloud", "kubectl", "xpk", "sbatch")
   "tool, words", [(tool, words) for tool in CLIENTS for words in asked(tool)]
 )
 def test_flags_are_the_tools_own(tool, words):
-  """Against the real tool's help. gcloud keeps the flags that all its commands share on a page of
-  their own.
+  """The flags are in the real tool's help.
+
+  gcloud documents the flags of all its commands on a separate page.
   """
   if shutil.which(tool) is None:
     pytest.skip(f"{tool} is not installed")

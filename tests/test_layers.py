@@ -1,6 +1,4 @@
-"""The convolution's own forms and backward pass against JAX's plain one and its derivative, alone
-and in a scan.
-"""
+"""The convolution's forms and backward pass against JAX's, alone and in a scan."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +7,8 @@ import pytest
 
 from dancegrpo_jax.models.layers import _product, _upright, convolve
 
-CASES = [  # stride, padding, kernel, input height and width
+# Stride, padding, kernel, input height and width.
+CASES = [
   (1, ((1, 1), (1, 1)), 3, (8, 8)),
   (1, ((0, 0), (0, 0)), 3, (7, 5)),
   (1, ((2, 1), (0, 3)), 3, (6, 7)),
@@ -43,7 +42,7 @@ def test_gradients_of_a_convolution(stride, padding, size, space):
 @pytest.mark.parametrize("form", [_product, _upright])
 @pytest.mark.parametrize("padding, size, space", [case[1:] for case in CASES if case[0] == 1])
 def test_convolution_as_a_product(padding, size, space, form):
-  """The forms for TPUs and their derivatives, which no test reaches on a CPU otherwise."""
+  """The forms for TPUs and their derivatives, which other tests do not reach on a CPU."""
   rng = np.random.default_rng(2)
   x = jnp.asarray(rng.standard_normal((3, *space, 5)), jnp.float32)
   kernel = jnp.asarray(rng.standard_normal((size, size, 5, 4)), jnp.float32)
@@ -65,9 +64,7 @@ FORMS = [
 
 @pytest.mark.parametrize("channels, side, stride, kernel", FORMS)
 def test_the_form_for_tpus(channels, side, stride, kernel):
-  """A program for a TPU holds a whole convolution only where a product is no better, or its copies
-  too large.
-  """
+  """TPU programs keep a convolution only where a product is no better or needs too large copies."""
 
   def gradient(x, kernel):
     return jax.grad(lambda x, kernel: convolve(x, kernel, stride, ((1, 1), (1, 1))).sum(), (0, 1))(
@@ -87,7 +84,7 @@ def test_the_form_for_tpus(channels, side, stride, kernel):
 
 
 def test_gradients_in_a_scan():
-  """Where it is used: a loop over microbatches, float32 and bfloat16."""
+  """As in training: a loop over microbatches, in float32 and bfloat16."""
   rng = np.random.default_rng(1)
   x = rng.standard_normal((2, 4, 8, 8, 3)).astype(np.float32)
   kernel = rng.standard_normal((3, 3, 3, 3)).astype(np.float32) / 5

@@ -167,7 +167,7 @@ POLICY = dg.Policy(kind="dance", noise_level=0.5, prediction="velocity", steps=4
 def draw(policy=POLICY, schedule=GRID, samples=6) -> dg.Rollout:
   initial = jax.random.normal(jax.random.key(0), (samples, 2))
   return dg.rollout(
-    denoise=lambda x, time: -x,
+    network_output=lambda x, time: -x,
     schedule=schedule,
     policy=policy,
     start=0,

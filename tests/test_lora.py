@@ -1,5 +1,7 @@
-"""Adapters in the layers: nothing changes at the start, then it is W + (alpha / rank) A B, and they
-alone have gradients.
+"""Adapters in the layers.
+
+At the start they change nothing; then the kernel is W + (alpha / rank) A B. Only they have
+gradients.
 """
 
 import re
@@ -17,7 +19,7 @@ TARGETS = r".*attn.*/(to_(q|k|v|out_0)|add_[qkv]_proj|to_add_out)/kernel"
 
 
 def batch(network) -> tuple:
-  """Three rows of what the network is called with: their tokens are no width of a layer."""
+  """Three rows of the network's inputs; their number of tokens differs from every layer's width."""
   rng = np.random.default_rng(5)
 
   def normal(*shape) -> jax.Array:
@@ -43,7 +45,7 @@ def build(kind: str, dtype: str = "float32", **options) -> tuple:
 
 
 def apply(network, params, adapters, settings, arguments):
-  """The compiled network, as pipelines call it; adapters None = without the collection."""
+  """Applies the compiled network, as pipelines call it. None stands for no adapters."""
   trees = {"denoiser": params} | ({} if adapters is None else {"lora": adapters})
   return jax.jit(lambda trees: network.apply(lora.variables(trees, settings), *arguments))(trees)
 
@@ -84,11 +86,9 @@ def test_adapters_are_a_change_of_the_kernels(kind, options):
 
 
 def test_stacked_adapters_are_those_of_single_blocks():
-  """FLUX's scanned and looped forms, the same factors in both."""
-  (loop, params, arguments, settings), (scan, stacked, *_) = (
-    build("flux"),
-    build("flux", scan_blocks=True),
-  )
+  """FLUX's scanned and looped forms, with the same factors in both."""
+  loop, params, arguments, settings = build("flux")
+  scan, stacked, *_ = build("flux", scan_blocks=True)
   adapters = draw(lora.abstract(stacked, settings), seed=2)
   assert adapters["transformer_blocks"]["attn"]["to_q"]["a"].shape == (2, 16, 4)
 
@@ -113,8 +113,9 @@ def test_stacked_adapters_are_those_of_single_blocks():
 
 @pytest.mark.parametrize("kind, options", [FORMS[0], FORMS[2]])
 def test_the_base_has_no_gradient(kind, options):
-  """No product of the compiled gradient has a kernel's shape, W + A B's among them; with the base's
-  gradient there are some.
+  """No product of the compiled gradient has the shape of a kernel, nor of W + A B.
+
+  With a gradient of the base some products have it.
   """
   network, params, arguments, settings = build(kind, **options)
   adapters = draw(lora.abstract(params, settings), seed=2)
@@ -145,7 +146,7 @@ def test_the_base_has_no_gradient(kind, options):
 
 
 def test_new_factors_are_pefts():
-  """A in +- 1 / sqrt(in), different for every layer and seed; B = 0."""
+  """A is within +- 1 / sqrt(in), different for every layer and seed; B is 0."""
   _, params, _, settings = build("unet")
   first, again, other = (
     flatten_dict(lora.init(jax.random.key(k), lora.abstract(params, settings)), sep="/")

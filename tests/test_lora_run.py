@@ -1,5 +1,6 @@
-"""LoRA through whole runs: what is trained, saved and averaged, what stays, and what the KL penalty
-holds to.
+"""LoRA through whole runs.
+
+What is trained, saved and averaged; what does not change; and the reference of the KL penalty.
 """
 
 import json
@@ -36,7 +37,7 @@ LORA = {
 
 
 def flux_config(folder, **changes):
-  """A run with stacked, rematerialised blocks and adapters that are split over the devices."""
+  """A run with stacked, rematerialised blocks and adapters that are split over devices."""
   values = {
     "model__family": "flux",
     "model__checkpoint": str(folder),
@@ -64,7 +65,7 @@ def flux_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["sd", "flux"])
 def run(request, tiny_models, flux_folder, tmp_path_factory):
-  """Two iterations with a KL penalty and an average: (config, workdir)."""
+  """(config, workdir) after two iterations with a KL penalty and averaged weights."""
   changes = {"objective__kl__weight": 0.1}
   if request.param == "sd":
     config = tiny_config(tiny_models, **LORA, **changes)
@@ -104,9 +105,8 @@ def test_only_adapters_are_trained_saved_and_averaged(run):
   ) == len(fields["trainable"])
   assert all("/lora/" in path and path.endswith(("/a", "/b")) for path in adapters)
   moments = [path for path in fields["opt_state"] if path.endswith(("/a", "/b"))]
-  assert (
-    len(moments) == 2 * len(adapters) and len(fields["opt_state"]) - len(moments) <= 2
-  )  # and counters
+  # Beside the moments there are only counters.
+  assert len(moments) == 2 * len(adapters) and len(fields["opt_state"]) - len(moments) <= 2
   assert "denoiser" not in json.dumps(fields)
 
 
@@ -135,7 +135,7 @@ def test_sampling_with_the_checkpoint(run):
   ],
 )
 def test_a_checkpoint_of_other_adapters(run, changes, message):
-  """Another alpha fits the arrays, but would change the model."""
+  """Adapters with another alpha have the same shapes, but make another model."""
   config = run[0].copy_and_resolve_references()
   with config.unlocked():
     for key, value in changes.items():
@@ -145,15 +145,22 @@ def test_a_checkpoint_of_other_adapters(run, changes, message):
 
 
 def test_every_kl_mode_holds_to_the_base(flux_folder):
-  """The first update finds adapters that are the base: KL 0. From there it is more, and its
-  gradient counts.
+  """The first update starts from adapters that equal the base, with KL 0.
+
+  From then on the KL is positive, and its gradient counts.
   """
-  config = flux_config(flux_folder, optimizer__updates_per_iteration=1, optimizer__microbatch=16, mesh__data=1, mesh__fsdp=1,
-    mesh__rules=((".*", ()),), model__remat=False, sampler__steps=2)  # fmt: skip
-  pipeline, mesh = (
-    loading.build_pipeline(config),
-    sharding.make_mesh(config.mesh, jax.devices()[:1]),
+  config = flux_config(
+    flux_folder,
+    optimizer__updates_per_iteration=1,
+    optimizer__microbatch=16,
+    mesh__data=1,
+    mesh__fsdp=1,
+    mesh__rules=((".*", ()),),
+    model__remat=False,
+    sampler__steps=2,
   )
+  pipeline = loading.build_pipeline(config)
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
   with jax.set_mesh(mesh):
     model = loading.load(config, pipeline, {}, mesh)
     shardings = loading.state_shardings(config, model, 8, mesh)

@@ -1,5 +1,6 @@
-"""The command line: every mistake is answered with lines that say what to do, exit code 2, and
-nothing written.
+"""The command line: each mistake is answered with a remedy and exit code 2.
+
+Nothing is written.
 """
 
 import os
@@ -149,7 +150,7 @@ MISTAKES = {
   ],
 )
 def test_where_nothing_can_be_written_is_found_first(command, flags, capsys):
-  """...and not when all has been computed."""
+  """The command fails before it computes anything."""
   assert command([CONFIG, *flags]) == 2
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith(f"error: {flags[-1]}: /dev/null is not a folder")
@@ -179,7 +180,7 @@ def test_empty_prompts_file(answer, tmp_path, text):
 
 
 def broken(folders, tmp_path, file: str):
-  """A copy of the model and the path of one of its files, which the test breaks."""
+  """A copy of the model, and the path of one of its files, which the test damages."""
   shutil.copytree(folders.model, tmp_path / "model")
   return tmp_path / "model", tmp_path / "model" / file
 
@@ -232,7 +233,7 @@ def test_config_file(capsys, tmp_path, flag, words):
   ],
 )
 def test_as_a_process(tiny_models, tmp_path, changes, extra, word):
-  """As a shell sees it: the exit code, and nothing but the line on stderr."""
+  """As in a shell: the exit code, and only the one line on stderr."""
   command = [
     sys.executable,
     "-m",
@@ -259,7 +260,7 @@ def test_as_a_process(tiny_models, tmp_path, changes, extra, word):
   ],
 )
 def test_a_kernel_that_the_devices_lack_is_found_first(command, flags, tmp_path, capsys):
-  """...and not when a checkpoint has been looked for."""
+  """The command fails before it looks for a checkpoint."""
   chosen = [word.format(tmp_path) for word in flags]
   assert command([CONFIG, "--config.model.attention=cudnn", *chosen]) == 2
   (line,) = capsys.readouterr().err.splitlines()

@@ -1,5 +1,6 @@
-"""The mesh from a config, and sharding rules onto parameters: what is refused must name parameter,
-shape and rule.
+"""The mesh from a config, and sharding rules for parameters.
+
+Error messages must name parameter, shape and rule.
 """
 
 import dataclasses
@@ -103,8 +104,9 @@ def test_batch_and_replicated(mesh):
   "first", [("fsdp", "tensor"), ("tensor", "fsdp"), (None, "tensor"), (("fsdp", "tensor"), None)]
 )
 def test_gradients_of_kernels_over_both_axes(first, second):
-  """Two layers are enough for the partitioner to go wrong by half of the gradient, were samples
-  split over data first.
+  """Were samples split over data first, the partitioner would get half of the gradient wrong.
+
+  Two layers are enough to show it.
   """
   rng = np.random.default_rng(0)
   x, *kernels = (rng.standard_normal((16, 16)).astype(np.float32) / 4 for _ in range(3))
@@ -196,8 +198,9 @@ def test_the_catch_all_may_match_nothing(mesh):
 
 @dataclasses.dataclass
 class FakeTpu:
-  """What JAX's mesh_utils reads of a TPU: a v5e host of 2 x 2 chips; two of them in each of two
-  slices.
+  """The attributes of a TPU that JAX's mesh_utils reads.
+
+  Each v5e host has 2 x 2 chips, and each of two slices has two hosts.
   """
 
   id: int
@@ -235,7 +238,7 @@ def test_a_data_axis_that_slices_cannot_share_is_an_error():
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
 def test_each_row_falls_to_one_process(sizes):
-  """Here to the only one: once each, in order, however often it is copied over the tensor axis."""
+  """Here to the only process: each row once, in order, however often the tensor axis copies it."""
   mesh, value = sharding.make_mesh(axes(*sizes)), np.arange(48.0).reshape(16, 3)
   numbers, parts = sharding.own_shards(jax.device_put(value, sharding.batch_sharding(mesh)))
   np.testing.assert_array_equal(numbers, np.arange(16))
@@ -243,8 +246,9 @@ def test_each_row_falls_to_one_process(sizes):
 
 
 def test_shards_can_be_read_while_the_whole_is(mesh):
-  """By another thread, as host rewards do: lists of shards that both threads make come out short or
-  too long now and then.
+  """Another thread reads shards, as rewards on the host do.
+
+  Lists of shards that both threads make are sometimes too short or too long.
   """
   double = jax.jit(lambda x: 2 * x, out_shardings=sharding.batch_sharding(mesh))
   value = np.arange(48.0, dtype=np.float32).reshape(16, 3)

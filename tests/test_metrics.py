@@ -1,5 +1,6 @@
-"""Metrics on disk are complete, valid and free of duplicates after a resume; the progress line says
-what a person wants.
+"""Metrics on disk are complete, valid, and without duplicates after a resume.
+
+Also the progress line.
 """
 
 import io
@@ -43,7 +44,7 @@ def test_one_row_an_iteration(tmp_path):
 def test_resume_leaves_no_duplicates(tmp_path):
   write(tmp_path, range(5))
   with (tmp_path / "metrics.jsonl").open("a") as file:
-    file.write('{"iteration": 5, "rew')  # killed while it wrote
+    file.write('{"iteration": 5, "rew')  # as if killed while writing
   write(tmp_path, range(3, 6), offset=0.5)
   rows = metrics.read(tmp_path)
   assert [(row["iteration"], row["reward/mean"]) for row in rows] == [
@@ -139,10 +140,9 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
       progress.update(iteration, {"reward/mean": 0.5, "images_per_second": 42.0})
     progress.status("compiling update: 3.2 s")
   lines = stream.getvalue().splitlines()
-  assert lines[0] == "iteration 1/100  reward 0.5000  42.0 images/s  -- left"
-  assert (
-    lines[3] == "iteration 4/100  reward 0.5000  42.0 images/s  55 min 28 s left"
-  )  # 96 x 104/3 s
+  assert lines[0] == "iteration 1/100  reward 0.5000  42.0 samples/s  -- left"
+  # 96 iterations are left, at 104/3 s each.
+  assert lines[3] == "iteration 4/100  reward 0.5000  42.0 samples/s  55 min 28 s left"
   assert lines[4:] == ["compiling update: 3.2 s"]
 
 
@@ -158,7 +158,7 @@ def test_a_bar_on_a_terminal():
     progress.update(1, {"reward/mean": 0.25, "images_per_second": 7.0})
     progress.update(2, {"reward/mean": 0.5, "images_per_second": 7.0})
   text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
-  assert "resumed [bold] at 1" in text and "3/3" in text and "reward 0.5000  7.0 images/s" in text
+  assert "resumed [bold] at 1" in text and "3/3" in text and "reward 0.5000  7.0 samples/s" in text
 
 
 @pytest.mark.parametrize(

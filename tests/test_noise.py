@@ -1,5 +1,6 @@
-"""Promise 2: noise is a function of (seed, iteration, prompt, sample, step), never of the devices
-or of how a batch is cut.
+"""Promise 2: noise depends only on (seed, iteration, prompt, sample, step).
+
+It never depends on devices or on how a batch is divided.
 """
 
 import functools
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from tiny_checkpoint import TOY_SHAPE, Toy, toy_programs
 
-IDS = np.array([5, 0, 7, 2], np.int32)  # of the iteration's 4 prompts; 4 samples each
+IDS = np.array([5, 0, 7, 2], np.int32)  # ids of the iteration's 4 prompts, with 4 samples each
 
 
 @functools.cache
@@ -18,8 +19,9 @@ def toy(devices: int, shared: bool) -> Toy:
 
 
 def draw(devices: int = 1, parts: int = 1, shared: bool = True, iteration: int = 3, ids=IDS):
-  """(latents [states, 16, ...], samples [16, ...]) of one iteration whose 16 samples are drawn in
-  `parts` calls.
+  """(latents [states, 16, ...], samples [16, ...]) of one iteration.
+
+  Its 16 samples are drawn in `parts` calls.
   """
   run = toy(devices, shared)
   with jax.set_mesh(run.mesh):
@@ -41,7 +43,7 @@ def test_devices_and_parts_change_nothing(devices, parts):
 
 
 def test_a_sample_does_not_depend_on_its_neighbours():
-  """A prompt keeps its noise whatever stands beside it; here two prompts change places."""
+  """A prompt keeps its noise when other prompts stand beside it; here two change places."""
   swapped = IDS[[1, 0, 2, 3]]
   before, after = (
     draw(shared=False, ids=ids)[0][0].reshape(4, 4, *TOY_SHAPE) for ids in (IDS, swapped)
@@ -58,7 +60,7 @@ def test_iterations_draw_anew():
 
 
 def test_shared_noise_is_one_start_a_prompt():
-  """All samples of a prompt start from the same latents, and every one goes a way of its own."""
+  """All samples of a prompt start from the same latents and then diverge."""
   groups = draw()[0].reshape(4, 4, 4, *TOY_SHAPE)  # states, prompts, samples
   np.testing.assert_array_equal(groups[0], np.broadcast_to(groups[0][:, :1], groups[0].shape))
   assert len({start.tobytes() for start in groups[0][:, 0]}) == 4

@@ -30,7 +30,7 @@ def test_golden_ratio_and_guard_ratio():
 
 
 def test_guard_is_the_unbiased_log_ratio_times_std():
-  """std (log ratio + m/2), the definition, against the closed form without log-probs."""
+  """The definition, std (log ratio + m/2), against the closed form without log-probs."""
   old_mean, shift, noise = jax.random.normal(jax.random.key(0), (3, 64))
   std, mean = 0.3, old_mean + 0.1 * shift
   x_next = old_mean + std * noise
@@ -69,8 +69,9 @@ def test_gradient_at_ratio_1_is_minus_advantage_times_that_of_the_log_prob():
 
 
 def test_guard_gradient_at_the_old_policy():
-  """d/d mean of the guard log ratio is noise / n: that of the mean log-prob, noise / (n std), times
-  std.
+  """The guard log ratio has the gradient noise / n.
+
+  That is the gradient of the mean log-prob, noise / (n std), times std.
   """
   mean, noise = jax.random.normal(jax.random.key(3), (2, 6))
   gradient = jax.grad(objective.guard_log_ratio)(mean, mean, jnp.float32(0.3), mean + 0.3 * noise)

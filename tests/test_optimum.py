@@ -1,15 +1,15 @@
-"""Where training ends: KL-regularised GRPO on one-dimensional Gaussian data, against the optimum
-that quadrature gives.
+"""KL-regularised GRPO on one-dimensional Gaussian data ends at the optimum, found by quadrature.
 
 Data N(0, 1) has the exact velocity c(sigma) x. The policy is that velocity plus an affine
-correction of each step, the sampler Flow-GRPO's with a = sqrt 2, and every stochastic step is
+correction of each step. The sampler is Flow-GRPO's with a = sqrt 2, and every stochastic step is
 trained. Given x_T, the policy with the largest E[r] - beta sum KL ends in p(x_0 | x_T) exp(r /
 beta) / Z(x_T), with the reference chain's p. Rollout and update are the project's.
 
-Two things keep a trained policy from it. Its steps have the sampler's std, where the tilt of a
-curved reward wants smaller ones: a gap of the order of 1 / steps. And the update differentiates the
-KL of the states that were visited, not what an action does to the KL of later steps: for a linear
-reward later KLs don't depend on the state; for others they have to be in the returns.
+Two effects keep a trained policy from this optimum. First, its steps have the sampler's std,
+although the tilt of a curved reward would need smaller ones; the gap is of the order of 1 / steps.
+Second, the update differentiates the KL at the visited states, but not the effect of an action on
+the KL of later steps. For a linear reward later KLs do not depend on the state; for other rewards
+they have to be in the returns.
 """
 
 import functools
@@ -26,7 +26,7 @@ from dancegrpo_jax.rl.grpo import Batch, Objective
 from dancegrpo_jax.rl.rollout import Policy, distribution, rollout
 
 BETA, LEVEL = 1.0, 2**0.5
-PROMPTS, GROUP, ITERATIONS, RATE = 8, 64, 200, 0.05  # a "prompt" is an x_T, shared by its group
+PROMPTS, GROUP, ITERATIONS, RATE = 8, 64, 200, 0.05  # a "prompt" is an x_T that its group shares
 SAMPLES = PROMPTS * GROUP
 REWARDS = {"linear": lambda x: x, "curved": lambda x: -((x - 1) ** 2)}
 X, X_T = np.linspace(-8, 8, 1601), np.linspace(-5, 5, 101)
@@ -42,7 +42,7 @@ def no_correction(steps: int) -> dict:
 
 
 def velocity(params, x, time, prompt=None):
-  """Exact velocity of N(0, 1) data plus the correction of the step that `time` belongs to."""
+  """Exact velocity of N(0, 1) data plus the correction of the step at `time`."""
   sigma, steps = time[:, None] / 1000, len(params["slope"]) + 1
   i = jnp.round((1 - sigma) * steps).astype(jnp.int32)
   slope, shift = (
@@ -68,12 +68,10 @@ def step_costs(params, policy: Policy, schedule, rolled) -> jax.Array:
 
 @functools.cache
 def train(steps: int, reward: str, costs_in_returns: bool, seed: int = 0) -> dict:
-  """The corrections after training."""
-  policy, schedule, start = (
-    policy_of(steps),
-    schedules.flow_schedule(steps, 1.0),
-    no_correction(steps),
-  )
+  """Trains, and returns the corrections."""
+  policy = policy_of(steps)
+  schedule = schedules.flow_schedule(steps, 1.0)
+  start = no_correction(steps)
   settings = Objective(
     old_log_prob="recompute",
     timesteps="all",
@@ -111,8 +109,9 @@ def train(steps: int, reward: str, costs_in_returns: bool, seed: int = 0) -> dic
 
 
 def compose(steps) -> tuple[float, float, float]:
-  """Affine Gaussian steps (factor, shift, variance) one after the other: (factor, shift, variance)
-  of x_0 given x_T.
+  """Composes affine Gaussian steps (factor, shift, variance).
+
+  Returns (factor, shift, variance) of x_0 given x_T.
   """
   factor, shift, variance = 1.0, 0.0, 0.0
   for a, b, v in steps:
@@ -121,8 +120,9 @@ def compose(steps) -> tuple[float, float, float]:
 
 
 def reference_chain(n: int) -> tuple[float, float, float]:
-  """The uncorrected sampler: dx = (v - eta^2 / 2 score) dt + eta dw with v = c x, score = -(x + (1
-  - sigma) v) / sigma.
+  """The uncorrected sampler.
+
+  dx = (v - eta^2 / 2 score) dt + eta dw with v = c x, score = -(x + (1 - sigma) v) / sigma.
   """
   steps, sigma = [], np.linspace(1, 0, n + 1)
   for i in range(n):
@@ -133,15 +133,14 @@ def reference_chain(n: int) -> tuple[float, float, float]:
 
 
 def policy_chain(params, n: int) -> tuple[float, float, float]:
-  """The trained sampler, as the project draws it: affine in x, so two values of x tell
-  everything.
+  """The trained sampler as the project draws it.
+
+  It is affine in x, so that two values of x determine it.
   """
-  policy, schedule, probe, steps = (
-    policy_of(n),
-    schedules.flow_schedule(n, 1.0),
-    jnp.array([[0.0], [1.0]]),
-    [],
-  )
+  policy = policy_of(n)
+  schedule = schedules.flow_schedule(n, 1.0)
+  probe = jnp.array([[0.0], [1.0]])
+  steps = []
   for i in range(n):
     output = velocity(params, probe, jnp.full(2, schedule.model_time[i]))
     if i < n - 1:
@@ -179,8 +178,9 @@ def test_the_reference_chain_is_the_projects_sampler():
   "steps, reward, costs_in_returns, bound", [(8, "linear", False, 0.02), (20, "curved", True, 0.04)]
 )
 def test_training_ends_at_the_optimum(steps, reward, costs_in_returns, bound):
-  """The bound is a tenth (linear: a twentieth) of the distance at the start; another beta's optimum
-  is far outside it.
+  """The bound is a tenth (linear: a twentieth) of the distance at the start.
+
+  The optimum of another beta is far outside of it.
   """
   trained = densities(policy_chain(train(steps, reward, costs_in_returns), steps))
   assert distance(densities(reference_chain(steps)), optimum(steps, reward, BETA)) > 0.35
@@ -190,8 +190,10 @@ def test_training_ends_at_the_optimum(steps, reward, costs_in_returns, bound):
 
 
 def test_a_penalty_on_visited_states_alone_is_weaker():
-  """With a curved reward the plain update, whose returns know nothing of later KLs, stops
-  elsewhere: a known property, not the aim. The returns of the test above are what tells the two
-    apart."""
+  """With a curved reward the plain update does not end at the optimum.
+
+  Its returns do not include the KL of later steps. This is a known property, not the aim; the
+  returns of the test above make the difference.
+  """
   trained = densities(policy_chain(train(20, "curved", False), 20))
   assert 0.06 < distance(trained, optimum(20, "curved", BETA)) < 0.13

@@ -20,7 +20,7 @@ from dancegrpo_jax.plan.flops import Flops
 GiB = 2**30
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
 # As they stand in issues of jax-ml/jax, openxla/xla, google-deepmind/gemma and others, and as JAX's
-# CPU client says them here: text, bytes wanted, bytes there.
+# CPU client writes them here: text, bytes requested, bytes available.
 TEXTS = {
   "GPU": (
     "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4770354232 bytes.\nBufferAssignment"
@@ -84,11 +84,12 @@ TEXTS = {
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_what_xla_says(name):
-  text, wanted, there = TEXTS[name]
-  found = out_of_memory.shortage(jax.errors.JaxRuntimeError(text))
-  assert found.wanted == (wanted and pytest.approx(wanted))
-  assert found.there == (there and pytest.approx(there))
-  assert found.said and "\n" not in found.said and text.startswith(found.said[:40])
+  text, requested, available = TEXTS[name]
+  shortage = out_of_memory.shortage(jax.errors.JaxRuntimeError(text))
+  assert shortage.requested == (requested and pytest.approx(requested))
+  assert shortage.available == (available and pytest.approx(available))
+  assert shortage.message and "\n" not in shortage.message
+  assert text.startswith(shortage.message[:40])
 
 
 def test_what_the_host_says():
@@ -96,7 +97,7 @@ def test_what_the_host_says():
     bytearray(2**60)  # an exbibyte
   assert out_of_memory.shortage(caught.value) is not None
   numpy = MemoryError("Unable to allocate 128. TiB for an array with shape (17592186044416,)")
-  assert out_of_memory.shortage(numpy).wanted == 128 * 2**40
+  assert out_of_memory.shortage(numpy).requested == 128 * 2**40
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_an_error_that_shows_up_later_has_the_name_of_its_program():
   with pytest.raises(out_of_memory.OutOfMemory) as caught, explained:
     between = first(jnp.ones(1024))
     jax.block_until_ready(second(between))
-  assert caught.value.program == "first" and caught.value.shortage.wanted == 4 * 2**40
+  assert caught.value.program == "first" and caught.value.shortage.requested == 4 * 2**40
   line = str(caught.value)
   assert line.startswith("first ran out of memory: it asked for 4.00 TiB, this machine has ")
   assert line.endswith(left) and "\n" not in line
@@ -252,7 +253,7 @@ def test_an_update_that_is_too_large_leaves_the_last_checkpoint(
 
 def test_plan_reads_the_same_texts():
   """A program that the compiler refuses is a row that says what it needs, beside what is kept."""
-  text, wanted, _ = TEXTS["TPU, compiling"]
+  text, requested, _ = TEXTS["TPU, compiling"]
 
   def refuse(*_):
     raise jax.errors.JaxRuntimeError(text)
@@ -260,5 +261,5 @@ def test_plan_reads_the_same_texts():
   lowered = SimpleNamespace(lower=lambda: SimpleNamespace(compile=refuse))
   call = inventory.Call("update accumulate", SimpleNamespace(trace=lambda *_: lowered), (), 3)
   row = planning.compile_call(call, 1000, Flops(5.0), chips.CHIPS["TPU v5 lite"], 1)
-  assert row.peak == pytest.approx(wanted + 1000)
+  assert row.peak == pytest.approx(requested + 1000)
   assert row.problem.startswith("RESOURCE_EXHAUSTED: XLA:TPU")

@@ -58,7 +58,7 @@ def test_every_program_has_a_row(planned):
   assert "Whether it fits: unknown" in text  # a CPU
   assert f"Not compiled: {', '.join([*SLOW, *SHOWN])}." in text
   assert (
-    "4 prompts x 4 samples = 16 images, in 1 chunks of 16; 16 of them x 3 of 3 steps = 48"
+    "4 prompts x 4 samples = 16 samples, in 1 chunks of 16; 16 of them x 3 of 3 steps = 48"
     " transitions" in text
   )
   assert "1 optimizer steps of 3 microbatches of 16 (8 lanes on 8 devices)" in text
@@ -334,9 +334,8 @@ def test_a_folder_that_is_not_ours_matters_where_it_is_written_to(
   tiny_models, tmp_path, capsys, monkeypatch
 ):
   """Permissions are a stand-in's: root may write anywhere."""
-  monkeypatch.setattr(
-    command_line, "os", SimpleNamespace(access=lambda *_: False, W_OK=2, path=os.path)
-  )
+  system = SimpleNamespace(access=lambda *_: False, W_OK=2, path=os.path)
+  monkeypatch.setattr(command_line, "os", system)
   assert command.main([*flags(tiny_models), "--only=join"]) == 0
   assert (
     command.main(
@@ -385,25 +384,20 @@ def test_times_and_memory_of_a_compiled_program():
   both ways, a reduce-scatter of 512, and a gather of 128 in parts; a kernel at half of the peak."""
   chip = chips.Chip("tiny", 1e12, flops=4000.0, clock=100.0, network=50.0)
   call, counted = inventory.Call("update accumulate", print, (), 3), flops.Flops(8000.0)
-  row = planning.row_of(call, 10000, counted, 6000.0, chip, 2, TPU_TEXT, Allotted())
+  compiled = planning.Compiled(text=TPU_TEXT, memory=Allotted(), kernels=6000.0)
+  row = planning.row_of(call, 10000, counted, compiled, chip, 2)
   moved = 16 * 256 + 16 * 2 * 64 + 512 + 128
   assert row.collective == moved and row.network_seconds == pytest.approx(moved / 50)
   assert row.compute_seconds == pytest.approx(1637 / 100 + 6000 / 2 / 2000)
   assert row.seconds == pytest.approx(row.compute_seconds + row.network_seconds)
   assert row.mfu == pytest.approx(8000 / 2 / 4000 / row.seconds)
-  assert row.peak == 10000 + 1000 + (300 - 200) + 50 + 7 and (row.arguments, row.temporaries) == (
-    1000,
-    50,
-  )
-  assert (
-    planning.row_of(
-      call, 0, counted, 0.0, chip._replace(clock=0.0), 2, TPU_TEXT, Allotted()
-    ).seconds
-    is None
-  )
-  longer = planning.row_of(
-    call._replace(turns=5), 0, counted, 0.0, chip, 2, DYNAMIC_TEXT, Allotted()
-  )  # 5 turns of the loop in the place of 16
+  assert row.peak == 10000 + 1000 + (300 - 200) + 50 + 7
+  assert (row.arguments, row.temporaries) == (1000, 50)
+  compiled = compiled._replace(kernels=0.0)
+  stopped = chip._replace(clock=0.0)
+  assert planning.row_of(call, 0, counted, compiled, stopped, 2).seconds is None
+  compiled = compiled._replace(text=DYNAMIC_TEXT)  # 5 turns of the loop in the place of 16
+  longer = planning.row_of(call._replace(turns=5), 0, counted, compiled, chip, 2)
   assert longer.compute_seconds == pytest.approx((5 * 100 + 37) / 100)
   assert longer.collective == 5 * 256 + 5 * 2 * 64 + 512 + 128 and not longer.uncounted
 
@@ -413,6 +407,31 @@ def test_estimates():
   assert table.iteration_seconds(rows, 10) == 3.0  # the rollout twice, 1.5 s each; the grid not
   assert table.hours(rows) == pytest.approx(22 * 1.5 / 3600)
   assert table.hours([row("x", 1.0)._replace(compute_seconds=None)]) is None
+
+
+def test_the_longest_call_of_an_iteration():
+  """One call of a program, however often an iteration calls it; not of an evaluation, which few
+  iterations have, and not of a program whose time is unknown.
+  """
+  rows = [
+    row("rollout", 1.0)._replace(times=200, compute_seconds=19.0, network_seconds=1.0),
+    row("update accumulate", 1.0)._replace(times=40, compute_seconds=18.0, network_seconds=2.62),
+    row("update step", 1.0)._replace(times=10, compute_seconds=None),
+    row("sample", 1.0)._replace(times=2, compute_seconds=50.0),
+  ]
+  longest = table.longest_call(rows, 10)
+  assert longest.name == "update accumulate" and longest.seconds == 20.62
+  assert table.longest_call(rows[2:], 10) is None
+  plan = {"config": "x", "device": "TPU v5", "devices": 4, "mesh": {"data": 4}, "geometry": "x"}
+  plan |= {"kept": {}, "effort": 0.0, "memory": 2.0, "iterations": 10, "images": 8}
+  plan |= {"programs": [row.name for row in rows]}
+
+  def report(rows):
+    return table.report(table.concluded(plan | {"rows": [row._asdict() for row in rows]}))
+
+  line = "Longest call of an iteration: update accumulate, 20.6 s; SIGTERM waits that long."
+  assert line in report(rows).splitlines()
+  assert "Longest call" not in report(rows[2:])
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""model.matmul_precision reaches every product and convolution of every program, gradients and
-loops included.
+"""model.matmul_precision applies to all products and convolutions of all programs.
+
+Gradients and loops are included.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from dancegrpo_jax.plan import inventory
 
 
 def precisions(jaxpr) -> Counter:
-  """How many products and convolutions ask for which precision, in all loops and branches."""
+  """Counts products and convolutions by requested precision, in all loops and branches."""
   found = Counter()
   for eqn in jaxpr.eqns:
     if eqn.primitive.name in ("dot_general", "conv_general_dilated"):

@@ -1,5 +1,6 @@
-"""Preprocessing of images against PIL, transformers and torch, on sizes that are square, not
-square, larger, smaller and odd.
+"""Preprocessing of images against PIL, transformers and torch.
+
+Sizes are square, not square, larger, smaller and odd.
 """
 
 import jax.numpy as jnp
@@ -48,8 +49,9 @@ def assert_close(
 
 
 def keys(x: np.ndarray, a: float, n: int) -> np.ndarray:
-  """The first axis to n samples by Keys' cubic in float64, widened by the scale where it
-  shrinks.
+  """Resizes the first axis to n samples by Keys' cubic in float64.
+
+  The kernel is widened by the scale where the image shrinks.
   """
   m = len(x)
   scale = m / n
@@ -60,8 +62,9 @@ def keys(x: np.ndarray, a: float, n: int) -> np.ndarray:
 
 
 def test_the_coefficient_is_a_half():
-  """torch with antialiasing and PIL both take a = -0.5; the -0.75 of torch without it would be 100
-  times further off.
+  """torch with antialiasing and PIL both use a = -0.5.
+
+  The value of torch without it, -0.75, would be 100 times further off.
   """
   picture = pictures(61, 100)[0]
   x = picture.astype(np.float32) / 255
@@ -91,8 +94,9 @@ def test_shortest_as_transformers(h, w):
 
 @pytest.mark.parametrize("h, w", SIZES)
 def test_pixels_that_were_never_8_bit(h, w):
-  """Generated pixels are floats, which a reference that goes through files rounds first: the bounds
-  hold all the same.
+  """The bounds also hold for generated pixels, which are floats.
+
+  A reference that goes through files rounds them first.
   """
   images = np.clip(
     pictures(h, w) / 255 + np.random.default_rng(1).uniform(-0.5, 0.5, (2, h, w, 3)) / 255, 0, 1
@@ -118,7 +122,10 @@ def test_shortest_in_floats_as_torch(h, w):
 
 @pytest.mark.parametrize("h, w", SIZES)
 def test_longest_as_hpsv2(h, w):
-  """HPSv2's ResizeMaxSize: tensors, the longest side to 224, zeros around, then normalised."""
+  """HPSv2's ResizeMaxSize on tensors.
+
+  The longest side becomes 224, zeros fill the rest, and all is normalised.
+  """
   images = pictures(h, w).astype(np.float32) / 255
   scale = SIZE / max(h, w)
   nh, nw = round(h * scale), round(w * scale)
@@ -149,7 +156,7 @@ def test_open_clip_paths(h, w):
 
 
 def test_odd_margins_are_rounded_as_each_library_does():
-  """A margin of 3 (227 - 224): transformers starts at 1, torchvision at 2; of 1: both at 0."""
+  """With a margin of 3 (227 - 224) transformers starts at 1, torchvision at 2; with 1 both at 0."""
   x = np.zeros((1, 224, 227, 3), np.float32)
   x[:, :, 1] = 1
   floor, even = (ours(x, p.Preprocessing(224, crop=crop)) for crop in ("floor", "round"))
@@ -161,7 +168,7 @@ def test_odd_margins_are_rounded_as_each_library_does():
 
 
 def test_images_of_the_right_size_pass_untouched():
-  """As the embedded model's: no rounding to 8 bits where nothing is resized."""
+  """As with the shipped model: nothing is rounded to 8 bits where nothing is resized."""
   x = np.random.default_rng(0).random((2, 32, 32, 3), np.float32)
   assert_close(ours(x, p.Preprocessing(32)), normalised(x), 1e-6)
 

@@ -1,5 +1,6 @@
-"""The command that makes the embedded models, on four emoji and three steps a stage: what it writes
-loads, and it resumes.
+"""The command that makes the shipped models, on four emoji and three steps a stage.
+
+Its files can be loaded, and it resumes.
 """
 
 import pathlib
@@ -26,10 +27,10 @@ def command(folder: pathlib.Path, *flags: str) -> int:
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-  """A compilation cache, so that a stage compiles once in this file."""
+  """A compilation cache, so that a stage is compiled only once in this file."""
   names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
   before = {name: getattr(jax.config, name) for name in names}
-  # JAX looks for a folder at the first compilation of a process alone
+  # JAX looks for the folder only at the first compilation of a process.
   compilation_cache.reset_cache()
   for name, value in zip(names, (str(tmp_path_factory.mktemp("cache")), 0.0)):
     jax.config.update(name, value)
@@ -41,7 +42,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, cache):
-  """All stages in one go."""
+  """All stages in one run."""
   whole = emoji.pairs
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
@@ -81,9 +82,9 @@ def test_what_it_writes_loads_in_diffusers_and_transformers(made):
 
 
 def test_it_resumes_where_it_stopped(made, tmp_path):
-  """Two steps, then the third: the weights of three in one go."""
+  """Two steps and then a third give the weights of three steps in one run."""
   work, out = tmp_path / "work", tmp_path / "out"
-  for name in ("emoji-sd/vae", "emoji-clip"):  # what the denoiser's stage reads
+  for name in ("emoji-sd/vae", "emoji-clip"):  # the inputs of the denoiser's stage
     (out / name).parent.mkdir(parents=True, exist_ok=True)
     (out / name).symlink_to(made / "out" / name)
   assert command(tmp_path, "--stage=denoiser", "--config.denoiser.steps=2") == 0

@@ -90,7 +90,7 @@ def test_batches_hold_examples():
 
 
 def test_random_access_is_the_same_in_any_order_and_process():
-  """A resumed run asks for iteration 7 without having asked for 0 to 6."""
+  """A resumed run requests iteration 7 without having requested 0 to 6."""
   whole = prompt_batches(EXAMPLES, 4, seed=3, shuffle=True)
   expected = [ids(whole[i]) for i in range(12)]
   again = prompt_batches(EXAMPLES, 4, seed=3, shuffle=True)
@@ -118,9 +118,8 @@ def test_no_prompt_is_twice_in_a_batch_and_none_is_forgotten():
   assert all(len(set(batch)) == 4 for batch in drawn)
   counts = collections.Counter(sum(drawn, []))
   assert set(counts) == set(range(10))
-  assert (
-    min(counts.values()) > 85 and max(counts.values()) < 155
-  )  # 120 expected, std 5.3 (2 of 10 dropped an epoch)
+  # 120 are expected, with a standard deviation of 5.3 (2 of 10 are dropped in an epoch).
+  assert min(counts.values()) > 85 and max(counts.values()) < 155
 
 
 def test_in_order():

@@ -1,6 +1,4 @@
-"""The remote reward against real server processes on 127.0.0.1: the reference server, and ones that
-misbehave.
-"""
+"""The remote reward against real servers on 127.0.0.1: the reference, and faulty ones."""
 
 import contextlib
 import socket
@@ -23,7 +21,8 @@ import time
 
 def brightness(pixels, prompts, metadata):
   assert pixels.dtype == 'float32' and pixels.shape[-1] == 3
-  return [x.mean() + len(p) + (m or {}).get('bonus', 0) for x, p, m in zip(pixels, prompts, metadata)]
+  samples = zip(pixels, prompts, metadata)
+  return [x.mean() + len(p) + (m or {}).get('bonus', 0) for x, p, m in samples]
 
 def nulls(pixels, prompts, metadata):
   return [None if p == 'bad' else float('nan') if p == 'odd' else 1.0 for p in prompts]
@@ -38,22 +37,33 @@ def short(pixels, prompts, metadata):
   return [1.0]
 """
 
-# Answers what its argument says, byte for byte; "fails first" answers 503 twice and then well;
-# "trickles" never ends.
+# A server that answers with the bytes that its argument names. "fails first" answers twice with 503
+# and then correctly; "trickles" never ends.
 RUDE = """
 import http.server, sys, time
 kind, seen = sys.argv[1], []
 ANSWERS = {
-  'garbage': b'<html>welcome</html>', 'text': b'{"scores": ["1", "2"]}', 'bools': b'{"scores": [true, false]}', 'empty': b'',
-  'infinite': b'{"scores": [Infinity, 2]}', 'other': b'[1, 2]', 'missing': b'{"error": "no"}', 'good': b'{"scores": [1, 2]}',
-  'fails first': b'{"scores": [1, 2]}', 'trickles': b'', 'refuses': b'{"error": "who are you?"}',
+  'garbage': b'<html>welcome</html>',
+  'text': b'{"scores": ["1", "2"]}',
+  'bools': b'{"scores": [true, false]}',
+  'empty': b'',
+  'infinite': b'{"scores": [Infinity, 2]}',
+  'other': b'[1, 2]',
+  'missing': b'{"error": "no"}',
+  'good': b'{"scores": [1, 2]}',
+  'fails first': b'{"scores": [1, 2]}',
+  'trickles': b'',
+  'refuses': b'{"error": "who are you?"}',
 }
 class Handler(http.server.BaseHTTPRequestHandler):
   def do_POST(self):
     self.rfile.read(int(self.headers['Content-Length']))
     seen.append(time.time())
     print('request', flush=True)
-    self.send_response(503 if kind == 'fails first' and len(seen) < 3 else 403 if kind == 'refuses' else 200)
+    if kind == 'fails first' and len(seen) < 3:
+      self.send_response(503)
+    else:
+      self.send_response(403 if kind == 'refuses' else 200)
     self.end_headers()
     self.wfile.write(ANSWERS[kind])
     for _ in range(100 if kind == 'trickles' else 0):
@@ -70,7 +80,7 @@ server.serve_forever()
 
 @contextlib.contextmanager
 def process(*arguments, cwd=None):
-  """(url, process) of a server that says `listening on URL` first; it is ended afterwards."""
+  """(url, process) of a server that prints `listening on URL`; it is ended afterwards."""
   child = subprocess.Popen(
     [sys.executable, *arguments],
     stdout=subprocess.PIPE,
@@ -120,14 +130,14 @@ def ask(reward, prompts=("a", "bb"), pixels=None, metadata=None):
 @pytest.mark.parametrize("format", remote.FORMATS)
 def test_scores_come_back_in_order(tmp_path, format):
   pixels = np.random.default_rng(1).random((3, 8, 6, 3), np.float32)
-  pixels[0] += 2  # above the range: clipped
+  pixels[0] += 2  # above the range, and therefore clipped
   with reference(tmp_path, "brightness") as (url, _):
     scorer = reward(url, format=format)
     scores = ask(scorer, ("a", "a cat", "größer 😀"), pixels, {"bonus": 10})
     again = ask(scorer, ("a",), pixels[1:2])
   expected = np.clip(pixels, 0, 1).mean((1, 2, 3)) + np.array([1, 5, 8]) + 10
   assert scores.dtype == np.float32 and scores.shape == (3,)
-  np.testing.assert_allclose(scores, expected, atol=2e-3)  # 8 bits
+  np.testing.assert_allclose(scores, expected, atol=2e-3)  # pixels are sent in 8 bits
   np.testing.assert_allclose(again, pixels[1].mean() + 1, atol=2e-3)
 
 
@@ -143,9 +153,8 @@ def test_video_goes_as_npz(tmp_path):
 
 def test_single_failures_are_nan_alone(tmp_path):
   pixels = np.full((4, 4, 4, 3), 0.5, np.float32)
-  pixels[3, 0, 0, 0] = (
-    np.nan
-  )  # the generator's own failure: no score, whatever the server says of it
+  # The generator failed here, so there is no score, whatever the server answers.
+  pixels[3, 0, 0, 0] = np.nan
   with reference(tmp_path, "nulls") as (url, _):
     scores = ask(reward(url), ("good", "bad", "odd", "good"), pixels)
   np.testing.assert_array_equal(scores, np.array([1, np.nan, np.nan, np.nan], np.float32))
@@ -191,7 +200,7 @@ def test_a_retry_can_succeed():
   "server", [lambda path: reference(path, "slow"), lambda path: rude("trickles")]
 )
 def test_a_slow_server_times_out(tmp_path, server):
-  """One that doesn't answer, and one that sends a byte now and then for ever."""
+  """One server does not answer, and one sends single bytes forever."""
   with server(tmp_path) as (url, _):
     start = time.monotonic()
     with pytest.raises(remote.RemoteError, match="timed out.*attempts: 2"):
@@ -201,7 +210,7 @@ def test_a_slow_server_times_out(tmp_path, server):
 
 def test_a_server_that_is_not_there():
   with socket.socket() as held:
-    held.bind(("127.0.0.1", 0))  # taken, but nobody listens
+    held.bind(("127.0.0.1", 0))  # the port is taken, but nothing listens
     with pytest.raises(
       remote.RemoteError, match="http://127.0.0.1:.*ConnectionRefusedError.*attempts: 3"
     ):
@@ -220,7 +229,7 @@ def test_a_server_that_dies(tmp_path):
 
 @pytest.mark.parametrize("kind", ["garbage", "text", "bools", "empty", "other", "missing"])
 def test_a_malformed_answer(kind):
-  """It would come again, so it isn't asked for again."""
+  """The answer would be the same again, so that there is no retry."""
   pauses = []
   with rude(kind) as (url, _), pytest.raises(remote.RemoteError, match="the answer is not"):
     ask(reward(url, retries=3, pauses=pauses))

@@ -1,6 +1,4 @@
-"""The report is one valid file that says what the run did; a real browser renders it, wide and
-narrow.
-"""
+"""The report is one valid file about the run, and a real browser renders it, wide and narrow."""
 
 import base64
 import json
@@ -28,8 +26,9 @@ PROMPTS = [
 
 
 def make_run(workdir: Path, iterations=40, prompts=None, size=32, kind="grpo") -> Path:
-  """A workdir as a run leaves it, with made-up numbers: a reward that grows, a failed one, an
-  iteration without ratio.
+  """A workdir with made-up numbers.
+
+  The reward grows; one score failed, and one iteration has no ratio.
   """
   prompts, draw = prompts or PROMPTS, np.random.RandomState(0)
   changes = [f"iterations={iterations}", "name=synthetic", f"objective.kind={kind}"]
@@ -99,7 +98,7 @@ def picture(number, sharpness, draw, size) -> np.ndarray:
 
 
 class Page(HTMLParser):
-  """Counts tags, checks that they nest, collects text and addresses."""
+  """Counts tags, checks their nesting, and collects text and addresses."""
 
   VOID = {"meta", "img", "br", "link", "i/"}
 
@@ -150,7 +149,7 @@ def test_it_shows_prompts_with_base_first(html):
   assert PROMPTS[1] in html.text  # escaped in the file, read back as written
   assert html.text.index("base") < html.text.index("iteration 10") < html.text.index("iteration 40")
   assert html.tags.count("img") == 3 * 5 + 2 * 4
-  assert "failed" in html.text  # the score that is NaN
+  assert "failed" in html.text  # the score is NaN
 
 
 def test_embedded_images_are_the_saved_ones(run, html):
@@ -175,14 +174,14 @@ def test_it_shows_curves_config_and_environment(html):
 
 
 def titles(workdir: Path) -> list[str]:
-  """Of the charts, in the page's order."""
+  """The titles of the charts, in the page's order."""
   return re.findall(
     r'<figure class="chart"><figcaption><b>(.*?)</b>', page.write(workdir).read_text()
   )
 
 
 def test_an_algorithm_shows_what_it_reports(run, tmp_path):
-  """GRPO clips; Flow-DPPO drops, in the same place, and says how far the policy has moved."""
+  """Where GRPO shows clipping, Flow-DPPO shows dropped samples and the distance of the policy."""
   other = make_run(tmp_path / "other", iterations=10, kind="dppo")
   (place,) = [i for i, title in enumerate(titles(run)) if title == "Clipped"]
   assert titles(other)[place : place + 2] == ["Dropped", "Divergence"]
@@ -298,7 +297,7 @@ def test_grid_places_images_and_captions():
     images.grid(pixels, 2, captions=["one", "two", "three"], headers=["left", "right"])
   )
   plain = np.asarray(images.grid(pixels, 2))
-  assert plain.shape == (2 * 96 + 3 * 6, 2 * 96 + 3 * 6, 3)  # enlarged three times, gaps of 6
+  assert plain.shape == (2 * 96 + 3 * 6, 2 * 96 + 3 * 6, 3)  # enlarged three times, with gaps of 6
   assert (
     plain[6, 6, 0] == 51
     and plain[6, 108, 0] == 102
@@ -317,14 +316,16 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BRO
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the path; set CHROMIUM to its binary")
 @pytest.mark.parametrize("width", [1200, 500])
 def test_a_browser_renders_it(run, tmp_path, width):
-  """The html's own layout, as the browser computed it, reaches its title by a copy of the html with
-  one script added.
+  """The browser's layout of the page is read from its title.
+
+  A script, added to a copy of the page, puts it there.
   """
   html = (run / "report.html").read_text()
   probe = """<script>addEventListener("load", () => {
     const images = [...document.images], charts = [...document.querySelectorAll("svg")];
     document.title = JSON.stringify({
-      overflow: document.documentElement.scrollWidth - innerWidth, images: images.length, charts: charts.length,
+      overflow: document.documentElement.scrollWidth - innerWidth,
+      images: images.length, charts: charts.length,
       broken: images.filter(image => !image.complete || !image.naturalWidth).length,
       flat: charts.filter(chart => chart.getBoundingClientRect().height < 80).length,
       lines: document.querySelectorAll("path.line").length,

@@ -1,4 +1,4 @@
-"""Runs that can't fit are refused before weights are read; no device of theirs is needed here."""
+"""Runs that cannot fit are refused before weights are read. Their devices are not needed here."""
 
 import re
 
@@ -18,7 +18,7 @@ GPU = chips.Chip("80 GB", 80e9, 0.0, 0.0, 0.0)
 
 
 def stand_ins(config, count: int) -> jax.sharding.Mesh:
-  """A mesh of as many devices; nothing is put on them, so any may stand in."""
+  """A mesh of so many devices. Nothing is put on them, so any may stand in."""
   devices = np.resize(np.array(jax.devices()), sharding.axis_sizes(config.mesh, count))
   return jax.sharding.Mesh(devices, sharding.AXES)
 
@@ -29,7 +29,7 @@ def described(name: str, *changes: str):
 
 
 def abstract(config, count: int):
-  """(model, state) on as many devices, without weights."""
+  """(model, state) on so many devices, without weights."""
   mesh = stand_ins(config, count)
   model = inventory.outline(config, mesh)
   return model, loading.abstract_state(config, model, mesh, 1)
@@ -45,14 +45,17 @@ def flux():
 
 
 def test_what_full_flux_keeps(flux):
-  """Numbers of parameters as published: 11.90 B trained in float32; of what is in bfloat16
-  T5-XXL's encoder has 4.76 B, CLIP-L's text tower 123 M, the autoencoder 84 M and ViT-H 986 M.
+  """Numbers of parameters are those published.
+
+  Trained in float32: 11.90 B. In bfloat16: T5-XXL's encoder with 4.76 B, CLIP-L's text tower with
+  123 M, the autoencoder with 84 M, and ViT-H with 986 M.
   """
   config = flux
   one = resident.device_bytes(config, *abstract(config, 1))
   assert one["trained weights"] == pytest.approx(4 * 11.90e9, rel=1e-3)
   assert one["optimizer"] == pytest.approx(8 * 11.90e9, rel=1e-3)
-  assert one["gradients"] == one["trained weights"]  # at least: their sum over microbatches
+  # The least are the sums of gradients over microbatches.
+  assert one["gradients"] == one["trained weights"]
   assert one["frozen weights"] == pytest.approx(2 * (4.76e9 + 123.1e6 + 83.8e6), rel=2e-3)
   assert one["rewards"] == pytest.approx(2 * 986.1e6, rel=1e-3)
   assert one["average"] == one["KL reference"] == 0
@@ -85,7 +88,7 @@ def test_adapters_fit_on_one_gpu(monkeypatch):
   monkeypatch.setattr(chips, "chip_of", lambda device: small)
   with pytest.raises(ConfigError, match=r"has 22\.35 .*frozen weights 31\.") as caught:
     require_room(lora, 1)
-  assert "lora.rank" not in str(caught.value)  # it has adapters already
+  assert "lora.rank" not in str(caught.value)  # the config has adapters already
 
 
 def test_one_microbatch_needs_no_sum_and_a_penalty_and_an_average_are_copies(tiny_models):
@@ -104,7 +107,10 @@ def test_one_microbatch_needs_no_sum_and_a_penalty_and_an_average_are_copies(tin
 
 
 def test_train_asks_before_it_reads_weights(tiny_models, tmp_path, monkeypatch, capsys):
-  """Through the command; where nothing is known of the memory, as of a CPU, nothing is asked."""
+  """Through the command.
+
+  Where the size of the memory is unknown, as on a CPU, nothing is checked.
+  """
   tiny = chips.Chip("tiny", 1e6, 0.0, 0.0, 0.0)
   monkeypatch.setattr(chips, "chip_of", lambda device: tiny)
   monkeypatch.setattr(loading, "load", lambda *_, **__: pytest.fail("weights are read"))

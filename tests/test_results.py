@@ -1,5 +1,4 @@
-"""RESULTS.md: each script of benchmarks/ replaces its own section, and leaves everything else byte
-for byte."""
+"""RESULTS.md: each script of benchmarks/ replaces its section and no other byte."""
 
 import contextlib
 import sys
@@ -45,7 +44,7 @@ def test_a_missing_section_is_appended(text, gap):
 
 
 def test_names_are_whole_words():
-  """...and none is a regular expression."""
+  """Nor is a name read as a regular expression."""
   text = "<!-- begin: gpu_2 (x) -->\nkept\n<!-- end: gpu_2 -->\n"
   assert results.replace_section(text, "gpu", "new").startswith(text)
   assert results.replace_section(text, "gp.*", "new").startswith(text)
@@ -87,7 +86,7 @@ def test_a_file_is_made(tmp_path):
 
 @contextlib.contextmanager
 def results_in(file):
-  """A script's section goes into another file."""
+  """Lets a script write its section into another file."""
   write_section = results.write_section
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(results, "write_section", lambda name, body: write_section(name, body, file))
@@ -95,19 +94,19 @@ def results_in(file):
 
 
 def write_plans(file):
-  """What benchmarks/plans.py --write does, into another file."""
+  """Does what benchmarks/plans.py --write does, with another file."""
   with results_in(file):
     assert plans_script.main(["--write"]) == 0
 
 
 def write_flow_dppo(file):
-  """What benchmarks/flow_dppo.py table does, into another file."""
+  """Does what benchmarks/flow_dppo.py table does, with another file."""
   with results_in(file):
     flow_dppo_script.main(["table"])
 
 
 def write_gpu(file):
-  """What benchmarks/gpu.py --write does, of a JSON file that isn't there."""
+  """Does what benchmarks/gpu.py --write does without a JSON file, with another file."""
   out = file.with_name("none.json")
   assert gpu_script.main(["--write", f"--results={file}", f"--out={out}"]) == 0
 
@@ -131,13 +130,15 @@ def test_every_scripts_writer_keeps_foreign_text(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["plans", "flow_dppo"])
 def test_the_page_holds_what_the_scripts_would_write(name, tmp_path):
-  """These sections are what the committed runs say, in the shared file as in a new one."""
+  """These sections follow from the committed runs, in RESULTS.md as in a new file."""
   WRITERS[name](tmp_path / "new.md")
   assert (tmp_path / "new.md").read_text() in results.FILE.read_text()
 
 
 def test_the_rows_of_an_update_as_one():
-  """By hand: 3 iterations with 4 calls of one program and 2 of another; MFU is of all their time."""
+  """By hand, from 3 iterations with 4 calls of one program and 2 of another. The MFU refers to
+  all of their time.
+  """
   row = {"compute_seconds": 2.0, "network_seconds": 1.0, "flops": 10.0, "collective": 5.0}
   row |= {"peak": 7.0, "arguments": 6.0, "compile_seconds": 4.0, "mfu": 0.5, "times": 12}
   step = row | {"flops": 0.0, "compute_seconds": 1.0, "peak": 8.0, "mfu": 0.0, "times": 6}

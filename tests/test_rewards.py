@@ -1,5 +1,6 @@
-"""Rewards: CLIP against transformers, path by path; a Python function and its mistakes; the size of
-a JPEG against PIL.
+"""Rewards: CLIP, Python functions and their errors, and the size of a JPEG.
+
+CLIP is compared with transformers, path by path, and the size of a JPEG with PIL.
 """
 
 import io
@@ -25,15 +26,16 @@ EXAMPLES = [Example(i, text) for i, text in enumerate(PROMPTS[:4])]
 
 
 def built(name: str, **section) -> Reward:
-  """A reward without files."""
+  """A reward that needs no files."""
   return kinds.kind_of(name).build(
     name, ConfigDict(section), reward_builders.FILES, Networks(dtype="float32")
   )
 
 
 def pictures(height: int, width: int) -> np.ndarray:
-  """Smooth waves with some noise, uint8 `[4, height, width, 3]`: what an 8-bit image processor
-  takes without rounding.
+  """Smooth waves with some noise, uint8 `[4, height, width, 3]`.
+
+  An image processor for 8-bit images takes them without rounding.
   """
   rng = np.random.default_rng(height)
   y, x = np.mgrid[:height, :width]
@@ -46,9 +48,7 @@ def pictures(height: int, width: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def clip(tiny_models):
-  """`(pixels) -> scores` and `(pixels) -> embeddings` of our CLIP reward, with its weights
-  loaded.
-  """
+  """`(pixels) -> scores` and `(pixels) -> embeddings` of our CLIP reward with its weights."""
   config = tiny_config(tiny_models)
   mesh = sharding.make_mesh(config.mesh)
   rewards = reward_builders.build_rewards(config)
@@ -64,7 +64,7 @@ def clip(tiny_models):
 
 @pytest.fixture(scope="module")
 def reference(tiny_models):
-  """The same by transformers, from the same folder: processor, tokenizer, model."""
+  """The same from transformers' processor, tokenizer and model in the same folder."""
   model = CLIPModel.from_pretrained(tiny_models.clip).eval()
   processor = CLIPImageProcessor.from_pretrained(tiny_models.clip)
   tokens = CLIPTokenizer.from_pretrained(tiny_models.clip)(
@@ -98,16 +98,15 @@ def test_clip_score_is_that_of_transformers(clip, reference, size, tolerance):
   pixels = np.float32(images) / 255
   expected, embeddings = reference(images)
   actual = np.asarray(score(pixels))
-  assert (
-    actual.shape == (4,) and actual.dtype == np.float32 and np.ptp(expected) > 50 * tolerance
-  )  # they tell images apart
+  # The scores tell images apart.
+  assert actual.shape == (4,) and actual.dtype == np.float32 and np.ptp(expected) > 50 * tolerance
   np.testing.assert_allclose(actual, expected, atol=tolerance)
   np.testing.assert_allclose(embed(pixels), embeddings, atol=tolerance)
   np.testing.assert_allclose(np.linalg.norm(embed(pixels), axis=1), 1.0, rtol=1e-5)
 
 
 def test_clip_fails_with_its_image(clip):
-  """Pixels that are not finite score NaN, and their neighbours keep their scores."""
+  """Pixels that are not finite score NaN; the other images keep their scores."""
   score, _ = clip
   pixels = np.float32(pictures(32, 32)) / 255
   expected = np.asarray(score(pixels))
@@ -168,7 +167,7 @@ def test_python_function_that_can_t_be_used(name, words):
     and text.startswith("config.reward.terms")
     and all(word in text for word in words)
   ), text
-  with pytest.raises(ConfigError, match="config.reward.terms"):  # what a command makes of it
+  with pytest.raises(ConfigError, match="config.reward.terms"):  # the error that a command prints
     reward_builders.build_rewards(tiny_config(reward__terms=((name, 1.0),)))
 
 
@@ -182,9 +181,7 @@ def test_python_function_that_can_t_be_used(name, words):
   ],
 )
 def test_module_that_can_t_be_used(tmp_path, monkeypatch, source, words):
-  """Whatever is wrong with the user's module, it is a line about the config, before anything
-  runs.
-  """
+  """Any error in the user's module becomes one line about the config, before anything runs."""
   (tmp_path / "scorer_of_a_user.py").write_text(source)
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.delitem(sys.modules, "scorer_of_a_user", raising=False)

@@ -1,5 +1,6 @@
-"""Noise is a function of (seed, stream, iteration, prompt, sample, step) alone: never of the batch
-or the devices.
+"""Noise depends only on (seed, stream, iteration, prompt, sample, step).
+
+It never depends on the batch or the devices.
 """
 
 import jax
@@ -73,7 +74,7 @@ def test_every_index_and_stream_matters():
   draws = [*base, *whole(iteration=4), whole(step=3)[1], whole(shared=True)[0]]
   flat = np.concatenate([noise.reshape(16, -1) for noise in draws])
   distinct = len(np.unique(flat, axis=0))
-  assert distinct == 16 * 5 + 4  # all samples of all draws differ but those of a shared group
+  assert distinct == 16 * 5 + 4  # all samples of all draws differ, except those of a shared group
   assert not np.array_equal(
     jax.random.key_data(rng.stream(0, "a")), jax.random.key_data(rng.stream(1, "a"))
   )

@@ -1,5 +1,6 @@
-"""The rollout against closed forms (the tables of the transitions' papers, in float64) and against
-diffusers' schedulers.
+"""The rollout against closed forms in float64 and against diffusers' schedulers.
+
+The closed forms are from the tables of the transitions' papers.
 """
 
 import jax
@@ -46,7 +47,7 @@ def grid(prediction: str, steps: int = STEPS) -> schedules.Schedule:
 
 
 def network(seed: int = 0):
-  """`(x, time) -> output`: a smooth random function, one hidden layer."""
+  """`(x, time) -> output`: a smooth random function with one hidden layer."""
   rng, size = np.random.default_rng(seed), int(np.prod(SHAPE))
   first, last = rng.standard_normal((size, 16)) / np.sqrt(size), rng.standard_normal((16, size)) / 4
   phase = rng.standard_normal((1, 16))
@@ -60,7 +61,7 @@ def network(seed: int = 0):
 
 
 def draw(seed: int = 1, steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
-  """Initial noise and the noise of every step."""
+  """The initial noise, and the noise of every step."""
   rng = np.random.default_rng(seed)
   return rng.standard_normal((BATCH, *SHAPE)).astype(np.float32), rng.standard_normal(
     (steps, BATCH, *SHAPE)
@@ -84,7 +85,7 @@ def run(policy: Policy, start=0, seed: int = 1, denoise=None, noise=None) -> Rol
 
 
 def estimates(prediction: str, x, output, alpha, sigma):
-  """x0 and epsilon, by the definitions of the three network outputs."""
+  """x0 and epsilon, from the definitions of the three network outputs."""
   if prediction == "velocity":
     return x - sigma * output, x + (1 - sigma) * output
   if prediction == "epsilon":
@@ -93,7 +94,7 @@ def estimates(prediction: str, x, output, alpha, sigma):
 
 
 def gaussian(prediction: str, kind: str, level: float, x, output, here, there, first_sigma):
-  """Mean and std of a step as the papers write them, float64; here and there are (alpha, sigma)."""
+  """Mean and std of a step as in the papers, in float64; here and there are (alpha, sigma)."""
   (alpha, sigma), (alpha2, sigma2) = here, there
   x0, eps = estimates(prediction, x, output, alpha, sigma)
   if kind == "ode":
@@ -123,7 +124,7 @@ def points(schedule: schedules.Schedule) -> list[tuple[np.float64, np.float64]]:
 def test_every_state_is_mean_plus_std_times_noise(prediction, kind, level):
   policy, denoise = make_policy(prediction, kind, level), network()
   rolled, (initial, noise), schedule = run(policy), draw(), grid(prediction)
-  steps = STEPS - 1  # the last one is deterministic
+  steps = STEPS - 1  # the last step is deterministic
   assert rolled.latents.shape == (steps + 1, BATCH, *SHAPE) and rolled.latents.dtype == np.float32
   assert rolled.log_probs.shape == (steps, BATCH) and rolled.sample.shape == (BATCH, *SHAPE)
   np.testing.assert_array_equal(rolled.step_index, np.arange(steps))
@@ -152,8 +153,9 @@ def test_sum_reduction_is_the_density_of_all_dimensions():
 
 
 def test_last_step_kinds():
-  """x0hat: what the network takes the clean sample for. sde: the last step is the policy's too, and
-  the last state the sample.
+  """x0hat ends at the network's estimate of the clean sample.
+
+  sde makes the last step by the policy, too, and the last state is the sample.
   """
   schedule, denoise = grid("epsilon"), network()
   rolled = run(make_policy("epsilon", "ddim", 1.0, last_step="x0hat"))
@@ -212,8 +214,9 @@ def test_a_traced_start_compiles_once_for_all_windows():
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_ddim_trajectory_is_that_of_diffusers(eta):
-  """Stable Diffusion's grid, 10 steps: eta 0 is `window = 0`; with eta 1 every step takes the same
-  noise, the last one too.
+  """Stable Diffusion's grid with 10 steps.
+
+  Eta 0 is `window = 0`. With eta 1 every step takes the same noise, including the last.
   """
   scheduler = DDIMScheduler(
     **STABLE_DIFFUSION, steps_offset=1, set_alpha_to_one=False, clip_sample=False
@@ -255,7 +258,7 @@ def exact_velocity(x, time):
 
 
 def deterministic_error(steps: int, outside: str) -> float:
-  """Of the exact flow, which maps N(0, 1) to N(0, g^2) by scaling: x_0 = g x_T."""
+  """Error of the exact flow, which maps N(0, 1) to N(0, g^2) by scaling: x_0 = g x_T."""
   policy = make_policy(steps=steps, window=0, outside=outside)
   rolled = run(policy, denoise=exact_velocity)
   return float(np.abs(rolled.sample / draw()[0] - SPREAD).max())
@@ -278,15 +281,13 @@ def test_dpm_solver_is_of_second_order():
 
 
 def test_dpm_solver_outside_the_window_starts_anew_after_it():
-  """arXiv 2211.01095, algorithm 2, with the multistep history cut by the window's noise."""
+  """arXiv 2211.01095, algorithm 2; the window's noise ends the multistep history."""
   start, width = 3, 2
   policy = make_policy(outside="dpm++", window=width)
-  rolled, (initial, noise), denoise, schedule = (
-    run(policy, start),
-    draw(),
-    network(),
-    grid("velocity"),
-  )
+  rolled = run(policy, start)
+  initial, noise = draw()
+  denoise = network()
+  schedule = grid("velocity")
   at, x, previous = points(schedule), np.float64(initial), None
   with np.errstate(divide="ignore"):
     logs = [np.log(alpha) - np.log(sigma) for alpha, sigma in at]
@@ -310,4 +311,5 @@ def test_dpm_solver_outside_the_window_starts_anew_after_it():
     previous = (m, h)
   np.testing.assert_allclose(rolled.sample, x, atol=1e-4)
   euler = run(policy._replace(outside="ode"), start)
-  assert np.abs(euler.sample - rolled.sample).max() > 1e-3  # so that the comparison means something
+  # Otherwise the comparison would prove nothing.
+  assert np.abs(euler.sample - rolled.sample).max() > 1e-3

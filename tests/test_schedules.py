@@ -52,18 +52,16 @@ def test_grid_is_that_of_diffusers(beta_schedule, spacing, offset, to_one):
       .double()
       .numpy()
     )
-    np.testing.assert_allclose(
-      np.square(ours.alpha, dtype=np.float64), alpha_bar, rtol=5e-5
-    )  # theirs is a float32 product
+    # Their alpha_bar is a product in float32.
+    np.testing.assert_allclose(np.square(ours.alpha, dtype=np.float64), alpha_bar, rtol=5e-5)
     np.testing.assert_allclose(np.square(ours.sigma, dtype=np.float64), 1 - alpha_bar, atol=2e-6)
 
 
 def test_stable_diffusion_grid():
   schedule = sd_schedule(50)
   np.testing.assert_array_equal(schedule.model_time[:-1], np.arange(981, 0, -20))
-  assert float(schedule.sigma[-1]) == pytest.approx(
-    0.00085**0.5, rel=1e-5
-  )  # alpha_bar[0] = 1 - beta_start
+  # alpha_bar[0] = 1 - beta_start
+  assert float(schedule.sigma[-1]) == pytest.approx(0.00085**0.5, rel=1e-5)
   assert schedule.alpha.dtype == schedule.sigma.dtype == schedule.model_time.dtype == np.float32
 
 

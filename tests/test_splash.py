@@ -1,5 +1,6 @@
-"""The TPU's attention kernel against xla's, in Pallas's interpreter; what it computes on a TPU is
-not shown here.
+"""The TPU's attention kernel against xla's, in Pallas's interpreter.
+
+What the kernel computes on a TPU is not tested here.
 """
 
 import importlib.util
@@ -27,7 +28,7 @@ def draw(queries: int, keys: int, batch: int = 1, heads: int = 2, dtype=jnp.floa
 
 
 def both(q, k, v, weight, kernel="splash", **options):
-  """Output and gradients by kernel and by xla."""
+  """Output and gradients, by the kernel and by xla."""
 
   def run(impl):
     def loss(q, k, v):
@@ -42,24 +43,24 @@ def both(q, k, v, weight, kernel="splash", **options):
 
 @pytest.mark.parametrize("queries, keys", [(150, 150), (130, 40)])
 def test_equals_xla_with_its_gradients(queries, keys):
-  """float32: round-off of sums of up to 256 terms. 150 and 130 tokens are padded to 256, 40 keys to
-  128.
+  """Round-off in float32 of sums of up to 256 terms.
+
+  150 and 130 tokens are padded to 256, 40 keys to 128.
   """
   for mine, theirs in zip(*both(*draw(queries, keys))):
     assert np.abs(mine - theirs).max() <= 1e-5 * np.abs(theirs).max()
 
 
 def test_half_precision():
-  """bfloat16 has steps of 1/256 relative to a value; the two round their weights at different
-  points.
-  """
+  """Steps of bfloat16 are 1/256 of a value, and the kernels round weights at different points."""
   for mine, theirs in zip(*both(*draw(140, 140, dtype=jnp.bfloat16))):
     assert np.abs(mine - theirs).max() <= 2e-2 * np.abs(theirs).max()
 
 
 def test_on_a_mesh_under_remat_and_scan():
-  """Each device computes its own samples: the same numbers as without a mesh, and no collective but
-  the result's.
+  """Each device computes its samples, with the same numbers as without a mesh.
+
+  The result's collective is the only one.
   """
   mesh = sharding.make_mesh(ConfigDict({"data": 2, "fsdp": 4, "tensor": 1}))
   q, k, v, _ = draw(130, 130, batch=8, heads=1)
@@ -93,8 +94,9 @@ def test_lengths_are_padded_to_the_registers():
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_key_lengths_and_causal_masks(causal):
-  """Samples with 1, 37 and all 140 valid keys; what lies behind them is far too large to go
-  unnoticed.
+  """Samples have 1, 37 and all 140 valid keys.
+
+  The keys behind them are so large that they would be noticed.
   """
   q, k, v, weight = draw(140, 140, batch=3)
   lengths = jnp.array([1, 37, 140])
@@ -110,8 +112,9 @@ def test_key_lengths_and_causal_masks(causal):
 )
 @pytest.mark.parametrize("heads, dim, kernel", [(24, 128, True), (8, 40, False)])
 def test_auto_compiles_for_a_tpu(heads, dim, kernel):
-  """Forward and backward of FLUX's attention at 720x720, and of Stable Diffusion's, with the TPU
-  compiler: from this CPU.
+  """The TPU compiler compiles forward and backward passes on this CPU.
+
+  The attentions are those of FLUX at 720x720 and of Stable Diffusion.
   """
   mesh = sharding.make_mesh(
     ConfigDict({"data": 1, "fsdp": 4, "tensor": 1}), topologies.devices("v5e:2x2")

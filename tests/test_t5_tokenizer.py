@@ -1,4 +1,4 @@
-"""T5's tokenizer: what is written, and that transformers reads the folder alike."""
+"""T5's tokenizer: the files that are written, and that transformers reads them alike."""
 
 from pathlib import Path
 
@@ -30,11 +30,11 @@ def test_words_are_pieces_and_the_rest_is_spelled(folder):
   assert spelled[2].startswith("▁a ▁cat ▁red </s>")
   assert spelled[3] == "▁a ▁red ▁ d o g ! </s>" and spelled[4].startswith("▁a ▁ C a t </s>")
   assert spelled[5].startswith("▁ <unk> t <unk> </s>")
-  assert spelled[6] == "▁a ▁red ▁cat ▁a ▁red ▁cat ▁a </s>"  # cut, with its end
+  assert spelled[6] == "▁a ▁red ▁cat ▁a ▁red ▁cat ▁a </s>"  # cut to the length, with the end token
 
 
 def test_transformers_reads_it(folder):
-  """As diffusers does, by the class that the folder names; at a length other than its own too."""
+  """As diffusers does, by the class that the folder names, also at another length."""
   tokenizer = AutoTokenizer.from_pretrained(folder)
   assert type(tokenizer).__name__ == "T5Tokenizer" and tokenizer.model_max_length == 8
   for length in (4, 8, 12):

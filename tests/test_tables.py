@@ -1,5 +1,6 @@
-"""The tables against the inventories of published files (fixtures/tensors: config.json as
-published, name<TAB>shape).
+"""The conversion tables against the inventories of published files.
+
+fixtures/tensors holds them: config.json as published, and name<TAB>shape.
 """
 
 import functools
@@ -44,7 +45,7 @@ TODAYS = [name for name in NETWORKS if name != "clip-h"]
 
 
 def config(name: str) -> dict:
-  """The published config.json; those of diffusers name no class in a way that they all share."""
+  """The published config.json. Those of diffusers have no common field for the class."""
   return json.loads((FIXTURES / f"{name}.json").read_text())
 
 
@@ -60,10 +61,8 @@ def parameters(name: str, scan: bool = False) -> dict[str, Spec]:
     return specs(abstract_params(config(name)))
   kind = class_name(config(name))
   if kind == "FluxTransformer2DModel":
-    network, arguments = (
-      flux.from_json(config(name), scan_blocks=True),
-      [np.zeros((1, 2, 2, 16)), np.zeros(1)],
-    )
+    network = flux.from_json(config(name), scan_blocks=True)
+    arguments = [np.zeros((1, 2, 2, 16)), np.zeros(1)]
     arguments += [
       np.zeros((1, 1, network.joint_attention_dim)),
       np.zeros((1, network.pooled_projection_dim)),
@@ -72,10 +71,8 @@ def parameters(name: str, scan: bool = False) -> dict[str, Spec]:
   elif kind == "T5EncoderModel":
     network, arguments = t5.from_json(config(name), scan_blocks=True), [np.zeros((1, 1), np.int32)]
   elif kind == "CLIPTextModel":
-    network, arguments = (
-      clip.ClipText.from_json(config(name), scan_layers=True),
-      [np.zeros((1, 1), np.int32)],
-    )
+    network = clip.ClipText.from_json(config(name), scan_layers=True)
+    arguments = [np.zeros((1, 1), np.int32)]
   else:
     network = clip.Clip.from_json(config(name), scan_layers=True)
     arguments = [np.zeros((1, 1), np.int32), np.zeros((1, 224, 224, 3), np.float32)]
@@ -83,8 +80,9 @@ def parameters(name: str, scan: bool = False) -> dict[str, Spec]:
 
 
 def planned(name: str, file: str, scan: bool = False) -> Mapping:
-  """The plan, after a check that nothing is left on either side (but a tied weight's second
-  name).
+  """The plan, after a check that it uses all parameters and tensors.
+
+  The second name of a tied weight is exempt.
   """
   table = TABLES[class_name(config(name))]
   mapping = plan(table, inventory(file), parameters(name, scan))
@@ -109,7 +107,7 @@ def test_todays_names_are_mapped(name):
 
 @pytest.mark.parametrize("name", ["flux-text", "flux-t5"])
 def test_published_names_of_fluxs_text_encoders_are_mapped(name):
-  """Without the position_ids of the older files, and with one name of T5's tied embedding."""
+  """Without the position_ids of older files, and with one name of T5's tied embedding."""
   assert not planned(name, f"{name}.published").buffers
 
 
@@ -147,8 +145,9 @@ def test_stacked_blocks_are_mapped(name, file, last):
 
 
 def test_either_name_of_t5s_embedding_and_a_whole_t5():
-  """Files hold the tied matrix under one name, the other or both; the decoder of a full T5 is left
-  out.
+  """Files have the tied matrix with one name, the other, or both.
+
+  The decoder of a full T5 is left out.
   """
   table, tensors, targets = TABLES["T5EncoderModel"], inventory("flux-t5"), parameters("flux-t5")
   shared, copy = "shared.weight", "encoder.embed_tokens.weight"
@@ -216,8 +215,9 @@ def test_open_clip_names_are_mapped(scan):
   ],
 )
 def test_names_and_shapes_of_exported_files(name, file):
-  """Today's names, but with the prefix that the published text encoders have, which all versions of
-  transformers read.
+  """Today's names, with the prefix of the published text encoders.
+
+  All versions of transformers read this prefix.
   """
   wanted = {
     tensor: spec for tensor, spec in inventory(file).items() if not tensor.endswith("position_ids")
@@ -238,7 +238,7 @@ def test_old_attention_names_of_the_autoencoder():
 
 
 def test_conv_and_linear_projections_do_not_mix():
-  """The one difference between the two UNets that a table could paper over."""
+  """This is the one difference between the two UNets that a table could hide."""
   with pytest.raises(ConversionError) as caught:
     plan(TABLES["UNet2DConditionModel"], inventory("sd14-unet"), parameters("sd21-unet"))
   assert "mid_block.attentions.0.proj_in.weight [1280, 1280, 1, 1] does not fit" in str(

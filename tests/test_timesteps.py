@@ -1,4 +1,4 @@
-"""Which steps are trained: counts of the paper's recipes, and what a selection must be."""
+"""Which steps are trained: their number in the paper's recipes, and the rules for a selection."""
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,9 @@ def test_fixed_modes():
 def test_random_is_a_subset_in_order_for_each_sample():
   chosen = jax.jit(timesteps.select, static_argnums=(0, 1, 2))("random", 0.6, 10, keys())
   assert chosen.shape == (64, 6) and chosen.dtype == jnp.int32
-  assert (
-    (np.diff(chosen, axis=1) > 0).all() and chosen.min() >= 0 and chosen.max() <= 9
-  )  # ascending, so without replacement
-  assert len({tuple(row) for row in np.asarray(chosen).tolist()}) > 30  # of 210 subsets, 64 draws
+  # Ascending, so drawn without replacement.
+  assert (np.diff(chosen, axis=1) > 0).all() and chosen.min() >= 0 and chosen.max() <= 9
+  assert len({tuple(row) for row in np.asarray(chosen).tolist()}) > 30  # 64 draws from 210 subsets
   share = np.bincount(np.ravel(chosen), minlength=10) / 64
   assert np.abs(share - 0.6).max() < 0.25  # four standard errors
 

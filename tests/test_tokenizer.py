@@ -1,6 +1,4 @@
-"""The captions' BPE: transformers' CLIPTokenizer loads the written folder as it is and gives the
-same ids.
-"""
+"""The captions' BPE: transformers' CLIPTokenizer loads the folder and gives the same ids."""
 
 import json
 import pathlib
@@ -44,10 +42,8 @@ def test_files(folder):
   vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
   assert len(vocab) <= 1000 and sorted(vocab.values()) == list(range(len(vocab)))
   assert vocab["<|startoftext|>"] == len(vocab) - 2 and vocab["<|endoftext|>"] == len(vocab) - 1
-  assert 2 not in (
-    vocab["<|startoftext|>"],
-    vocab["<|endoftext|>"],
-  )  # transformers' legacy pooling looks for eos 2
+  # transformers' legacy pooling looks for an eos id of 2.
+  assert 2 not in (vocab["<|startoftext|>"], vocab["<|endoftext|>"])
 
 
 def test_transformers_gives_the_same_ids(folder, clip_tokenizer):
@@ -78,14 +74,13 @@ def test_every_caption_fits_and_reads_back(folder, clip_tokenizer):
 def test_unseen_text_becomes_bytes_never_unknown(clip_tokenizer):
   text = "ünïcodé 漢字 quixotic"
   ids = clip_tokenizer(text).input_ids
-  assert (
-    ids.count(clip_tokenizer.eos_token_id) == 1 and ids[-1] == clip_tokenizer.eos_token_id
-  )  # unk is eos too
+  # The unknown token is the end token too.
+  assert ids.count(clip_tokenizer.eos_token_id) == 1 and ids[-1] == clip_tokenizer.eos_token_id
   assert clip_tokenizer.decode(ids, skip_special_tokens=True).strip() == text
 
 
 def test_common_words_are_single_tokens(clip_tokenizer):
-  """Merges work at all: the words that are in every caption, and the colours."""
+  """Merges work: the words of all captions, and the colours, are single tokens."""
   for word in ("a", "on", "background", *emoji.COLOURS):
     assert clip_tokenizer.tokenize(word) == [word + "</w>"]
 
@@ -99,17 +94,20 @@ def test_training_is_deterministic(folder, tmp_path):
   tokenizer.write_tokenizer(CAPTIONS, str(tmp_path))
   for path in folder.iterdir():
     assert (tmp_path / path.name).read_bytes() == path.read_bytes()
-  code = f"import sys; from dancegrpo_jax.data import tokenizer; tokenizer.write_tokenizer({CAPTIONS!r}, sys.argv[1])"
-  subprocess.run(
-    [sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True
-  )  # nor does another process differ
+  code = (
+    "import sys; from dancegrpo_jax.data import tokenizer;"
+    f" tokenizer.write_tokenizer({CAPTIONS!r}, sys.argv[1])"
+  )
+  # Another process writes the same files.
+  subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True)
   for path in folder.iterdir():
     assert (tmp_path / path.name).read_bytes() == path.read_bytes()
 
 
 def test_bpe_by_hand():
-  """Two merges by hand: "ab</w>" is in both words (2x), then "c" + "ab</w>"; with one merge of room
-  only the first.
+  """Two merges by hand: "ab</w>" occurs in both words, then "c" + "ab</w>".
+
+  With room for one merge only the first is made.
   """
   two = tokenizer.train_tokenizer(["ab cab ab"], length=8, size=516)
   assert (
@@ -123,7 +121,7 @@ def test_bpe_by_hand():
 
 
 def test_pad_token_of_its_own(folder, tmp_path):
-  """Stable Diffusion 2.x pads with "!", not with eos."""
+  """Stable Diffusion 2.x pads with "!" instead of the end of text."""
   for path in folder.iterdir():
     (tmp_path / path.name).write_bytes(path.read_bytes())
   config = json.loads((tmp_path / "tokenizer_config.json").read_text())

@@ -5,6 +5,7 @@ Every run is `main` in this process, on 8 devices. The first one compiles; the o
 programs in its compilation cache.
 """
 
+import functools
 import io
 import json
 import os
@@ -481,13 +482,11 @@ def collected(tiny_models, program_cache, tmp_path_factory):
       order = np.argsort(lanes.deal(32, chunk, config.mesh.lanes).reshape(-1))
       latents = np.concatenate([rollout.latents for rollout in seen.rollouts], 1)[:, order]
       results[chunk] = latents, np.asarray(seen.scores["clip"]), seen.pixels
-      answers = [False] * (32 // chunk - 1) + [
-        True
-      ]  # before the last chunk: the iteration is given up there
-      assert (
-        collect(session, state.trainable, 0, Clock(pool), pool, print, stop=lambda: answers.pop(0))
-        is None
-      )  # noqa: B023
+      # The iteration is given up before the last chunk.
+      answers = [*[False] * (32 // chunk - 1), True]
+      stop = functools.partial(answers.pop, 0)
+      clock = Clock(pool)
+      assert collect(session, state.trainable, 0, clock, pool, print, stop=stop) is None
       assert answers == []
   return results
 
@@ -637,7 +636,8 @@ calls, lock = [], threading.Lock()
 def score(pixels, prompts, metadata):
   with lock:
     calls.append(prompts)
-    if len(calls) == {1 + 2 * SAMPLES // CHUNK + 1}:  # the first call is for the report's fixed prompts
+    # The first call is for the report's fixed prompts.
+    if len(calls) == {1 + 2 * SAMPLES // CHUNK + 1}:
       os.kill(os.getpid(), signal.SIGTERM)
   return pixels.mean((1, 2, 3))
 """

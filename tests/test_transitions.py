@@ -1,4 +1,6 @@
-"""Steps, log-prob and KL: golden values worked out in float64, diffusers' DDIM, and convergence on
+"""Steps, log-probs and KL.
+
+They are compared with values worked out in float64 and with diffusers' DDIM, and they converge on
 Gaussian data.
 """
 
@@ -93,10 +95,8 @@ def test_kl(kind, noise_level, mode, value):
   def at(reduce, copies):
     steps = [flow_step(kind, noise_level, v=v) for v in (-0.5, -0.45)]
     policy, reference = (Transition(jnp.full(copies, step.mean), step.std) for step in steps)
-    output, reference_output = (
-      jnp.full(copies, -0.5, jnp.float32),
-      jnp.full(copies, -0.45, jnp.float32),
-    )
+    output = jnp.full(copies, -0.5, jnp.float32)
+    reference_output = jnp.full(copies, -0.45, jnp.float32)
     return transitions.kl(
       mode,
       kind=kind,
@@ -268,8 +268,9 @@ def test_x0hat_and_eps_recompose_the_sample(prediction_type, kind):
 
 
 def test_one_deterministic_step_covers_both_paradigms():
-  """z' = z + output (eta' - eta), with z = x / alpha, eta = sigma / alpha (epsilon), or z = x, eta
-  = t (flow).
+  """z' = z + output (eta' - eta).
+
+  z = x / alpha and eta = sigma / alpha for epsilon; z = x and eta = t for flow.
   """
   x, output = jax.random.normal(jax.random.key(2), (2, 16))
   for prediction_type, at in (("epsilon", vp_point(0.3, 0.5)), ("velocity", flow_point(0.7, 0.62))):
@@ -285,8 +286,9 @@ def test_one_deterministic_step_covers_both_paradigms():
 
 
 def gaussian_output(prediction_type, g, alpha, sigma):
-  """The exact output for x0 ~ N(0, g^2) at x = 1: E[eps | x] or E[eps - x0 | x], both linear in
-  x.
+  """The exact output for x0 ~ N(0, g^2) at x = 1.
+
+  It is E[eps | x] or E[eps - x0 | x], both linear in x.
   """
   total = alpha**2 * g**2 + sigma**2
   return sigma / total if prediction_type == "epsilon" else (sigma - alpha * g**2) / total
@@ -294,8 +296,9 @@ def gaussian_output(prediction_type, g, alpha, sigma):
 
 @functools.partial(jax.jit, static_argnames=("kind", "prediction_type", "noise_level"))
 def final_variance(kind, prediction_type, noise_level, schedule, variance):
-  """Variance at the grid's end: steps are linear in x, so a unit sample gives each step's
-  factor.
+  """Variance at the end of the grid.
+
+  Steps are linear in x, so that a unit sample gives each step's factor.
   """
 
   def body(carry, i):
@@ -354,8 +357,9 @@ def test_variance_error_of_dance_on_a_variance_preserving_schedule_halves(noise_
 
 @pytest.mark.parametrize("kind", ["ode", "dance", "flow", "ddim", "cps", "x0hat", "dpm++"])
 def test_flow_is_finite_at_both_ends(kind):
-  """Under jit, values and gradients, at sigma = 1 (lambda = -inf, no 1 - t) and at the step to
-  sigma = 0.
+  """Values and gradients under jit.
+
+  The ends are sigma = 1 (lambda = -inf, no 1 - t) and the step to sigma = 0.
   """
   schedule = flow_schedule(4, 3.0)
 
@@ -424,14 +428,13 @@ def test_samples_of_a_batch_may_be_at_different_steps(kind):
 
 
 def test_mean_ratio_under_the_mean_reduction():
-  """E[ratio] = exp(-m/2 + m/(2 dim)) under the old policy, m = mean((mean_new - mean_old)^2) /
-  std^2.
+  """E[ratio] = exp(-m/2 + m/(2 dim)) under the old policy.
+
+  m = mean((mean_new - mean_old)^2) / std^2.
   """
   dim, std = 4, 0.3
-  old, new = (
-    Transition(jnp.zeros(dim), jnp.float32(std)),
-    Transition(jnp.full(dim, 0.15), jnp.float32(std)),
-  )
+  old = Transition(jnp.zeros(dim), jnp.float32(std))
+  new = Transition(jnp.full(dim, 0.15), jnp.float32(std))
   x_next = std * jax.random.normal(jax.random.key(3), (200_000, dim))
   log_ratio = jax.vmap(
     lambda x: transitions.log_prob(new, x, "mean") - transitions.log_prob(old, x, "mean")

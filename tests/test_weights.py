@@ -1,5 +1,6 @@
-"""Checkpoint folders: what is accepted, what is said when they are broken, sharded reading, atomic
-writing, `inspect`.
+"""Checkpoint folders: what is accepted, and the messages where they are broken.
+
+Also sharded reading, atomic writing, and `inspect`.
 """
 
 import json
@@ -46,7 +47,7 @@ def params(abstract):
 
 @pytest.fixture
 def folder(tmp_path, params):
-  """A text encoder's folder as it is published."""
+  """A text encoder's folder as published."""
   weights.save(tmp_path / "text_encoder", "CLIPTextModel", params, CONFIG)
   return tmp_path / "text_encoder"
 
@@ -74,8 +75,9 @@ def test_file_is_what_the_reference_library_writes(folder, tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
 def test_half_precision_files(folder, params, abstract, tmp_path, dtype):
-  """Written, read lazily, cast on the way; exported again from float32 with the dtypes of the file
-  it came from.
+  """Written, read lazily and cast meanwhile.
+
+  An export from float32 has the dtypes of the original file.
   """
   weights.save(tmp_path / "half", "CLIPTextModel", params, dtype=dtype)
   assert {
@@ -90,8 +92,9 @@ def test_half_precision_files(folder, params, abstract, tmp_path, dtype):
 
 
 def test_published_names_and_buffers_come_back(folder, params, abstract, tmp_path):
-  """Names without the prefix, and position_ids: a file exported `like` another has all of its
-  tensors, bit for bit.
+  """A file exported `like` another has all of its tensors, bit for bit.
+
+  This includes names without the prefix, and position_ids.
   """
   (tmp_path / "other").mkdir()
   other = {name.removeprefix("text_model."): value for name, value in tensors(folder).items()}
@@ -106,7 +109,7 @@ def test_published_names_and_buffers_come_back(folder, params, abstract, tmp_pat
 
 
 def shard(folder: Path, index: str, mark: str = "") -> None:
-  """Turns the single file into two shards and an index."""
+  """Divides the single file into two shards and an index."""
   names = sorted(tensors(folder))
   halves = {f"model-0000{k + 1}-of-00002{mark}.safetensors": names[k::2] for k in range(2)}
   for file, part in halves.items():
@@ -137,8 +140,9 @@ def test_sharded_files(folder, params, abstract, index):
 
 
 def test_variants(folder, params, abstract):
-  """The full file is preferred unless the variant is asked for; a folder with the variant alone
-  works too.
+  """The full file is preferred unless the variant is requested.
+
+  A folder with only the variant works, too.
   """
   half = {name: value.astype(np.float16) for name, value in tensors(folder).items()}
   safetensors.numpy.save_file(half, folder / "model.fp16.safetensors")
@@ -150,7 +154,7 @@ def test_variants(folder, params, abstract):
 
 
 def test_sharded_reading(folder, params, abstract, monkeypatch):
-  """Eight devices, four slices: each is read once, nothing else is."""
+  """Eight devices need four slices; each is read once, and nothing else is read."""
   mesh = jax.make_mesh((4, 2), ("fsdp", "data"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
   shardings = jax.tree.map(
     lambda s: NamedSharding(mesh, PartitionSpec(*[None] * (len(s.shape) - 1), "fsdp")), abstract
@@ -202,7 +206,7 @@ def broken(folder: Path, how: str) -> None:
     file.write_bytes(file.read_bytes()[:-100])
   elif how == "empty file":
     file.write_bytes(b"")
-  elif how == "web page":  # what a download without a token leaves
+  elif how == "web page":  # which a download without a token writes
     file.write_text("<html>401 Unauthorized</html>" * 10)
   elif how == "index":
     file.rename(folder / "a.safetensors")
@@ -299,11 +303,9 @@ def test_inspect_a_pipeline(folder, capsys):
     in out
   )
   assert "# scheduler (DDIMScheduler): not a network" in out
-  # Problems of several networks come together.
-  index["vae"], index["unet"] = (
-    ["diffusers", "AutoencoderKL"],
-    ["diffusers", "UNet2DConditionModel"],
-  )
+  # Problems of several networks are reported together.
+  index["vae"] = ["diffusers", "AutoencoderKL"]
+  index["unet"] = ["diffusers", "UNet2DConditionModel"]
   (root / "model_index.json").write_text(json.dumps(index))
   (root / "unet").mkdir()
   (root / "unet" / "config.json").write_text(
@@ -327,7 +329,7 @@ def test_inspect_a_pipeline(folder, capsys):
 
 
 def test_inspect_says_what_is_wrong_in_one_line(tmp_path):
-  """The command itself: exit code 2, no traceback."""
+  """The command ends with exit code 2 and without a traceback."""
   (tmp_path / "notes.txt").write_text("")
   command = [sys.executable, "-m", "dancegrpo_jax.convert", "inspect", str(tmp_path)]
   root = Path(__file__).parents[1]
@@ -346,12 +348,19 @@ import sys, numpy as np, jax
 from dancegrpo_jax.checkpoints.networks import abstract_params
 from dancegrpo_jax.checkpoints import weights
 def status(key):
-  return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(key))
-config = {"architectures": ["CLIPTextModel"], "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 18}
+  lines = open("/proc/self/status")
+  return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+config = {
+  "architectures": ["CLIPTextModel"],
+  "hidden_size": 1024,
+  "intermediate_size": 4096,
+  "num_hidden_layers": 18,
+}
 abstract = abstract_params(config)
 if sys.argv[2] == "save":
   rng = np.random.default_rng(0)
-  weights.save(sys.argv[1], "CLIPTextModel", jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32), abstract), config)
+  params = jax.tree.map(lambda s: rng.standard_normal(s.shape, np.float32), abstract)
+  weights.save(sys.argv[1], "CLIPTextModel", params, config)
 else:
   jax.numpy.zeros(1).block_until_ready()
   open("/proc/self/clear_refs", "w").write("5")  # resets the peak

@@ -1,10 +1,10 @@
-"""Models for tests of whole programs: checkpoint folders as small as the networks allow, and a
-model of a few lines.
+"""Models for tests of whole programs.
 
-`write_models` makes a Stable Diffusion folder in diffusers' layout (32x32 pixels, 8x8 latents) and
-a CLIP folder in transformers' layout, random. Every tensor is drawn, those that training starts at
-zero or one too: a network whose last layer is zero would hide whatever comes before it.
-`toy_programs` has the programs of a run around a network that compiles in no time.
+`write_models` makes the smallest folders that the networks allow: a Stable Diffusion folder in
+diffusers' layout (32x32 pixels, 8x8 latents) and a CLIP folder in transformers' layout. Every
+tensor is random, also those that training starts at zero or one: a last layer of zeros would hide
+whatever comes before it. `toy_programs` has the programs of a run with a network of a few lines,
+which compiles quickly.
 """
 
 import re
@@ -27,7 +27,7 @@ from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.pretrain import stages
-from dancegrpo_jax.programs import update
+from dancegrpo_jax.programs import update_calls
 from dancegrpo_jax.rl.state import init_state
 from dancegrpo_jax.settings import config_file
 from dancegrpo_jax.types import Conditioning, Media
@@ -51,7 +51,7 @@ UNET = {
   "in_channels": 4,
   "out_channels": 4,
   "block_out_channels": (16, 32),
-  # attention in the middle: quick to compile
+  # attention only in the middle, which is quick to compile
   "down_block_types": ("DownBlock2D",) * 2,
   "up_block_types": ("UpBlock2D",) * 2,
   "layers_per_block": 1,
@@ -119,7 +119,8 @@ T5 = {
   "tie_word_embeddings": False,
   "pad_token_id": 0,
 }
-FLOW = {  # FLUX.1-dev's
+# FLUX.1-dev's scheduler.
+FLOW = {
   "_class_name": "FlowMatchEulerDiscreteScheduler",
   "base_image_seq_len": 256,
   "base_shift": 0.5,
@@ -132,8 +133,9 @@ FLOW = {  # FLUX.1-dev's
 
 
 class Folders(NamedTuple):
-  """Where the tiny models lie: a diffusers folder, a CLIPModel folder, and a prompts file with the
-  8 of `PROMPTS`.
+  """Where the tiny models are.
+
+  A diffusers folder, a CLIPModel folder, and a file with the 8 prompts of `PROMPTS`.
   """
 
   model: Path
@@ -142,7 +144,7 @@ class Folders(NamedTuple):
 
 
 def draw(abstract, seed: int):
-  """Random values for every tensor of a tree, of a size that keeps activations near 1."""
+  """Random values for all tensors of a tree; their size keeps activations near 1."""
   rng, values = np.random.default_rng(seed), {}
   for path, leaf in sorted(flatten_dict(abstract, sep="/").items()):
     noise = rng.standard_normal(leaf.shape)
@@ -157,7 +159,7 @@ def draw(abstract, seed: int):
 
 
 def write_network(folder: Path, config_json: dict, seed: int) -> None:
-  """One network's folder: config.json and safetensors, float32."""
+  """Writes a network's folder: config.json and safetensors in float32."""
   name = config_json.get("_class_name") or config_json["architectures"][0]
   weights.save(folder, name, draw(abstract_params(config_json), seed), config_json)
 
@@ -195,8 +197,9 @@ def write_models(root: Path) -> Folders:
 
 
 def write_flux(folder: Path, scheduler: dict = FLOW, **transformer) -> Path:
-  """Writes a FLUX folder in diffusers' layout, with changes of its transformer's config; returns
-  it.
+  """Writes a FLUX folder in diffusers' layout and returns it.
+
+  The transformer's config gets the given changes.
   """
   tokenizer.write_tokenizer(list(PROMPTS), str(folder / "tokenizer"), length=TOKENS, size=560)
   t5_tokenizer.write_t5_tokenizer(list(PROMPTS), str(folder / "tokenizer_2"), length=TOKENS)
@@ -216,8 +219,9 @@ def write_flux(folder: Path, scheduler: dict = FLOW, **transformer) -> Path:
 
 
 def overrides(folders: Folders | None = None, **changes) -> list[str]:
-  """configs/emoji_clip.py:tiny as flags, on the tiny models and cut further; `changes` by dotted
-  key, with `__` for the dot.
+  """configs/emoji_clip.py:tiny as flags, with the tiny models and further reduced.
+
+  `changes` are by dotted key, with `__` for the dot.
   """
   values = {
     "data.prompts_per_iteration": 4,
@@ -254,8 +258,9 @@ TOY_SHAPE = (4, 4, 2)
 
 
 def toy_pipeline() -> Pipeline:
-  """One hidden layer as the denoiser, letters as tokens, Stable Diffusion's grid; nothing to
-  load.
+  """A pipeline that needs no files.
+
+  The denoiser has one hidden layer, tokens are letters, and the grid is Stable Diffusion's.
   """
 
   def denoise(params, x, time, rows):
@@ -290,7 +295,7 @@ def toy_pipeline() -> Pipeline:
 
 
 class Toy(NamedTuple):
-  """A toy run on one mesh: its programs, and what they are called with."""
+  """A toy run on one mesh: its programs and their arguments."""
 
   mesh: Any
   compiled: programs.Programs
@@ -300,15 +305,14 @@ class Toy(NamedTuple):
 
 
 def toy_programs(devices, **changes) -> Toy:
-  """The programs of `tiny_config` (4 prompts x 4 samples, 4 steps) around the toy pipeline, on
-  these devices.
+  """The programs of `tiny_config` around the toy pipeline, on these devices.
+
+  The config has 4 prompts x 4 samples, and 4 steps.
   """
   config, pipeline = tiny_config(mesh__data=len(devices), **changes), toy_pipeline()
-  mesh, size, rng = (
-    sharding.make_mesh(config.mesh, devices),
-    int(np.prod(TOY_SHAPE)),
-    np.random.default_rng(0),
-  )
+  mesh = sharding.make_mesh(config.mesh, devices)
+  size = int(np.prod(TOY_SHAPE))
+  rng = np.random.default_rng(0)
   with jax.set_mesh(mesh):
     whole = sharding.replicated(mesh)
     drawn = {
@@ -357,27 +361,28 @@ def update_of(
   most: int = 0,
   stop: Callable[[], bool] = lambda: False,
 ) -> Any:
-  """An iteration's update as the loop makes it: "deal", and the calls of `programs.update.run`.
+  """Updates as an iteration of the loop does: by "deal", and by the calls of `update_calls.run`.
 
   Args:
     run: the programs.
-    state: before.
-    frozen, reference, conditioning: as the programs take them.
-    ids: of the prompts.
-    rollouts: one a chunk.
+    state: the state before the update.
+    frozen, reference, conditioning: arguments of the programs.
+    ids: ids of the prompts.
+    rollouts: the rollouts, one for each chunk.
     rest: advantage, weight, chosen, iteration.
-    most: microbatches of one call, 0 for all.
-    stop: asked between two calls.
+    most: the largest number of microbatches of one call; 0 stands for all.
+    stop: called between two calls; True stops the update.
 
   Returns:
-    (state, metrics), or None where it was stopped.
+    (state, metrics), or None where `stop` returned True.
   """
   dealt = run.update["deal"](state.trainable, rollouts, ids, *rest)
-  return update.run(run.update, state, frozen, reference, conditioning, dealt, most, stop)
+  inputs = update_calls.Inputs(frozen, reference, conditioning)
+  return update_calls.run(run.update, state, inputs, dealt, most, stop)
 
 
 def shapes_of(arguments: Any) -> Any:
-  """Shapes, dtypes and, of arrays on devices, shardings."""
+  """Shapes and dtypes of arrays, and shardings of those on devices."""
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None)),
     arguments,
@@ -385,7 +390,7 @@ def shapes_of(arguments: Any) -> Any:
 
 
 def noting(run: programs.Programs, seen: dict) -> programs.Programs:
-  """The programs, those of the update leaving the shapes of their last arguments in `seen`."""
+  """The programs, where those of the update store the shapes of their arguments in `seen`."""
 
   def noted(name: str, program: Callable) -> Callable:
     def call(*arguments):
@@ -398,7 +403,7 @@ def noting(run: programs.Programs, seen: dict) -> programs.Programs:
 
 
 def moves_between_devices(text: str) -> list[list[int]]:
-  """Shapes of what a compiled program moves between devices, as it is: without sums of it."""
+  """Shapes that a compiled program moves between devices unchanged, thus without sums."""
   moves = re.findall(
     r"= (.*?) (?:all-gather|all-to-all|collective-permute|collective-broadcast)[\w.-]*\(", text
   )
@@ -410,7 +415,7 @@ def moves_between_devices(text: str) -> list[list[int]]:
 
 
 def assert_trees_equal(actual, expected) -> None:
-  """Same structure, and the same bits everywhere."""
+  """Asserts the same structure, and the same bits everywhere."""
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected)):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=jax.tree_util.keystr(path))

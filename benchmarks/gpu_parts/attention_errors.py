@@ -1,4 +1,4 @@
-"""Attention in bfloat16, by the kernel that the devices have and by xla, against float32."""
+"""Errors of bfloat16 attention against float32, by xla and by the device's own kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -13,19 +13,21 @@ def run(context) -> None:
   for name, sizes in registry.ATTENTIONS.items():
     try:
       compare(context.say, name, smaller(sizes) if context.tiny else sizes)
-    except Exception as error:  # a shape that a kernel refuses says nothing of the others
+    except Exception as error:  # one refused shape must not stop the others
       context.say.failed(name, measure.reason(error))
 
 
 def smaller(sizes: tuple) -> tuple:
-  """Odd lengths stay odd."""
+  """Smaller sizes, in which odd lengths stay odd."""
   queries, keys, heads, width, _, causal = sizes
   return min(queries, 64 + queries % 2), min(keys, 64 + keys % 2), min(heads, 2), width, 1, causal
 
 
 def compare(say, name: str, sizes: tuple) -> None:
-  """A row: the largest error of the value and of the three gradients, as shares of the largest
-  number."""
+  """One row: the largest errors of the value and of the three gradients.
+
+  They are shares of the largest number.
+  """
   queries, keys, heads, width, batch, causal = sizes
   shapes = [(batch, n, heads, width) for n in (queries, keys, keys, queries)]
   normal = [
@@ -50,7 +52,10 @@ def compare(say, name: str, sizes: tuple) -> None:
 
 
 def both(impl: str, causal: bool):
-  """`(q, k, v, weight) -> (value, gradients)` of the value's sum with weights."""
+  """Returns `(q, k, v, weight) -> (value, gradients)`.
+
+  The gradients are those of the sum of value * weight.
+  """
 
   def weighted(q, k, v, weight):
     value = attention(q, k, v, causal=causal, impl=impl)
@@ -64,7 +69,7 @@ def both(impl: str, causal: bool):
 
 
 def errors(found: tuple, exact: tuple) -> tuple[float, float]:
-  """Of the value, and the largest of the gradients."""
+  """The error of the value, and the largest error of the gradients."""
 
   def one(a, b) -> float:
     difference = jnp.abs(a.astype(jnp.float32) - b.astype(jnp.float32))

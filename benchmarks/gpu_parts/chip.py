@@ -1,11 +1,11 @@
-"""What the chip offers to any program: a large bf16 product, and a large copy."""
+"""What the chip offers to any program, measured by a large bfloat16 product and a large copy."""
 
 from dancegrpo_jax.devices import chips
 from gpu_parts import measure
 
-CALLS = (
-  10  # between two looks at the clock: a product takes no longer than its dispatch and the look
-)
+# Calls between two readings of the clock: a product alone may take no longer than its dispatch and
+# the reading.
+CALLS = 10
 
 
 def run(context) -> None:
@@ -17,7 +17,7 @@ def run(context) -> None:
   size, count = (256, 2**16) if context.tiny else (8192, 2**29)
 
   def rate(call, work: float) -> dict:
-    """Of `CALLS` calls, which the device does one after the other."""
+    """A cell with the work per second of `CALLS` calls, which the device executes one by one."""
     jax.block_until_ready(call())
 
     def several():

@@ -1,9 +1,8 @@
-"""The runs that are measured: the recipes for one card at full image size and steps, with few
-samples and trained steps.
+"""The runs that are measured: one-GPU recipes with fewer samples and fewer trained steps.
 
-Every part takes the same programs, so that each is compiled once. Tokenizers are this project's, at
-the published lengths:
-their words don't matter, what they make of a text has the right shape.
+Image sizes and numbers of sampling steps are those of the recipes. Every part takes the same
+programs, so that each is compiled once. Tokenizers are this project's, at the published lengths:
+their words do not matter, because the arrays that they return have the right shape.
 """
 
 import json
@@ -16,14 +15,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {"sd": "sd_hps.py:1gpu", "flux": "flux_hps_lora.py:1gpu"}
 TINY = {"sd": "sd_hps.py:tiny", "flux": "flux_hps_lora.py:tiny"}
 PUBLISHED = {"sd": "CompVis/stable-diffusion-v1-4", "flux": "black-forest-labs/FLUX.1-dev"}
-RANDOM = {
-  "sd": "random-sd",
-  "flux": "random-flux",
-}  # folders of assets/ with tokenizers, and of the tiny networks
-# One prompt; 4 of 49 and of 11 steps; 2 optimizer steps of 2 microbatches, of 16 and of 8. No
-# prompt is held out, the start
-# and the end show one with 2 steps, and lanes are as many as a chunk has rows: what decodes and
-# scores it is there already.
+# Folders of assets/ with tokenizers and the tiny networks.
+RANDOM = {"sd": "random-sd", "flux": "random-flux"}
+# One prompt. Stable Diffusion trains 4 of 49 steps, FLUX 4 of 11, both in 2 optimizer steps of 2
+# microbatches, of 16 and of 8 transitions. No prompt is held out, and the evaluations at the start
+# and the end sample one prompt with 2 steps. There are as many lanes as a chunk has rows, so that
+# the evaluations use programs for decoding and scoring that the training needs anyway.
 SHARED = {
   "iterations": 2,
   "data.prompts_per_iteration": 1,
@@ -58,7 +55,7 @@ TINY_CUT = {"iterations": 2, "logging.tensorboard": False}
 
 
 def preset_of(model: str, tiny: bool) -> str:
-  """FILE:preset of a model, for one card."""
+  """FILE:preset of a model's configuration for one GPU."""
   return str(ROOT / "configs" / (TINY if tiny else CONFIGS)[model])
 
 
@@ -80,7 +77,7 @@ def overrides(model: str, tiny: bool, folder: Path) -> dict:
 
 
 def flags(model: str, tiny: bool, folder: Path) -> list[str]:
-  """The same as flags of `main`."""
+  """The same overrides as flags of `main`."""
   changes = overrides(model, tiny, folder)
   return [
     f"--config={preset_of(model, tiny)}",
@@ -89,7 +86,7 @@ def flags(model: str, tiny: bool, folder: Path) -> list[str]:
 
 
 def load(model: str, tiny: bool, folder: Path, **changes):
-  """The config; its folder is filled first. `changes` with "__" for "."."""
+  """Loads the config, after filling its folder. In `changes`, "__" stands for "."."""
   describe(model, folder)
   words = overrides(model, tiny, folder) | {
     key.replace("__", "."): value for key, value in changes.items()
@@ -100,8 +97,10 @@ def load(model: str, tiny: bool, folder: Path, **changes):
 
 
 def describe(model: str, folder: Path) -> None:
-  """Fills FOLDER/<model> and FOLDER/hps with the JSON files of the published networks and
-  tokenizers of their lengths."""
+  """Fills FOLDER/<model> and FOLDER/hps.
+
+  They get the JSON files of the published networks, and tokenizers of the published lengths.
+  """
   place, assets = folder / model, ROOT / "assets"
   shutil.copytree(assets / "published" / PUBLISHED[model], place, dirs_exist_ok=True)
   for name in ("tokenizer", "tokenizer_2"):
@@ -111,7 +110,7 @@ def describe(model: str, folder: Path) -> None:
 
 
 def _tokenizer(source: Path, place: Path) -> None:
-  """A tokenizer whose texts are as long as CLIP's; T5's are cut and padded by their caller."""
+  """Writes a tokenizer whose texts are as long as CLIP's. T5's caller cuts and pads its texts."""
   place.mkdir(parents=True, exist_ok=True)
   for name in ("vocab.json", "merges.txt", "special_tokens_map.json", "tokenizer.json"):
     if (source / name).is_file():

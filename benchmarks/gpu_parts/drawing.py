@@ -1,7 +1,7 @@
-"""Random weights made on the device: those of FLUX and T5 are 33 GB, which a host would draw for
-minutes and then send.
+"""Random weights that are made on the device.
 
-Distributions are those of `checkpoints.weights.draw`; the numbers are others.
+Those of FLUX and T5 have 33 GB, which a host would need minutes to draw and then to send.
+Distributions are those of `checkpoints.weights.draw`; the numbers differ.
 """
 
 import zlib
@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-SMALL = (
-  2**16
-)  # elements: what has fewer is made on the host, where no program need be compiled for it
+# Elements: smaller arrays are made on the host, where no program need be compiled for them.
+SMALL = 2**16
 
 
 def deviation(path: str, shape: tuple[int, ...]) -> float:
-  """Of a parameter's normal distribution; 0 where it is constant, see `constant`."""
+  """Standard deviation of a parameter; 0 where it is constant, see `constant`."""
   leaf = path.rpartition("/")[2]
   if leaf in ("bias", "scale") or (len(shape) < 2 and leaf != "class_embedding"):
     return 0.0
@@ -27,12 +26,12 @@ def deviation(path: str, shape: tuple[int, ...]) -> float:
 
 
 def constant(path: str) -> float:
-  """Of a bias 0, of a norm's scale 1."""
+  """The value of a constant parameter: 0 for a bias, 1 for the scale of a norm."""
   return 0.0 if path.endswith("bias") else 1.0
 
 
 def normal(shape: tuple[int, ...], dtype, std: float, sharding, seed: int) -> jax.Array:
-  """A large array, drawn where it is to lie."""
+  """A large array, drawn on the devices where it will stay."""
   draw = _drawer(shape, jnp.dtype(dtype).name, std, sharding)
   return draw(np.uint32(seed))
 
@@ -53,8 +52,10 @@ _drawers: dict = {}
 
 
 def draw(abstract_params, shardings=None, seed: int = 0, *, table=None):
-  """As `checkpoints.weights.draw`, in its place. The number of axes says what is stacked, as no
-  network of the benchmark has convolutions over time; the table isn't needed.
+  """Takes the place of `checkpoints.weights.draw`, with the same arguments.
+
+  The number of axes says what is stacked, since no network of the benchmark has convolutions over
+  time. The table is not needed.
   """
   del table
   flat = flatten_dict(abstract_params, sep="/")
@@ -80,7 +81,7 @@ def draw(abstract_params, shardings=None, seed: int = 0, *, table=None):
 
 
 def install() -> None:
-  """Makes `random:` checkpoints of this process be drawn so."""
+  """Lets `random:` checkpoints of this process be drawn by `draw`."""
   from dancegrpo_jax.checkpoints import weights
 
   weights.draw = draw

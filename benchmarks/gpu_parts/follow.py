@@ -1,5 +1,7 @@
-"""`main` as a user starts it, watched from outside: its rows of metrics.jsonl as they come, with
-the time since its start."""
+"""Runs `main` as a user would and watches it from outside.
+
+Rows of metrics.jsonl are read as they are written, with the time since the start.
+"""
 
 import json
 import os
@@ -12,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Failed(Exception):
-  """The command ended before its rows were there: what it said last."""
+  """The command ended before its rows were written. The message is the last line of its output."""
 
 
 def rows(
@@ -25,10 +27,10 @@ def rows(
   """Starts a command and yields (seconds since then, row) for each of the first `count` rows.
 
   Args:
-    command: without Python's name; --workdir is added.
-    workdir: new.
-    count: of rows; the command is ended when they are there.
-    environment: variables beside this process's.
+    command: arguments for Python; --workdir is added.
+    workdir: a folder that does not exist yet.
+    count: number of rows, after which the command is ended.
+    environment: variables that are added to those of this process.
     whole: lets the command end by itself after the last row.
 
   Raises:
@@ -63,6 +65,6 @@ def rows(
 
 
 def last_line(log: Path) -> str:
-  """The last thing that a command said."""
+  """The last line of a command's output."""
   lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
   return lines[-1][:200] if lines else "it said nothing"

@@ -1,4 +1,4 @@
-"""What kind of work a kernel does, by its name: those of cuDNN, cuBLAS, CUTLASS and XLA."""
+"""What kind of work a kernel does, by its name. Knows kernels of cuDNN, cuBLAS, CUTLASS and XLA."""
 
 import re
 
@@ -25,7 +25,7 @@ def kind_of(name: str) -> str:
 
 
 def totals(kernels: list[tuple[str, float]]) -> dict[str, float]:
-  """Time by kind of (name, time) pairs; kinds that don't occur are left out."""
+  """Sums of time by kind, from (name, time) pairs. Kinds that do not occur are left out."""
   found: dict[str, float] = {}
   for name, spent in kernels:
     kind = kind_of(name)

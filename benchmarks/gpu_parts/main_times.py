@@ -1,5 +1,7 @@
-"""Two iterations of `main` with everything in memory that a run has there: networks, encoders,
-reward, optimizer."""
+"""Two iterations of `main` with all that a run holds in memory.
+
+That is networks, encoders, reward and optimizer.
+"""
 
 from pathlib import Path
 

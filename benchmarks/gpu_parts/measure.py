@@ -1,4 +1,4 @@
-"""How a number is taken, and how it is told: medians with their spread, as cells of a table."""
+"""How times are measured, and how numbers become cells of a table: medians with their spread."""
 
 import time
 from collections.abc import Callable
@@ -13,14 +13,14 @@ def timed(
   seconds: float = 12.0,
   least: int = 2,
 ) -> list[float]:
-  """Seconds of each of some calls that have been made once before.
+  """Times in seconds of several calls of a function that has been called once before.
 
   Args:
-    call: what is measured.
-    wait: blocks until a call's result is there.
-    count: calls at most.
-    seconds: no further call is made after these.
-    least: calls at least.
+    call: the function.
+    wait: blocks until a call's result is computed.
+    count: the largest number of calls.
+    seconds: time after which no further call is made.
+    least: the smallest number of calls.
   """
   times, start = [], time.perf_counter()
   while len(times) < least or (len(times) < count and time.perf_counter() - start < seconds):
@@ -31,7 +31,7 @@ def timed(
 
 
 def spread(values: list[float], unit: str) -> dict:
-  """A cell: the median with the least and the largest of several measurements."""
+  """A cell: the median, with the smallest and the largest of several measurements."""
   cell = {"value": median(values), "unit": unit, "low": min(values), "high": max(values)}
   return cell | {"runs": len(values)}
 
@@ -47,17 +47,17 @@ def text(words: str) -> dict:
 
 
 def gib(size: float) -> dict:
-  """A cell with bytes."""
+  """A cell with a number of bytes."""
   return number(size / 2**30, "GiB")
 
 
 def percent(value: float) -> dict:
-  """A cell with a share."""
+  """A cell with a percentage."""
   return number(100 * value, "%")
 
 
 def shown(value: dict) -> str:
-  """A cell as text."""
+  """The text of a cell."""
   if "text" in value:
     return value["text"]
   unit = f" {value['unit']}" if value["unit"] else ""
@@ -69,6 +69,6 @@ def shown(value: dict) -> str:
 
 
 def reason(error: BaseException) -> str:
-  """An exception as part of one line, not too long."""
+  """An exception as a short part of one line."""
   said = " ".join(str(error).split())
   return f"{type(error).__name__}: {said}"[:200].rstrip(" :")

@@ -1,14 +1,13 @@
-"""Our side of the comparison: the rollout and the update, and how much work each of them is."""
+"""This project's side of the comparison: the rollout and the update, and how much work each is."""
 
 import jax
 
-from dancegrpo_jax.rl import timesteps
-from dancegrpo_jax.settings import checks
+from dancegrpo_jax.settings import geometry
 from gpu_parts import loaded
 
 
 class Ours:
-  """The rollout and the update, compiled, with what they are called with."""
+  """The compiled rollout and update, with their arguments."""
 
   def __init__(self, made: loaded.Loaded, given: loaded.Feed):
     self._made, self._given = made, given
@@ -34,15 +33,11 @@ class Ours:
 
 
 class Work:
-  """What an iteration asks of the network, in rows; with guidance a sample is two."""
+  """The rows that an iteration passes through the network. With guidance a sample has two rows."""
 
   def __init__(self, config):
     branches = 1 + (config.sampler.guidance_scale != 1.0)
-    samples = config.data.prompts_per_iteration * config.rollout.samples_per_prompt
-    policy = config.sampler.window.size or checks.policy_steps(config)
-    trained = samples * timesteps.count(
-      config.objective.timesteps, config.objective.timestep_fraction, policy
-    )
+    trained = geometry.of(config).transitions
     self.steps = config.sampler.steps
     self.chunk_rows = config.rollout.chunk * branches
     self.microbatch_rows = config.optimizer.microbatch * branches

@@ -1,4 +1,4 @@
-"""What was measured as text: one table a part."""
+"""Formats the measurements as text, with one table for each part."""
 
 from gpu_parts import measure, registry, runner
 
@@ -8,7 +8,7 @@ def _line(cells: list[str]) -> str:
 
 
 def table(result: dict) -> str:
-  """A part's rows."""
+  """The table of a part."""
   columns = result["columns"]
   lines = [_line(["", *columns, "note"]), _line(["---"] * (len(columns) + 2))]
   for name, row in result["rows"].items():
@@ -37,7 +37,7 @@ EMPTY = "Nothing of this section has been measured yet."
 
 
 def about(result: dict) -> str:
-  """Where, when and by which command a part was run."""
+  """Where and when a part was run, and by which command."""
   ran = result["ran"]
   versions = ", ".join(f"{name} {version}" for name, version in ran["versions"].items())
   device, driver = result.get("device") or ran["gpu"] or "an unknown device", ran["driver"]
@@ -49,10 +49,10 @@ def about(result: dict) -> str:
 
 
 def section(parts: dict[str, dict]) -> str:
-  """The section of RESULTS.md; parts that weren't run say so.
+  """The section of RESULTS.md, which also names the parts that were not run.
 
   Args:
-    parts: by name, results of the runner with `ran`: what `about` tells.
+    parts: results of the runner by name. `ran` has what `about` formats.
   """
   texts = [HEAD] + [f"\n{EMPTY}\n"] * (not parts)
   for part in registry.ALL:

@@ -1,5 +1,7 @@
-"""diffusers' networks with the published JSON files and random weights, and inputs batched as ours:
-the PyTorch side."""
+"""The PyTorch side: diffusers' networks from the published JSON files with random weights.
+
+Inputs have the same batch sizes as this project's.
+"""
 
 import contextlib
 import json
@@ -13,7 +15,7 @@ CLASSES = {"sd": (UNet2DConditionModel, "unet"), "flux": (FluxTransformer2DModel
 
 
 def device() -> str:
-  """Where PyTorch computes."""
+  """The device on which PyTorch computes."""
   return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -27,7 +29,7 @@ def description(model: str, tiny: bool) -> dict:
 
 
 def network(model: str, tiny: bool, dtype: torch.dtype) -> torch.nn.Module:
-  """A network with PyTorch's own random weights, made where it computes."""
+  """A network with PyTorch's random weights, made on the device that computes."""
   before = torch.get_default_dtype()
   torch.set_default_dtype(dtype)  # so that no float32 copy of 12 B parameters is made on the way
   try:
@@ -39,8 +41,7 @@ def network(model: str, tiny: bool, dtype: torch.dtype) -> torch.nn.Module:
 
 
 def inputs(model: str, made: torch.nn.Module, tiny: bool, rows: int, dtype: torch.dtype) -> dict:
-  """A batch: Stable Diffusion's latents of 512x512 and 77 tokens, FLUX's of 720x720 and 512
-  tokens."""
+  """A batch of inputs: 512x512 and 77 tokens for Stable Diffusion, 720x720 and 512 for FLUX."""
   given, said = {"device": device(), "dtype": dtype}, made.config
   time = torch.full((rows,), 0.5 if model == "flux" else 500.0, **given)
   if model == "sd":
@@ -70,7 +71,7 @@ def inputs(model: str, made: torch.nn.Module, tiny: bool, rows: int, dtype: torc
 
 
 def channels_last(given: dict) -> dict:
-  """The same with latents in the order that cuDNN likes."""
+  """The inputs with latents in the memory order that cuDNN prefers."""
   return given | {"sample": given["sample"].to(memory_format=torch.channels_last)}
 
 
@@ -80,8 +81,11 @@ def compiled(made: torch.nn.Module) -> torch.nn.Module:
 
 
 def compiled_blocks(made: torch.nn.Module) -> torch.nn.Module:
-  """Another network with the same weights whose blocks are compiled, once for each kind of them,
-  as diffusers advises for transformers. That changes a network in place: eager keeps its own."""
+  """Another network with the same weights and compiled blocks, as diffusers advises.
+
+  Each kind of block is compiled once. Compilation changes a network in place, so the eager
+  measurement keeps a network for itself.
+  """
   with torch.device("meta"):
     other = type(made).from_config(made.config)
   other.load_state_dict(made.state_dict(), assign=True)
@@ -90,7 +94,7 @@ def compiled_blocks(made: torch.nn.Module) -> torch.nn.Module:
 
 
 def forward(made: torch.nn.Module, given: dict):
-  """`() -> output` without a gradient."""
+  """Returns `() -> output`, without a gradient."""
 
   def call():
     with torch.no_grad():
@@ -100,15 +104,20 @@ def forward(made: torch.nn.Module, given: dict):
 
 
 def trainable(model: str, tiny: bool) -> torch.nn.Module:
-  """What is trained: Stable Diffusion's weights in float32, FLUX's adapters of rank 128 over
-  weights in bfloat16."""
+  """The trained network: all weights of Stable Diffusion in float32, or adapters for FLUX.
+
+  The adapters have rank 128; FLUX's weights are in bfloat16.
+  """
   if model == "sd":
     return network(model, tiny, torch.float32).train()
   return adapted(network(model, tiny, torch.bfloat16), 4 if tiny else 128)
 
 
 def adapted(made: torch.nn.Module, rank: int) -> torch.nn.Module:
-  """The same with adapters on what the recipe's adapters are on; nothing else has a gradient."""
+  """The network with adapters on the layers that the recipe adapts.
+
+  Only the adapters have gradients.
+  """
   from peft import LoraConfig
 
   made.requires_grad_(False)
@@ -122,8 +131,10 @@ def adapted(made: torch.nn.Module, rank: int) -> torch.nn.Module:
 
 
 def step(made: torch.nn.Module, given: dict):
-  """`() -> loss` of a microbatch: forward and backward pass under bfloat16 autocast; gradients add
-  up, nothing is stepped."""
+  """Returns `() -> loss` of a microbatch, with a forward and a backward pass.
+
+  Both run under bfloat16 autocast. Gradients are accumulated, and there is no optimizer step.
+  """
 
   def call():
     with torch.autocast(device(), torch.bfloat16):
@@ -135,24 +146,24 @@ def step(made: torch.nn.Module, given: dict):
 
 
 def checkpoint(made: torch.nn.Module, wanted: bool) -> None:
-  """Whether blocks are computed again in the backward pass."""
+  """Turns the recomputation of blocks in the backward pass on or off."""
   made.enable_gradient_checkpointing() if wanted else made.disable_gradient_checkpointing()
 
 
 def wait(result) -> None:
-  """Until everything that was asked for is done."""
+  """Waits until the device has finished all work."""
   del result
   if torch.cuda.is_available():
     torch.cuda.synchronize()
 
 
 def peak() -> int | None:
-  """Bytes that PyTorch has used at most since `free`."""
+  """The most bytes that PyTorch has used since `free`."""
   return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
 def free() -> None:
-  """Gives what PyTorch doesn't use back to the card, and counts the peak anew."""
+  """Returns the memory that PyTorch does not use to the GPU, and resets the peak."""
   import gc
 
   gc.collect()

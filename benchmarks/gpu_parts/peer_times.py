@@ -1,8 +1,8 @@
-"""Our rollout's step and our update's microbatch beside diffusers' networks in PyTorch, in one
-process, by turns.
+"""Times this project beside diffusers' networks in PyTorch, in one process, in turns.
 
-JAX is told to give memory back after each call (see registry.py), PyTorch gives it back between
-turns. Both sides' weights stay.
+Compares a step of the rollout and a microbatch of the update. JAX is configured to give memory back
+after each call (see registry.py), and PyTorch gives it back between turns. The weights of both
+sides stay in memory.
 """
 
 import functools
@@ -16,41 +16,40 @@ from dancegrpo_jax.devices import chips
 from gpu_parts import loaded, measure
 from gpu_parts.ours import Ours, Work
 
-ROUNDS = 2  # A B A B
+ROUNDS = 2  # each row is measured twice, in turns: A B A B
 
 
 def run(context) -> None:
   missing = [name for name in ("torch", "diffusers") if importlib.util.find_spec(name) is None]
   if missing:
     raise RuntimeError(f"{' and '.join(missing)} not installed: pip install {' '.join(missing)}")
-  # Beside the programs of JAX: what PyTorch has compiled serves the next command as well.
+  # Beside JAX's programs, so that the next command finds what PyTorch has compiled, too.
   os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(context.cache / "torch"))
-  import torch  # before JAX has the device: an installation that disagrees with JAX's shows here
+  # Before JAX takes the device, so that libraries in conflict with JAX's are noticed here.
+  import torch
 
   if not torch.cuda.is_available() and not context.tiny:
     raise RuntimeError("torch sees no GPU")
-  made = loaded.load(context, data__cache_embeddings=True)  # encoders take no part
+  made = loaded.load(context, data__cache_embeddings=True)  # without text encoders
   given = loaded.feed(made)
   flops = made.counts(["rollout", "update"])
   ours = Ours(made, given)
   side = Side(context, made, ours, flops)
   side.forward()
-  torch.compiler.reset()  # lets go of the networks that it has compiled
+  torch.compiler.reset()  # frees the compiled networks
   side.training()
 
 
 class Side:
-  """Both sides' turns."""
+  """The turns of both sides."""
 
   def __init__(self, context, made: loaded.Loaded, ours: Ours, flops: dict[str, float]):
     from gpu_parts import peer_models
 
-    self.peer, self.say, self.model, self.tiny = (
-      peer_models,
-      context.say,
-      context.argument,
-      context.tiny,
-    )
+    self.peer = peer_models
+    self.say = context.say
+    self.model = context.argument
+    self.tiny = context.tiny
     self.ours, self.work = ours, Work(made.config)
     self.peak_flops = chips.gpu_peak(made.mesh.devices.flat[0].device_kind)
     row = flops["rollout"] / (self.work.steps * self.work.chunk_rows)
@@ -69,17 +68,18 @@ class Side:
     scale: int,
     same: Callable,
   ) -> dict[str, list[float]]:
-    """Ours and each of theirs, ROUNDS times; rows as they come. What is compiled has turns of its
-    own after the others, which don't wait for the compiler.
+    """Measures our row and each row of PyTorch in turns, ROUNDS times, and sends rows at once.
+
+    Compiled networks take turns after the others, which therefore do not wait for the compiler.
 
     Args:
       ours: `() -> result`.
-      theirs: by row, `() -> (() -> result)`, which makes what it needs when its first turn comes.
-      mine: our row.
-      flops: by row, of what is told as its time.
-      scale: by how much our call is longer than what is told as its time.
-      same: `(row, seconds) -> seconds` that they take for as much as ours does in its time, None
-        where that isn't known.
+      theirs: by row, `() -> (() -> result)`; the outer function allocates, at the first turn.
+      mine: name of our row.
+      flops: by row, the FLOPs of what its time measures.
+      scale: our time is that of a call divided by this number.
+      same: `(row, seconds) -> seconds`, PyTorch's time for the same work as our time measures; None
+        where it is unknown.
     """
     times, ready, failed = {}, {}, set()
 
@@ -106,18 +106,18 @@ class Side:
         try:
           if row not in failed:
             own() if row == mine else other(row)
-        except Exception as error:  # out of memory, a compiler that is missing: the others go on
+        except Exception as error:  # such as no memory or no compiler: the others go on
           failed.add(row)
           ready.pop(row, None)
           if row not in times:
             self.say.failed(row, measure.reason(error))
     for row in times:
       if row != mine:
-        compare(row)  # with all of our times
+        compare(row)  # now with all of our times
     return times
 
   def turn(self, row: str, make: Callable, ready: dict, times: dict, flops: float) -> None:
-    """One of theirs."""
+    """Measures one row of PyTorch."""
     self.peer.free()
     if row not in ready:
       ready[row] = make()
@@ -129,7 +129,7 @@ class Side:
     self.peer.free()
 
   def row(self, name: str, times: list[float], flops: float, peak: int | None = None) -> None:
-    """A row's time, share of the peak, and memory."""
+    """The cells of a row: time, share of the chip's peak, and memory."""
     cells = {"time": measure.spread(times, "s")}
     if self.peak_flops:
       cells["MFU"] = measure.percent(flops / self.peak_flops / measure.median(times))
@@ -138,12 +138,12 @@ class Side:
     self.say.cells(name, cells)
 
   def forward(self) -> None:
-    """A step of the rollout beside a forward pass of as many rows."""
+    """Compares a step of the rollout with a forward pass of as many rows."""
     import torch
 
     peer, rows, mine = self.peer, self.work.chunk_rows, "forward: ours"
 
-    @functools.cache  # made when it is first asked for: a failure is a row's, not ours
+    @functools.cache  # made at the first turn, so that a failure concerns that row alone
     def network():
       made = peer.network(self.model, self.tiny, torch.bfloat16).eval()
       return made, peer.inputs(self.model, made, self.tiny, rows, torch.bfloat16)
@@ -167,7 +167,7 @@ class Side:
     self.forward_times = {name: measure.median(values) for name, values in times.items()}
 
   def last(self, network: Callable) -> None:
-    """Channels last changes the network in place, so it comes last."""
+    """Channels last changes the network in place, so this row comes last."""
     import torch
 
     row = "forward: diffusers, eager, channels last"
@@ -177,13 +177,13 @@ class Side:
       call = self.peer.forward(made, self.peer.channels_last(given))
       self.peer.wait(call())
       times = measure.timed(call, self.peer.wait, count=8, seconds=4.0)
-    except Exception as error:  # the training is still to come
+    except Exception as error:  # the training is still to be measured
       self.say.failed(row, measure.reason(error))
     else:
       self.row(row, times, self.forward_flops, self.peer.peak())
 
   def training(self) -> None:
-    """A microbatch of the update beside a forward and a backward pass of as many rows."""
+    """Compares a microbatch of the update with a forward and a backward pass of as many rows."""
     import torch
 
     peer, work, mine = self.peer, self.work, "training: ours"
@@ -199,7 +199,7 @@ class Side:
       call = peer.step(change(made), given)
 
       def run():
-        peer.checkpoint(made, checkpointing)  # the next turn's may be another
+        peer.checkpoint(made, checkpointing)  # the next turn may have another one
         return call()
 
       return run
@@ -217,8 +217,10 @@ class Side:
     self.turns(self.ours.update, named, mine, flops, work.microbatches, self.whole)
 
   def whole(self, row: str, seconds: float) -> float | None:
-    """What theirs takes for all passes of an update, over as many as it has microbatches; None
-    where the forward pass, a part of it, was not measured."""
+    """PyTorch's time for all passes of an update, divided by the number of its microbatches.
+
+    None where the forward pass, which is part of it, was not measured.
+    """
     kind = "compiled" if "compiled" in row else "eager"
     wanted = f"forward: diffusers, {kind}"
     passes = [time for name, time in self.forward_times.items() if name.startswith(wanted)]

@@ -1,5 +1,4 @@
-"""What float32 products cost, and what they are good for: `main` with both settings of
-model.matmul_precision."""
+"""Cost and effect of float32 products: `main` with both settings of model.matmul_precision."""
 
 from gpu_parts import follow, measure
 

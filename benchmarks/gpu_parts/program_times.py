@@ -65,11 +65,8 @@ class Program:
 
 def planned(run: loaded.Loaded, call: inventory.Call, compiled) -> float:
   """Bytes of the device's memory by plan's row: what stays, arguments, temporaries."""
-  from dancegrpo_jax.plan import flops
-
-  kept, memory = inventory.kept_bytes(run.inventory, call), compiled.memory_analysis()
-  chip = chips.chip_of(run.mesh.devices.flat[0])
-  return planning.row_of(call, kept, flops.Flops(0.0), 0.0, chip, 1, "", memory).peak
+  kept = inventory.kept_bytes(run.inventory, call)
+  return kept + planning.peak_of(compiled.memory_analysis())
 
 
 def peak_so_far() -> dict:

@@ -1,5 +1,7 @@
-"""The parts of the benchmark: what each measures, how long it may take, and the rows that it fills.
-Imports no JAX."""
+"""The parts of the benchmark: what they measure, their time limits, and their rows.
+
+Imports no JAX.
+"""
 
 from typing import NamedTuple
 
@@ -42,17 +44,17 @@ _TRAINING = {
 
 
 class Part(NamedTuple):
-  """A part, which is a process of its own.
+  """A part of the benchmark, which runs in a process of its own.
 
   Attributes:
-    name: on the command line; what stands before a "-" names it together with others.
-    module: whose `run(context)` measures.
-    argument: what the module is told.
-    seconds: after which it is killed.
-    title: of its table.
-    columns: of its table, beside the row's name and the note.
-    rows: that it fills.
-    environment: variables that the process is started with.
+    name: name on the command line. The text before a "-" selects all parts that start with it.
+    module: the module whose `run(context)` measures.
+    argument: the argument for the module.
+    seconds: time limit, after which the process is killed.
+    title: title of its table.
+    columns: columns of its table, beside the row's name and the note.
+    rows: names of the rows that it fills.
+    environment: environment variables of the process.
   """
 
   name: str
@@ -86,10 +88,8 @@ def _kernels(model: str, seconds: float) -> Part:
 
 
 def _start(name: str, seconds: float) -> Part:
-  title, columns = (
-    f"From the command to an iteration, `{name}.py`",
-    ("first iteration", "afterwards"),
-  )
+  title = f"From the command to an iteration, `{name}.py`"
+  columns = ("first iteration", "afterwards")
   return Part(
     f"start-{name}", "gpu_parts.start_times", name, seconds, title, columns, _STARTS[name]
   )
@@ -98,10 +98,8 @@ def _start(name: str, seconds: float) -> Part:
 def _peer(model: str, seconds: float) -> Part:
   rows = ("forward: ours", *(f"forward: diffusers, {kind}" for kind in _PEER[model]))
   rows += ("training: ours", *(f"training: diffusers, {kind}" for kind in _TRAINING[model]))
-  title, columns = (
-    f"{NAMES[model]} beside PyTorch",
-    ("time", "MFU", "PyTorch's peak", "ours is faster by"),
-  )
+  title = f"{NAMES[model]} beside PyTorch"
+  columns = ("time", "MFU", "PyTorch's peak", "ours is faster by")
   # JAX gives memory back between its calls, so that both frameworks find room on one card.
   environment = (
     ("XLA_PYTHON_CLIENT_PREALLOCATE", "false"),
@@ -161,15 +159,18 @@ ALL = (
 )
 DEFAULT = ("chip", "programs-flux", "programs-sd", "start-emoji_clip", "peer-sd")
 DEFAULT_SECONDS, ALL_SECONDS = 6 * 60, 9 * 60  # of all parts together
-LEAST = 12  # seconds: a part isn't begun with less
+LEAST = 12  # seconds: no part is started with less time
 
 
 def choose(words: str) -> tuple[Part, ...]:
-  """The parts that --parts names, in their order: names, what stands before a "-" in them, "all" or
-  "" for the default.
+  """The parts that --parts selects, in the order in which they run.
+
+  Args:
+    words: names of parts or the text before their "-", separated by commas; "all"; or "" for the
+      default.
 
   Raises:
-    ValueError: one line, an unknown name.
+    ValueError: a name is unknown.
   """
   wanted = DEFAULT if not words else words.split(",")
   known = {part.name for part in ALL} | {part.name.partition("-")[0] for part in ALL} | {"all"}
@@ -185,6 +186,6 @@ def choose(words: str) -> tuple[Part, ...]:
 
 
 def total_of(words: str, parts: tuple[Part, ...]) -> float:
-  """Seconds that the chosen parts may take together."""
+  """Time limit of the chosen parts together, in seconds."""
   own = sum(part.seconds for part in parts)
   return min(own, {"": DEFAULT_SECONDS, "all": ALL_SECONDS}.get(words, own))

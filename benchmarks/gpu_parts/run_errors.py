@@ -1,5 +1,7 @@
-"""Tiny runs of `main`: is the ratio 1 before the first update, do two runs agree, and does the CPU
-say the same."""
+"""Checks tiny runs of `main` on the device.
+
+Is the ratio 1 before the first update, do two runs agree, and does the CPU compute the same?
+"""
 
 import threading
 from pathlib import Path
@@ -11,7 +13,7 @@ DRIFT, TWICE, CPU = registry.RUNS.rows
 
 
 def command(cache: Path) -> list[str]:
-  """Three iterations."""
+  """The command for three iterations."""
   changes = {"iterations": 3, "logging.compilation_cache": cache, "logging.tensorboard": False}
   return [
     "-m",
@@ -50,7 +52,7 @@ def run(context) -> None:
 
 
 def agreement(first: list[dict], second: list[dict]) -> dict:
-  """Whether rows are equal but for times, and where they differ most."""
+  """Whether rows are equal but for their times, and where they differ most."""
   worst, where, unequal = 0.0, "", set()
   for a, b in zip(first, second):
     for name in sorted(set(a) | set(b)):
@@ -73,7 +75,7 @@ def agreement(first: list[dict], second: list[dict]) -> dict:
 
 
 def difference(a: float | None, b: float | None) -> float:
-  """Relative; a number that one run lacks, or that isn't finite in it, is as far as can be."""
+  """Relative difference; infinite where one run lacks a finite number."""
   if a is None or b is None:
     return float("inf")
   return abs(a - b) / max(abs(a), abs(b), 1e-12)

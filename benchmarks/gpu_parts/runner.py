@@ -1,5 +1,7 @@
-"""Runs the parts one after the other, each as a process with a budget, and collects what they
-say."""
+"""Runs the parts one after the other, each in a process with a time limit.
+
+Collects the lines that the processes write.
+"""
 
 import contextlib
 import json
@@ -21,7 +23,7 @@ ROOT = WORKER.parents[2]
 
 
 def empty(part: Part, why: str) -> dict:
-  """A part's result before anything is measured."""
+  """The result of a part before anything is measured."""
   rows = {name: {"cells": {}, "note": "", "problem": why} for name in part.rows}
   return {
     "title": part.title,
@@ -33,7 +35,7 @@ def empty(part: Part, why: str) -> dict:
 
 
 def add(result: dict, line: dict) -> None:
-  """Puts a line of a worker into its part's result."""
+  """Adds a line from a worker to the result of its part."""
   if "row" in line:
     row = result["rows"].setdefault(line["row"], {"cells": {}, "note": "", "problem": ""})
     row["cells"] |= line["cells"]
@@ -46,7 +48,7 @@ def add(result: dict, line: dict) -> None:
 
 
 def finish(result: dict, why: str) -> None:
-  """Says of each row that is still empty why."""
+  """Notes for each row that is still empty why it is."""
   result["problem"] = why
   for row in result["rows"].values():
     if not row["cells"] and row["problem"] in ("", "not reached"):
@@ -56,16 +58,21 @@ def finish(result: dict, why: str) -> None:
 def run_part(
   part: Part, seconds: float, cache: Path, tiny: bool, say: Callable[[str], None]
 ) -> dict:
-  """One part, killed with all that it started after `seconds`; its result, with what it measured
-  until then."""
+  """Runs one part and returns its result.
+
+  After `seconds` it is killed together with the processes that it started; the result then has what
+  was measured until then.
+  """
   result, start = empty(part, "not reached"), time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
     rows, log = Path(folder) / "rows.jsonl", Path(folder) / "log.txt"
     rows.touch()
     command = [sys.executable, str(WORKER), part.module, part.argument, str(rows), str(cache)]
     own = {"PYTHONUNBUFFERED": "1"} | dict(part.environment)
-    environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | own  # one card, unless told which
+    # One GPU, unless the environment chooses others.
+    environment = {"CUDA_VISIBLE_DEVICES": "0"} | os.environ | own
     with log.open("w") as output:
+      # In a session of its own, so that the processes it starts are killed with it.
       process = subprocess.Popen(
         command + ["--tiny"] * tiny,
         cwd=ROOT,
@@ -73,7 +80,7 @@ def run_part(
         stderr=output,
         env=environment,
         start_new_session=True,
-      )  # a session of its own: it is killed with the processes that it starts
+      )
       try:
         late = _follow(process, rows, start + seconds, result, say)
       finally:
@@ -91,7 +98,7 @@ def run_part(
 def _follow(
   process: subprocess.Popen, rows: Path, deadline: float, result: dict, say: Callable[[str], None]
 ) -> bool:
-  """Reads a worker's lines as they come, until it ends. True where the deadline came first."""
+  """Reads a worker's lines until it ends. Returns True if the deadline came first."""
   with rows.open() as file:
     partial = ""
     while True:
@@ -116,14 +123,14 @@ def _told(line: dict, result: dict, say: Callable[[str], None]) -> None:
 
 
 def _kill(process: subprocess.Popen) -> None:
-  """Ends a worker and whatever it has started and left behind."""
+  """Ends a worker and all processes that it started."""
   with contextlib.suppress(ProcessLookupError, PermissionError):  # it has left nothing behind
     os.killpg(process.pid, signal.SIGKILL)
   process.wait()
 
 
 def _tail(log: Path, lines: int = 12) -> str:
-  """The end of what a worker printed."""
+  """The end of a worker's output."""
   return "\n".join(
     f"    {line[:200]}" for line in log.read_text(errors="replace").splitlines()[-lines:]
   )
@@ -137,9 +144,9 @@ def run(
   say: Callable[[str], None],
   keep: Callable[[str, dict], None],
 ) -> None:
-  """All parts, until the time is up; `keep(name, result)` is called when a part has ended.
+  """Runs all parts until the time is up, and calls `keep(name, result)` after each part.
 
-  A part has its own budget, and more where there is more time than all of them ask for.
+  Each part has its time limit, and more where the total time is longer than all limits together.
   """
   deadline = time.monotonic() + total
   patience = max(TINY_PATIENCE if tiny else 1.0, total / sum(part.seconds for part in parts))

@@ -1,5 +1,7 @@
-"""From the command to the first finished iteration: with nothing compiled, and again with what the
-first run has compiled."""
+"""Time from the command to the first finished iteration.
+
+Measured with an empty compilation cache, and again with the cache that the first run has filled.
+"""
 
 from gpu_parts import follow, measure
 
@@ -9,7 +11,7 @@ ITERATIONS = 3
 def run(context) -> None:
   name = context.argument
   config = f"configs/{name}.py" + ":tiny" * context.tiny
-  folder = context.folder / "programs"  # its own: the first run is to find nothing
+  folder = context.folder / "programs"  # empty for the first run
   changes = {"iterations": ITERATIONS, "logging.compilation_cache": folder}
   command = [
     "-m",
@@ -30,7 +32,7 @@ def run(context) -> None:
 
 
 def phases(values: dict) -> str:
-  """What the first iteration spent its time on; the programs were compiled before it."""
+  """How the first iteration's time is divided. The programs were compiled before it."""
   parts = {
     key.removeprefix("time/"): value for key, value in values.items() if key.startswith("time/")
   }

@@ -1,5 +1,7 @@
-"""The process of one part: `python worker.py MODULE ARGUMENT ROWS CACHE [--tiny]`; writes a JSON
-line for each number."""
+"""The process of one part. It writes a JSON line for each measured number.
+
+The command is `python worker.py MODULE ARGUMENT ROWS CACHE [--tiny]`.
+"""
 
 import importlib
 import json
@@ -16,8 +18,10 @@ from gpu_parts import measure  # noqa: E402
 
 
 class Say:
-  """Tells the parent what is measured, as soon as it is: a part that is killed keeps what it
-  had."""
+  """Sends each measurement to the parent at once.
+
+  A part that is killed therefore keeps its results.
+  """
 
   def __init__(self, file: Path):
     self._file = file.open("a")
@@ -26,38 +30,40 @@ class Say:
     print(json.dumps(values), file=self._file, flush=True)
 
   def row(self, name: str, note: str = "", **cells: dict) -> None:
-    """Cells of a row by column, with "_" for a space; they add to what was told of it before, or
-    replace it."""
+    """Sends cells of a row by column name, with "_" for a space.
+
+    They are added to the cells sent before, or replace them.
+    """
     self._line(
       row=name, cells={column.replace("_", " "): cell for column, cell in cells.items()}, note=note
     )
 
   def cells(self, name: str, cells: dict[str, dict], note: str = "") -> None:
-    """As `row`, for columns whose names are no Python names."""
+    """As `row`, for columns whose names are not Python names."""
     self._line(row=name, cells=cells, note=note)
 
   def failed(self, name: str, why: str) -> None:
-    """A row that has no number, and why."""
+    """Sends a row that has no number, and the reason."""
     self._line(row=name, cells={}, problem=why)
 
   def device(self, name: str) -> None:
-    """What it was measured on."""
+    """Sends the name of the device."""
     self._line(device=name)
 
   def problem(self, why: str) -> None:
-    """Why the rows that are still empty stay so."""
+    """Sends the reason why the rows that are still empty stay empty."""
     self._line(problem=why)
 
 
 class Context(NamedTuple):
-  """What a part is given.
+  """The arguments of a part.
 
   Attributes:
-    say: where its numbers go.
+    say: sends the measurements.
     argument: see `registry.Part`.
-    tiny: tiny sizes, on whatever device is there.
-    cache: folder of compiled programs, the same for all parts.
-    folder: a part's own, removed by the parent.
+    tiny: whether sizes are tiny, so that any device will do.
+    cache: folder of compiled programs, shared by all parts.
+    folder: a folder for this part alone, which the parent removes.
   """
 
   say: Say
@@ -68,12 +74,12 @@ class Context(NamedTuple):
 
 
 def main(module: str, argument: str, rows: str, cache: str, tiny: bool) -> int:
-  """Runs the part; 1 where it failed."""
+  """Runs the part. Returns 1 where it failed."""
   say = Say(Path(rows))
   try:
     run = importlib.import_module(module).run
     run(Context(say, argument, tiny, Path(cache), Path(rows).parent))
-  except Exception as error:  # whatever it is, the other parts go on and this one's row says it
+  except Exception as error:  # the other parts go on, and this part's rows name the error
     traceback.print_exc()
     say.problem(measure.reason(error))
     return 1

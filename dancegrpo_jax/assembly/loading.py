@@ -1,4 +1,4 @@
-"""From a config to a model in memory: what train, sample and evaluate have in common."""
+"""From a config to a model in memory, for the commands train, sample and evaluate."""
 
 from collections.abc import Callable, Iterable
 from math import prod
@@ -28,12 +28,12 @@ class Model(NamedTuple):
   """A pipeline and rewards with their weights.
 
   Attributes:
-    pipeline: functions.
-    frozen: parameters by component, without what is trained.
-    trainable: `{name: tree}`, float32, as training starts: the denoiser's parameters, or the
-      adapters as "lora".
+    pipeline: the model family's functions.
+    frozen: parameters by component, without those that are trained.
+    trainable: `{name: tree}`, float32, as training starts: the parameters of the denoiser, or
+      adapters named "lora".
     rewards: by name.
-    reward_params: by reward, {} where it has none.
+    reward_params: by reward, {} for a reward without a network.
     shardings: of `trainable`.
   """
 
@@ -46,13 +46,13 @@ class Model(NamedTuple):
 
 
 def lora_of(config: ConfigDict) -> Lora | None:
-  """The adapters that a config asks for, or None: every weight is trained."""
+  """The adapters that a config asks for; None where every weight is trained."""
   c = config.lora
   return Lora(c.rank, c.alpha, c.targets) if c.rank else None
 
 
 def family_of(config: ConfigDict) -> Family:
-  """The model family of a config. ConfigError as `families.family_of`."""
+  """The model family of a config. Raises ConfigError where there is none of its name."""
   try:
     return families.family_of(config.model.family)
   except ValueError as error:
@@ -60,13 +60,13 @@ def family_of(config: ConfigDict) -> Family:
 
 
 def checkpoint_folder(config: ConfigDict) -> Path:
-  """The local folder of config.model.checkpoint, whatever it names. ConfigError as `hub.folder`."""
+  """The local folder of config.model.checkpoint, see `hub.folder`, whose errors it raises."""
   layout, model = family_of(config).layout, config.model
   return hub.folder("model.checkpoint", model.checkpoint, layout, model.variant)
 
 
 def model_location(config: ConfigDict) -> str:
-  """config.model.checkpoint as `read_component` takes it."""
+  """config.model.checkpoint in the form that `components.read_component` takes."""
   return location_of(config.model.checkpoint, checkpoint_folder(config))
 
 
@@ -75,7 +75,7 @@ def build_pipeline(config: ConfigDict) -> Pipeline:
 
   Raises:
     ConfigError: a folder or file that is missing, a network that is not implemented, or LoRA
-      targets that aren't there.
+      targets that match nothing.
   """
   folder, layout = checkpoint_folder(config), family_of(config).layout
   try:
@@ -88,7 +88,11 @@ def build_pipeline(config: ConfigDict) -> Pipeline:
 def pipeline_of(
   config: ConfigDict, jsons: dict[str, dict], tokenizers: dict[str, Callable]
 ) -> Pipeline:
-  """The pipeline of a checkpoint's JSON files and tokenizers. ConfigError as `build_pipeline`."""
+  """The pipeline of a checkpoint, given its JSON files and tokenizers.
+
+  Raises:
+    ConfigError: a network that is not implemented, or LoRA targets that match nothing.
+  """
   model, family = config.model, family_of(config)
   settings = ModelSettings(
     size=model.size,
@@ -108,8 +112,10 @@ def pipeline_of(
 def shardings_of(
   config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh
 ) -> dict[str, PyTree]:
-  """Where the parameters of each component, and the adapters, go. ConfigError: a rule that does not
-  fit.
+  """Shardings of the parameters by component, and of the adapters.
+
+  Raises:
+    ConfigError: a rule of config.mesh.rules that does not fit.
   """
   abstract = {name: component.abstract for name, component in pipeline.components.items()}
   if pipeline.adapters is not None:
@@ -120,23 +126,28 @@ def shardings_of(
 def reward_shardings(
   config: ConfigDict, rewards: dict[str, Reward], mesh: jax.sharding.Mesh
 ) -> dict[str, PyTree]:
-  """Where the rewards' parameters go, by reward and component. ConfigError: a rule that does not
-  fit.
+  """Shardings of the parameters of rewards, by reward and component.
+
+  Raises:
+    ConfigError: a rule of config.mesh.reward_rules that does not fit.
   """
   abstract = {
     name: {part: c.abstract for part, c in reward.components.items()}
     for name, reward in rewards.items()
   }
   if not jax.tree.leaves(abstract):
-    return abstract  # none has a network: there is nothing that a rule could match
+    return abstract  # no reward has a network, so there is nothing that a rule could match
   return sharding.infer_shardings(abstract, config.mesh.reward_rules, mesh, "reward_rules")
 
 
 def read(
   config: ConfigDict, pipeline: Pipeline, names: Iterable[str], mesh: jax.sharding.Mesh
 ) -> dict[str, PyTree]:
-  """The parameters of these components of config.model, each device its share. ConfigError as
-  `load`.
+  """Reads the parameters of some components. Each device receives only its own share.
+
+  Raises:
+    ConfigError: a checkpoint that is missing, truncated or does not fit; a sharding rule that does
+      not fit.
   """
   shardings, location = shardings_of(config, pipeline, mesh), model_location(config)
   variant, allow_pickle = config.model.variant, config.model.allow_pickle
@@ -155,17 +166,24 @@ def load(
   mesh: jax.sharding.Mesh,
   without: tuple[str, ...] = (),
 ) -> Model:
-  """Reads every weight but those of the components `without`, each device its share.
+  """Reads all weights. Each device receives only its own share.
+
+  Args:
+    config: validated.
+    pipeline: the model family's functions.
+    rewards: by name.
+    mesh: the devices.
+    without: components that are not read.
 
   Raises:
     ConfigError: a checkpoint or LoRA that is missing, truncated or does not fit; a sharding rule
-      that does not.
+      that does not fit.
   """
   shardings = shardings_of(config, pipeline, mesh)
   of_rewards = reward_shardings(config, rewards, mesh)
-  name, adapters = pipeline.trainable, None
-  if pipeline.adapters is not None:  # small, so that a mistake in them shows first
-    adapters = load_adapters(config, pipeline, shardings[name])
+  adapters = None
+  if pipeline.adapters is not None:  # They are small, so a mistake in them shows at once.
+    adapters = load_adapters(config, pipeline, shardings[pipeline.trainable])
   names = [component for component in pipeline.components if component not in without]
   params = read(config, pipeline, names, mesh)
   reward_params = {
@@ -173,11 +191,22 @@ def load(
     for name, reward in rewards.items()
   }
   if adapters is not None:
-    params[name] = adapters
-  frozen = {key: value for key, value in params.items() if key != name}
+    params[pipeline.trainable] = adapters
+  return _model(pipeline, params, shardings, rewards, reward_params)
+
+
+def _model(
+  pipeline: Pipeline,
+  params: dict[str, PyTree],
+  shardings: dict[str, PyTree],
+  rewards: dict[str, Reward],
+  reward_params: dict[str, PyTree],
+) -> Model:
+  """Tells the trained parameters from the frozen ones."""
+  name = pipeline.trainable
   return Model(
     pipeline=pipeline,
-    frozen=frozen,
+    frozen={key: value for key, value in params.items() if key != name},
     trainable={name: params[name]},
     rewards=rewards,
     reward_params=reward_params,
@@ -186,11 +215,13 @@ def load(
 
 
 def load_adapters(config: ConfigDict, pipeline: Pipeline, shardings: PyTree) -> PyTree:
-  """The adapters that training starts from: new ones, or those of config.lora.checkpoint, as strong
-  as they are there.
+  """The adapters that training starts from: new ones, or those of config.lora.checkpoint.
+
+  The latter are rescaled, so that with the alpha of this config they change the model as much as
+  with their own.
 
   Raises:
-    ConfigError: no adapters there, another model's, or others than this config's.
+    ConfigError: config.lora.checkpoint has no adapters, or not those that this config asks for.
   """
   component, name = pipeline.components["denoiser"], config.lora.checkpoint
   if not name:
@@ -209,17 +240,19 @@ def load_adapters(config: ConfigDict, pipeline: Pipeline, shardings: PyTree) -> 
 def outline(
   config: ConfigDict, pipeline: Pipeline, rewards: dict[str, Reward], mesh: jax.sharding.Mesh
 ) -> Model:
-  """What `load` returns, with `jax.ShapeDtypeStruct`s in the places of the weights. ConfigError: a
-  rule that does not fit.
+  """What `load` returns, with `jax.ShapeDtypeStruct`s in place of the weights.
+
+  Raises:
+    ConfigError: a sharding rule that does not fit.
   """
   shardings = shardings_of(config, pipeline, mesh)
   of_rewards = reward_shardings(config, rewards, mesh)
-  name = pipeline.trainable
   params = {
     key: components.placed(part.abstract, shardings[key])
     for key, part in pipeline.components.items()
   }
   if pipeline.adapters is not None:
+    name = pipeline.trainable
     params[name] = components.placed(pipeline.adapters, shardings[name])
   reward_params = {
     key: {
@@ -228,21 +261,13 @@ def outline(
     }
     for key, reward in rewards.items()
   }
-  frozen = {key: value for key, value in params.items() if key != name}
-  return Model(
-    pipeline=pipeline,
-    frozen=frozen,
-    trainable={name: params[name]},
-    rewards=rewards,
-    reward_params=reward_params,
-    shardings={name: shardings[name]},
-  )
+  return _model(pipeline, params, shardings, rewards, reward_params)
 
 
 def state_shardings(
   config: ConfigDict, model: Model, num_prompts: int, mesh: jax.sharding.Mesh
 ) -> TrainState:
-  """Shardings of the TrainState: optimizer and EMA follow their parameters."""
+  """A TrainState of shardings. The optimizer's state and the average lie as their parameters do."""
   whole = sharding.replicated(mesh)
   abstract = jax.eval_shape(init_state(config, num_prompts, None), model.trainable)
   everywhere = jax.tree.map(lambda _: whole, abstract)
@@ -260,12 +285,19 @@ def state_shardings(
 def abstract_state(
   config: ConfigDict, model: Model, mesh: jax.sharding.Mesh, num_prompts: int
 ) -> TrainState:
-  """The state before the first iteration, of `jax.ShapeDtypeStruct`s; `model` as of `outline`."""
+  """The state before the first iteration, of `jax.ShapeDtypeStruct`s.
+
+  Args:
+    config: validated.
+    model: of `outline`.
+    mesh: the devices.
+    num_prompts: in the data set.
+  """
   shapes = jax.eval_shape(init_state(config, num_prompts, None), model.trainable)
   return components.placed(shapes, state_shardings(config, model, num_prompts, mesh))
 
 
 def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-  """What an array takes on a device, without padding."""
+  """Bytes that an array takes on each device, without padding."""
   shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
   return prod(shape) * leaf.dtype.itemsize

@@ -1,4 +1,4 @@
-"""From a config to its rewards, and their weights."""
+"""From a config to its rewards and their weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +16,15 @@ from dancegrpo_jax.types import PyTree
 
 
 def load_tokenizer(field: str, source: str, network: dict[str, Any]) -> Callable:
-  """The CLIP tokenizer of a folder or a hub id; it says itself how many tokens the network
-  takes.
-  """
-  del network
+  """The CLIP tokenizer of a folder or a hub id, for `Files.tokenizer`."""
+  del network  # the tokenizer's own files say how many tokens the network takes
   layout = Layout(files={}, tokenizers={"": "clip"}, networks=())
   folder = hub.folder(field, without_mark(source), layout)
   return components.read_tokenizers(folder, layout)[""]
 
 
 def weight_file(field: str, source: str) -> Path:
-  """A local weight file, or a folder with one. ConfigError where there is none."""
+  """A local weight file, or a folder that has one. Raises ConfigError where there is none."""
   path = local_path(source)
   if not path.exists():
     raise ConfigError(
@@ -37,7 +35,9 @@ def weight_file(field: str, source: str) -> Path:
 
 
 def kind_of(name: str) -> RewardKind:
-  """The kind of a reward of a config. ConfigError as `kinds.kind_of`."""
+  """The kind of a reward that a config names, see `kinds.kind_of`. Its ValueError becomes a
+  ConfigError.
+  """
   try:
     return kinds.kind_of(name)
   except ValueError as error:
@@ -53,14 +53,15 @@ FILES = Files(
 
 
 def build_rewards(config: ConfigDict, files: Files = FILES) -> dict[str, Reward]:
-  """The rewards that config.reward.terms names, without weights; no other's files are looked at.
+  """The rewards that config.reward.terms names, without their weights.
 
   Args:
     config: validated.
-    files: how their files are found.
+    files: how the files of a reward are found.
 
   Raises:
-    ConfigError: a file that is missing, or a value in one that is not implemented.
+    ConfigError: a file that is missing, a value in one that is not implemented, or a term that its
+      reward does not have.
   """
   model = config.model
   networks = Networks(
@@ -83,7 +84,7 @@ def build_rewards(config: ConfigDict, files: Files = FILES) -> dict[str, Reward]
 
 
 def _require_terms(config: ConfigDict, reward: Reward) -> None:
-  """ConfigError where the config asks a reward for a term that it does not give."""
+  """Raises ConfigError where the config asks a reward for a term that it does not have."""
   for term, _ in config.reward.terms:
     if kinds.reward_of(term) == reward.name and term not in reward.terms:
       raise ConfigError(
@@ -97,12 +98,15 @@ def read_reward(
   shardings: dict[str, PyTree] | jax.sharding.Sharding | None,
   allow_pickle: bool = False,
 ) -> dict[str, PyTree]:
-  """A reward's parameters by component, {} where it has none. Errors are `read_component`'s.
+  """Reads the parameters of a reward by component, {} for a reward without a network.
 
   Args:
-    reward: what to read.
+    reward: whose components are read.
     shardings: by component, or one for all.
-    allow_pickle: as `read_component`.
+    allow_pickle: whether pickled weights may be read.
+
+  Raises:
+    ConfigError: as `components.read_component`.
   """
   each = shardings if isinstance(shardings, dict) else dict.fromkeys(reward.components, shardings)
   return {

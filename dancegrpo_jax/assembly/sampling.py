@@ -1,6 +1,4 @@
-"""A model with its weights, opened for looking at: what sample.py and evaluate.py have in
-common.
-"""
+"""A model that is loaded to draw samples from it, for sample.py and evaluate.py."""
 
 import contextlib
 from collections.abc import Iterator
@@ -24,10 +22,10 @@ class Opened(NamedTuple):
   """A loaded model.
 
   Attributes:
-    config: as asked.
-    model: with the base weights.
+    config: of `opened`.
+    model: with the weights that training starts from.
     programs: compiled functions.
-    weights: the checkpoint's trainable tree, the averaged one where it keeps an average.
+    weights: the trained weights of the checkpoint, averaged ones where it has an average.
   """
 
   config: ConfigDict
@@ -38,15 +36,15 @@ class Opened(NamedTuple):
 
 @contextlib.contextmanager
 def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
-  """Loads the config's model, and a checkpoint over it; the mesh is entered meanwhile.
+  """Loads the model of a config, and the weights of a checkpoint. Inside, the mesh is entered.
 
   Args:
     config: validated.
-    name: "base" (what training starts from: with the adapters of config.lora.checkpoint), a
-      workdir, or a folder of checkpoints.
+    name: a workdir, a folder of checkpoints, or "base" for the weights that training starts from,
+      which includes the adapters of config.lora.checkpoint.
 
   Raises:
-    ConfigError: a missing or damaged checkpoint, or one of other adapters.
+    ConfigError: a checkpoint that is missing or damaged, or has other adapters.
     OutOfMemory: the model, or what is done with it inside, is too large for the devices.
   """
   if name != "base":
@@ -64,41 +62,48 @@ def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
 
 
 def restore(config: ConfigDict, model: Model, name: str) -> PyTree:
-  """A checkpoint's weights, the averaged ones where it keeps an average. ConfigError where it can't
-  be read.
+  """The trained weights of a checkpoint, averaged ones where it has an average.
+
+  Raises:
+    ConfigError: it can't be read, or does not fit.
   """
   return restore_weights(name, components.placed(model.trainable, model.shardings), "")
 
 
 def check_lora(config: ConfigDict, name: str) -> None:
-  """ConfigError where a checkpoint's adapters aren't those of the config: of another alpha they
-  would fit and be wrong.
+  """Compares the adapters of a checkpoint with those of the config.
+
+  Those with another alpha would fit, and change the model by another amount.
+
+  Raises:
+    ConfigError: rank, alpha or targets differ.
   """
   ran_with = store.read_meta(checkpoints(name))["config"]["lora"]
   for field in ("rank", "alpha", "targets"):
     if ran_with[field] != config.lora[field]:
       raise ConfigError(
         f"{name}: was trained with lora.{field} = {ran_with[field]!r}; this config has"
-        f" {config.lora[field]!r}; give the config"
-        f" of the run, or set --config.lora.{field}={ran_with[field]!r}"
+        f" {config.lora[field]!r}; give the config of the run, or set"
+        f" --config.lora.{field}={ran_with[field]!r}"
       )
 
 
 def checkpoints(name: str) -> Path:
-  """The folder of checkpoints that a workdir, or such a folder itself, names."""
-  return Path(name) / "checkpoints" if (Path(name) / "checkpoints").is_dir() else Path(name)
+  """The folder of checkpoints of a workdir, or the folder itself if it is one of checkpoints."""
+  inside = Path(name) / "checkpoints"
+  return inside if inside.is_dir() else Path(name)
 
 
 def restore_weights(name: str, abstract: PyTree, kind: str) -> PyTree:
-  """The trained weights of a workdir's last checkpoint.
+  """The trained weights of the last checkpoint of a workdir.
 
   Args:
     name: a workdir, or a folder of checkpoints.
-    abstract: tree of `jax.ShapeDtypeStruct` with shardings, by component.
-    kind: "raw", "ema", or "" for the averaged ones where the checkpoint keeps an average.
+    abstract: by component, trees of `jax.ShapeDtypeStruct`s with shardings.
+    kind: "raw", "ema", or "": averaged weights where the checkpoint has an average, else raw ones.
 
   Raises:
-    ConfigError: it can't be read, does not fit, or keeps no average.
+    ConfigError: it can't be read, does not fit, or has no average.
   """
   folder = checkpoints(name)
   averaged = bool(store.read_meta(folder)["config"]["ema"]["decay"])
@@ -113,25 +118,26 @@ def restore_weights(name: str, abstract: PyTree, kind: str) -> PyTree:
 def draw(
   opened: Opened, weights: PyTree, examples: list[Example], samples: int, seed: int
 ) -> Media:
-  """Deterministic samples, chunk by chunk.
+  """Draws samples with the deterministic sampler, chunk by chunk.
 
   Args:
     opened: the model.
-    weights: trainable tree.
-    examples: prompts; sample s of prompt p has noise of its own, a function of (seed, p, s).
-    samples: of one prompt.
-    seed: of the noise; training never sees it.
+    weights: in the place of the trained weights.
+    examples: prompts. The noise of sample s of prompt p is a function of (seed, p, s).
+    samples: of each prompt.
+    seed: of the noise, which is never that of training.
 
   Returns:
-    Media of NumPy pixels `[prompts, samples, (frames,) height, width, 3]`.
+    Media of NumPy pixels `[prompts, samples, (frames,) height, width, 3]` in [0, 1].
   """
-  config, model, run = opened.config, opened.model, opened.programs
-  conditioning = encoding.conditioning(config, encoding.encoder(model, run.encode), examples)
+  config, model, compiled = opened.config, opened.model, opened.programs
+  conditioning = encoding.conditioning(config, encoding.encoder(model, compiled.encode), examples)
   total = len(examples) * samples
   parts, fps = [], None
   for row in scoring.chunks(total, config.rollout.chunk, config.mesh.lanes):
-    latents = run.sample(weights, model.frozen, conditioning, row, row // samples, np.int32(seed))
-    media = run.decode(model.frozen, latents)
+    prompt = row // samples
+    latents = compiled.sample(weights, model.frozen, conditioning, row, prompt, np.int32(seed))
+    media = compiled.decode(model.frozen, latents)
     parts.append(np.asarray(media.pixels))
     fps = media.fps
   pixels = np.concatenate(parts)[:total]

@@ -127,7 +127,7 @@ def patterns(layout: Layout, variant: str = "") -> list[str]:
     for kind in kinds
   ]
   tokenizers = tokenizer_files(layout) + tokenizer_files(layout, optional=True)
-  index = [layout.index] if layout.index else []
+  index = [layout.index_file] if layout.index_file else []
   return list(dict.fromkeys([*index, *layout.files.values(), *tokenizers, *weights]))
 
 

@@ -301,7 +301,7 @@ def _place(
   """One parameter on its devices. Slices that several devices hold are read once."""
   shape, values = spec.shape, {}
 
-  def value(index):
+  def value(index: Any) -> np.ndarray:
     key = tuple(s.indices(n)[:2] for s, n in zip(index, shape))
     if key not in values:
       values[key] = import_slice(mapping, path, index, reader.read, spec.dtype)

@@ -16,20 +16,21 @@ from dancegrpo_jax.devices import out_of_memory
 from dancegrpo_jax.programs import Programs
 from dancegrpo_jax.report.metrics import Progress, duration
 
-# Bytes that a compilation is expected to take. The largest ones for TPUs were seen to take 14 GiB.
+# Bytes of host memory that a compilation is expected to take. The largest for TPUs took 14 GiB.
 MEMORY = 8 * 2**30
 # The programs that take longest to compile, the longest first.
 LARGEST_FIRST = ("update accumulate", "rollout", "update remember", "sample")
-# Tracing is Python, so threads that trace at the same time would only slow each other down.
+# Held while a program is traced: tracing is Python, so that several threads would only slow each
+# other down.
 _TRACING = threading.Lock()
 
 Compiling = dict[str, futures.Future]  # by the name of the call; equal calls share a future
 
 
 def start(listed: list[Call], mesh: jax.sharding.Mesh, pool: futures.Executor) -> Compiling:
-  """Begins to compile every call.
+  """Begins to compile every call, each in a thread.
 
-  Every process queues the programs in the same order: XLA's autotuner exchanges results between
+  Every process queues the programs in the same order. XLA's autotuner exchanges results between
   processes, program by program, and would otherwise wait for one that another process has not
   begun.
 
@@ -37,6 +38,9 @@ def start(listed: list[Call], mesh: jax.sharding.Mesh, pool: futures.Executor) -
     listed: of `calls.of_run`.
     mesh: the devices.
     pool: of `compilers`.
+
+  Returns:
+    Futures of the compiled programs, by the names of their calls.
   """
   rank = {name: number for number, name in enumerate(LARGEST_FIRST)}
   ordered = sorted(listed, key=lambda call: rank.get(call.name, len(rank)))
@@ -60,7 +64,10 @@ def _compile(call: Call, mesh: jax.sharding.Mesh) -> Callable:
 
 @contextlib.contextmanager
 def compilers() -> Iterator[futures.Executor]:
-  """Threads to compile in. An error inside cancels what has not begun, so that it shows at once."""
+  """Threads to compile in.
+
+  After an error inside, compilations that have not begun are cancelled, so that it shows at once.
+  """
   pool = futures.ThreadPoolExecutor(threads())
   try:
     yield pool
@@ -69,7 +76,7 @@ def compilers() -> Iterator[futures.Executor]:
 
 
 def threads() -> int:
-  """How many programs are compiled at once: one a core, as far as memory allows, and at most 8."""
+  """How many programs are compiled at once: one for each core that memory allows, at most 8."""
   cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
   return max(1, min(8, cores, free_memory() // MEMORY))
 
@@ -77,14 +84,14 @@ def threads() -> int:
 def free_memory() -> int:
   """Bytes of memory that this process can still take, of the machine or of its container.
 
-  Where Linux's files that say so are missing, it is enough for two threads.
+  Linux tells this in files. Where they are missing, it is assumed to be enough for two threads.
   """
   try:
     rows = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     free = int(rows["MemAvailable"].split()[0]) * 1024
   except (OSError, KeyError, ValueError, IndexError):
     return 2 * MEMORY
-  # There may be no container, or one without a limit, which reads "max".
+  # There may be no container, or one without a limit, whose file contains "max".
   with contextlib.suppress(OSError, ValueError):
     group = Path("/sys/fs/cgroup")
     limit = int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
@@ -93,7 +100,7 @@ def free_memory() -> int:
 
 
 def wait(compiling: Compiling, progress: Progress) -> dict[str, Callable]:
-  """Waits until all programs are compiled. Meanwhile the progress line names those that are left,
+  """Waits until all programs are compiled. Meanwhile the progress line names those that are missing
   and the time that has passed.
 
   Args:
@@ -121,29 +128,41 @@ def wait(compiling: Compiling, progress: Progress) -> dict[str, Callable]:
   return {name: future.result() for name, future in compiling.items()}
 
 
-def put_together(run: Programs, compiled: dict[str, Callable], prefix: str = "") -> Programs:
+def put_together(jitted: Programs, compiled: dict[str, Callable], prefix: str = "") -> Programs:
   """Replaces jitted programs by compiled ones.
 
   Args:
-    run: jitted.
-    compiled: by name.
-    prefix: `calls.SHOW` for the programs of an evaluation inside training, where their shapes
-      differ from those of an iteration.
+    jitted: all programs; those that were not compiled stay as they are.
+    compiled: by the names of their calls.
+    prefix: `calls.SHOW` for the programs of an evaluation inside training. Those of an iteration
+      are taken where the shapes are the same.
   """
 
-  def best(name: str, jitted: Any) -> Any:
-    return compiled.get(prefix + name, compiled.get(name, jitted))
+  def replaced(name: str, program: Any) -> Any:
+    return compiled.get(prefix + name, compiled.get(name, program))
 
   fields: dict[str, Any] = {}
-  for field, program in run._asdict().items():
+  for field, program in jitted._asdict().items():
     if isinstance(program, dict):
-      fields[field] = {name: best(f"{field} {name}", each) for name, each in program.items()}
+      fields[field] = {name: replaced(f"{field} {name}", each) for name, each in program.items()}
     else:
-      fields[field] = best(field, program)
+      fields[field] = replaced(field, program)
   return Programs(**fields)
 
 
-def ready(compiling: Compiling, run: Programs, progress: Progress) -> tuple[Programs, Programs]:
-  """Waits for the programs of an iteration and of an evaluation inside training."""
+def ready(compiling: Compiling, jitted: Programs, progress: Progress) -> tuple[Programs, Programs]:
+  """Waits until all programs are compiled.
+
+  Args:
+    compiling: of `start`.
+    jitted: the same programs.
+    progress: of the run.
+
+  Returns:
+    The compiled programs of an iteration, and those of an evaluation inside training.
+
+  Raises:
+    Exception: what the compilation of a program raised.
+  """
   compiled = wait(compiling, progress)
-  return put_together(run, compiled), put_together(run, compiled, SHOW)
+  return put_together(jitted, compiled), put_together(jitted, compiled, SHOW)

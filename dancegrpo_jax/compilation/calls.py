@@ -1,8 +1,7 @@
-"""The calls of an iteration: every compiled program with the shapes, dtypes and shardings that it
-is called with.
+"""The calls of a run: every program with the shapes, dtypes and shardings of its arguments.
 
-`plan` compiles this list without weights. A run compiles it before the first iteration, while the
-weights are read. What a program returns, shapes and shardings, goes into the next one.
+A run compiles this list before the first iteration, while the weights are read. `plan` compiles it
+without weights. The arguments of a call are what the calls before it return, as shapes.
 """
 
 from typing import Any, NamedTuple
@@ -13,25 +12,25 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import programs
 from dancegrpo_jax.assembly.loading import Model
-from dancegrpo_jax.programs import update
+from dancegrpo_jax.programs import update_calls
 from dancegrpo_jax.rl.lanes import deal
 from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.types import Conditioning, Example, Media, PyTree
 
-SHOW = "show "  # how the names of the programs of an evaluation inside training begin
+SHOW = "show "  # what the names of calls begin with that an evaluation inside training makes
 
 
 class Call(NamedTuple):
-  """A program as an iteration calls it.
+  """A program as a run calls it.
 
   Attributes:
-    name: of the program; "show decode" is the decoder at the shapes of an evaluation.
+    name: of the program; "show decode" is the decoder with the shapes of an evaluation.
     program: jitted.
     arguments: abstract.
-    times: calls in the run.
-    turns: how often its loop turns in one call, where the loop's length is an argument.
-    freed: names in `Calls.kept` of what is gone when it runs.
-    extra: what else stays in memory while it runs.
+    times: number of calls in the run.
+    turns: how often its loop turns in one call, where the length of the loop is an argument.
+    freed: names in `Calls.kept` of arrays that are no longer in memory when it runs.
+    extra: arrays that stay in memory while it runs and are not in `Calls.kept`.
   """
 
   name: str
@@ -44,12 +43,11 @@ class Call(NamedTuple):
 
 
 class Calls(NamedTuple):
-  """What a run calls and what it keeps.
+  """The calls of a run, and the arrays that stay in memory meanwhile.
 
   Attributes:
     listed: in the order of an iteration, then those of an evaluation.
-    kept: by name, the arrays that stay in memory while programs run, as they stand when the last
-      chunk has been scored.
+    kept: by name, the arrays that are in memory when the last chunk has been scored.
   """
 
   listed: list[Call]
@@ -57,14 +55,19 @@ class Calls(NamedTuple):
 
 
 def abstract(tree: PyTree, sharding: jax.sharding.Sharding | None = None) -> PyTree:
-  """Shapes and dtypes of a tree. Arrays of the host have no sharding, as when a run passes them."""
+  """A tree of `jax.ShapeDtypeStruct`s.
+
+  Args:
+    tree: of arrays, or of anything with shapes and dtypes.
+    sharding: of all leaves; None for arrays that a run passes from the host.
+  """
   return jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.result_type(x), sharding=sharding), tree
   )
 
 
 def blank_examples(count: int) -> list[Example]:
-  """Stand-ins for prompts: the shapes of what is made of them are those of any others."""
+  """Stand-ins for prompts: what is made of them has the same shapes as for any others."""
   return [Example(number, "") for number in range(count)]
 
 
@@ -76,15 +79,15 @@ def of_run(
   examples: int,
   held_out: int,
 ) -> Calls:
-  """All calls of a run; the mesh is entered.
+  """All calls of a run. The caller has entered the mesh.
 
   Args:
     config: validated.
     model: with abstract parameters, of `loading.outline`.
     state: abstract, of `loading.abstract_state`.
     run: jitted programs.
-    examples: prompts in the data set.
-    held_out: prompts in data.held_out.
+    examples: number of prompts in the data set.
+    held_out: number of prompts in data.held_out.
   """
   prompts, group = config.data.prompts_per_iteration, config.rollout.samples_per_prompt
   chunks = deal(prompts * group, config.rollout.chunk, config.mesh.lanes)
@@ -135,9 +138,10 @@ def _frozen(config: ConfigDict, model: Model) -> PyTree:
 def _encoding(
   config: ConfigDict, model: Model, run: programs.Programs, count: int, examples: int
 ) -> tuple[Call, Conditioning]:
-  """The call of the text encoders for `count` prompts, and what comes out of it.
+  """The call of the text encoders for `count` prompts, and the conditioning that it returns.
 
-  With cached embeddings the encoders are called before the first iteration alone, for all examples.
+  With cached embeddings the encoders are called for all examples before the first iteration, and
+  not afterwards.
   """
   cached, pipeline = config.data.cache_embeddings, model.pipeline
   params = {name: model.frozen[name] for name in pipeline.encoders} if cached else model.frozen
@@ -161,13 +165,13 @@ def of_update(
   rows: Conditioning,
   dealing: tuple,
 ) -> list[Call]:
-  """The programs that go through the work of an update, see `programs.update.run`.
+  """The calls of an update after "deal", see `programs.update_calls.run`.
 
   Args:
     config: validated.
     run: jitted programs.
     state: abstract.
-    frozen: parameters that aren't trained, abstract.
+    frozen: parameters that are not trained, abstract.
     reference: of a KL penalty, abstract, or None.
     rows: the conditioning, abstract.
     dealing: arguments of the program "update deal".
@@ -180,8 +184,8 @@ def of_update(
   calls = []
 
   def looped(name: str, arguments: tuple, count: int, rounds: int, **more: Any) -> Call:
-    """A program that goes through `count` microbatches, `rounds` times an iteration."""
-    length = len(update.bounds(count, most))
+    """A program that goes through `count` microbatches, `rounds` times in each iteration."""
+    length = len(update_calls.bounds(count, most))
     times = config.iterations * rounds * length
     turns = count / length
     return Call(f"update {name}", run.update[name], arguments, times, turns, **options, **more)
@@ -213,21 +217,19 @@ def of_scores(
   stats: PyTree,
   examples: int,
 ) -> list[Call]:
-  """The programs between pixels and advantages: the rewards that are networks, then `join` and
-  `advantages`.
+  """The calls that lead from pixels to advantages: device rewards, then `join` and `advantages`.
 
   Args:
-    config, model, run, examples: as `of_run`.
+    config, model, run, examples: as for `of_run`.
     media: of a chunk, abstract.
     stats: per-prompt statistics of the state, abstract.
   """
-  calls, prompts, count = [], config.data.prompts_per_iteration, config.rollout.samples_per_prompt
-  samples, chunk = prompts * count, config.rollout.chunk
+  prompts, chunk = config.data.prompts_per_iteration, config.rollout.chunk
+  samples, calls = prompts * config.rollout.samples_per_prompt, []
   ids, numbers, order = (abstract(np.zeros(size, np.int32)) for size in (prompts, chunk, samples))
   chunks = samples // chunk
-  scores = {
-    term: abstract([np.zeros(samples, np.float32)]) for term, _ in config.reward.terms
-  }  # see scoring.from_host
+  # Of host rewards, as `scoring.gather_host_scores` returns them; device rewards take their places.
+  scores = {term: abstract([np.zeros(samples, np.float32)]) for term, _ in config.reward.terms}
   for name, program in run.features.items():
     params = model.reward_params[name]
     prepare = model.rewards[name].prepare
@@ -253,8 +255,9 @@ def _showing(
   examples: int,
   held_out: int,
 ) -> list[Call]:
-  """The programs of an evaluation inside training, see training/showing.py: fixed prompts in one
-  batch that fills the lanes.
+  """The calls of an evaluation inside training, see training/showing.py.
+
+  They take all prompts of the evaluation at once, filled up to a multiple of the lanes.
   """
   lanes, every = config.mesh.lanes, config.evaluation.every
   count = min(config.evaluation.prompts, examples) + min(config.evaluation.prompts, held_out)
@@ -266,7 +269,8 @@ def _showing(
   encoding, conditioning = _encoding(config, model, run, rows, examples)
   drawing = (trainable, frozen, conditioning, numbers, numbers, seed)
   latents = jax.eval_shape(run.sample, *drawing)
-  media = abstract(jax.eval_shape(run.decode, frozen, latents))  # it comes from the host
+  # Without a sharding: the rewards get these samples from the host.
+  media = abstract(jax.eval_shape(run.decode, frozen, latents))
   result = [
     Call("sample", run.sample, drawing, shows),
     Call(f"{SHOW}decode", run.decode, (frozen, latents), shows),
@@ -284,5 +288,5 @@ def _showing(
 
 
 def _copy(tree: PyTree) -> PyTree:
-  """The same shapes in new objects: other arrays than those of the tree."""
+  """The same shapes in new objects, which stand for other arrays than those of the tree."""
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)

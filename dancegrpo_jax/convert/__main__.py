@@ -67,7 +67,7 @@ def known_with(path: str) -> Known:
   networks = dict(NETWORKS)
   for each in added:
     networks |= each
-  return Known(networks=networks, folders=() if family.index else family.layout.networks)
+  return Known(networks=networks, folders=() if family.index_file else family.layout.networks)
 
 
 def components(folder: Path, known: Known) -> tuple[list[Path], list[str]]:

@@ -56,7 +56,7 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
       "--part=lora: this config trains every weight (lora.rank = 0); use pipeline or denoiser"
     )
   sampling.check_lora(config, name)
-  base, index = loading.checkpoint_folder(config), loading.family_of(config).index
+  base, index = loading.checkpoint_folder(config), loading.family_of(config).index_file
   if part == "pipeline" and index and not (base / index).is_file():
     raise ConfigError(
       f"{base}: has no {index}, so the pipeline's class is unknown; export it with --part=denoiser"
@@ -158,7 +158,7 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
     _copy_files(config, base, folder)
     for component in pipeline.components.values():
       _copy(base / component.folder / "config.json", folder / component.folder / "config.json")
-    index = loading.family_of(config).index
+    index = loading.family_of(config).index_file
     if index and (base / index).is_file():
       _copy(base / index, folder / index)
   print(f"{config.model.checkpoint}: {out}; use it with --config.model.checkpoint={out}")
@@ -226,8 +226,10 @@ def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
   layout = loading.family_of(config).layout
   files = [Path(file) for file in (*layout.files.values(), *hub.tokenizer_files(layout))]
   names = {str(file.parent) for file in files if file.parent != Path()}
-  if layout.index and (base / layout.index).is_file():
-    names |= {key for key in weights.read_config(base, layout.index) if not key.startswith("_")}
+  if layout.index_file and (base / layout.index_file).is_file():
+    names |= {
+      key for key in weights.read_config(base, layout.index_file) if not key.startswith("_")
+    }
   for name in sorted(names - set(layout.networks)):
     if (base / name).is_dir():
       shutil.copytree(base / name, folder / name)  # follows the links of the hub's cache

@@ -1,7 +1,7 @@
-"""A GPU's memory, and GPUs that JAX can't use: settled before JAX starts, and without it.
+"""Sets how much of a GPU's memory JAX takes, and warns about GPUs that JAX cannot use.
 
-JAX takes 75 % of a GPU unless it is told otherwise, and the recipes for 80 GB are meant for nearly
-all of it. XLA's own variables stay the way to choose something else.
+This must happen before JAX starts, so this module does not import it. JAX takes 75 % of a GPU
+by default, but the recipes for 80 GB need nearly all of it. XLA's variables override this choice.
 """
 
 import importlib.metadata
@@ -16,10 +16,13 @@ from typing import Any
 
 from dancegrpo_jax.devices import processes
 
-SHARE = 0.92  # of a GPU's memory; of 80 GB it leaves CUDA and its libraries 6, which take up to 2
+# The share of a GPU's memory that JAX takes. Of 80 GB it leaves 6 to CUDA and its libraries, which
+# take up to 2.
+SHARE = 0.92
 VARIABLE = "XLA_CLIENT_MEM_FRACTION"
-# What jaxlib's `generate_pjrt_gpu_plugin_options` reads to size its allocators, in 0.10 and 0.11.
-# VARIABLE and its old name, XLA_PYTHON_CLIENT_MEM_FRACTION, may not be set both: JAX refuses that.
+# The variables from which jaxlib's `generate_pjrt_gpu_plugin_options` sizes its allocators, in 0.10
+# and 0.11. JAX refuses to start with both VARIABLE and its old name,
+# XLA_PYTHON_CLIENT_MEM_FRACTION.
 DECIDES = (
   VARIABLE,
   "XLA_PYTHON_CLIENT_MEM_FRACTION",
@@ -27,14 +30,14 @@ DECIDES = (
   "XLA_PYTHON_CLIENT_ALLOCATOR",
   "XLA_PYTHON_CLIENT_COLLECTIVE_MEM_SIZE_MB",
 )
-# What an NVIDIA driver puts onto a machine, whether or not anything can use it.
+# Files that exist wherever an NVIDIA driver is installed, whether or not anything can use it.
 TRACES = ("/dev/nvidia0", "/proc/driver/nvidia/version")
 
 
 def start(environment: MutableMapping[str, str] = os.environ) -> None:
-  """What a command calls before JAX's backend starts: `claim`, and on stderr the line of `unused`.
+  """Does `claim` and prints the line of `unused` on stderr. Takes milliseconds.
 
-  Costs milliseconds.
+  Every command calls this before JAX's backend starts.
   """
   claim(environment)
   if line := unused(environment):
@@ -42,10 +45,12 @@ def start(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def claim(environment: MutableMapping[str, str]) -> bool:
-  """Has JAX take `SHARE` of a GPU's memory, unless the user has set one of `DECIDES`.
+  """Makes JAX take `SHARE` of a GPU's memory, unless the user has set one of `DECIDES`.
+
+  Without a GPU this has no effect.
 
   Returns:
-    True if this call set the share. Without a GPU the variable has no effect.
+    Whether this call set the share.
   """
   if any(environment.get(name) for name in DECIDES):
     return False
@@ -56,17 +61,19 @@ def claim(environment: MutableMapping[str, str]) -> bool:
 def say_share(
   platform: str, environment: Mapping[str, str] = os.environ, say: Callable[[str], Any] = print
 ) -> None:
-  """Tells in a line what is taken, where the run is on a GPU and the share is that of `claim`."""
+  """Prints how much memory is taken if the run is on a GPU and `claim` has chosen the share."""
   if platform == "gpu" and environment.get(VARIABLE) == str(SHARE):
     taken = f"memory: {SHARE * 100:.0f} % of each GPU is taken"
     say(f"{taken}; {VARIABLE}=0.5 before the command takes half of it")
 
 
 def unused(environment: Mapping[str, str]) -> str:
-  """A line where the machine has an NVIDIA GPU but JAX not its plugin for it; "" otherwise."""
-  hidden = environment.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
-  chosen = environment.get("JAX_PLATFORMS")  # JAX itself answers where that can't be had
-  if hidden or chosen or not has_nvidia(environment) or has_plugin() or processes.has_tpu():
+  """A note for the user if the machine has an NVIDIA GPU and JAX lacks its plugin; else ""."""
+  is_hidden = environment.get("CUDA_VISIBLE_DEVICES", "all") in ("", "-1")
+  is_chosen = bool(environment.get("JAX_PLATFORMS"))  # JAX reports a platform that it cannot use
+  if is_hidden or is_chosen or processes.has_tpu():
+    return ""
+  if not has_nvidia(environment) or has_plugin():
     return ""
   return (
     "note: this machine has an NVIDIA GPU, but JAX's CUDA plugin is not installed, so the CPU is"
@@ -75,17 +82,17 @@ def unused(environment: Mapping[str, str]) -> str:
 
 
 def has_nvidia(environment: Mapping[str, str]) -> bool:
-  """Whether the machine has an NVIDIA GPU, as far as its driver's files tell."""
+  """Whether the machine has an NVIDIA GPU, judged by the files of its driver."""
   if any(Path(trace).exists() for trace in TRACES):
     return True
   return shutil.which("nvidia-smi", path=environment.get("PATH", os.defpath)) is not None
 
 
 def has_plugin() -> bool:
-  """Whether JAX finds a CUDA plugin: a module of `jax_plugins`, or what a package announces."""
-  found = importlib.util.find_spec("jax_plugins")
-  places = found.submodule_search_locations if found else []
-  if any("cuda" in module.name for module in pkgutil.iter_modules(places)):
+  """Whether JAX finds a CUDA plugin: a module in `jax_plugins`, or an entry point of a package."""
+  spec = importlib.util.find_spec("jax_plugins")
+  folders = spec.submodule_search_locations if spec else []
+  if any("cuda" in module.name for module in pkgutil.iter_modules(folders)):
     return True
-  announced = importlib.metadata.entry_points(group="jax_plugins")
-  return any("cuda" in entry.value for entry in announced)
+  entries = importlib.metadata.entry_points(group="jax_plugins")
+  return any("cuda" in entry.value for entry in entries)

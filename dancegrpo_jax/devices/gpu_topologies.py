@@ -1,9 +1,8 @@
-"""NVIDIA GPUs that programs are compiled for on a machine without one: XLA is told in text what it
-would ask the card.
+"""NVIDIA GPUs that programs can be compiled for on a machine without one.
 
-The compiler is the one in JAX's CUDA plugin, which needs neither a driver nor a card. It can't try
-kernels out, so that the choice among several, and the memory that a convolution works in, may be
-others on a card.
+The compiler in JAX's CUDA plugin needs neither a driver nor a card, if it gets a description of the
+card. It cannot time kernels then, so a card may get other kernels, and convolutions that work in
+more memory.
 """
 
 import importlib.util
@@ -11,22 +10,23 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+from jax.experimental import topologies
 
 from dancegrpo_jax.errors import ConfigError
 
-CUDNN = 91900  # the version that JAX is told of, 9.19
+CUDNN = 91900  # the version of cuDNN to compile for, 9.19
 
 
 class Card(NamedTuple):
   """A kind of GPU.
 
   Attributes:
-    kind: JAX's device_kind of it.
+    kind: JAX's device_kind.
     capability: compute capability.
     cores: streaming multiprocessors.
     memory: bytes.
-    bandwidth: of its memory, bytes/s.
-    cache: bytes of its second-level cache.
+    bandwidth: bandwidth of the memory, bytes/s.
+    cache: bytes of the second-level cache.
     clock: GHz.
   """
 
@@ -39,16 +39,28 @@ class Card(NamedTuple):
   clock: float
 
 
-# What XLA reads off such a card, and writes into a topology's target_config.
+# The values that XLA reads from such a card and writes into a topology's target_config.
 CARDS = {
-  "h100": Card("NVIDIA H100 80GB HBM3", (9, 0), 132, 84929347584, 3352320000000, 52428800, 1.98)
+  "h100": Card(
+    kind="NVIDIA H100 80GB HBM3",
+    capability=(9, 0),
+    cores=132,
+    memory=84_929_347_584,
+    bandwidth=3_352_320_000_000,
+    cache=52_428_800,
+    clock=1.98,
+  )
 }
 
 
 def devices(card: str, count: int) -> list[jax.Device]:
-  """`count` GPUs of one machine. They can be compiled for and hold no data.
+  """GPUs of one machine. Programs can be compiled for them, but they hold no data.
 
-  From then on JAX believes in this process that its driver knows such a card.
+  From then on, JAX's attention in this process behaves as with a driver for such a card.
+
+  Args:
+    card: one of `CARDS`.
+    count: number of GPUs.
 
   Raises:
     ConfigError: JAX's CUDA plugin is not installed.
@@ -56,8 +68,8 @@ def devices(card: str, count: int) -> list[jax.Device]:
   if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)):
     remedy = f"pip install 'jax[cuda13]=={jax.__version__}'"
     raise ConfigError(f"--topology={card}:{count}: needs the compiler for NVIDIA GPUs; {remedy}")
+  # A private module: only plans for GPUs should depend on it.
   from jax._src.cudnn import fused_attention_stablehlo
-  from jax.experimental import topologies
 
   for name, answer in driver_answers(CARDS[card].capability).items():
     setattr(fused_attention_stablehlo, name, answer)
@@ -71,26 +83,30 @@ def devices(card: str, count: int) -> list[jax.Device]:
 
 
 def driver_answers(capability: tuple[int, int]) -> dict[str, Callable]:
-  """What JAX's attention asks of the driver, answered for a card with this compute capability.
+  """Stand-ins for the functions with which JAX's attention queries the driver.
+
+  Args:
+    capability: the compute capability that they report.
 
   Returns:
-    By name, functions for the module `jax._src.cudnn.fused_attention_stablehlo`.
+    The functions by their names in the module `jax._src.cudnn.fused_attention_stablehlo`.
   """
 
-  def numbers(text: str) -> tuple[int, ...]:
+  def parsed(text: str) -> tuple[int, ...]:
     return tuple(map(int, text.split(".")))
 
   return {
     "check_cudnn_version": lambda: CUDNN,
-    "check_compute_capability": lambda least: capability >= numbers(least),
-    "is_cuda_compute_capability_equal": lambda other: capability == numbers(other),
+    "check_compute_capability": lambda least: capability >= parsed(least),
+    "is_cuda_compute_capability_equal": lambda other: capability == parsed(other),
   }
 
 
 def target_config(card: Card) -> str:
-  """A card as XLA's GpuTargetConfigProto in text. What isn't the card's own is the same for compute
-  capability 9.0 at large: https://docs.nvidia.com/cuda/cuda-c-programming-guide, appendix on
-  compute capabilities.
+  """A card as XLA's GpuTargetConfigProto, in text.
+
+  The constants are the same for all cards of compute capability 9.0:
+  https://docs.nvidia.com/cuda/cuda-c-programming-guide, appendix on compute capabilities.
   """
   major, minor = card.capability
   return f"""

@@ -1,8 +1,11 @@
-"""Running out of memory, told in one line: which program did, what it wanted, and what to change.
+"""Turns running out of memory into one line: which program, how much it requested, what to change.
 
-XLA says it in a text of its own on each platform: while it compiles, when a program is started, or
-later, where somebody waits for a result. So that such a late error has a name as well, `guarded`
-programs leave weak references to what they return.
+XLA's message differs between platforms. It comes while XLA compiles, when a program starts, or
+later, where the host waits for a result. So that such a late error can be traced to its program
+too, `Guarded` programs leave weak references to their results.
+
+JAX is imported inside of functions: every command imports this module, and must answer a misspelt
+flag at once.
 """
 
 import contextlib
@@ -17,7 +20,7 @@ from dancegrpo_jax import errors
 
 _SPLIT = "more devices along mesh.fsdp with mesh.rules that split"
 _CHUNKED = ("a smaller rollout.chunk", _SPLIT)
-# What to change, by the first word of what ran out of memory; for others `_CHUNKED`.
+# What to change, by the first word of the program that ran out of memory. Others use `_CHUNKED`.
 REMEDIES = {
   "update": (
     "a smaller optimizer.microbatch",
@@ -42,43 +45,49 @@ REMEDIES = {
     "model.frozen_dtype = bfloat16",
     _SPLIT,
   ),
-  "": ("a smaller rollout.chunk or optimizer.microbatch", _SPLIT),  # nobody knows which
+  "": ("a smaller rollout.chunk or optimizer.microbatch", _SPLIT),  # the program is unknown
   "pretraining": ("a smaller batch of the stage",),
 }
-_SAYS_SO = re.compile(r"RESOURCE_EXHAUSTED|out of memory|OUT_OF_MEMORY|bad_alloc", re.IGNORECASE)
+_IS_ABOUT_MEMORY = re.compile(
+  r"RESOURCE_EXHAUSTED|out of memory|OUT_OF_MEMORY|bad_alloc", re.IGNORECASE
+)
 _AMOUNT = r"([\d.]+) ?([KMGT]?)(?:i?B\b|bytes)?"
-_WANTED = (
-  re.compile(rf"Used {_AMOUNT} of"),  # TPU, compiling
+_REQUESTED = (
+  re.compile(rf"Used {_AMOUNT} of"),  # a TPU's compiler
   re.compile(rf"(?:allocate|allocating|reserve)(?: request for)? {_AMOUNT}"),
   re.compile(rf"requires?[^(\d]*\(?{_AMOUNT}"),
 )
-_THERE = (re.compile(rf"Used \S+ of {_AMOUNT} hbm"), re.compile(rf"There are {_AMOUNT} free"))
-_OTHER_MEMORY = re.compile(r"memory space (?!hbm)")  # of a TPU: small and fast, a kernel's
-_OUTSIDE = "CUDA_ERROR_OUT_OF_MEMORY"  # of CUDA itself and its libraries, beside what JAX has taken
+_AVAILABLE = (re.compile(rf"Used \S+ of {_AMOUNT} hbm"), re.compile(rf"There are {_AMOUNT} free"))
+# A TPU's small, fast memories, in which kernels work.
+_OTHER_MEMORY = re.compile(r"memory space (?!hbm)")
+# CUDA itself and its libraries lack memory, which they take from what JAX leaves.
+_OUTSIDE = "CUDA_ERROR_OUT_OF_MEMORY"
 _SCALE = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Shortage(NamedTuple):
-  """What an error says of memory, in bytes; None where it says nothing.
+  """What an error message contains about memory. Amounts are bytes, None where there is none.
 
   Attributes:
-    wanted: what was asked for: all of a program, or the piece for which there was no room.
-    there: the memory of a device, or what of it was free.
-    said: the error's first words.
+    requested: the memory that a program needs, or the allocation that failed.
+    available: the memory of a device, or the free part of it.
+    message: the beginning of the message.
   """
 
-  wanted: float | None
-  there: float | None
-  said: str
+  requested: float | None
+  available: float | None
+  message: str
 
 
 class OutOfMemory(errors.ConfigError):
-  """A device, or the host, has less memory than was asked for. The message is for the user.
+  """A device or the host has less memory than was requested. The message is for the user.
 
-  Attributes:
-    program: what asked, as "rollout" or "score hps"; "update" where one of its programs did that
-      can't be told from the others; "" where nothing can be known.
-    shortage: what the error said.
+  Args:
+    program: the program that ran out of memory, as "rollout" or "score hps"; "update" where one of
+      its programs did that can't be told from the others; "" if unknown.
+    shortage: what the original error contains.
+    config: of the run, for `remedy`.
+    left: what the run can resume from, "" if there is nothing to add.
   """
 
   def __init__(self, program: str, shortage: Shortage, config: Any = None, left: str = ""):
@@ -87,58 +96,64 @@ class OutOfMemory(errors.ConfigError):
 
 
 def shortage(error: BaseException) -> Shortage | None:
-  """What an error says of missing memory; None where it is about something else."""
+  """What an error contains about missing memory; None where it is about something else."""
   text = " ".join(str(error).split())
-  host = isinstance(error, MemoryError)
-  if not host and not (isinstance(error, RuntimeError) and _SAYS_SO.search(text)):
+  is_of_xla = isinstance(error, RuntimeError) and _IS_ABOUT_MEMORY.search(text)
+  if not is_of_xla and not isinstance(error, MemoryError):
     return None
+  requested, available = _amount(_REQUESTED, text), _amount(_AVAILABLE, text)
   if _OTHER_MEMORY.search(text):
-    return Shortage(None, None, text[:200])
-  return Shortage(_amount(_WANTED, text), _amount(_THERE, text), text[:200])
+    requested = available = None
+  return Shortage(requested=requested, available=available, message=text[:200])
 
 
 def _amount(patterns: tuple[re.Pattern, ...], text: str) -> float | None:
-  """The first amount that one of the patterns finds, in bytes."""
+  """Bytes: the first amount that one of the patterns matches."""
   for pattern in patterns:
-    if found := pattern.search(text):
-      return float(found[1].rstrip(".")) * _SCALE[found[2]]
+    if match := pattern.search(text):
+      return float(match[1].rstrip(".")) * _SCALE[match[2]]
   return None
 
 
 def remedy(program: str, config: Any = None) -> str:
-  """What to change, as text.
+  """The remedy part of a message: what to change.
 
   Args:
-    program: what ran out of memory.
-    config: its values stand beside the fields, and what it has already is left out; None: neither.
+    program: the program that ran out of memory.
+    config: of the run. Its values are added to the fields, and a change that it already has is
+      left out. None for a text without values.
   """
-  kind = (
-    "sample" if program.startswith("show ") else program.split(" ")[0]
-  )  # an evaluation's shapes
+  # The programs of an evaluation inside of training have the shapes of "sample".
+  kind = "sample" if program.startswith("show ") else program.split(" ")[0]
   choices = REMEDIES.get(kind, _CHUNKED)
-  said = [text for choice in choices if (text := _apt(choice, config))]
-  return ", or ".join(filter(None, [", ".join(said[:-1]), said[-1]]))
+  *others, last = [text for choice in choices if (text := _with_value(choice, config))]
+  return f"{', '.join(others)}, or {last}" if others else last
 
 
-def _apt(choice: str, config: Any) -> str:
-  """A choice with its field's present value, "" where the config has it already."""
+def _with_value(choice: str, config: Any) -> str:
+  """A choice with the present value of its field; "" where the config has made this choice."""
   field = re.search(r"([a-z]+)\.([a-z_]+)", choice)
   if not field or "mesh.rules" in choice or field[2] not in (config or {}).get(field[1], {}):
     return choice
   value = config[field[1]][field[2]]
   if choice.endswith(f" = {value}") or (choice.endswith("above 0") and value):
     return ""
-  return choice.replace(field[0], f"{field[0]} (now {value})", 1) if "smaller" in choice else choice
+  if "smaller" in choice:
+    return choice.replace(field[0], f"{field[0]} (now {value})", 1)
+  return choice
 
 
-def _line(program: str, found: Shortage, config: Any, left: str) -> str:
-  """All that a user is told."""
-  facts = found.said
-  if found.wanted:
-    there = _there() if found.there is None else f", there is {_size(found.there)}"
-    facts = f"it asked for {_size(found.wanted)}{there}"
+def _line(program: str, shortage: Shortage, config: Any, left: str) -> str:
+  """The whole message."""
+  facts = shortage.message
+  if shortage.requested:
+    if shortage.available is None:
+      room = _total_memory()
+    else:
+      room = f", there is {_size(shortage.available)}"
+    facts = f"it asked for {_size(shortage.requested)}{room}"
   change = remedy(program, config)
-  if _OUTSIDE in found.said:
+  if _OUTSIDE in shortage.message:
     change = f"XLA_CLIENT_MEM_FRACTION=0.85, which leaves CUDA and its libraries more, {change}"
   line = f"{program or 'the run'} ran out of memory: {facts}; use {change}"
   return f"{line}; {left}" if left else line
@@ -152,8 +167,8 @@ def _size(count: float) -> str:
   return f"{count / 2**20:.2f} MiB"
 
 
-def _there() -> str:
-  """What a device of this process has, or the machine for a CPU, in words; "" if it isn't known."""
+def _total_memory() -> str:
+  """The memory of a device of this process, or of the machine for a CPU, as text; "" if unknown."""
   import jax
 
   from dancegrpo_jax.devices import chips
@@ -166,18 +181,19 @@ def _there() -> str:
   return f", a device has {_size(memory)} in all" if memory else ""
 
 
-# Names
+# Which program it was
 
-# What this process has given to its devices: programs, and some of the results of each.
+# The latest calls of programs in this process, with some of the results of each.
 _started: deque[tuple[str, list[weakref.ref]]] = deque(maxlen=256)
 
 
 class Guarded:
-  """A compiled program whose lack of memory is an `OutOfMemory` of its name, at once or later.
+  """A compiled program that raises `OutOfMemory` with its name, at once or where its result is
+  waited for.
 
   Args:
     name: of the program.
-    program: jitted or compiled; everything but a call goes to it.
+    program: jitted or compiled. It gets every attribute that is asked of this object.
   """
 
   def __init__(self, name: str, program: Callable):
@@ -188,8 +204,8 @@ class Guarded:
 
     with named(self._name):
       result = self._program(*arguments)
-    # The results of a call fail together, so a few will do: the last ones, since the next call
-    # of an update takes its first ones, the state.
+    # All results of a call fail together, so a few are enough. The last ones are taken, because the
+    # first ones of an update, the state, are donated to the next call.
     leaves = [leaf for leaf in jax.tree.leaves(result)[-4:] if isinstance(leaf, jax.Array)]
     _started.append((self._name, [weakref.ref(leaf) for leaf in leaves]))
     return result
@@ -199,8 +215,15 @@ class Guarded:
 
 
 def guarded(programs: Any, prefix: str = "") -> Any:
-  """`Programs`, each `Guarded` by a prefix and its field's name, as "rollout"; rewards' and those of
-  the update as "score hps" and "update step".
+  """Makes each program `Guarded`.
+
+  Args:
+    programs: a NamedTuple of programs, and of dicts of programs.
+    prefix: how the names begin.
+
+  Returns:
+    The same NamedTuple. A program has the name of its field, as "rollout"; one in a dict has the
+    name of the field and its key, as "update step" or "score hps".
   """
   each: dict[str, Any] = {}
   for field, program in programs._asdict().items():
@@ -215,24 +238,28 @@ def guarded(programs: Any, prefix: str = "") -> Any:
 
 @contextlib.contextmanager
 def named(name: str) -> Iterator[None]:
-  """Lack of memory inside is an `OutOfMemory` of this name, or of a program that failed before."""
+  """Raises `OutOfMemory` for any error inside that is about memory.
+
+  Args:
+    name: of the program that fails. If an earlier program has failed, the error has its name.
+  """
   try:
     yield
   except (RuntimeError, MemoryError) as error:
-    found = shortage(error)
-    if found is None:
+    later = shortage(error)
+    if later is None:
       raise
     program, first = _failed()
-    raise OutOfMemory(program or name, (first and shortage(first)) or found) from error
+    raise OutOfMemory(program or name, (first and shortage(first)) or later) from error
 
 
 @contextlib.contextmanager
 def explained(config: Any = None, left: Callable[[], str] = str) -> Iterator[None]:
-  """Lack of memory inside is an `OutOfMemory`, with its program's name where that can be found.
+  """Raises `OutOfMemory` for any error inside that is about memory, with all that a user needs.
 
   Args:
-    config: of the run, for the values of the fields to change.
-    left: what there is to go on from, asked when it is needed.
+    config: of the run, for the present values of the fields to change.
+    left: called for the end of the message: what the run can resume from.
   """
   try:
     with named(""):
@@ -242,9 +269,9 @@ def explained(config: Any = None, left: Callable[[], str] = str) -> Iterator[Non
 
 
 def _failed() -> tuple[str, Exception | None]:
-  """The first program whose results are there and can't be had, and why; ("", None) for none.
+  """The earliest program whose results exist but are errors, and the error; ("", None) for none.
 
-  The programs of an update consume each other's results, so which of them it was can't be told.
+  The programs of an update consume each other's results, so it is unknown which of them it was.
   """
   for name, references in list(_started):
     for result in (reference() for reference in references):

@@ -1,5 +1,5 @@
-"""SIGTERM, which schedulers and spot machines send before they take a machine away: a request to
-save and end.
+"""SIGTERM, which schedulers and spot machines send before they take a machine away, as a request to
+save and stop.
 """
 
 import signal
@@ -14,46 +14,49 @@ from jax.sharding import PartitionSpec as P
 
 
 class Preemption:
-  """Knows whether the run was asked to stop. A context manager: outside it SIGTERM ends a process
-  at once.
+  """Catches SIGTERM inside of this context manager. Outside of it, SIGTERM ends the process at
+  once.
 
-  Of several processes any may get the signal, and all stop at the same call of `reached`: each call
-  sends this process's answer around the devices. JAX's own service for this is off
-  (`distributed.start`): it compares numbers of calls, and Orbax, which asks it at each save, puts a
-  checkpoint's number in their place, so that a signal during a save is lost.
+  Any of several processes may get the signal, and all stop at the same call of `reached`, because
+  each call sends the state of every process to all of them. JAX has a service for this, which
+  `processes.start` turns off: it compares how often each process has called it, but Orbax calls it
+  at every save with the number of the checkpoint, so that a signal during a save is lost.
+
+  Args:
+    mesh: all devices of the run.
   """
 
   def __init__(self, mesh: Mesh):
-    self._asked = False
+    self._is_signaled = False
     self._sharding = NamedSharding(mesh, P(mesh.axis_names)) if jax.process_count() > 1 else None
     self._sent: jax.Array | None = None
-    self._before: Any = None
+    self._previous_handler: Any = None
 
   def reached(self, wait: bool = False) -> bool:
-    """Whether to stop now. All processes call it equally often, at the same points.
+    """Whether to stop now. All processes must call it equally often, at the same points.
 
     Args:
-      wait: for what is sent now. Otherwise several processes answer what was sent at the call
-        before, so that the devices have work meanwhile. A process hears of a signal when it isn't
-        waiting for the devices, whatever it asks.
+      wait: whether to wait for the state that this call sends. Without it, several processes return
+        the state that the previous call sent, so that the devices have work meanwhile. Python runs
+        the signal's handler only while the process is not waiting for the devices.
     """
     if self._sharding is None:
-      return self._asked
+      return self._is_signaled
     flags = jax.make_array_from_callback(
-      (jax.device_count(),), self._sharding, lambda _: np.array([self._asked])
+      (jax.device_count(),), self._sharding, lambda _: np.array([self._is_signaled])
     )
-    before, self._sent = self._sent, jnp.any(flags)
-    answer = self._sent if wait else before
+    previous, self._sent = self._sent, jnp.any(flags)
+    answer = self._sent if wait else previous
     return answer is not None and bool(answer)
 
   def __enter__(self) -> "Preemption":
-    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
-      self._before = signal.signal(signal.SIGTERM, self._ask)
+    if threading.current_thread() is threading.main_thread():  # Python allows no handler elsewhere
+      self._previous_handler = signal.signal(signal.SIGTERM, self._handle)
     return self
 
   def __exit__(self, *_) -> None:
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
+    if self._previous_handler is not None:
+      signal.signal(signal.SIGTERM, self._previous_handler)
 
-  def _ask(self, *_) -> None:
-    self._asked = True
+  def _handle(self, *_) -> None:
+    self._is_signaled = True

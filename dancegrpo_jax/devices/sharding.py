@@ -1,9 +1,9 @@
-"""Devices as a mesh, and parameters onto it: regex -> PartitionSpec rules, after big_vision's
-`sharding.py`.
+"""The mesh of devices, and where parameters lie on it: rules from regular expressions to partition
+specs, after big_vision's `sharding.py`.
 
-Axes: `data` copies the parameters and splits the samples, `fsdp` splits both, `tensor` splits
-parameters inside a layer. Samples are split over fsdp and data together. Axis types are Auto: the
-compiler decides where nothing is said.
+The axis `data` copies the parameters and splits the samples, `fsdp` splits both, and `tensor`
+splits parameters inside of a layer. Samples are split over fsdp and data together. Axis types are
+Auto: the compiler chooses every sharding that is not given.
 """
 
 import re
@@ -23,16 +23,20 @@ from dancegrpo_jax.types import SAMPLE_AXES, PyTree
 
 AXES = ("data", "fsdp", "tensor")
 CATCH_ALL = ".*"
-# first in a rule's spec: as many whole dimensions as the parameter has beside those that follow
+# At the beginning of a spec: all dimensions before those that follow, none of them split.
 REST = "..."
 
 
 def axis_sizes(config_mesh: ConfigDict, num_devices: int) -> tuple[int, ...]:
-  """Devices along data, fsdp, tensor; a -1 in the config takes what the others leave.
+  """The number of devices along data, fsdp and tensor.
+
+  Args:
+    config_mesh: config.mesh. A size of -1 stands for the devices that the other axes leave.
+    num_devices: devices of the run.
 
   Raises:
-    ConfigError: a size that is neither -1 nor positive, more than one -1, or a product that isn't
-      the number of devices.
+    ConfigError: a size is neither -1 nor positive, more than one is -1, or the product is not the
+      number of devices.
   """
   sizes = {axis: config_mesh[axis] for axis in AXES}
   text = " x ".join(f"{axis}={size}" for axis, size in sizes.items())
@@ -65,38 +69,47 @@ def axis_sizes(config_mesh: ConfigDict, num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config_mesh: ConfigDict, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """The mesh over all devices of all processes (or those given); enter it once with `jax.set_mesh`.
+  """The mesh over all devices of all processes. `jax.set_mesh` enters it, once.
+
+  Args:
+    config_mesh: config.mesh.
+    devices: the devices, if not all.
 
   Raises:
-    ConfigError: as `axis_sizes`; a data axis that several TPU slices can't share equally.
+    ConfigError: as `axis_sizes`, or several TPU slices cannot share the data axis equally.
   """
   devices = jax.devices() if devices is None else list(devices)
-  sizes, kinds = axis_sizes(config_mesh, len(devices)), (AxisType.Auto,) * len(AXES)
+  sizes = axis_sizes(config_mesh, len(devices))
+  types = (AxisType.Auto,) * len(AXES)
   if slices_of(devices) > 1:
-    return Mesh(over_slices(sizes, devices), AXES, axis_types=kinds)
-  return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=devices)
+    return Mesh(over_slices(sizes, devices), AXES, axis_types=types)
+  return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
 
 
 def slices_of(devices: Sequence[Any]) -> int:
-  """TPU slices that devices belong to; 1 where they are no TPUs."""
+  """The number of TPU slices that devices belong to; 1 for other devices."""
   if any(device.platform != "tpu" for device in devices):
     return 1
   return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def over_slices(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
-  """The devices of several TPU slices as `[data, fsdp, tensor]`: the data axis alone crosses from
-  slice to slice, over the data center's network, which is slow; fsdp and tensor stay on the links
-  inside one. ConfigError where data can't be shared.
+  """The devices of several TPU slices as `[data, fsdp, tensor]`.
+
+  Only the data axis crosses slices, over the slow network of the data center. fsdp and tensor stay
+  on the links inside of a slice.
+
+  Raises:
+    ConfigError: the slices cannot share the data axis equally.
   """
   slices = slices_of(devices)
   if sizes[0] % slices:
     raise ConfigError(
       f"config.mesh.data = {sizes[0]}: {slices} TPU slices can't share it equally, and fsdp and"
-      " tensor stay inside a slice;"
-      f" set a multiple of {slices}"
+      f" tensor stay inside a slice; set a multiple of {slices}"
     )
-  inside, across = (sizes[0] // slices, *sizes[1:]), (slices, 1, 1)
+  inside = (sizes[0] // slices, *sizes[1:])
+  across = (slices, 1, 1)
   return mesh_utils.create_hybrid_device_mesh(
     inside, across, devices, allow_split_physical_axes=True
   )
@@ -108,16 +121,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The leading axis (samples) split over fsdp and data; a device owns consecutive rows."""
+  """The leading axis (samples) split over fsdp and data. A device has consecutive rows."""
   return NamedSharding(mesh, P(SAMPLE_AXES))
 
 
 class Shards(NamedTuple):
-  """The rows of an array that fall to this process, where they lie.
+  """The rows of an array that this process owns, on their devices.
 
   Attributes:
-    numbers: of the rows `[n]`.
-    parts: arrays of one device each, with these rows in this order; [] for none.
+    numbers: the indices of the rows, `[n]`.
+    parts: these rows in this order, as arrays of one device each; [] for no rows.
   """
 
   numbers: np.ndarray
@@ -125,12 +138,11 @@ class Shards(NamedTuple):
 
 
 def own_shards(array: jax.Array) -> Shards:
-  """This process's rows of an array split along its first axis; a row falls to exactly one process.
-  Does not wait for them.
+  """The rows of an array, split along its first axis, that this process owns. Each row has exactly
+  one owner. Does not wait for the values.
 
-  To be called by the thread that has the array, before another one gets it or its shards: JAX
-  (0.10.2) makes the list of an array's shards at first use, and two threads that ask at once may
-  see a part of it.
+  Must be called before another thread gets the array or its shards: JAX (0.10.2) makes the list of
+  an array's shards at first use, and a second thread may see only part of it meanwhile.
   """
   shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
   shards.sort(key=lambda shard: shard.index[0].start or 0)
@@ -139,12 +151,12 @@ def own_shards(array: jax.Array) -> Shards:
 
 
 def join_processes(values: dict[str, np.ndarray], own: np.ndarray) -> dict[str, np.ndarray]:
-  """Puts together what each process knows of a whole; all processes call it at the same point, with
-  the same names.
+  """Joins arrays of which each process has some entries. All processes must call it at the same
+  point, with the same names.
 
   Args:
     values: `{name: [n]}`, host arrays.
-    own: bool `[n]`, which entries are this process's: each of exactly one process.
+    own: bool `[n]`, the entries that this process owns. Each entry has exactly one owner.
 
   Returns:
     `{name: [n]}`, the same on every process.
@@ -157,9 +169,7 @@ def join_processes(values: dict[str, np.ndarray], own: np.ndarray) -> dict[str, 
 
 
 def to_host(array: jax.Array) -> np.ndarray:
-  """The whole array on every process, whoever's devices hold it; all processes call it at the same
-  point.
-  """
+  """The whole array on the host of every process. All processes must call it at the same point."""
   if array.is_fully_addressable or array.is_fully_replicated:
     return np.asarray(array)
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
@@ -168,21 +178,21 @@ def to_host(array: jax.Array) -> np.ndarray:
 def infer_shardings(
   abstract_tree: PyTree, rules: Sequence[Sequence[Any]], mesh: Mesh, field: str = "rules"
 ) -> PyTree:
-  """A NamedSharding for each leaf of a tree of arrays or `jax.ShapeDtypeStruct`s.
+  """A NamedSharding for each leaf of a tree.
 
   Args:
-    abstract_tree: all trees that the rules speak of, as one (a dict of them): a rule that matches
-      nothing is an error.
-    rules: (regex, spec) pairs; the regex must match the whole path, as
-      `params/mid/attention/query/kernel`, and the first that does holds. spec has an entry a
-      dimension, at most: None, a mesh axis, or a tuple of axes; "..." first stands for all
-      dimensions before those that follow. `.*` may match nothing.
+    abstract_tree: arrays or `jax.ShapeDtypeStruct`s. A dict of all trees that the rules are for,
+      because a rule that matches nothing is an error.
+    rules: (regex, spec) pairs, of which the first holds whose regex matches the whole path, as
+      `params/mid/attention/query/kernel`. A spec has at most one entry for each dimension: None, a
+      mesh axis, or a tuple of axes. "..." at its beginning stands for all dimensions before those
+      that follow. Only `.*` may match nothing.
     mesh: the devices.
-    field: of config.mesh that holds the rules, for messages.
+    field: the field of config.mesh that has the rules, for messages.
 
   Raises:
-    ConfigError: leaves that no rule matches, rules that match no leaf (or none that an earlier rule
-      has left), and specs that a leaf's shape can't take. All in one message.
+    ConfigError: a leaf matches no rule, a rule is the first match of no leaf, or a spec does not
+      fit a leaf's shape. All problems in one message.
   """
   matchers = [re.compile(pattern) for pattern, _ in rules]
   used, problems = set(), []
@@ -197,14 +207,14 @@ def infer_shardings(
       )
       return None
     used.add(index)
-    pattern, said = rules[index]
-    spec = said
-    if said and said[0] == REST:
-      spec = (None,) * (len(leaf.shape) + 1 - len(said)) + tuple(said[1:])
+    pattern, written = rules[index]
+    spec = written
+    if written and written[0] == REST:
+      spec = (None,) * (len(leaf.shape) + 1 - len(written)) + tuple(written[1:])
     reason = _misfit(tuple(leaf.shape), spec, mesh)
     if reason:
       problems.append(
-        f'config.mesh.{field}: ("{pattern}", {tuple(said)}) on parameter {name}'
+        f'config.mesh.{field}: ("{pattern}", {tuple(written)}) on parameter {name}'
         f" {tuple(leaf.shape)}: {reason}"
       )
       return None
@@ -225,7 +235,7 @@ def infer_shardings(
 
 
 def _misfit(shape: tuple[int, ...], spec: Sequence[Any], mesh: Mesh) -> str | None:
-  """Why a shape can't take a spec, or None."""
+  """Why a spec does not fit a shape; None if it does."""
   if len(spec) > len(shape):
     return f"the rule names {len(spec)} dimensions, the parameter has {len(shape)}"
   for dimension, (size, entry) in enumerate(zip(shape, spec)):

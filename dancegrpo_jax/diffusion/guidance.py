@@ -1,5 +1,5 @@
-"""Classifier-free guidance (arXiv 2207.12598): both branches in one call of the denoiser, gradients
-through both.
+"""Classifier-free guidance (arXiv 2207.12598): both branches in one call of the network, with
+gradients through both.
 """
 
 from collections.abc import Callable
@@ -10,10 +10,12 @@ from jaxtyping import Array, Float
 
 from dancegrpo_jax.types import Conditioning, PyTree
 
-Denoise = Callable[
+# (x, model_time, rows of one branch) -> output
+Network = Callable[
   [Float[Array, "batch *shape"], Float[Array, "batch"], PyTree], Float[Array, "batch *shape"]
 ]
-GuidedDenoise = Callable[
+# (x, model_time, both branches) -> guided output
+Guided = Callable[
   [Float[Array, "batch *shape"], Float[Array, "batch"], Conditioning], Float[Array, "batch *shape"]
 ]
 
@@ -36,9 +38,9 @@ def _weave(a: Array, b: Array) -> Array:
   return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])
 
 
-def classifier_free(denoise: Denoise, scale: float | int) -> GuidedDenoise:
-  """Wraps `denoise(x [B, ...], model_time [B], rows) -> output` into `guided(x, model_time,
-  Conditioning) -> output`.
+def classifier_free(network: Network, scale: float | int) -> Guided:
+  """Makes `guided(x, model_time, Conditioning) -> output` of `network(x [B, ...], model_time [B],
+  rows) -> output`.
 
   There is one call on the doubled batch, in which both branches of a sample lie side by side. Every
   leaf of `Conditioning.positive` and `.negative` has B rows. A scale of 1 needs the positive branch
@@ -49,7 +51,7 @@ def classifier_free(denoise: Denoise, scale: float | int) -> GuidedDenoise:
   """
 
   def positive_only(x, model_time, conditioning):
-    return denoise(x, model_time, conditioning.positive)
+    return network(x, model_time, conditioning.positive)
 
   def guided(x, model_time, conditioning):
     if conditioning.negative is None:
@@ -58,7 +60,7 @@ def classifier_free(denoise: Denoise, scale: float | int) -> GuidedDenoise:
         " scale to 1"
       )
     rows = jax.tree.map(_weave, conditioning.positive, conditioning.negative)
-    output = denoise(_weave(x, x), _weave(model_time, model_time), rows)
+    output = network(_weave(x, x), _weave(model_time, model_time), rows)
     output = output.reshape(-1, 2, *output.shape[1:])
     return guide(output[:, 0], output[:, 1], scale)
 

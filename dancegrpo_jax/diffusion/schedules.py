@@ -172,8 +172,8 @@ def _training_times(
   if spacing == "leading":
     times = np.arange(steps)[::-1] * (num_train_timesteps // steps) + steps_offset
   elif spacing == "trailing":
-    times = num_train_timesteps - np.arange(steps) * (num_train_timesteps / steps)
-    times = np.round(times).astype(int) - 1
+    exact = num_train_timesteps - np.arange(steps) * (num_train_timesteps / steps)
+    times = np.round(exact).astype(int) - 1
   elif spacing == "linspace":
     times = np.round(np.linspace(0, num_train_timesteps - 1, steps)).astype(int)[::-1]
   else:

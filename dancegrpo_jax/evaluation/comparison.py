@@ -1,5 +1,5 @@
-"""A checkpoint beside its base model: samples of both on the same noise, scored, stored and
-told.
+"""Compares a checkpoint with its base model: samples of both from the same noise, and their
+scores.
 """
 
 import json
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image
 
 from dancegrpo_jax.assembly import sampling
 from dancegrpo_jax.data import prompts
@@ -15,33 +17,40 @@ from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.evaluation.measures import compare, measure
 from dancegrpo_jax.report import images
 from dancegrpo_jax.settings import checks
+from dancegrpo_jax.types import Example
 
 
-def run(config, checkpoint: str, files: list[str], out: Path) -> dict:
-  """Samples base and checkpoint on each prompt file with the same noise; writes JSON, the images
-  and grids of them.
+def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dict:
+  """Samples base model and checkpoint on each prompt file, and writes scores and images.
 
-  Beside `out` = x.json: x/<prompts>.png, base above checkpoint, and
+  For `out` = x.json there are x/<prompts>.png, a grid with the base model above the checkpoint, and
   x/<prompts>/{base,checkpoint}/000.png ...
 
-  Raises:
-    ConfigError: a checkpoint or prompt file that can't be used.
-  """
+  Args:
+    config: of the run.
+    checkpoint: a workdir, a folder of checkpoints, or "base".
+    files: prompt files.
+    out: the JSON file.
 
+  Returns:
+    `measures.compare` by the name of the prompt file.
+
+  Raises:
+    ConfigError: a mistake in the config, or a checkpoint or prompt file that can't be used.
+  """
   device = jax.devices()[0]
-  facts = checks.device_facts(device)
-  checks.validate(config, num_devices=jax.device_count(), **facts)
+  checks.validate(config, num_devices=jax.device_count(), **checks.device_facts(device))
   accelerator.say_share(device.platform)
   try:
     lists = {file: prompts.read_prompts(file, config.data.negative_prompt) for file in files}
-    pool = (
-      prompts.read_prompts(config.evaluation.distractors)
-      if config.evaluation.distractors
-      else sum(lists.values(), [])
-    )
+    pool = sum(lists.values(), [])
+    if config.evaluation.distractors:
+      pool = prompts.read_prompts(config.evaluation.distractors)
   except ValueError as error:
     raise ConfigError(str(error)) from error
-  results, rows, folder = {}, {}, out.with_suffix("")
+  results: dict[str, dict] = {}
+  rows: dict[str, dict[str, list[dict]]] = {}
+  folder = out.with_suffix("")
   with sampling.opened(config, checkpoint) as opened:
     for file, examples in lists.items():
       base, before = measure(opened, opened.model.trainable, examples, pool)
@@ -50,33 +59,44 @@ def run(config, checkpoint: str, files: list[str], out: Path) -> dict:
       results[name] = compare(base, tuned)
       images.save(folder / f"{name}.png", side_by_side(before, after, examples))
       rows[name] = {
-        "base": keep(folder / name / "base", examples, base, before),
-        "checkpoint": keep(folder / name / "checkpoint", examples, tuned, after),
+        "base": save_samples(folder / name / "base", examples, base, before),
+        "checkpoint": save_samples(folder / name / "checkpoint", examples, tuned, after),
       }
-  out.write_text(
-    json.dumps({"checkpoint": checkpoint, "results": results, "samples": rows}, indent=1) + "\n"
-  )
+  content = {"checkpoint": checkpoint, "results": results, "samples": rows}
+  out.write_text(json.dumps(content, indent=1) + "\n")
   print(table(results))
   return results
 
 
-def keep(folder: Path, examples: list, scores: dict, pixels: np.ndarray) -> list[dict]:
-  """Writes every image of one set of weights; a row each with prompt, file and scores (None where
-  one failed).
-  """
+def save_samples(
+  folder: Path, examples: list[Example], scores: dict, pixels: np.ndarray
+) -> list[dict]:
+  """Writes the samples of one set of weights.
 
+  Args:
+    folder: for the images.
+    examples: prompts.
+    scores: of `measures.measure`.
+    pixels: `[prompts, samples, height, width, 3]`.
+
+  Returns:
+    For each sample its prompt, its file, and its scores, None for a failed one.
+  """
   count = pixels.shape[1]
   files = images.save_images(folder, pixels.reshape(-1, *pixels.shape[2:]))
-  each = {term: np.ravel(values) for term, values in scores.items() if np.ndim(values)}
-  return [
-    {"prompt": examples[i // count].prompt, "file": str(file.relative_to(folder.parents[2]))}
-    | {term: float(values[i]) if np.isfinite(values[i]) else None for term, values in each.items()}
-    for i, file in enumerate(files)
-  ]
+  flat = {term: np.ravel(values) for term, values in scores.items() if np.ndim(values)}
+  rows: list[dict] = []
+  for i, file in enumerate(files):
+    prompt = examples[i // count].prompt
+    row: dict = {"prompt": prompt, "file": str(file.relative_to(folder.parents[2]))}
+    for term, values in flat.items():
+      row[term] = float(values[i]) if np.isfinite(values[i]) else None
+    rows.append(row)
+  return rows
 
 
 def table(results: dict) -> str:
-  """The comparison for people."""
+  """The comparison as the text that the command prints."""
   lines = [
     f"{'prompts':<28} {'score':<16} {'base':>8} {'trained':>8} {'change':>8}   95 % interval"
   ]
@@ -91,16 +111,28 @@ def table(results: dict) -> str:
 
 
 def side_by_side(
-  before: np.ndarray, after: np.ndarray, examples: list, columns: int = 8, most: int = 16
-):
-  """A grid of the first sample of the first prompts: a row of the base model's, the checkpoint's
-  below it. A PIL image.
-  """
+  before: np.ndarray,
+  after: np.ndarray,
+  examples: list[Example],
+  columns: int = 8,
+  most: int = 16,
+) -> Image.Image:
+  """A grid of the first sample of each prompt: rows of the base model's, each above a row of the
+  checkpoint's.
 
-  tiles, captions = [], []
-  for start in range(0, min(most, len(examples)), columns):
-    rows = range(start, min(start + columns, most, len(examples)))
+  Args:
+    before, after: samples of base model and checkpoint, `[prompts, samples, height, width, 3]`.
+    examples: prompts.
+    columns: prompts in a row.
+    most: prompts in the grid; the first ones are shown.
+  """
+  tiles: list[np.ndarray] = []
+  captions: list[str] = []
+  count = min(most, len(examples))
+  for start in range(0, count, columns):
+    row = range(start, min(start + columns, count))
+    blank = columns - len(row)
     for name, pixels in (("base", before), ("trained", after)):
-      tiles += [pixels[p, 0] for p in rows] + [np.ones_like(pixels[0, 0])] * (columns - len(rows))
-      captions += [f"{name}: {examples[p].prompt}" for p in rows] + [""] * (columns - len(rows))
+      tiles += [pixels[p, 0] for p in row] + [np.ones_like(pixels[0, 0])] * blank
+      captions += [f"{name}: {examples[p].prompt}" for p in row] + [""] * blank
   return images.grid(np.stack(tiles), columns, captions=captions)

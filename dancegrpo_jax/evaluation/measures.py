@@ -1,4 +1,4 @@
-"""What is measured of a checkpoint's samples: scores, retrieval, diversity, and differences."""
+"""Measures samples of a model: scores, retrieval, diversity, and the difference of two models."""
 
 from typing import Any
 
@@ -11,12 +11,17 @@ from dancegrpo_jax.types import Example, Media, PyTree
 
 
 def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-  """95 % interval of the mean by resampling prompts (rows), which are what varies independently.
+  """The 95 % interval of a mean, by the bootstrap.
+
+  Prompts are resampled, because samples of one prompt are not independent.
 
   Args:
     values: `[prompts, samples]`; NaN is left out.
-    draws: resamples.
+    draws: number of resamples.
     seed: of the resampling.
+
+  Returns:
+    The ends of the interval.
   """
   rows = np.nanmean(values, axis=1)
   picks = np.random.default_rng(seed).integers(len(rows), size=(draws, len(rows)))
@@ -25,8 +30,10 @@ def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[flo
 
 
 def diversity(embeddings: np.ndarray) -> float:
-  """Mean pairwise cosine distance within groups of two samples or more, `[prompts, samples, d]` of
-  length 1.
+  """The mean cosine distance between two samples of a prompt.
+
+  Args:
+    embeddings: `[prompts, samples, d]` of length 1, with two samples or more.
   """
   samples = embeddings.shape[1]
   products = np.einsum("psd,ptd->pst", embeddings, embeddings)
@@ -34,37 +41,43 @@ def diversity(embeddings: np.ndarray) -> float:
 
 
 def top1(embeddings: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-  """Whether each image is nearest to its own caption, `[prompts, samples]`; row p of `candidates`
-  is prompt p's.
+  """Whether each sample is nearer to its own prompt than to any other candidate.
+
+  Args:
+    embeddings: of samples, `[prompts, samples, d]`.
+    candidates: of texts, `[texts, d]`; row p is prompt p.
+
+  Returns:
+    bool `[prompts, samples]`.
   """
   return (embeddings @ candidates.T).argmax(-1) == np.arange(len(embeddings))[:, None]
 
 
-def candidate_prompts(prompts: list, pool: list, count: int) -> list:
-  """The prompts themselves, then others from the pool (evenly spread, so that they are not all
-  alike), `count` in all.
+def candidate_prompts(prompts: list[Example], pool: list[Example], count: int) -> list[Example]:
+  """The prompts, followed by others of the pool, `count` in all if the pool is large enough.
+
+  The others are evenly spread over the pool, because neighbours in a file may be alike.
   """
-  own = {example.prompt for example in prompts}
-  others = [example for example in pool if example.prompt not in own]
-  wanted = max(0, min(count - len(prompts), len(others)))
-  spread = [others[i * len(others) // wanted] for i in range(wanted)]
-  return list(prompts) + spread
+  texts = {example.prompt for example in prompts}
+  others = [example for example in pool if example.prompt not in texts]
+  missing = max(0, min(count - len(prompts), len(others)))
+  return prompts + [others[i * len(others) // missing] for i in range(missing)]
 
 
 def measure(
   opened: sampling.Opened, weights: PyTree, examples: list[Example], pool: list[Example]
 ) -> tuple[dict, np.ndarray]:
-  """Scores of all samples of one set of weights on one prompt list.
+  """Draws samples with one set of weights, and scores them.
 
   Args:
     opened: the model.
-    weights: trainable tree.
+    weights: the trainable tree.
     examples: prompts.
-    pool: captions that a sample's own is told from.
+    pool: prompts among which retrieval looks for a sample's own.
 
   Returns:
-    ({term: `[prompts, samples]`}, pixels); "<reward>/retrieval" and "<reward>/diversity" too where
-    it has an embedding of samples.
+    Scores by term, `[prompts, samples]`, and pixels. For a reward that embeds samples there are
+    also "<reward>/retrieval", of the same shape, and "<reward>/diversity", a number.
   """
   config, model, run = opened.config, opened.model, opened.programs
   samples = config.evaluation.samples
@@ -76,17 +89,15 @@ def measure(
   features = scoring.reward_features(rewards, params, run.features, texts, len(texts))
   rows = scoring.chunks(count, config.rollout.chunk, config.mesh.lanes)
   scores = scoring.score_all(
-    rewards,
-    params,
-    compute=run.score,
+    scorers=scoring.Scorers(rewards, params, compute=run.score, features=features),
     media=flat,
-    features=features,
     owners=np.arange(count, dtype=np.int32) // samples,
     examples=examples,
     rows=rows,
   )
-  result: dict[str, Any] = {}
-  result |= {term: values.reshape(len(examples), samples) for term, values in scores.items()}
+  result: dict[str, Any] = {
+    term: values.reshape(len(examples), samples) for term, values in scores.items()
+  }
   for name, reward in rewards.items():
     if reward.embed is None:
       continue
@@ -101,8 +112,13 @@ def measure(
 
 
 def compare(base: dict, tuned: dict) -> dict:
-  """Means, and the difference with its bootstrap interval, by term."""
-  rows = {}
+  """Compares what `measure` returns for the base model and for a checkpoint.
+
+  Returns:
+    By term, the means "base", "checkpoint" and "difference", and for values of samples the ends
+    "low" and "high" of the difference's interval.
+  """
+  rows: dict[str, dict[str, float]] = {}
   for term, before in base.items():
     after = tuned[term]
     if np.ndim(before) == 0:

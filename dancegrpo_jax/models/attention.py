@@ -119,7 +119,7 @@ def attention(
   key_lengths = None if key_lengths is None else key_lengths.astype(jnp.int32)
   where = place()
   plain = mask is None and bias is None
-  chosen = kernel(impl, where, shape, plain)
+  chosen = kernel(impl=impl, place=where, shape=shape, plain=plain)
   if chosen == "cudnn":
     return per_device.attend(
       functools.partial(_cudnn, causal=causal, scale=scale), q, k, v, key_lengths

@@ -188,10 +188,11 @@ class Conv(nn.Module):
     )
     bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
     if isinstance(self.padding, int):
-      before = after = (self.padding, self.padding)
+      rows = columns = (self.padding, self.padding)
     else:
-      before, after = self.padding
-    padding = (tuple(before), tuple(after))
+      (top, bottom), (left, right) = self.padding
+      rows, columns = (top, bottom), (left, right)
+    padding = (rows, columns)
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
     if self.size == self.stride == 1 and not any(map(sum, padding)):
       y = x @ kernel[0, 0]

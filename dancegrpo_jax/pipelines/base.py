@@ -1,4 +1,4 @@
-"""What a model family offers to the rest: a `Pipeline` of pure functions, and how to build one."""
+"""The interface of a model family: pure functions in a `Pipeline`, which its `Family` builds."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,24 +20,28 @@ from dancegrpo_jax.types import Example, Media, PyTree
 
 
 class Pipeline(NamedTuple):
-  """A generator. `params` below is a dict of trees by component, as denoiser and decoder.
+  """A generator. `params` below is a dict of trees by component, such as denoiser and decoder.
 
   Attributes:
-    prepare: host function, `(examples) -> inputs`: what `encode` reads of prompts, and of pictures
-      where there are any; a pytree of NumPy arrays with one row an example. It gets blank examples
-      too (prompt ""), from whose shapes programs are compiled.
-    encode: `(params, inputs) -> rows`, a pytree with one row an example, as `denoise` takes it.
+    prepare: a function on the host, `(examples) -> inputs`. It turns prompts, and pictures where
+      there are any, into the inputs of `encode`: a pytree of NumPy arrays with one row an example.
+      It gets blank examples too (prompt ""), from whose shapes programs are compiled.
+    encode: `(params, inputs) -> rows`, the conditioning of `denoise`: a pytree with one row an
+      example.
     denoise: `(params, x [b, ...], model_time [b], rows) -> output [b, ...]`.
     decode: `(params, latents [b, ...]) -> Media` of b samples.
-    schedule: `(steps, shift) -> Schedule`; the shift is rectified flow's, 0 = the checkpoint's own.
-    prediction: "epsilon", "v" or "velocity".
-    latent_shape: of one sample.
-    sample_shape: of one decoded sample: (height, width, 3), or (frames, height, width, 3).
-    components: what `params` consists of; the network that is trained is called "denoiser".
+    schedule: `(steps, shift) -> Schedule`. The shift is the time shift of rectified flow; 0 means
+      the checkpoint's.
+    prediction: what `denoise` predicts: "epsilon", "v" or "velocity".
+    latent_shape: the shape of one sample's latents.
+    sample_shape: the shape of one decoded sample: (height, width, 3), or (frames, height, width,
+      3).
+    components: the networks whose parameters `params` holds. The network that is trained is called
+      "denoiser".
     trainable: what is trained: a component, or "lora".
-    encoders: the components that `encode` alone reads.
-    adapters: where "lora" is trained, the abstract tree that `params` then may hold beside the
-      components; else None.
+    encoders: the components that only `encode` uses.
+    adapters: None, unless "lora" is trained: then the abstract tree of the adapters, which `params`
+      may hold beside the components.
   """
 
   prepare: Callable[[list[Example]], PyTree]
@@ -55,17 +59,18 @@ class Pipeline(NamedTuple):
 
 
 class ModelSettings(NamedTuple):
-  """How a family's networks are built; the fields are those of the config's model section.
+  """How the networks of a family are built, from the config's section `model`.
 
   Attributes:
-    size: height and width of the samples, pixels.
-    dtype: what the denoiser computes in; its parameters are float32 where they are trained.
-    frozen_dtype: of the other networks, stored and computed; under adapters of the denoiser's
-      parameters too.
-    remat: recompute the denoiser's blocks in the backward pass.
-    attention: see `models.attention.attention`.
-    scan_blocks: stack the weights of equal blocks.
-    lora: adapters to train in place of the denoiser's parameters, or None.
+    size: height and width of the samples, in pixels.
+    dtype: the dtype that the denoiser computes in. Its parameters are float32 where they are
+      trained.
+    frozen_dtype: the dtype that the other networks are stored and computed in. With adapters, the
+      denoiser's parameters are stored in it too.
+    remat: whether the denoiser's blocks are recomputed in the backward pass.
+    attention: the implementation, see `models.attention.attention`.
+    scan_blocks: whether the weights of equal blocks are stacked.
+    lora: the adapters to train instead of the denoiser's parameters, or None.
   """
 
   size: tuple[int, int]
@@ -83,26 +88,29 @@ class ModelSettings(NamedTuple):
 
 
 def no_options(config: ConfigDict) -> dict[str, Any]:
-  """For families that read nothing of the config but `ModelSettings`."""
+  """`Family.options` of a family whose `build` takes `ModelSettings` only."""
   del config
   return {}
 
 
 class Family(NamedTuple):
-  """A model family. pipelines/families.py lists those of this package; a config may name another
-  one as "module:object".
+  """A model family.
+
+  pipelines/families.py lists the families of this package. A config may name another one as
+  "module:object".
 
   Attributes:
-    files: JSON files of its checkpoints, by the key under which `build` gets them.
-    tokenizers: the kind of each tokenizer's folder: a name in `data.tokenizers.KINDS`, or a
+    files: the JSON files of its checkpoints, by the key under which `build` gets them.
+    tokenizers: the kind of each tokenizer, by folder: a name in `data.tokenizers.KINDS`, or a
       `TokenizerKind`.
-    paradigm: what its denoiser was trained as: "diffusion" or "flow" (rectified flow).
-    build: `(jsons, tokenizers by folder, settings, **options) -> Pipeline`. ValueError where a file
-      or a setting asks for what is not implemented.
-    networks: its networks by their class in PyTorch.
-    options: `(config) -> keyword arguments` of `build` beside the common settings.
-    text_length: `(jsons) -> tokens` of its texts, for plans of checkpoints without tokenizers.
-    index: `layout.INDEX` where its checkpoints are diffusers pipelines; "" for a layout of its own.
+    paradigm: how its denoiser was trained: "diffusion" or "flow" (rectified flow).
+    build: `(jsons, tokenizers by folder, settings, **options) -> Pipeline`. It raises ValueError
+      where a file or a setting has a value that is not implemented.
+    networks: its networks, by their class in PyTorch.
+    options: `(config) -> options`, the keyword arguments of `build` beside the common settings.
+    text_length: `(jsons) -> tokens`, the length of a tokenised text, for plans of checkpoints
+      without tokenizers.
+    index_file: `layout.INDEX` where its checkpoints are diffusers pipelines; "" for another layout.
   """
 
   files: dict[str, str]
@@ -112,21 +120,21 @@ class Family(NamedTuple):
   networks: dict[str, Network]
   options: Callable[[ConfigDict], dict[str, Any]] = no_options
   text_length: Callable[[dict[str, dict]], int] = lambda jsons: 77
-  index: str = ""
+  index_file: str = ""
 
   @property
   def layout(self) -> Layout:
     """The files of its checkpoints."""
     stems = dict.fromkeys(network.table.file for network in self.networks.values())
     layout = layout_of(self.files, self.tokenizers)
-    return layout._replace(index=self.index, stems=tuple(stems) or STEMS)
+    return layout._replace(index_file=self.index_file, stems=tuple(stems) or STEMS)
 
 
 def adapted(pipeline: Pipeline, settings: Lora | None) -> Pipeline:
-  """The pipeline with its denoiser frozen under trained adapters; unchanged without settings.
+  """The pipeline with trained adapters and a frozen denoiser; unchanged where `settings` is None.
 
   Raises:
-    ValueError: as `lora.chosen`.
+    ValueError: the adapters match no layer, see `lora.chosen`.
   """
   if settings is None:
     return pipeline
@@ -137,5 +145,5 @@ def adapted(pipeline: Pipeline, settings: Lora | None) -> Pipeline:
 def text_inputs(
   tokenize: Callable[[list[str]], PyTree],
 ) -> Callable[[list[Example]], PyTree]:
-  """`Pipeline.prepare` of a model that reads prompts alone."""
+  """`Pipeline.prepare` of a model whose only inputs are prompts."""
   return lambda examples: tokenize([example.prompt for example in examples])

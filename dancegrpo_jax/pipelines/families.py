@@ -1,4 +1,4 @@
-"""The model families that `model.family` may name."""
+"""The model families of this package, by the name that `model.family` has for them."""
 
 import difflib
 
@@ -16,7 +16,7 @@ def family_of(name: str) -> Family:
   """The family of this name, or the object that "module:object" names.
 
   Raises:
-    ValueError: one line: no such family, no such object, or one that is no `Family`.
+    ValueError: there is no such family or object, or the object is no `Family`; one line.
   """
   if name in FAMILIES:
     return FAMILIES[name]

@@ -1,12 +1,14 @@
-"""FLUX.1: CLIP's pooled text, T5's states, FluxTransformer2DModel, AutoencoderKL, in diffusers'
-folder layout.
+"""FLUX.1: CLIP's pooled text, T5's states, FluxTransformer2DModel and AutoencoderKL, in the layout
+of diffusers' folders.
 
-Latents are `[h / 8, w / 8, 16]`; the network packs them. A guidance-distilled checkpoint (dev) is
-told one guidance scale in rollout and training alike, so there is one forward pass a step; schnell
-has none.
+Latents are `[h / 8, w / 8, 16]`; the network packs them. A guidance-distilled checkpoint (dev) gets
+one guidance scale as an input, in rollout and training alike, so there is one forward pass a step.
+schnell has no such input.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,8 +18,7 @@ from dancegrpo_jax.conversion.tables import flux as tables
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.models import autoencoder, clip, t5
 from dancegrpo_jax.models import flux as transformer
-from dancegrpo_jax.models.lora import variables
-from dancegrpo_jax.pipelines import networks
+from dancegrpo_jax.models.lora import Lora, variables
 from dancegrpo_jax.pipelines.base import (
   Family,
   ModelSettings,
@@ -26,8 +27,15 @@ from dancegrpo_jax.pipelines.base import (
   text_inputs,
 )
 from dancegrpo_jax.pipelines.layout import INDEX, Component, Network
-from dancegrpo_jax.pipelines.networks import abstract
-from dancegrpo_jax.types import Media, PyTree
+from dancegrpo_jax.pipelines.networks import (
+  AUTOENCODER,
+  CLIP_TEXT,
+  T5,
+  abstract,
+  decode_images,
+  latent_shape,
+)
+from dancegrpo_jax.types import PyTree
 
 FILES = {
   "transformer": "transformer/config.json",
@@ -36,7 +44,8 @@ FILES = {
   "text_encoder_2": "text_encoder_2/config.json",
   "scheduler": "scheduler/scheduler_config.json",
 }
-# keys of the scheduler's config that would change the grid, with the values under which they don't
+# Keys of the scheduler's config that would change the grid of times, each with the value under
+# which it doesn't.
 _NEUTRAL = {
   "shift_terminal": None,
   "invert_sigmas": False,
@@ -45,6 +54,15 @@ _NEUTRAL = {
   "use_beta_sigmas": False,
   "stochastic_sampling": False,
 }
+
+
+class Networks(NamedTuple):
+  """The networks of a checkpoint, by the names of the components that hold their parameters."""
+
+  denoiser: transformer.FluxTransformer2DModel
+  decoder: autoencoder.AutoencoderKL
+  text_encoder: clip.ClipText
+  text_encoder_2: t5.T5Encoder
 
 
 def build(
@@ -58,97 +76,131 @@ def build(
   """The pipeline of a checkpoint's JSON files.
 
   Args:
-    jsons: parsed files, by the keys of `FILES`.
-    tokenizers: by folder name, texts -> ids; T5's takes the number of tokens too.
+    jsons: the parsed files, by the keys of `FILES`.
+    tokenizers: functions from texts to ids, by folder; T5's takes the number of tokens too.
     settings: `scan_blocks` stacks the blocks of the transformer, of T5 and of CLIP's text encoder.
-    text_length: of T5's tokens.
-    guidance: what a guidance-distilled transformer is told.
+    text_length: the number of T5's tokens.
+    guidance: the guidance scale that a guidance-distilled transformer gets as an input.
 
   Raises:
-    ValueError: a size that does not divide, a dtype that T5 does not stand, networks that don't fit
-      each other, adapters of nothing, or a config.json that asks for what is not implemented.
+    ValueError: the height or width doesn't fit the networks, T5 overflows in the dtype, the
+      networks don't fit each other, the adapters match no layer, or a config.json has a value that
+      is not implemented.
   """
+  networks = _networks(jsons, settings)
+  _check_widths(networks)
+  latents = latent_shape(networks.decoder, settings.size, multiple=2)
+  shift = scheduler_shift(jsons["scheduler"], tokens=latents[0] // 2 * (latents[1] // 2))
+  pipeline = Pipeline(
+    prepare=text_inputs(partial(_tokenize, tokenizers, text_length)),
+    encode=partial(_encode, networks),
+    denoise=partial(_denoise, networks.denoiser, settings.lora, guidance),
+    decode=partial(decode_images, networks.decoder),
+    schedule=partial(_schedule, jsons["scheduler"], shift),
+    prediction="velocity",
+    latent_shape=latents,
+    sample_shape=(*settings.size, networks.decoder.out_channels),
+    components=_components(networks, latents, settings.size),
+    encoders=("text_encoder", "text_encoder_2"),
+  )
+  return adapted(pipeline, settings.lora)
+
+
+def _networks(jsons: dict[str, dict], settings: ModelSettings) -> Networks:
+  """The networks that the JSON files describe."""
   if settings.frozen_dtype == "float16":
     raise ValueError(
       "config.model.frozen_dtype = 'float16': T5's activations overflow it; use 'bfloat16' or"
       " 'float32'"
     )
   frozen = jnp.dtype(settings.frozen_dtype)
-  dtypes = {"dtype": frozen, "param_dtype": frozen}
-  denoiser = transformer.from_json(
-    jsons["transformer"],
-    dtype=jnp.dtype(settings.dtype),
-    param_dtype=settings.stored,
-    scan_blocks=settings.scan_blocks,
-    remat=settings.remat,
-    impl=settings.attention,
+  types = {"dtype": frozen, "param_dtype": frozen}
+  return Networks(
+    denoiser=transformer.from_json(
+      jsons["transformer"],
+      dtype=jnp.dtype(settings.dtype),
+      param_dtype=settings.stored,
+      scan_blocks=settings.scan_blocks,
+      remat=settings.remat,
+      impl=settings.attention,
+    ),
+    decoder=autoencoder.from_json(jsons["vae"], **types),
+    text_encoder=clip.ClipText.from_json(
+      jsons["text_encoder"], scan_layers=settings.scan_blocks, impl=settings.attention, **types
+    ),
+    text_encoder_2=t5.from_json(jsons["text_encoder_2"], scan_blocks=settings.scan_blocks, **types),
   )
-  vae = autoencoder.from_json(jsons["vae"], **dtypes)
-  pooler = clip.ClipText.from_json(
-    jsons["text_encoder"], **dtypes, scan_layers=settings.scan_blocks, impl=settings.attention
+
+
+def _check_widths(networks: Networks) -> None:
+  """Checks that the networks of a checkpoint fit each other.
+
+  Raises:
+    ValueError: they don't; the message names every width that differs.
+  """
+  denoiser, vae, pooler, t5_encoder = networks
+  wrong = []
+  if (channels := denoiser.in_channels // 4) != vae.latent_channels:
+    wrong.append(
+      f"in_channels / 4 {channels} is not the autoencoder's latent_channels {vae.latent_channels}"
+    )
+  if (width := denoiser.joint_attention_dim) != t5_encoder.d_model:
+    wrong.append(f"joint_attention_dim {width} is not T5's d_model {t5_encoder.d_model}")
+  if (width := denoiser.pooled_projection_dim) != pooler.hidden_size:
+    wrong.append(f"pooled_projection_dim {width} is not CLIP's hidden_size {pooler.hidden_size}")
+  if wrong:
+    raise ValueError(f"transformer/config.json: {'; '.join(wrong)}")
+
+
+def _tokenize(
+  tokenizers: dict[str, Callable[..., np.ndarray]], text_length: int, texts: list[str]
+) -> dict[str, np.ndarray]:
+  """The tokens of both text encoders."""
+  return {
+    "clip": tokenizers["tokenizer"](texts),
+    "t5": tokenizers["tokenizer_2"](texts, text_length),
+  }
+
+
+def _encode(networks: Networks, params: PyTree, tokens: dict[str, Array]) -> dict[str, Array]:
+  """T5's states and CLIP's pooled text."""
+  text = networks.text_encoder_2.apply({"params": params["text_encoder_2"]}, tokens["t5"])
+  _, pooled = networks.text_encoder.apply({"params": params["text_encoder"]}, tokens["clip"])
+  return {"text": text, "pooled": pooled}
+
+
+def _denoise(
+  denoiser: transformer.FluxTransformer2DModel,
+  lora: Lora | None,
+  guidance: float,
+  params: PyTree,
+  x: Float[Array, "b h w c"],
+  time: Float[Array, "b"],
+  rows: dict[str, Array],
+) -> Float[Array, "b h w c"]:
+  """The velocity; `rows` are those of `_encode`."""
+  scale = jnp.full(time.shape, guidance, jnp.float32) if denoiser.guidance_embeds else None
+  return denoiser.apply(variables(params, lora), x, time, rows["text"], rows["pooled"], scale)
+
+
+def _schedule(
+  config: dict, checkpoint_shift: float, steps: int, shift: float
+) -> schedules.Schedule:
+  """The schedule with a time shift, or with the checkpoint's own where `shift` is 0."""
+  return schedules.flow_schedule(
+    steps, shift or checkpoint_shift, config.get("num_train_timesteps", 1000)
   )
-  encoder = t5.from_json(jsons["text_encoder_2"], **dtypes, scan_blocks=settings.scan_blocks)
-  size = tuple(settings.size)
-  _check_widths(denoiser, vae, pooler, encoder)
-  factor = 2 ** (len(vae.block_out_channels) - 1)
-  if any(side % (2 * factor) for side in size):
-    raise ValueError(
-      f"config.model.size = {size}: height and width must be multiples of {2 * factor}"
-      " for this checkpoint"
-    )
-  latent_shape = (size[0] // factor, size[1] // factor, vae.latent_channels)
-  own_shift = scheduler_shift(jsons["scheduler"], latent_shape[0] // 2 * (latent_shape[1] // 2))
-
-  def both_tokenizers(texts: list[str]) -> dict[str, np.ndarray]:
-    return {
-      "clip": tokenizers["tokenizer"](texts),
-      "t5": tokenizers["tokenizer_2"](texts, text_length),
-    }
-
-  def encode(params: PyTree, tokens: dict[str, Array]) -> dict[str, Array]:
-    pooled = pooler.apply({"params": params["text_encoder"]}, tokens["clip"])[1]
-    return {
-      "text": encoder.apply({"params": params["text_encoder_2"]}, tokens["t5"]),
-      "pooled": pooled,
-    }
-
-  def denoise(
-    params: PyTree, x: Float[Array, "b h w c"], time: Float[Array, "b"], rows: dict[str, Array]
-  ) -> Array:
-    told = jnp.full(time.shape, guidance, jnp.float32) if denoiser.guidance_embeds else None
-    return denoiser.apply(
-      variables(params, settings.lora), x, time, rows["text"], rows["pooled"], told
-    )
-
-  def decode(params: PyTree, latents: Float[Array, "b h w c"]) -> Media:
-    return Media(autoencoder.pixels_of(vae, params["decoder"], latents))
-
-  def schedule(steps: int, shift: float) -> schedules.Schedule:
-    return schedules.flow_schedule(
-      steps, shift or own_shift, jsons["scheduler"].get("num_train_timesteps", 1000)
-    )
-
-  base = Pipeline(
-    prepare=text_inputs(both_tokenizers),
-    encode=encode,
-    denoise=denoise,
-    decode=decode,
-    schedule=schedule,
-    prediction="velocity",
-    latent_shape=latent_shape,
-    sample_shape=(*size, vae.out_channels),
-    components=_components(denoiser, vae, pooler, encoder, latent_shape, size),
-    encoders=("text_encoder", "text_encoder_2"),
-  )
-  return adapted(base, settings.lora)
 
 
 def scheduler_shift(config: dict, tokens: int) -> float:
-  """The time shift of a FlowMatchEulerDiscreteScheduler's config for samples of this many tokens:
-  dynamic, or constant.
+  """The time shift of a FlowMatchEulerDiscreteScheduler, which is constant or dynamic.
+
+  Args:
+    config: its config.
+    tokens: the number of a sample's image tokens, which a dynamic shift depends on.
 
   Raises:
-    ValueError: a key asks for another kind of grid.
+    ValueError: a key has a value that is not implemented.
   """
   wrong = [
     f"{key} = {config[key]!r}" for key, value in _NEUTRAL.items() if config.get(key, value) != value
@@ -167,62 +219,39 @@ def scheduler_shift(config: dict, tokens: int) -> float:
   )
 
 
-def _check_widths(denoiser, vae, pooler, encoder) -> None:
-  """ValueError where the networks of a folder don't belong together."""
-  pairs = (
-    (
-      "in_channels / 4",
-      denoiser.in_channels // 4,
-      "the autoencoder's latent_channels",
-      vae.latent_channels,
-    ),
-    ("joint_attention_dim", denoiser.joint_attention_dim, "T5's d_model", encoder.d_model),
-    (
-      "pooled_projection_dim",
-      denoiser.pooled_projection_dim,
-      "CLIP's hidden_size",
-      pooler.hidden_size,
-    ),
-  )
-  wrong = [
-    f"{name} {value} is not {other} {theirs}"
-    for name, value, other, theirs in pairs
-    if value != theirs
-  ]
-  if wrong:
-    raise ValueError(f"transformer/config.json: {'; '.join(wrong)}")
-
-
 def _components(
-  denoiser, vae, pooler, encoder, latent_shape: tuple[int, ...], size: tuple[int, int]
+  networks: Networks, latents: tuple[int, ...], size: tuple[int, int]
 ) -> dict[str, Component]:
-  """What to load, with shapes from the networks themselves."""
+  """The weights to load, with the shapes of the networks' parameters."""
+  denoiser, vae, pooler, t5_encoder = networks
   return {
     "denoiser": Component(
-      folder="transformer", table=tables.FLUX, abstract=_abstract(denoiser, latent_shape)
+      folder="transformer", table=tables.FLUX, abstract=_abstract_transformer(denoiser, latents)
     ),
     "decoder": Component(
       folder="vae",
-      table=networks.AUTOENCODER.table,
+      table=AUTOENCODER.table,
       abstract=abstract(vae, (1, *size, vae.in_channels)),
     ),
     "text_encoder": Component(
       folder="text_encoder",
-      table=networks.CLIP_TEXT.table,
+      table=CLIP_TEXT.table,
       abstract=abstract(pooler, (1, 1), dtype=jnp.int32),
     ),
     "text_encoder_2": Component(
       folder="text_encoder_2",
-      table=networks.T5.table,
-      abstract=abstract(encoder, (1, 1), dtype=jnp.int32),
+      table=T5.table,
+      abstract=abstract(t5_encoder, (1, 1), dtype=jnp.int32),
     ),
   }
 
 
-def _abstract(denoiser, latent_shape: tuple[int, ...]) -> PyTree:
+def _abstract_transformer(
+  denoiser: transformer.FluxTransformer2DModel, latents: tuple[int, ...]
+) -> PyTree:
   """Shapes and dtypes of a transformer's parameters."""
   shapes = [
-    (1, *latent_shape),
+    (1, *latents),
     (1,),
     (1, 1, denoiser.joint_attention_dim),
     (1, denoiser.pooled_projection_dim),
@@ -234,7 +263,7 @@ def _abstract(denoiser, latent_shape: tuple[int, ...]) -> PyTree:
 
 def _transformer(config: dict) -> PyTree:
   network = transformer.from_json(config)
-  return _abstract(network, (2, 2, network.in_channels // 4))
+  return _abstract_transformer(network, (2, 2, network.in_channels // 4))
 
 
 FAMILY = Family(
@@ -244,14 +273,14 @@ FAMILY = Family(
   build=build,
   networks={
     "FluxTransformer2DModel": Network(table=tables.FLUX, abstract=_transformer),
-    "AutoencoderKL": networks.AUTOENCODER,
-    "CLIPTextModel": networks.CLIP_TEXT,
-    "T5EncoderModel": networks.T5,
+    "AutoencoderKL": AUTOENCODER,
+    "CLIPTextModel": CLIP_TEXT,
+    "T5EncoderModel": T5,
   },
   options=lambda config: {
     "text_length": config.model.text_length,
     "guidance": config.sampler.embedded_guidance,
   },
   text_length=lambda jsons: jsons["text_encoder"].get("max_position_embeddings", 77),
-  index=INDEX,
+  index_file=INDEX,
 )

@@ -1,4 +1,4 @@
-"""What a checkpoint on disk consists of, and how its location is written."""
+"""The files of a checkpoint, and the notation of its location."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -10,19 +10,19 @@ from dancegrpo_jax import installation
 from dancegrpo_jax.conversion.mapping import Table
 from dancegrpo_jax.types import PyTree
 
-RANDOM = "random:"  # before a folder: its networks get random weights
+RANDOM = "random:"  # a prefix of folders whose networks get random weights
 INDEX = "model_index.json"  # diffusers' list of a pipeline's parts
-# Of weight files: diffusers, transformers, open_clip
+# The stems of the names of weight files in diffusers, transformers and open_clip.
 STEMS = ("diffusion_pytorch_model", "model", "open_clip_model")
 
 
 class Component(NamedTuple):
-  """One network's weights, still to be loaded.
+  """The weights of one network, before they are loaded.
 
   Attributes:
-    folder: inside the checkpoint; a reward's is the whole location.
-    table: which tensors are which parameters.
-    abstract: tree of shapes and dtypes.
+    folder: the folder inside the checkpoint; for a reward, the whole location.
+    table: the parameters that the tensors of the files become.
+    abstract: the tree of the parameters' shapes and dtypes.
   """
 
   folder: str
@@ -34,9 +34,9 @@ class Network(NamedTuple):
   """A network as PyTorch libraries publish it.
 
   Attributes:
-    table: which tensors are which parameters.
-    abstract: `(config.json) -> tree of shapes and dtypes`. ValueError, KeyError or TypeError where
-      the file describes no network that is implemented.
+    table: the parameters that the tensors of the files become.
+    abstract: `(config.json) -> tree of shapes and dtypes`. It raises ValueError, KeyError or
+      TypeError where the file describes no network that is implemented.
   """
 
   table: Table
@@ -47,10 +47,10 @@ class TokenizerKind(NamedTuple):
   """A kind of tokenizer.
 
   Attributes:
-    files: that its folder must hold.
-    load: `(folder) -> tokenizer`; a tokenizer is `(texts) -> int32 [n, tokens]`, or with a second
-      argument for the number of tokens.
-    optional: files that other programs read; they are fetched where they exist.
+    files: the files that its folder must hold.
+    load: `(folder) -> tokenizer`. A tokenizer is `(texts) -> int32 [n, tokens]`, or has the number
+      of tokens as a second argument.
+    optional: files for other programs, which are fetched where they exist.
   """
 
   files: tuple[str, ...]
@@ -59,21 +59,22 @@ class TokenizerKind(NamedTuple):
 
 
 class Layout(NamedTuple):
-  """The files of a checkpoint; paths are relative to its folder, "" is the folder itself.
+  """The files of a checkpoint. Paths are relative to its folder; "" is the folder itself.
 
   Attributes:
-    files: JSON files, by the name that the builder of its networks knows them by.
-    tokenizers: the kind of each tokenizer's folder: a name in `data.tokenizers.KINDS`, or a kind.
-    networks: folders with weights.
-    index: the file in which diffusers reads a pipeline's parts, which export alone needs; "" where
-      the layout has none.
-    stems: of the names of weight files that may be fetched.
+    files: the JSON files, by the key under which the builder of its networks gets them.
+    tokenizers: the kind of each tokenizer, by folder: a name in `data.tokenizers.KINDS`, or a
+      `TokenizerKind`.
+    networks: the folders with weights.
+    index_file: the file in which diffusers reads a pipeline's parts, which only an export needs;
+      "" where the layout has none.
+    stems: the stems of the names of weight files that may be fetched.
   """
 
   files: dict[str, str]
   tokenizers: dict[str, str | TokenizerKind]
   networks: tuple[str, ...]
-  index: str = ""
+  index_file: str = ""
   stems: tuple[str, ...] = STEMS
 
 
@@ -86,24 +87,28 @@ def layout_of(files: dict[str, str], tokenizers: dict[str, str | TokenizerKind])
 
 
 def is_random(name: str) -> bool:
-  """Whether a checkpoint's name asks for random weights."""
+  """Whether the name of a checkpoint means random weights."""
   return name.startswith(RANDOM)
 
 
 def without_mark(name: str) -> str:
-  """A checkpoint's name without the mark of random weights."""
+  """The name of a checkpoint without the prefix of random weights."""
   return name.removeprefix(RANDOM)
 
 
 def local_path(name: str) -> Path:
-  """The local path that a checkpoint's name means, as `installation.find` has it. It need not
-  exist.
+  """The local path that the name of a checkpoint means, see `installation.find`.
+
+  It need not exist.
   """
   return installation.find(without_mark(name))
 
 
 def location_of(name: str, folder: Path) -> str:
-  """Where a checkpoint's weights are, from its name and its local folder: random weights stay
-  marked as such.
+  """The location of a checkpoint's weights, which has the prefix of random weights if `name` has.
+
+  Args:
+    name: the name of the checkpoint.
+    folder: its local folder.
   """
   return f"{RANDOM}{folder}" if is_random(name) else str(folder)

@@ -1,28 +1,61 @@
-"""Networks that several families and rewards share, as PyTorch libraries publish them."""
+"""What several families and rewards share: networks as PyTorch libraries publish them, and images
+from latents.
+"""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from dancegrpo_jax.conversion.tables import clip as clip_tables
 from dancegrpo_jax.conversion.tables import flux as flux_tables
 from dancegrpo_jax.conversion.tables import stable_diffusion as stable_diffusion_tables
 from dancegrpo_jax.models import autoencoder, clip, t5
 from dancegrpo_jax.pipelines.layout import Network
-from dancegrpo_jax.types import PyTree
+from dancegrpo_jax.types import Media, PyTree
 
 
 def abstract(network: Any, *shapes: tuple[int, ...], dtype: Any = jnp.float32) -> PyTree:
-  """Shapes and dtypes of the parameters of a linen network, without making any.
+  """Shapes and dtypes of a network's parameters, without computing any.
 
   Args:
-    network: linen module.
-    shapes: of the arguments of its init.
-    dtype: of these arguments.
+    network: a linen module.
+    shapes: the shapes of the arguments of its init.
+    dtype: the dtype of these arguments.
   """
   arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
   return jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]
+
+
+def latent_shape(
+  vae: autoencoder.AutoencoderKL, size: tuple[int, int], multiple: int
+) -> tuple[int, int, int]:
+  """Height, width and channels of one sample's latents.
+
+  Args:
+    vae: the autoencoder.
+    size: height and width of the sample, in pixels.
+    multiple: what the denoiser needs height and width of the latents to be multiples of.
+
+  Raises:
+    ValueError: height or width is no such multiple.
+  """
+  height, width = size
+  factor = 2 ** (len(vae.block_out_channels) - 1)
+  if height % (factor * multiple) or width % (factor * multiple):
+    raise ValueError(
+      f"config.model.size = {(height, width)}: height and width must be multiples of"
+      f" {factor * multiple} for this checkpoint"
+    )
+  return height // factor, width // factor, vae.latent_channels
+
+
+def decode_images(
+  vae: autoencoder.AutoencoderKL, params: PyTree, latents: Float[Array, "b h w c"]
+) -> Media:
+  """`Pipeline.decode` of a model of images with an AutoencoderKL."""
+  return Media(autoencoder.pixels_of(vae, params["decoder"], latents))
 
 
 def _pixels(tower: clip.ClipVision) -> jax.ShapeDtypeStruct:
@@ -47,9 +80,8 @@ def _clip_vision(config: dict) -> PyTree:
 def _clip(config: dict) -> PyTree:
   network = clip.Clip.from_json(config)
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  return jax.eval_shape(network.init, jax.random.key(0), tokens, _pixels(network.vision_model))[
-    "params"
-  ]
+  pixels = _pixels(network.vision_model)
+  return jax.eval_shape(network.init, jax.random.key(0), tokens, pixels)["params"]
 
 
 def _t5(config: dict) -> PyTree:

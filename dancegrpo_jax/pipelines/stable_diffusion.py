@@ -1,8 +1,10 @@
-"""Stable Diffusion 1.x and 2.x: CLIP text encoder, UNet, AutoencoderKL, in diffusers' folder
-layout.
+"""Stable Diffusion 1.x and 2.x: CLIP's text encoder, UNet and AutoencoderKL, in the layout of
+diffusers' folders.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +13,7 @@ from jaxtyping import Array, Float, Int
 from dancegrpo_jax.conversion.tables import stable_diffusion as tables
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.models import autoencoder, clip, unet
-from dancegrpo_jax.models.lora import variables
-from dancegrpo_jax.pipelines import networks
+from dancegrpo_jax.models.lora import Lora, variables
 from dancegrpo_jax.pipelines.base import (
   Family,
   ModelSettings,
@@ -21,8 +22,14 @@ from dancegrpo_jax.pipelines.base import (
   text_inputs,
 )
 from dancegrpo_jax.pipelines.layout import INDEX, Component, Network
-from dancegrpo_jax.pipelines.networks import abstract
-from dancegrpo_jax.types import Media, PyTree
+from dancegrpo_jax.pipelines.networks import (
+  AUTOENCODER,
+  CLIP_TEXT,
+  abstract,
+  decode_images,
+  latent_shape,
+)
+from dancegrpo_jax.types import PyTree
 
 FILES = {
   "unet": "unet/config.json",
@@ -33,6 +40,14 @@ FILES = {
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 
 
+class Networks(NamedTuple):
+  """The networks of a checkpoint, by the names of the components that hold their parameters."""
+
+  denoiser: unet.UNet2DConditionModel
+  decoder: autoencoder.AutoencoderKL
+  text_encoder: clip.ClipText
+
+
 def build(
   jsons: dict[str, dict],
   tokenizers: dict[str, Callable[[list[str]], np.ndarray]],
@@ -41,99 +56,113 @@ def build(
   """The pipeline of a checkpoint's JSON files.
 
   Args:
-    jsons: parsed files, by the keys of `FILES`.
-    tokenizers: by folder name, texts -> ids `[n, tokens]`.
+    jsons: the parsed files, by the keys of `FILES`.
+    tokenizers: functions from texts to ids `[n, tokens]`, by folder.
     settings: `scan_blocks` stacks the layers of the text encoder.
 
   Raises:
-    ValueError: a size that the autoencoder does not divide, adapters of nothing, or a config.json
-      that asks for what is not implemented.
+    ValueError: the height or width doesn't fit the networks, the adapters match no layer, or a
+      config.json has a value that is not implemented.
   """
-  frozen = jnp.dtype(settings.frozen_dtype)
-  denoiser = unet.from_json(
-    jsons["unet"],
-    dtype=jnp.dtype(settings.dtype),
-    param_dtype=settings.stored,
-    remat=settings.remat,
-    impl=settings.attention,
-  )
-  vae = autoencoder.from_json(jsons["vae"], dtype=frozen, param_dtype=frozen)
-  text = clip.ClipText.from_json(
-    jsons["text_encoder"],
-    dtype=frozen,
-    param_dtype=frozen,
-    scan_layers=settings.scan_blocks,
-    impl=settings.attention,
-  )
-  size = tuple(settings.size)
-  scheduler = jsons["scheduler"]
-  factor = 2 ** (len(vae.block_out_channels) - 1)
-  multiple = factor * 2 ** (len(denoiser.block_out_channels) - 1)
-  if any(side % multiple for side in size):
-    raise ValueError(
-      f"config.model.size = {size}: height and width must be multiples of {multiple} for"
-      " this checkpoint"
-    )
-  if scheduler.get("prediction_type", "epsilon") not in _PREDICTIONS:
-    raise ValueError(
-      f"scheduler: prediction_type {scheduler['prediction_type']!r} is not one of"
-      f" {', '.join(_PREDICTIONS)}"
-    )
-  latent_shape = (size[0] // factor, size[1] // factor, vae.latent_channels)
-
-  def encode(params: PyTree, tokens: Int[Array, "n t"]) -> Float[Array, "n t d"]:
-    return text.apply({"params": params["text_encoder"]}, tokens)[0]
-
-  def denoise(
-    params: PyTree, x: Float[Array, "b h w c"], time: Float[Array, "b"], rows: Float[Array, "b t d"]
-  ) -> Array:
-    return denoiser.apply(variables(params, settings.lora), x, time, rows)
-
-  def decode(params: PyTree, latents: Float[Array, "b h w c"]) -> Media:
-    return Media(autoencoder.pixels_of(vae, params["decoder"], latents))
-
-  def schedule(steps: int, shift: float) -> schedules.Schedule:
-    del shift  # rectified flow's
-    return schedules.diffusion_schedule(
-      steps,
-      num_train_timesteps=scheduler["num_train_timesteps"],
-      beta_start=scheduler["beta_start"],
-      beta_end=scheduler["beta_end"],
-      beta_schedule=scheduler["beta_schedule"],
-      spacing=scheduler.get("timestep_spacing", "leading"),
-      steps_offset=scheduler.get("steps_offset", 0),
-      set_alpha_to_one=scheduler.get("set_alpha_to_one", True),
-    )
-
-  base = Pipeline(
+  networks = _networks(jsons, settings)
+  halvings = len(networks.denoiser.block_out_channels) - 1
+  latents = latent_shape(networks.decoder, settings.size, multiple=2**halvings)
+  pipeline = Pipeline(
     prepare=text_inputs(tokenizers["tokenizer"]),
-    encode=encode,
-    denoise=denoise,
-    decode=decode,
-    schedule=schedule,
-    prediction=_PREDICTIONS[scheduler.get("prediction_type", "epsilon")],
-    latent_shape=latent_shape,
-    sample_shape=(*size, vae.out_channels),
-    components=_components(denoiser, vae, text, latent_shape),
+    encode=partial(_encode, networks.text_encoder),
+    denoise=partial(_denoise, networks.denoiser, settings.lora),
+    decode=partial(decode_images, networks.decoder),
+    schedule=partial(_schedule, jsons["scheduler"]),
+    prediction=_prediction(jsons["scheduler"]),
+    latent_shape=latents,
+    sample_shape=(*settings.size, networks.decoder.out_channels),
+    components=_components(networks, latents, settings.size),
   )
-  return adapted(base, settings.lora)
+  return adapted(pipeline, settings.lora)
 
 
-def _components(denoiser, vae, text, latent_shape: tuple[int, ...]) -> dict[str, Component]:
-  """What to load, with shapes from the networks themselves."""
-  length = text.max_position_embeddings
-  pixels = (1, 8 * latent_shape[0], 8 * latent_shape[1], vae.in_channels)
+def _networks(jsons: dict[str, dict], settings: ModelSettings) -> Networks:
+  """The networks that the JSON files describe."""
+  frozen = jnp.dtype(settings.frozen_dtype)
+  types = {"dtype": frozen, "param_dtype": frozen}
+  return Networks(
+    denoiser=unet.from_json(
+      jsons["unet"],
+      dtype=jnp.dtype(settings.dtype),
+      param_dtype=settings.stored,
+      remat=settings.remat,
+      impl=settings.attention,
+    ),
+    decoder=autoencoder.from_json(jsons["vae"], **types),
+    text_encoder=clip.ClipText.from_json(
+      jsons["text_encoder"], scan_layers=settings.scan_blocks, impl=settings.attention, **types
+    ),
+  )
+
+
+def _prediction(scheduler: dict) -> str:
+  """What the denoiser predicts, as `Pipeline.prediction` names it."""
+  kind = scheduler.get("prediction_type", "epsilon")
+  if kind not in _PREDICTIONS:
+    raise ValueError(f"scheduler: prediction_type {kind!r} is not one of {', '.join(_PREDICTIONS)}")
+  return _PREDICTIONS[kind]
+
+
+def _encode(
+  text_encoder: clip.ClipText, params: PyTree, tokens: Int[Array, "n t"]
+) -> Float[Array, "n t d"]:
+  """The text states."""
+  return text_encoder.apply({"params": params["text_encoder"]}, tokens)[0]
+
+
+def _denoise(
+  denoiser: unet.UNet2DConditionModel,
+  lora: Lora | None,
+  params: PyTree,
+  x: Float[Array, "b h w c"],
+  time: Float[Array, "b"],
+  rows: Float[Array, "b t d"],
+) -> Float[Array, "b h w c"]:
+  """The prediction; `rows` are the text states."""
+  return denoiser.apply(variables(params, lora), x, time, rows)
+
+
+def _schedule(scheduler: dict, steps: int, shift: float) -> schedules.Schedule:
+  """The schedule of the scheduler's config."""
+  del shift  # for rectified flow only
+  return schedules.diffusion_schedule(
+    steps,
+    num_train_timesteps=scheduler["num_train_timesteps"],
+    beta_start=scheduler["beta_start"],
+    beta_end=scheduler["beta_end"],
+    beta_schedule=scheduler["beta_schedule"],
+    spacing=scheduler.get("timestep_spacing", "leading"),
+    steps_offset=scheduler.get("steps_offset", 0),
+    set_alpha_to_one=scheduler.get("set_alpha_to_one", True),
+  )
+
+
+def _components(
+  networks: Networks, latents: tuple[int, ...], size: tuple[int, int]
+) -> dict[str, Component]:
+  """The weights to load, with the shapes of the networks' parameters."""
+  denoiser, vae, text_encoder = networks
+  length = text_encoder.max_position_embeddings
   return {
     "denoiser": Component(
       folder="unet",
       table=tables.UNET,
-      abstract=abstract(denoiser, (1, *latent_shape), (1,), (1, length, text.hidden_size)),
+      abstract=abstract(denoiser, (1, *latents), (1,), (1, length, text_encoder.hidden_size)),
     ),
-    "decoder": Component(folder="vae", table=tables.AUTOENCODER, abstract=abstract(vae, pixels)),
+    "decoder": Component(
+      folder="vae",
+      table=AUTOENCODER.table,
+      abstract=abstract(vae, (1, *size, vae.in_channels)),
+    ),
     "text_encoder": Component(
       folder="text_encoder",
-      table=networks.CLIP_TEXT.table,
-      abstract=abstract(text, (1, length), dtype=jnp.int32),
+      table=CLIP_TEXT.table,
+      abstract=abstract(text_encoder, (1, length), dtype=jnp.int32),
     ),
   }
 
@@ -151,9 +180,9 @@ FAMILY = Family(
   build=build,
   networks={
     "UNet2DConditionModel": Network(table=tables.UNET, abstract=_unet),
-    "AutoencoderKL": networks.AUTOENCODER,
-    "CLIPTextModel": networks.CLIP_TEXT,
+    "AutoencoderKL": AUTOENCODER,
+    "CLIPTextModel": CLIP_TEXT,
   },
   text_length=lambda jsons: jsons["text_encoder"].get("max_position_embeddings", 77),
-  index=INDEX,
+  index_file=INDEX,
 )

@@ -3,14 +3,14 @@ the local devices.
 
     python -m dancegrpo_jax.plan --config=configs/flux_hps.py --topology=v5p:4x4x4 [--out=FILE.json]
 
-Says what each program takes of a device's memory, what it computes and sends, and how long the run
-may last. Nothing runs: the numbers are the compiler's, and the time is an estimate (see `row_of`).
-Exit code 1 where it doesn't fit, 2 for a mistake.
+It prints how much of a device's memory each program takes, what it computes and sends, and how long
+the run may last. Nothing is executed: the numbers are the compiler's, and times are estimates (see
+`planning.row_of`). The exit code is 1 if the run does not fit, and 2 for a mistake.
 
 For NVIDIA GPUs (--topology=h100:8 where JAX's CUDA plugin is installed, or without --topology on a
-machine that has them) there are no times: XLA states no cycles for them. The memory limit is the
-92 % of a card that a run would take. This command has not been tried on a machine with a GPU; there
-XLA times kernels on the card while it compiles, so no other program should be using it.
+machine that has them) there are no times, because XLA states no cycles for them. The memory limit
+is the 92 % of a card that a run takes. This command has not been tried on a machine with a GPU. XLA
+times kernels on the card while it compiles, so no other program should use it meanwhile.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from dancegrpo_jax.settings import command_line
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-  """The flags of this command."""
+  """Adds the flags of this command."""
   parser.add_argument(
     "--topology", default="", help="as v5p:4x4x4, v5e:2x4 or h100:8; default: the local devices"
   )
@@ -37,22 +37,34 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     help="JSON file for the numbers; one of the same config and topology is completed",
   )
   parser.add_argument("--hlo", default="", help="folder for the compiled programs' text")
-  parser.add_argument("--only", default="", help="programs, as update,rollout; default: all")
   parser.add_argument(
-    "--effort", default="0", help="of the compiler, -1 to 1; -1: convolutions in seconds"
+    "--only", default="", help="the programs to compile, as update,rollout; default: all"
+  )
+  parser.add_argument(
+    "--effort",
+    default="0",
+    help="the compiler's effort, -1 to 1; with -1 convolutions compile in seconds",
   )
 
 
 def run(
   config: Any, topology: str, out: str, hlo: str = "", only: str = "", effort: str = "0"
 ) -> int:
-  """Plans, tells and writes; returns the exit code. ConfigError as `plan`."""
-  try:
-    level = float(effort)
-  except ValueError:
-    level = float("nan")
-  if not -1 <= level <= 1:
-    raise ConfigError(f"--effort={effort}: must be a number from -1 (compile quickly) to 1")
+  """Compiles, prints the plan, and writes it to a file.
+
+  Args:
+    config, topology, only: as for `planning.plan`.
+    out: the JSON file, "" for none.
+    hlo: folder for the programs' text, "" for none.
+    effort: as for `planning.compile_call`, as text.
+
+  Returns:
+    The exit code: 0 if the run fits, 1 if it does not.
+
+  Raises:
+    ConfigError: a mistake in an argument.
+  """
+  level = _effort(effort)
   if out and Path(out).suffix != ".json":
     raise ConfigError(f"--out={out}: must end with .json")
   file = Path(out)
@@ -64,23 +76,35 @@ def run(
     if out and file.exists():
       result = table.merged(table.read_out(file), result)
     result = table.concluded(result)
-    if (
-      out and result["rows"]
-    ):  # program by program: compiling takes minutes, and what is there outlasts an interruption
+    # Written after every program: compiling takes minutes, and an interruption should lose little.
+    if out and result["rows"]:
       file.parent.mkdir(parents=True, exist_ok=True)
-      written = file.with_suffix(".tmp")
-      written.write_text(json.dumps(result, indent=1) + "\n")
-      written.replace(file)
+      partial = file.with_suffix(".tmp")
+      partial.write_text(json.dumps(result, indent=1) + "\n")
+      partial.replace(file)
   print(table.report(result))
   return 1 if result["problems"] else 0
 
 
+def _effort(text: str) -> float:
+  """The value of --effort."""
+  try:
+    effort = float(text)
+  except ValueError:
+    effort = float("nan")
+  if not -1 <= effort <= 1:
+    raise ConfigError(f"--effort={text}: must be a number from -1 (compile quickly) to 1")
+  return effort
+
+
 def main(argv: list[str]) -> int:
-  """Reads the flags and plans; returns the exit code: 0 it fits, 1 it doesn't, 2 for a mistake."""
+  """Reads the flags and plans. Returns the exit code: 0 if the run fits, 1 if it does not, 2 for a
+  mistake.
+  """
 
   def command() -> int:
     line = command_line.parse_argv(argv, "Compile a run's programs ahead of time.", add_flags)
-    accelerator.start()  # so that it counts with the memory that a run has
+    accelerator.start()  # sets the memory that a run would have
     flags = line.flags
     return run(line.config, flags.topology, flags.out, flags.hlo, flags.only, flags.effort)
 

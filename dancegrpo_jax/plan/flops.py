@@ -1,8 +1,8 @@
-"""FLOPs of a traced program, from the shapes of its matrix products and convolutions.
+"""Counts the FLOPs of a traced program, from the shapes of its matrix products and convolutions.
 
-XLA's own count takes the body of a loop once; here a scan counts as often as it runs. A product of
-[n, k] and [k, m] is 2 n k m; everything else (norms, activations, the optimizer) is not counted, as
-is usual where MFU is stated.
+XLA's own count has the body of a loop once. Here a scan counts as often as it runs. A product of
+[n, k] and [k, m] is 2 n k m. Everything else (norms, activations, the optimizer) is not counted, as
+is usual for MFU.
 """
 
 from math import prod
@@ -13,10 +13,10 @@ class Flops(NamedTuple):
   """A count, and what it leaves out.
 
   Attributes:
-    total: of all devices together.
-    kernels: the part of it that is inside Pallas kernels.
-    unknown: primitives that may hold products and could not be counted: loops of unknown length
-      (counted once), foreign code.
+    total: FLOPs of all devices together.
+    kernels: the part of `total` that is inside of Pallas kernels.
+    unknown: primitives that may have products and could not be counted: loops of unknown length,
+      whose bodies count once, and calls of foreign code.
   """
 
   total: float
@@ -29,41 +29,48 @@ class Flops(NamedTuple):
     )
 
   def times(self, count: float | int) -> "Flops":
-    """The same, `count` times over."""
+    """The FLOPs of `count` executions."""
     return self._replace(total=self.total * count, kernels=self.kernels * count)
 
 
 def count(jaxpr: Any, platform: str, turns: float | int | None = None) -> Flops:
-  """FLOPs of a jaxpr (`jit(f).trace(...).jaxpr`).
+  """FLOPs of a jaxpr.
+
+  Of a conditional's branches the one with the most FLOPs counts, or, if it chooses by the platform,
+  the branch of `platform`.
 
   Args:
-    jaxpr: closed or open.
-    platform: whose branches of `jax.lax.platform_dependent` count: cpu, gpu or tpu.
-    turns: of the outermost loops whose length is not in the program; without it their bodies count
-      once, and the result says so.
+    jaxpr: `jit(f).trace(...).jaxpr`, closed or open.
+    platform: cpu, gpu or tpu, for the branches of `jax.lax.platform_dependent`.
+    turns: how often the outermost loops run whose length is not in the program. Without it their
+      bodies count once, and the result has "while" among its unknown primitives.
   """
-  names_of = {"gpu": {"gpu", "cuda", "rocm"}}.get(platform, {platform})
+  aliases = {"gpu": {"gpu", "cuda", "rocm"}}.get(platform, {platform})
   jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
-  total, places = Flops(0.0), {}
+  total = Flops(0.0)
+  chosen: dict[Any, int] = {}  # the branch that a platform's index selects, by its variable
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
     if name == "platform_index":
-      kinds = eqn.params["platforms"]
-      mine = [i for i, names in enumerate(kinds) if names is None or names_of & set(names)]
-      places[eqn.outvars[0]] = mine[0] if mine else None  # None: the largest counts
+      for number, names in enumerate(eqn.params["platforms"]):
+        if names is None or aliases & set(names):
+          chosen.setdefault(eqn.outvars[0], number)
     elif name == "cond":
-      index = places.get(eqn.invars[0]) if not hasattr(eqn.invars[0], "val") else None
+      selector = eqn.invars[0]
+      is_literal = hasattr(selector, "val")  # a literal cannot be looked up: it has no hash
+      index = None if is_literal else chosen.get(selector)
       branches = [count(branch, platform, turns) for branch in eqn.params["branches"]]
-      total += (
-        branches[index] if index is not None else max(branches, key=lambda branch: branch.total)
-      )
+      if index is None:
+        total += max(branches, key=lambda branch: branch.total)
+      else:
+        total += branches[index]
     else:
       total += _equation(eqn, platform, turns)
   return total
 
 
 def _equation(eqn: Any, platform: str, turns: float | int | None) -> Flops:
-  """One equation that is no branch."""
+  """FLOPs of one equation that is not a conditional."""
   name, params = eqn.primitive.name, eqn.params
   if name == "dot_general":
     return Flops(_dot(eqn))
@@ -82,21 +89,20 @@ def _equation(eqn: Any, platform: str, turns: float | int | None) -> Flops:
   if name in ("ragged_dot", "ffi_call"):
     return Flops(0.0, unknown=frozenset({name}))
   inner = sum((count(sub, platform, turns) for sub in _jaxprs(params)), Flops(0.0))
-  if name == "shard_map":  # the body is one device's part
-    axes = (
-      params.get("newly_manual_axes") or params.get("manual_axes") or params["mesh"].shape
-    )  # by version
+  if name == "shard_map":  # the body is what one device computes
+    # Versions of JAX name these axes differently.
+    axes = params.get("newly_manual_axes") or params.get("manual_axes") or params["mesh"].shape
     return inner.times(prod(params["mesh"].shape[axis] for axis in axes))
   return inner
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:
-  """The jaxprs that an equation holds: of jit, checkpoint, custom derivatives ..."""
-  values = [
-    item
-    for value in params.values()
-    for item in (value if isinstance(value, (tuple, list)) else (value,))
-  ]
+  """The jaxprs among the parameters of an equation, as jit, checkpoint and custom derivatives have
+  them.
+  """
+  values: list[Any] = []
+  for value in params.values():
+    values += value if isinstance(value, (tuple, list)) else (value,)
   return [value for value in values if hasattr(getattr(value, "jaxpr", value), "eqns")]
 
 
@@ -107,7 +113,7 @@ def _dot(eqn: Any) -> float:
 
 
 def _convolution(eqn: Any) -> float:
-  """Zeros that a transposed convolution puts between its inputs are not counted."""
+  """FLOPs of a convolution, without the zeros that a transposed one puts between its inputs."""
   rhs, params = eqn.invars[1].aval.shape, eqn.params
   features = rhs[params["dimension_numbers"].rhs_spec[0]]
   return 2.0 * prod(eqn.outvars[0].aval.shape) * prod(rhs) / features / prod(params["lhs_dilation"])

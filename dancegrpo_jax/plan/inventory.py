@@ -1,8 +1,7 @@
-"""A run's calls for a model without weights: what plan compiles.
+"""The program calls of a run whose model has no weights. `plan` compiles them.
 
-Everything is as in train: the same pipeline, the same `programs.build`, the same list of calls, the
-same shardings; only that every array is a `jax.ShapeDtypeStruct` and the tokenizers are stand-ins
-of the right length.
+Pipeline, programs, calls and shardings are those of `train`. Only the arrays are
+`jax.ShapeDtypeStruct`s, and the tokenizers are stand-ins that return tokens of the right shape.
 """
 
 from collections.abc import Callable
@@ -21,18 +20,18 @@ from dancegrpo_jax.pipelines.layout import Layout, local_path
 from dancegrpo_jax.rewards import kinds
 from dancegrpo_jax.types import PyTree
 
-# JSON files of hub ids that the configs name
+# The config.json files of the hub ids that the recipes name.
 PUBLISHED = installation.ROOT / "assets" / "published"
 
 
 class Inventory(NamedTuple):
-  """What a run compiles and what it keeps.
+  """What a run compiles, and what it keeps in memory.
 
   Attributes:
-    calls: in the order of an iteration.
-    kept: by name, the arrays that stay in memory while programs run, as they stand when the last
+    calls: the program calls, in the order of an iteration.
+    kept: the arrays that stay in memory while programs run, by name, as of the moment when the last
       chunk has been scored.
-    model: its functions and abstract parameters.
+    model: the model, with abstract parameters.
   """
 
   calls: list[Call]
@@ -41,11 +40,10 @@ class Inventory(NamedTuple):
 
 
 def without_weights(config: ConfigDict) -> ConfigDict:
-  """The config with "random:FOLDER" in the place of each checkpoint: nothing but JSON files is
-  read.
+  """The config with "random:FOLDER" in place of each checkpoint, so that only JSON files are read.
 
   Raises:
-    ConfigError: they are not there.
+    ConfigError: a checkpoint's JSON files cannot be found.
   """
   layout = loading.family_of(config).layout
 
@@ -63,15 +61,19 @@ def without_weights(config: ConfigDict) -> ConfigDict:
 
 
 def blank(length: int) -> Callable:
-  """A tokenizer's stand-in: the right shapes, no text."""
+  """A stand-in for a tokenizer that returns `length` tokens of each text, all 0."""
   return lambda texts, count=length: np.zeros((len(texts), count), np.int32)
 
 
 def outline(config: ConfigDict, mesh: jax.sharding.Mesh) -> Model:
-  """The model and rewards of a config that `without_weights` made.
+  """The model and rewards with abstract parameters.
+
+  Args:
+    config: the result of `without_weights`.
+    mesh: the devices.
 
   Raises:
-    ConfigError: as `loading.build_pipeline` and `load`.
+    ConfigError: as `loading.build_pipeline` and `loading.load`.
   """
   family = loading.family_of(config)
   folder, layout = local_path(config.model.checkpoint), family.layout
@@ -89,7 +91,7 @@ def outline(config: ConfigDict, mesh: jax.sharding.Mesh) -> Model:
 
 
 def text_length(network: dict) -> int:
-  """Tokens that a CLIP's text tower takes."""
+  """Tokens that the text encoder of a CLIP takes, from its config.json."""
   return network.get("text_config", {}).get("max_position_embeddings", 77)
 
 
@@ -97,13 +99,13 @@ def take(config: ConfigDict, mesh: jax.sharding.Mesh, examples: int, held_out: i
   """All programs of a run.
 
   Args:
-    config: validated; see `without_weights`.
-    mesh: the devices; enter it to trace or compile the programs.
+    config: the result of `without_weights`, validated.
+    mesh: the devices. Programs are traced and compiled inside of it.
     examples: prompts in the data set.
     held_out: prompts in data.held_out.
   """
-  # Before the mesh is entered: keys and zeros are computed on the way, which devices that aren't
-  # there can't.
+  # The model is made before the mesh is entered, because keys and zeros are computed for it, which
+  # the devices of a topology cannot do.
   model = outline(config, mesh)
   state = loading.abstract_state(config, model, mesh, examples)
   with jax.set_mesh(mesh):
@@ -114,11 +116,14 @@ def take(config: ConfigDict, mesh: jax.sharding.Mesh, examples: int, held_out: i
 
 
 def kept_bytes(inventory: Inventory, call: Call | None = None) -> int:
-  """What stays in a device's memory beside a program's own arguments; all that is kept without
-  one.
+  """Bytes that stay in a device's memory while a program runs, beside the program's arguments.
+
+  Args:
+    inventory: of the run.
+    call: the program; None for all that is kept between programs.
   """
-  own = {id(leaf) for leaf in jax.tree.leaves(call.arguments)} if call else set()
+  arguments = {id(leaf) for leaf in jax.tree.leaves(call.arguments)} if call else set()
   freed, extra = (call.freed, call.extra) if call else ((), ())
-  there = {name: tree for name, tree in inventory.kept.items() if name not in freed}
-  kept = [leaf for leaf in jax.tree.leaves((there, extra)) if id(leaf) not in own]
-  return sum(map(loading.device_bytes, kept))
+  kept = {name: tree for name, tree in inventory.kept.items() if name not in freed}
+  leaves = [leaf for leaf in jax.tree.leaves((kept, extra)) if id(leaf) not in arguments]
+  return sum(map(loading.device_bytes, leaves))

@@ -1,14 +1,14 @@
-"""Compiles every program of a run and collects what the compiler says about each: memory,
+"""Compiles every program of a run, and collects what the compiler states about each: memory,
 computation and communication.
 
-Nothing runs. The numbers are the compiler's, and the time is an estimate (see `row_of`).
+Nothing is executed. The numbers are the compiler's, and times are estimates (see `row_of`).
 """
 
 import importlib.metadata
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -20,20 +20,37 @@ from dancegrpo_jax.devices import accelerator, chips, out_of_memory, sharding
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.plan import flops, hlo, inventory, table, topologies
 from dancegrpo_jax.plan.flops import Flops
-from dancegrpo_jax.rl import timesteps
-from dancegrpo_jax.settings import checks, stored_config
+from dancegrpo_jax.settings import checks, geometry, stored_config
+from dancegrpo_jax.settings.geometry import Geometry
 
-KERNEL_SHARE = (
-  0.5  # of the peak that a Pallas kernel is taken to reach: the compiler expects nothing of it
-)
+# The share of the chip's peak that Pallas kernels are assumed to reach. The compiler states no
+# cycles for them.
+KERNEL_SHARE = 0.5
+
+
+class Compiled(NamedTuple):
+  """What is known of a compiled program.
+
+  Attributes:
+    text: its HLO.
+    memory: its `memory_analysis()`.
+    kernels: FLOPs inside of Pallas kernels, those of recomputed ones too.
+  """
+
+  text: str
+  memory: Any
+  kernels: float
 
 
 def devices_of(topology: str) -> list:
-  """The devices to plan for. ConfigError as `topologies.devices`."""
+  """The devices to plan for: those of a topology, or the local ones for "".
+
+  Raises:
+    ConfigError: as `topologies.devices`.
+  """
   if not topology:
     return jax.devices()
-  # The compiler is here to compile: no TPU or GPU is looked for.
-  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_platforms", "cpu")  # or JAX would look for the TPU or GPU that is missing
   return topologies.devices(topology)
 
 
@@ -46,23 +63,26 @@ def compile_call(
   folder: str = "",
   effort: float = 0.0,
 ) -> table.Row:
-  """A program's row.
+  """Compiles a program and returns its row.
 
   Args:
-    call: of the inventory.
-    kept: bytes of a device's memory that are taken beside its arguments.
-    counted: of `flops.count`.
-    chip: what a device offers.
-    count: devices.
-    folder: for the program's text, "" for none.
-    effort: XLA's exec_time_optimization_effort; 0 is what a run is compiled with.
+    call: the program and its arguments.
+    kept: bytes of a device's memory that are in use beside the program's arguments.
+    counted: the FLOPs that the program has to compute.
+    chip: what one device offers.
+    count: number of devices.
+    folder: where to write the program's text, "" for nowhere.
+    effort: XLA's exec_time_optimization_effort. Runs are compiled with 0.
+
+  Raises:
+    ConfigError: this compiler has no such option as `effort`.
   """
   start = time.time()
   traced = call.program.trace(*call.arguments)
   try:
     compiled = traced.lower().compile({"exec_time_optimization_effort": effort} if effort else None)
   except jax.errors.JaxRuntimeError as error:
-    if effort and "No such compile option" in str(error):  # seen with JAX 0.11.2, for CPUs
+    if effort and "No such compile option" in str(error):  # JAX 0.11.2 raises it for CPUs
       remedy = f"the compiler of JAX {jax.__version__} has no such option; use --effort=0"
       raise ConfigError(f"--effort={effort:g}: {remedy}") from error
     shortage = out_of_memory.shortage(error)
@@ -71,52 +91,43 @@ def compile_call(
     return table.Row(
       name=call.name,
       times=call.times,
-      peak=(shortage.wanted or float("inf")) + kept,
+      peak=(shortage.requested or float("inf")) + kept,
       flops=counted.total,
       compile_seconds=time.time() - start,
-      problem=shortage.said,
+      problem=shortage.message,
     )
-  took = time.time() - start
+  seconds = time.time() - start
   text = compiled.as_text()
   if folder:
     Path(folder).mkdir(parents=True, exist_ok=True)
     (Path(folder) / f"{call.name.replace(' ', '_')}.txt").write_text(text)
   kernels = flops.count(traced.jaxpr, "tpu", call.turns).kernels
-  row = row_of(call, kept, counted, kernels, chip, count, text, compiled.memory_analysis())
-  if effort:  # not a run's times: with -1 several times as long
+  result = Compiled(text=text, memory=compiled.memory_analysis(), kernels=kernels)
+  row = row_of(call, kept, counted, result, chip, count)
+  if effort:  # a run's times are others: with -1 it would take several times as long
     row = row._replace(compute_seconds=None, network_seconds=None, mfu=None)
-  return row._replace(compile_seconds=took)
+  return row._replace(compile_seconds=seconds)
 
 
 def row_of(
-  call: Call,
-  kept: int,
-  counted: Flops,
-  kernels: float,
-  chip: chips.Chip,
-  count: int,
-  text: str,
-  memory: Any,
+  call: Call, kept: int, counted: Flops, compiled: Compiled, chip: chips.Chip, count: int
 ) -> table.Row:
-  """A compiled program's row, but for the time that it took to compile.
+  """The row of a compiled program, except for the time that its compilation took.
 
-  The time is the compiler's cycles over the clock, and what goes over the network at its full rate,
-  as if neither overlapped. Of Pallas kernels the compiler states no cycles: they are taken to reach
-  `KERNEL_SHARE` of the peak.
+  The estimated time is the compiler's cycles divided by the clock, plus the bytes on the network
+  divided by its full rate, as if the two never overlapped. Pallas kernels, whose cycles the
+  compiler does not state, are assumed to reach `KERNEL_SHARE` of the peak.
 
   Args:
-    call, kept, counted, chip, count: as `compile_call`.
-    kernels: FLOPs inside Pallas kernels, recomputed ones too.
-    text: of the compiled program.
-    memory: its `memory_analysis()`.
+    call, kept, counted, chip, count: as for `compile_call`.
+    compiled: the compiled program.
   """
-  summary = hlo.summary(text, call.turns)
-  added = memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
-  peak = kept + memory.argument_size_in_bytes + added + memory.generated_code_size_in_bytes
+  memory, summary = compiled.memory, hlo.summary(compiled.text, call.turns)
   moved = sum(collective.moved for collective in summary.collectives)
   compute = network = mfu = None
   if chip.clock:
-    compute = summary.cycles / chip.clock + kernels / count / (KERNEL_SHARE * chip.flops)
+    compute = summary.cycles / chip.clock
+    compute += compiled.kernels / count / (KERNEL_SHARE * chip.flops)
     network = moved / chip.network
     total = compute + network
     mfu = counted.total / count / chip.flops / total if total else None
@@ -126,7 +137,7 @@ def row_of(
     times=call.times,
     arguments=memory.argument_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
-    peak=peak,
+    peak=kept + peak_of(memory),
     flops=counted.total,
     uncounted=tuple(uncounted),
     collective=moved,
@@ -136,31 +147,43 @@ def row_of(
   )
 
 
+def peak_of(memory: Any) -> int:
+  """Bytes of a device's memory that a program takes.
+
+  Args:
+    memory: the program's `memory_analysis()`.
+  """
+  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  added = results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+  return memory.argument_size_in_bytes + added
+
+
 def counts(
-  config: Any, mesh: Any, examples: int, held_out: int, names: list[str]
-) -> dict[str, Any]:
-  """FLOPs of the named programs, of the same run without rematerialisation and fused kernels: what
-  it has to compute.
+  config: ConfigDict, mesh: jax.sharding.Mesh, examples: int, held_out: int, names: list[str]
+) -> dict[str, Flops]:
+  """FLOPs that the named programs have to compute: those of the same run without rematerialisation
+  and fused kernels.
+
+  Args:
+    config, mesh, examples, held_out: as for `inventory.take`.
+    names: of programs.
   """
   with (plain := config.copy_and_resolve_references()).unlocked():
     plain.model.update(remat=False, attention="xla")
   platform = mesh.devices.flat[0].platform
-  calls = [
-    call
-    for call in inventory.take(plain.lock(), mesh, examples, held_out).calls
-    if call.name in names
-  ]
+  calls = inventory.take(plain.lock(), mesh, examples, held_out).calls
   with jax.set_mesh(mesh):
     return {
       call.name: flops.count(call.program.trace(*call.arguments).jaxpr, platform, call.turns)
       for call in calls
+      if call.name in names
     }
 
 
 def plan(
   config: ConfigDict,
   topology: str,
-  say: Callable[[str], Any] = print,
+  log: Callable[[str], Any] = print,
   folder: str = "",
   only: str = "",
   effort: float = 0.0,
@@ -168,19 +191,19 @@ def plan(
   """Compiles all programs of a run.
 
   Args:
-    config: as read.
+    config: the config as it was loaded.
     topology: as "v5p:4x4x4", "" for the local devices.
-    say: where each program's row is told when it is there.
-    folder: for the compiled programs' text, "" for none.
-    only: as `chosen`.
-    effort: as `compile_call`.
+    log: gets a line after each program.
+    folder: where to write the programs' text, "" for nowhere.
+    only: the programs to compile, as for `chosen`.
+    effort: as for `compile_call`.
 
   Yields:
-    Before the first program and after each what is known so far: what --out holds, but for what
-    `table.concluded` adds. "rows" are `table.Row`s as dicts.
+    The plan so far, before the first program and after each: the content of the --out file without
+    what `table.concluded` adds. "rows" are `table.Row`s as dicts.
 
   Raises:
-    ConfigError: a mistake in config or topology.
+    ConfigError: a mistake in config, topology, `only` or `effort`.
   """
   devices = devices_of(topology)
   examples, held_out = len(prompts.read_examples(config)), len(prompts.read_held_out(config))
@@ -192,11 +215,9 @@ def plan(
   plain = inventory.without_weights(config)
   taken = inventory.take(plain, mesh, examples, held_out)
   names = [call.name for call in taken.calls]
-  wanted = chosen(only, names)
-  counted = counts(plain, mesh, examples, held_out, wanted)
-  kept = {
-    name: sum(map(loading.device_bytes, jax.tree.leaves(tree))) for name, tree in taken.kept.items()
-  }
+  selected = chosen(only, names)
+  counted = counts(plain, mesh, examples, held_out, selected)
+  batches = geometry.of(config)
   result = {
     "config": config.name,
     "digest": stored_config.digest(config),
@@ -207,16 +228,16 @@ def plan(
     "devices": len(devices),
     "memory": chip.memory,
     "mesh": dict(mesh.shape),
-    "images": config.data.prompts_per_iteration * config.rollout.samples_per_prompt,
+    "images": batches.samples,
     "iterations": config.iterations,
-    "geometry": geometry(config, len(devices)),
-    "kept": {name: size for name, size in kept.items() if size},
+    "geometry": describe(batches, config.mesh.lanes, len(devices)),
+    "kept": _sizes(taken.kept),
     "programs": names,
   }
   rows: list[dict] = []
   yield result | {"rows": []}
   for call in taken.calls:
-    if call.name not in wanted:
+    if call.name not in selected:
       continue
     with jax.set_mesh(mesh):
       row = compile_call(
@@ -228,49 +249,54 @@ def plan(
         folder=folder,
         effort=effort,
       )
-    say(f"{call.name}: compiled in {row.compile_seconds:.0f} s")
+    log(f"{call.name}: compiled in {row.compile_seconds:.0f} s")
     rows.append(row._asdict())
     yield result | {"rows": list(rows)}
 
 
+def _sizes(trees: dict[str, Any]) -> dict[str, int]:
+  """Bytes on one device of each tree that is not empty."""
+  sizes = {
+    name: sum(map(loading.device_bytes, jax.tree.leaves(tree))) for name, tree in trees.items()
+  }
+  return {name: size for name, size in sizes.items() if size}
+
+
 def chosen(only: str, names: list[str]) -> list[str]:
-  """The programs that --only names: by their whole names or by the first words of them, with commas
-  between; "" for all. ConfigError where there is no such program.
+  """The programs that --only selects.
+
+  Args:
+    only: programs with commas between, by their names or the first words of these: "update" selects
+      "update step". "" selects all.
+    names: all programs.
+
+  Raises:
+    ConfigError: there is no such program.
   """
   words = only.split(",") if only else names
-  found = {word: [name for name in names if f"{name} ".startswith(f"{word} ")] for word in words}
-  if unknown := sorted(word for word in words if not found[word]):
+  matches = {word: [name for name in names if f"{name} ".startswith(f"{word} ")] for word in words}
+  if unknown := sorted(word for word in words if not matches[word]):
     raise ConfigError(
       f"--only={only}: no program {', '.join(unknown)}; there are {', '.join(names)}"
     )
-  return [name for name in names if any(name in group for group in found.values())]
+  return [name for name in names if any(name in group for group in matches.values())]
 
 
 def libtpu_version() -> str:
-  """Of the TPU compiler, "" where it isn't installed."""
+  """The version of the TPU compiler, "" where it is not installed."""
   try:
     return importlib.metadata.version("libtpu")
   except importlib.metadata.PackageNotFoundError:
     return ""
 
 
-def geometry(config: Any, devices: int) -> str:
+def describe(batches: Geometry, lanes: int, devices: int) -> str:
   """How an iteration's samples become batches, in words."""
-  data, optimizer, objective = config.data, config.optimizer, config.objective
-  group, samples = (
-    config.rollout.samples_per_prompt,
-    data.prompts_per_iteration * config.rollout.samples_per_prompt,
+  parts = (
+    f"{batches.prompts} prompts x {batches.group} samples = {batches.samples} samples,"
+    f" in {batches.chunks} chunks of {batches.chunk}",
+    f"{batches.trained_samples} of them x {batches.trained_steps} of {batches.steps} steps"
+    f" = {batches.transitions} transitions, in {batches.updates} optimizer steps"
+    f" of {batches.microbatches} microbatches of {batches.microbatch}",
   )
-  steps = config.sampler.window.size or checks.policy_steps(config)
-  trained = timesteps.count(objective.timesteps, objective.timestep_fraction, steps)
-  kept = data.prompts_per_iteration * (config.advantage.best_of or group)
-  each = kept * trained // optimizer.updates_per_iteration
-  return (
-    f"{data.prompts_per_iteration} prompts x {group} samples = {samples} images, in"
-    f" {samples // config.rollout.chunk} chunks of"
-    f" {config.rollout.chunk}; {kept} of them x {trained} of {steps} steps = {kept * trained}"
-    " transitions, in"
-    f" {optimizer.updates_per_iteration} optimizer steps of {each // optimizer.microbatch}"
-    f" microbatches of {optimizer.microbatch}"
-    f" ({config.mesh.lanes} lanes on {devices} devices)"
-  )
+  return f"{'; '.join(parts)} ({lanes} lanes on {devices} devices)"

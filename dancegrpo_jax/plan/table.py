@@ -1,30 +1,36 @@
-"""What a plan's rows say together: whether a run fits, how long it may take, and the table of them.
-See `dancegrpo_jax.plan`.
+"""What follows from the rows of a plan: whether the run fits, how long it may take, and the text
+that the command prints.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from dancegrpo_jax.devices import out_of_memory
 from dancegrpo_jax.errors import ConfigError
 
+GIB = 2**30
+
 
 class Row(NamedTuple):
-  """A program's numbers; bytes and seconds are a device's, of one call. None where they aren't
-  known.
+  """The numbers of a program. Bytes and seconds are those of one call on one device, and None where
+  they are not known.
 
   Attributes:
-    name, times: the program and its calls in the run.
-    arguments, temporaries: bytes.
+    name: the program.
+    times: its calls in the run.
     peak: bytes, with all that stays in memory while it runs.
-    flops: of all devices together, each product once however often it is recomputed.
-    uncounted: what the count leaves out.
+    flops: FLOPs of all devices together. Each product counts once, however often it is recomputed.
+    arguments: bytes.
+    temporaries: bytes.
+    uncounted: operations that `flops` leaves out.
     collective: bytes sent or received.
-    compile_seconds: of this machine.
-    compute_seconds, network_seconds: estimates.
-    mfu: what they imply, as a share of the peak.
-    problem: what the compiler says where it can't fit the program.
+    compile_seconds: how long the compilation took on this machine.
+    compute_seconds: estimated time of the computation.
+    network_seconds: estimated time of the communication.
+    mfu: the share of the peak that these times imply.
+    problem: the compiler's message where the program does not fit.
   """
 
   name: str
@@ -43,14 +49,18 @@ class Row(NamedTuple):
 
   @property
   def seconds(self) -> float | None:
-    """Of a call, as if nothing were sent while something is computed."""
+    """Estimated time of one call, as if communication never overlapped with computation."""
     if self.compute_seconds is None or self.network_seconds is None:
       return None
     return self.compute_seconds + self.network_seconds
 
 
 def read_out(file: Path) -> dict:
-  """What --out holds. ConfigError where it isn't of this command."""
+  """Reads an --out file.
+
+  Raises:
+    ConfigError: it does not hold a plan.
+  """
   try:
     old = json.loads(file.read_text())
     if "rows" in old and "programs" in old:
@@ -61,160 +71,176 @@ def read_out(file: Path) -> dict:
 
 
 def merged(old: dict, new: dict) -> dict:
-  """`new` with the rows of `old` that it lacks. ConfigError where they aren't of one config,
-  topology and compiler.
+  """`new` with the rows of `old` that it lacks.
+
+  Raises:
+    ConfigError: the plans are not of the same config, topology and compiler.
   """
-  other = [
-    key
-    for key in ("digest", "topology", "versions", "effort", "programs")
-    if old.get(key) != new[key]
-  ]
-  if other:
+  identity = ("digest", "topology", "versions", "effort", "programs")
+  different = [key for key in identity if old.get(key) != new[key]]
+  if different:
     raise ConfigError(
-      f"--out holds another plan ({', '.join(other)} differ): remove it, or use another file"
+      f"--out holds another plan ({', '.join(different)} differ): remove it, or use another file"
     )
   rows = {row["name"]: row for row in [*old["rows"], *new["rows"]]}
   return new | {"rows": [rows[name] for name in new["programs"] if name in rows]}
 
 
 def concluded(result: dict) -> dict:
-  """What follows from the rows: whether it fits, and how long a run takes where every program is
-  there.
+  """A plan with what follows from its rows: whether the run fits, and, once every program has a
+  row, how long it takes.
   """
-  rows = [Row(**row) for row in result["rows"]]
+  rows = rows_of(result)
   left_out = [name for name in result["programs"] if name not in [row.name for row in rows]]
   lines = problems(rows, result["memory"])
   times = {"iteration_seconds": iteration_seconds(rows, result["iterations"]), "hours": hours(rows)}
-  return (
-    result
-    | {"left_out": left_out, "problems": lines, "fits": not lines}
-    | (times if not left_out else dict.fromkeys(times))
-  )
+  if left_out:
+    times = dict.fromkeys(times)
+  return result | {"left_out": left_out, "problems": lines, "fits": not lines} | times
+
+
+def rows_of(result: dict) -> list[Row]:
+  """The rows of a plan."""
+  return [Row(**row) for row in result["rows"]]
 
 
 def problems(rows: list[Row], memory: float) -> list[str]:
-  """A line for each program that does not fit; [] where all do or nothing is known of the
-  memory.
+  """A message for each program that does not fit.
+
+  Args:
+    rows: of the programs.
+    memory: bytes of a device, 0 where it is not known. Then only the compiler can tell.
   """
   lines = []
   for row in rows:
     if row.problem or (memory and row.peak > memory):
-      said = f" ({row.problem})" if row.problem else ""
-      remedy = out_of_memory.remedy(row.name)
-      lines.append(
-        f"{row.name} needs {row.peak / 2**30:.2f} of {memory / 2**30:.2f} GiB{said}; use {remedy}"
-      )
+      reason = f" ({row.problem})" if row.problem else ""
+      room = f" of {memory / GIB:.2f}" if memory else ""
+      needs = f"{row.name} needs {row.peak / GIB:.2f}{room} GiB{reason}"
+      lines.append(f"{needs}; use {out_of_memory.remedy(row.name)}")
   return lines
 
 
 def hours(rows: list[Row]) -> float | None:
-  """Of the run, by the estimates; None where one is missing."""
-  total = _total(rows, 1)
+  """Estimated hours of the run; None where the time of a program is not known."""
+  total = _total_seconds(rows)
   return None if total is None else total / 3600
 
 
 def iteration_seconds(rows: list[Row], iterations: int) -> float | None:
-  """Of an iteration without what isn't done in each of them."""
-  return _total([row for row in rows if row.times >= iterations], iterations)
+  """Estimated seconds of an iteration; None where the time of a program is not known."""
+  total = _total_seconds(_of_every_iteration(rows, iterations))
+  return None if total is None else total / iterations
 
 
-def _total(rows: list[Row], share: int) -> float | None:
-  """Seconds of all calls over `share`; None where a program's aren't known."""
-  known = [row.seconds * row.times / share for row in rows if row.seconds is not None]
-  return sum(known, 0.0) if len(known) == len(rows) else None
+def longest_call(rows: list[Row], iterations: int) -> Row | None:
+  """The program of an iteration that has the longest call; None where no time is known."""
+  timed = [row for row in _of_every_iteration(rows, iterations) if row.seconds is not None]
+  return max(timed, key=lambda row: row.seconds or 0.0, default=None)
+
+
+def _of_every_iteration(rows: list[Row], iterations: int) -> list[Row]:
+  """The programs that each iteration calls."""
+  return [row for row in rows if row.times >= iterations]
+
+
+def _total_seconds(rows: list[Row]) -> float | None:
+  """Estimated seconds of all calls in the run; None where the time of a program is not known."""
+  seconds = [row.seconds * row.times for row in rows if row.seconds is not None]
+  return sum(seconds, 0.0) if len(seconds) == len(rows) else None
 
 
 def _number(value: float | int | None, form: str, scale: float | int = 1.0) -> str:
   return "-" if value is None else format(value / scale, form)
 
 
-def table(result: dict) -> str:
-  """The rows as a Markdown table for people, without columns in which nothing is known."""
-  head = (
-    "program",
-    "calls",
-    "arguments GiB",
-    "temporaries GiB",
-    "peak GiB",
-    "of HBM",
-    "TFLOP",
-    "collectives GiB",
-    "compile s",
-    "compute s",
-    "network s",
-    "MFU",
-  )
-  lines = []
-  for row in result["rows"]:
-    share = f"{row['peak'] / result['memory']:.0%}" if result["memory"] else "-"
-    lines.append(
-      (
-        row["name"],
-        f"{row['times']:g}",
-        _number(row["arguments"], ".2f", 2**30),
-        _number(row["temporaries"], ".2f", 2**30),
-        _number(row["peak"], ".2f", 2**30),
-        share,
-        _number(row["flops"], ".4g", 1e12) + "*" * bool(row["uncounted"]),
-        _number(row["collective"], ".3f", 2**30),
-        _number(row["compile_seconds"], ".1f"),
-        _number(row["compute_seconds"], ".3g"),
-        _number(row["network_seconds"], ".3g"),
-        _number(row["mfu"], ".0%"),
-      )
-    )
-  columns = [column for column in zip(head, *lines) if not lines or set(column[1:]) != {"-"}]
-  head, *lines = zip(*columns)
-  widths = [max(map(len, column)) for column in columns]
-  rule = ["-" * widths[0]] + ["-" * (width - 1) + ":" for width in widths[1:]]
+def _cells(row: Row, memory: float) -> dict[str, str]:
+  """The text of each column."""
+  mark = "*" if row.uncounted else ""
+  return {
+    "program": row.name,
+    "calls": f"{row.times:g}",
+    "arguments GiB": _number(row.arguments, ".2f", GIB),
+    "temporaries GiB": _number(row.temporaries, ".2f", GIB),
+    "peak GiB": _number(row.peak, ".2f", GIB),
+    "of HBM": f"{row.peak / memory:.0%}" if memory else "-",
+    "TFLOP": _number(row.flops, ".4g", 1e12) + mark,
+    "collectives GiB": _number(row.collective, ".3f", GIB),
+    "compile s": _number(row.compile_seconds, ".1f"),
+    "compute s": _number(row.compute_seconds, ".3g"),
+    "network s": _number(row.network_seconds, ".3g"),
+    "MFU": _number(row.mfu, ".0%"),
+  }
 
-  def line(cells) -> str:
-    return (
-      "| "
-      + " | ".join(
-        c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))
-      )
-      + " |"
-    )
 
-  return "\n".join([line(head), line(rule), *map(line, lines)])
+def markdown(rows: list[Row], memory: float) -> str:
+  """The rows as a Markdown table, without the columns in which nothing is known.
+
+  Args:
+    rows: of the programs, at least one.
+    memory: bytes of a device, 0 where it is not known.
+  """
+  cells = [_cells(row, memory) for row in rows]
+  columns = [[head, *(row[head] for row in cells)] for head in cells[0]]
+  first, *others = [column for column in columns if set(column[1:]) != {"-"}]
+  aligned = [_aligned(first, str.ljust, "-"), *(_aligned(each, str.rjust, ":") for each in others)]
+  return "\n".join(f"| {' | '.join(line)} |" for line in zip(*aligned))
+
+
+def _aligned(column: list[str], align: Callable[[str, int], str], end: str) -> list[str]:
+  """A column's cells in equal width, with Markdown's rule below the head."""
+  width = max(map(len, column))
+  head, *cells = [align(cell, width) for cell in column]
+  return [head, "-" * (width - 1) + end, *cells]
 
 
 def report(result: dict) -> str:
-  """All that the command says."""
+  """The text that the command prints, of what `concluded` returns."""
+  rows, memory = rows_of(result), result["memory"]
   mesh = " x ".join(f"{axis}={size}" for axis, size in result["mesh"].items())
-  kept = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in result["kept"].items())
+  kept = ", ".join(f"{name} {size / GIB:.2f}" for name, size in result["kept"].items())
   lines = [
     f"{result['config']} on {result['devices']} x {result['device']} ({mesh})",
     "",
-    table(result),
+    markdown(rows, memory),
     "",
     f"Kept on a device over an iteration, GiB: {kept}.",
     f"An iteration: {result['geometry']}.",
   ]
-  if any(row["uncounted"] for row in result["rows"]):
-    left_out = sorted({what for row in result["rows"] for what in row["uncounted"]})
-    lines.append(f"* without what can't be counted: {', '.join(left_out)}.")
-  if result["hours"] is not None:
-    total, chip_hours = result["hours"], result["hours"] * result["devices"]
-    lines.append(
-      f"Estimate, not measured: {result['iteration_seconds']:.0f} s an iteration, {total:.1f}"
-      f" hours for {result['iterations']}"
-      f" iterations of {result['images']} images, {chip_hours:.0f} chip-hours: the cycles that"
-      " the compiler expects of each"
-      " operation, attention kernels at half of the peak, and the collectives' bytes over the"
-      " chip's links as if nothing were"
-      " computed meanwhile; without loading, compiling and host work."
-    )
-  if result["effort"]:
-    lines.append(
-      f"Compiled with an effort of {result['effort']:g}: a run's memory, with 0, may differ;"
-      " times are not known."
-    )
+  if uncounted := sorted({name for row in rows for name in row.uncounted}):
+    lines.append(f"* without what can't be counted: {', '.join(uncounted)}.")
+  lines += _times(result, rows)
   if result["left_out"]:
     lines.append(f"Not compiled: {', '.join(result['left_out'])}.")
-  if not result["memory"]:
-    lines.append("Whether it fits: unknown, since nothing is known of this device's memory.")
-  fits = "What was compiled fits." if result["left_out"] else "It fits."
-  lines += result["problems"] or [fits] * bool(result["memory"])
+  if result["problems"]:
+    lines += result["problems"]
+  elif not memory:
+    lines.append("Whether it fits: unknown, because this device's memory is not known.")
+  else:
+    lines.append("What was compiled fits." if result["left_out"] else "It fits.")
   return "\n".join(lines)
+
+
+def _times(result: dict, rows: list[Row]) -> list[str]:
+  """The lines about time."""
+  lines = []
+  if result["hours"] is not None:
+    hours, chip_hours = result["hours"], result["hours"] * result["devices"]
+    run = f"{result['iterations']} iterations of {result['images']} samples"
+    lines.append(
+      f"Estimate, not measured: {result['iteration_seconds']:.0f} s an iteration, {hours:.1f} hours"
+      f" for {run}, {chip_hours:.0f} chip-hours: the cycles that the compiler expects of each"
+      " operation, attention kernels at half of the peak, and the collectives' bytes over the"
+      " chip's links as if nothing were computed meanwhile; without loading, compiling and host"
+      " work."
+    )
+  longest = longest_call(rows, result["iterations"])
+  if longest is not None:
+    call = f"{longest.name}, {longest.seconds:.3g} s"
+    lines.append(f"Longest call of an iteration: {call}; SIGTERM waits that long.")
+  if result["effort"]:
+    lines.append(
+      f"Compiled with an effort of {result['effort']:g}: a run, compiled with 0, may take other"
+      " memory, and its times are not known."
+    )
+  return lines

@@ -1,4 +1,4 @@
-"""The programs of an iteration, and how they are built from a config."""
+"""The compiled functions of an iteration, and how they are built from a config."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,24 +18,27 @@ from dancegrpo_jax.types import PyTree
 
 
 class Programs(NamedTuple):
-  """The iteration's compiled functions. P prompts, G samples each, B = P G; sample number b is
-  sample b % G of prompt b // G.
+  """The compiled functions of an iteration.
+
+  There are P prompts with G samples each, so B = P G samples. Sample number b is sample b % G of
+  prompt b // G. B' of them are trained.
 
   Attributes:
-    encode: `(frozen, inputs) -> rows`, on every device; inputs are those of `Pipeline.prepare`.
+    encode: `(frozen, inputs) -> rows`, whole on every device; inputs are those of
+      `Pipeline.prepare`.
     rollout: `(trainable, frozen, conditioning, prompt_ids [P], numbers [chunk], iteration) ->
-      Rollout`.
-    sample: `(trainable, frozen, conditioning, prompt_ids [P], numbers [chunk], seed) -> latents`,
-      deterministic sampler.
+      Rollout` of the samples with these numbers.
+    sample: `(trainable, frozen, conditioning, noise_ids [chunk], prompt [chunk], seed) -> latents`
+      of the deterministic sampler; `prompt` are rows of the conditioning.
     decode: `(frozen, latents) -> Media`.
-    features: `(reward params, prepared) -> features`, per device reward.
-    score: `(reward params, Media, features, prompt [chunk]) -> {term: f32[chunk]}`, per device
-      reward.
-    join: `({term: [f32[chunk], ..]}, order [B]) -> {term: f32[P, G]}`: the chunks' scores, sample
-      by sample.
-    advantages: `(scores {term: [P, G]}, prompt_ids, prompt_stats) -> (advantage [B'], weight [B'],
-      chosen [B'], stats, metrics)`.
-    update: by name, see `update.update_programs`; `update.run` calls them.
+    features: by device reward, `(reward params, prepared) -> features` of prompts.
+    score: by device reward, `(reward params, Media, features, prompt [chunk]) -> {term:
+      f32[chunk]}`; `prompt` are rows of the features.
+    join: `({term: [f32[chunk], ...]}, order [B]) -> {term: f32[P, G]}`: puts the scores of the
+      chunks into the order of the samples.
+    advantages: `({term: f32[P, G]}, prompt_ids [P], prompt_stats) -> (advantage [B'], weight [B'],
+      chosen [B'], prompt_stats, metrics)`.
+    update: the programs of an update by name, see `update.update_programs`.
   """
 
   encode: Callable
@@ -63,18 +66,19 @@ def build(
     pipeline: the model family's functions.
     rewards: by name.
     mesh: the devices; the caller has entered it with `jax.set_mesh`.
-    state_shardings: of the TrainState.
+    state_shardings: a TrainState of shardings.
   """
   split: Any = sharding.batch_sharding(mesh)
   whole: Any = sharding.replicated(mesh)
   steps_first: Any = jax.NamedSharding(mesh, jax.P(None, *split.spec))
   rolled = Rollout(step_index=whole, latents=steps_first, log_probs=steps_first, sample=split)
-  device = {name: reward for name, reward in rewards.items() if reward.kind == "device"}
 
-  def each(kind: str, function_of: Callable, rewards: dict[str, Reward]) -> dict[str, Callable]:
+  def of_rewards(kind: str, function_of: Callable) -> dict[str, Callable]:
+    """A program for each reward that is a network."""
     return {
       name: program(config, f"{kind} {name}", function_of(reward), out_shardings=whole)
       for name, reward in rewards.items()
+      if reward.kind == "device"
     }
 
   return Programs(
@@ -82,8 +86,8 @@ def build(
     rollout=program(config, "rollout", rollout_program(config, pipeline), out_shardings=rolled),
     sample=program(config, "sample", sample_program(config, pipeline), out_shardings=split),
     decode=program(config, "decode", pipeline.decode, out_shardings=split),
-    features=each("features", lambda reward: reward.features, device),
-    score=each("score", score_program, device),
+    features=of_rewards("features", lambda reward: reward.features),
+    score=of_rewards("score", score_program),
     join=program(config, "join", join_program(config), out_shardings=whole),
     advantages=program(config, "advantages", advantages_program(config), out_shardings=whole),
     update=update_programs(config, pipeline, mesh, state_shardings),
@@ -91,5 +95,5 @@ def build(
 
 
 def encoder(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable:
-  """`(params of the encoders, inputs) -> rows`, on every device."""
+  """`(params of the encoders, inputs) -> rows`, whole on every device."""
   return program(config, "encode", pipeline.encode, out_shardings=sharding.replicated(mesh))

@@ -1,7 +1,7 @@
 """The only file that calls jax.jit.
 
-Each function is compiled once: shapes are static, and what changes from call to call (iteration,
-sample numbers, the bounds of a loop) is an argument.
+Each function is compiled once: its shapes are static, and what changes from call to call (the
+iteration, sample numbers, the bounds of a loop) is an argument.
 """
 
 import functools
@@ -20,18 +20,19 @@ from dancegrpo_jax.types import PyTree
 
 
 def program(config: ConfigDict, name: str, function: Callable, **options: Any) -> Callable:
-  """`function` jitted, with the precision of products that the config asks for.
+  """Jits a function of a run.
 
   Args:
-    config: of the run; model.matmul_precision holds for everything that is traced, gradients too.
-    name: what profiles and XLA's messages call the program.
+    config: of the run. Its model.matmul_precision is that of all products in the function, and in
+      its gradients.
+    name: of the program, in profiles and in messages of XLA.
     function: what to compile.
     options: of `jax.jit`.
   """
 
   @functools.wraps(function)
   def traced(*arguments):
-    # "default" leaves the precision to JAX, and to what its user set there.
+    # "default" leaves the precision to JAX, whose own setting the user may have changed.
     if config.model.matmul_precision == "default":
       return function(*arguments)
     with jax.default_matmul_precision(config.model.matmul_precision):
@@ -42,13 +43,17 @@ def program(config: ConfigDict, name: str, function: Callable, **options: Any) -
 
 
 def init_adapters(config: ConfigDict, adapters: PyTree, shardings: PyTree) -> PyTree:
-  """LoRA's adapters before the first iteration, sharded; drawn from the config's seed."""
+  """LoRA's adapters before the first iteration, sharded and drawn from the config's seed."""
   key = rng.stream(config.seed, "lora")
   return jax.jit(lambda: lora.init(key, adapters), out_shardings=shardings)()
 
 
 def embed(config: ConfigDict, reward: Reward) -> Callable:
-  """`(reward params, Media) -> embeddings`, for evaluate.py."""
+  """`(reward params, Media) -> embeddings` of samples, for evaluate.py.
+
+  Raises:
+    ValueError: the reward has no embedding.
+  """
   if reward.embed is None:
     raise ValueError(f"reward {reward.name} has no embedding")
   return program(config, f"embed {reward.name}", reward.embed)
@@ -62,8 +67,8 @@ def fit_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callabl
     optimizer: applied to the whole parameter tree.
 
   Returns:
-    `(state, batch, key, ema_decay) -> (state, metrics)` with state = (params, opt_state, ema),
-    donated.
+    `(state, batch, key, ema_decay) -> (state, metrics)` with state = (params, opt_state, ema). The
+    state is donated.
   """
 
   def step(carry: tuple, batch: Any, key: Array, ema_decay: Array) -> tuple:
@@ -78,5 +83,5 @@ def fit_step(loss: Callable, optimizer: optax.GradientTransformation) -> Callabl
 
 
 def compiled(function: Callable) -> Callable:
-  """`function` jitted, for the one-off calls of commands."""
+  """Jits a function that a command calls once, outside of a run."""
   return jax.jit(function)

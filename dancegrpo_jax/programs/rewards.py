@@ -1,4 +1,4 @@
-"""Programs between decoded samples and advantages."""
+"""Programs that lead from decoded samples to advantages."""
 
 from collections.abc import Callable
 
@@ -13,7 +13,7 @@ from dancegrpo_jax.types import Media, PyTree
 
 
 def score_program(reward: Reward) -> Callable:
-  """A device reward of one chunk."""
+  """Scores of one chunk by a device reward, see `Programs.score`."""
 
   def run(params: PyTree, media: Media, features: PyTree, prompt: Int[Array, "chunk"]) -> dict:
     return reward.score(params, media, jax.tree.map(lambda rows: rows[prompt], features))
@@ -22,7 +22,7 @@ def score_program(reward: Reward) -> Callable:
 
 
 def join_program(config: ConfigDict) -> Callable:
-  """The chunks' scores, sample by sample."""
+  """Puts the scores of all chunks into the order of the samples, see `Programs.join`."""
 
   def run(chunks: dict[str, list], order: Int[Array, "samples"]) -> dict:
     return {
@@ -34,16 +34,15 @@ def join_program(config: ConfigDict) -> Callable:
 
 
 def advantages_program(config: ConfigDict) -> Callable:
-  """Scores to advantages and the samples that are trained."""
+  """From scores to advantages and the samples that are trained, see `Programs.advantages`."""
   c = config.advantage
-  options = {"ddof": c.ddof, "eps": c.eps, "min_spread": c.min_spread}
   terms = tuple((name, weight) for name, weight in config.reward.terms)
 
   def run(scores: dict, prompt_ids: Int[Array, "prompts"], stats: dict) -> tuple:
-    binary = advantages.apply_thresholds(scores, config.reward.thresholds)
+    used = advantages.apply_thresholds(scores, config.reward.thresholds)
     statistics = None
     if c.history.size:
-      named, valid = advantages.signals(binary, terms, config.reward.combine)
+      named, valid = advantages.signals(used, terms, config.reward.combine)
       stats = {
         name: advantages.update_stats(stats[name], prompt_ids, rewards, valid)
         for name, rewards in named.items()
@@ -55,7 +54,14 @@ def advantages_program(config: ConfigDict) -> Callable:
         for name, rewards in named.items()
       }
     result = advantages.combine(
-      binary, terms, config.reward.combine, clamp=c.clamp, statistics=statistics, **options
+      scores=used,
+      terms=terms,
+      mode=config.reward.combine,
+      ddof=c.ddof,
+      eps=c.eps,
+      clamp=c.clamp,
+      min_spread=c.min_spread,
+      statistics=statistics,
     )
     metrics = _reward_metrics(scores, terms, result)
     prompts, group = result.advantage.shape
@@ -69,8 +75,10 @@ def advantages_program(config: ConfigDict) -> Callable:
 
 
 def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -> dict[str, Array]:
-  """reward/* is the weighted sum of the raw scores; each term has rows of its own where there are
-  several; failed is a share.
+  """Metrics of an iteration's rewards.
+
+  "reward/..." is of the weighted sum of the scores, before thresholds. Where there are several
+  terms, each has metrics of its own. ".../failed" is the share of failed scores.
   """
   total = sum(weight * scores[name] for name, weight in terms)
   metrics, rows = {}, {"reward": total}
@@ -90,7 +98,7 @@ def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -
     }
   group = advantages.group_statistics(total, jnp.isfinite(total), 1)
   return metrics | {
-    "reward/failed": result.failed,  # what was masked, thresholds applied
+    "reward/failed": result.failed,  # the share of samples that were masked
     "group/std_mean": group.std.mean(),
     "group/zero_variance": result.flat_groups,
     "advantage/abs_mean": jnp.abs(result.advantage).mean(),

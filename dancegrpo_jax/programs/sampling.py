@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.diffusion import windows
@@ -17,92 +17,97 @@ from dancegrpo_jax.types import Conditioning, PyTree
 
 
 def guided(pipeline: Pipeline, scale: float) -> Callable:
-  """`(params, x, model_time, conditioning of P rows, prompt [b]) -> output`, rows gathered where
-  they are used.
+  """The pipeline's denoiser with classifier-free guidance, for conditioning of one row a prompt.
+
+  Args:
+    pipeline: the model family's functions.
+    scale: of the guidance; 1 for none.
+
+  Returns:
+    `(params, x [b, ...], model_time [b], conditioning of P rows, prompt [b]) -> output [b, ...]`.
+    Rows are gathered by `prompt` inside, so that all samples of a prompt share one row.
   """
 
-  def denoise(
+  def guided_output(
     params: PyTree, x: Array, time: Array, conditioning: Conditioning, prompt: Int[Array, "b"]
   ) -> Array:
-    branch = classifier_free(lambda x, time, rows: pipeline.denoise(params, x, time, rows), scale)
-    return branch(x, time, jax.tree.map(lambda rows: rows[prompt], conditioning))
+    branches = classifier_free(lambda x, time, rows: pipeline.denoise(params, x, time, rows), scale)
+    return branches(x, time, jax.tree.map(lambda rows: rows[prompt], conditioning))
 
-  return denoise
+  return guided_output
 
 
 def rollout_program(config: ConfigDict, pipeline: Pipeline) -> Callable:
-  """The rollout of training."""
+  """The rollout of training, see `Programs.rollout`."""
   policy = policy_of(config, pipeline.prediction)
-  denoise = guided(pipeline, config.sampler.guidance_scale)
+  guided_output = guided(pipeline, config.sampler.guidance_scale)
   group, shape = config.rollout.samples_per_prompt, pipeline.latent_shape
+  shared = config.rollout.shared_noise
 
   def run(
-    trainable,
-    frozen,
+    trainable: PyTree,
+    frozen: PyTree,
     conditioning: Conditioning,
-    prompt_ids: Array,
+    prompt_ids: Int[Array, "prompts"],
     numbers: Int[Array, "chunk"],
-    iteration,
+    iteration: Int[Array, ""],
   ) -> Rollout:
-    # Here and not outside: nothing is computed where programs are only compiled (`plan`), on
-    # devices that aren't there.
-    streams = {
-      name: rng.stream(config.seed, name) for name in ("initial_noise", "step_noise", "window")
-    }
+    # The keys are made here, where they are only traced: `plan` lists programs for devices that are
+    # not there, on which nothing can be computed.
+    noise_key = rng.stream(config.seed, "initial_noise")
+    step_key = rng.stream(config.seed, "step_noise")
+    window_key = rng.derive(rng.stream(config.seed, "window"), iteration)
     params = state.variables(frozen, trainable)
-    schedule = pipeline.schedule(policy.steps, config.sampler.shift)
     prompt, sample = numbers // group, numbers % group
     ids = prompt_ids[prompt]
-    shared = config.rollout.shared_noise
-    initial = rng.initial_noise(
-      streams["initial_noise"], iteration, ids, sample, shared=shared, shape=shape
-    )
-    start = windows.window(
-      config.sampler.window,
-      policy.policy_steps,
-      iteration,
-      rng.derive(streams["window"], iteration),
-    )
+
+    def network_output(x: Array, time: Array) -> Array:
+      return guided_output(params, x, time, conditioning, prompt)
+
+    def step_noise(i: Int[Array, ""]) -> Array:
+      return rng.step_noise(step_key, iteration, ids, sample, i, shape=shape)
+
     return rollout(
-      lambda x, time: denoise(params, x, time, conditioning, prompt),
-      schedule,
-      policy,
-      start,
-      initial,
-      lambda i: rng.step_noise(streams["step_noise"], iteration, ids, sample, i, shape=shape),
+      network_output=network_output,
+      schedule=pipeline.schedule(policy.steps, config.sampler.shift),
+      policy=policy,
+      start=windows.window(config.sampler.window, policy.policy_steps, iteration, window_key),
+      initial=rng.initial_noise(noise_key, iteration, ids, sample, shared=shared, shape=shape),
+      step_noise=step_noise,
     )
 
   return run
 
 
 def sample_program(config: ConfigDict, pipeline: Pipeline) -> Callable:
-  """The deterministic sampler on noise of its own seed: what sample.py, evaluate.py and the
-  report's grids use.
+  """The deterministic sampler, see `Programs.sample`: for sample.py, evaluate.py and the grids of
+  the report. Its noise has a seed of its own, which training never uses.
   """
-  denoise, steps = guided(pipeline, config.sampler.guidance_scale), config.evaluation.steps
+  guided_output, steps = guided(pipeline, config.sampler.guidance_scale), config.evaluation.steps
   policy = policy_of(config, pipeline.prediction)._replace(steps=steps, window=0, last_step="ode")
+  shape = pipeline.latent_shape
 
   def run(
-    trainable,
-    frozen,
+    trainable: PyTree,
+    frozen: PyTree,
     conditioning: Conditioning,
     noise_ids: Int[Array, "chunk"],
     prompt: Int[Array, "chunk"],
-    seed,
-  ):
+    seed: Int[Array, ""],
+  ) -> Float[Array, "chunk *shape"]:
     params = state.variables(frozen, trainable)
-    schedule = pipeline.schedule(steps, config.sampler.shift)
-    stream = rng.derive(rng.stream(0, "evaluation"), seed)
-    initial = rng.initial_noise(
-      stream, 0, noise_ids, noise_ids, shared=True, shape=pipeline.latent_shape
-    )
+    key = rng.derive(rng.stream(0, "evaluation"), seed)
+
+    def network_output(x: Array, time: Array) -> Array:
+      return guided_output(params, x, time, conditioning, prompt)
+
     drawn = rollout(
-      lambda x, time: denoise(params, x, time, conditioning, prompt),
-      schedule,
-      policy,
-      0,
-      initial,
-      jnp.zeros_like,
+      network_output=network_output,
+      schedule=pipeline.schedule(steps, config.sampler.shift),
+      policy=policy,
+      start=0,
+      initial=rng.initial_noise(key, 0, noise_ids, noise_ids, shared=True, shape=shape),
+      step_noise=jnp.zeros_like,  # is not called: no step is stochastic
     )
     return drawn.sample
 

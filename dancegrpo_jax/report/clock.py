@@ -1,4 +1,4 @@
-"""Seconds of each phase of an iteration, measured without holding up the loop."""
+"""Measures the seconds of each phase of an iteration without making the loop wait."""
 
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -8,13 +8,13 @@ import jax
 
 
 class Clock:
-  """One iteration's times. A thread waits for the phases' results in order, so that the loop can go
-  on dispatching.
+  """The times of one iteration. A thread waits for the results of the phases in order, so that the
+  loop can go on dispatching.
 
   Args:
     pool: an executor with one thread, the same for all iterations.
-    before: the last iteration's clock; its work comes first on the devices, so this one's time
-      starts when it ends.
+    before: the clock of the previous iteration. The devices do its work first, so this clock starts
+      when that one ends.
   """
 
   def __init__(self, pool: ThreadPoolExecutor, before: "Clock | None" = None):
@@ -24,8 +24,11 @@ class Clock:
     self._waits: list[Future] = []
 
   def phase(self, name: str, result: Any) -> None:
-    """The time from the last phase's end until `result` is ready is this one's. Arrays donated
-    later can't be given.
+    """Ends a phase. It lasts from the end of the previous one until `result` is ready.
+
+    Args:
+      name: of the phase. Phases of the same name are added.
+      result: arrays that are not donated later.
     """
 
     def wait() -> None:
@@ -40,9 +43,8 @@ class Clock:
     self._waits.append(self._pool.submit(wait))
 
   def read(self) -> dict[str, float]:
-    """Blocks until all phases are done; `time/<phase>` and `time/total` in seconds."""
+    """Waits until all phases are done. Returns `time/<phase>` and `time/total`, in seconds."""
     for wait in self._waits:
       wait.result()
-    return {f"time/{name}": seconds for name, seconds in self._seconds.items()} | {
-      "time/total": self._end - self._start
-    }
+    phases = {f"time/{name}": seconds for name, seconds in self._seconds.items()}
+    return phases | {"time/total": self._end - self._start}

@@ -1,4 +1,4 @@
-"""Pixels to PNG files and captioned grids. A file appears whole or not at all."""
+"""Writes pixels as PNG files and as grids with captions. A file appears whole or not at all."""
 
 import os
 import textwrap
@@ -12,14 +12,17 @@ _INK, _PAPER = (30, 30, 30), (255, 255, 255)
 
 
 def to_uint8(pixels: np.ndarray) -> np.ndarray:
-  """Pixels in [0, 1], any shape, to 0..255; what lies outside is clipped, NaN is black."""
+  """Pixels in [0, 1], of any shape, as 0..255. Values outside are clipped and NaN becomes black."""
   finite = np.nan_to_num(np.asarray(pixels, np.float32), nan=0.0)
   return np.round(np.clip(finite, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
 def save(path: str | os.PathLike, pixels: np.ndarray | Image.Image) -> None:
-  """Writes one image, `[height, width, 3]` in [0, 1] or a PIL image, as PNG; missing folders are
-  made.
+  """Writes one image as PNG, and makes missing folders.
+
+  Args:
+    path: of the file.
+    pixels: `[height, width, 3]` in [0, 1], or a PIL image.
   """
   path = Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +33,7 @@ def save(path: str | os.PathLike, pixels: np.ndarray | Image.Image) -> None:
 
 
 def save_images(folder: str | os.PathLike, pixels: np.ndarray) -> list[Path]:
-  """Writes `[batch, height, width, 3]` as 00.png, 01.png, ...; returns their paths."""
+  """Writes `[batch, height, width, 3]` as 00.png, 01.png, ... and returns their paths."""
   digits = max(2, len(str(len(pixels) - 1)))
   paths = [Path(folder) / f"{index:0{digits}d}.png" for index in range(len(pixels))]
   for path, image in zip(paths, np.asarray(pixels)):
@@ -53,10 +56,10 @@ def grid(
     columns: images in a row.
     captions: text under each image, wrapped to its width.
     headers: text above each column.
-    min_cell: small images are enlarged by a whole factor to at least this width, in pixels.
+    min_cell: pixels. Smaller images are enlarged by a whole factor to at least this width.
 
   Returns:
-    A PIL image; `save` writes it.
+    A PIL image, which `save` writes.
   """
   images = to_uint8(pixels)
   count, height, width, _ = images.shape
@@ -67,26 +70,23 @@ def grid(
   caption_height = max(map(len, wrapped)) * line + 4 if captions else 0
   header_height = line + 4 if headers else 0
   rows = -(-count // columns)
-  size = (
-    columns * (width + gap) + gap,
-    header_height + rows * (height + caption_height + gap) + gap,
-  )
-  sheet = Image.new("RGB", size, _PAPER)
+  sheet_width = columns * (width + gap) + gap
+  sheet_height = header_height + rows * (height + caption_height + gap) + gap
+  sheet = Image.new("RGB", (sheet_width, sheet_height), _PAPER)
   draw = ImageDraw.Draw(sheet)
   for column, text in enumerate(headers or ()):
     draw.text((gap + column * (width + gap), gap), text, _INK, font)
   for index, image in enumerate(images):
     left = gap + index % columns * (width + gap)
     top = gap + header_height + index // columns * (height + caption_height + gap)
-    sheet.paste(
-      Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST), (left, top)
-    )
+    enlarged = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+    sheet.paste(enlarged, (left, top))
     for number, text in enumerate(wrapped[index]):
       draw.text((left, top + height + 2 + number * line), text, _INK, font)
   return sheet
 
 
 def _wrap(text: str, width: int, font: ImageFont.ImageFont | ImageFont.FreeTypeFont) -> list[str]:
-  """Lines of at most `width` pixels, by the mean width of a letter; 4 lines at most."""
+  """At most 4 lines of about `width` pixels, by the mean width of a letter."""
   letters = max(4, int(width / (font.getlength("abcdefghijklmnopqrstuvwxyz ") / 27)))
   return textwrap.wrap(text, letters, max_lines=4, placeholder=" ...") or [""]

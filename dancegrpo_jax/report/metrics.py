@@ -1,8 +1,8 @@
-"""What a run says while it runs: metrics.jsonl, TensorBoard, wandb, and a progress line. Process 0
-alone writes.
+"""Where the metrics of a run go: metrics.jsonl, TensorBoard, wandb, and a progress line. Only
+process 0 writes.
 
-A row of metrics.jsonl is one iteration: {"iteration": 3, "reward/mean": 0.51, ...}; a value that
-isn't finite is null there.
+A row of metrics.jsonl is one iteration: {"iteration": 3, "reward/mean": 0.51, ...}. A value that is
+not finite is null.
 """
 
 import json
@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import rich.progress
 from ml_collections import ConfigDict
+from rich.console import Console
 
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.settings import stored_config
@@ -29,8 +31,9 @@ Row = Mapping[str, Any]  # metric -> scalar
 
 
 def read(workdir: str | os.PathLike) -> list[Row]:
-  """Rows of a workdir's metrics.jsonl in order, null as NaN; [] where there is none. A last line
-  cut by a kill is left out.
+  """The rows of a workdir's metrics.jsonl in order, with NaN for null; [] where there is no file.
+
+  An incomplete last line, which a killed process leaves, is ignored.
   """
   path = Path(workdir) / FILE
   rows: list[Row] = []
@@ -44,7 +47,7 @@ def read(workdir: str | os.PathLike) -> list[Row]:
 
 
 def drop_from(workdir: str | os.PathLike, iteration: int) -> None:
-  """Drops the rows of this iteration and later ones, which a resumed run writes again."""
+  """Removes the rows of this iteration and later ones, which a resumed run writes again."""
   path = Path(workdir) / FILE
   if path.exists():
     partial = path.with_suffix(".tmp")
@@ -53,26 +56,25 @@ def drop_from(workdir: str | os.PathLike, iteration: int) -> None:
 
 
 def _line(row: Row) -> str:
-  return (
-    json.dumps({key: value if math.isfinite(value) else None for key, value in row.items()}) + "\n"
-  )
+  values = {key: value if math.isfinite(value) else None for key, value in row.items()}
+  return json.dumps(values) + "\n"
 
 
 # The writer
 
 
 class Writer:
-  """Writes one row an iteration to every place that the config asks for; on processes other than 0
-  it does nothing.
+  """Writes one row for each iteration to every place that the config turns on. Processes other than
+  0 write nothing.
 
   Args:
-    workdir: made where missing; rows of `first_iteration` and later that are there already are
-      dropped.
-    config: the run's; `logging.tensorboard` and `logging.wandb` are read.
-    first_iteration: the one this process starts with: 0, or where it resumes.
+    workdir: of the run; it is made if it is missing. Its rows of `first_iteration` and later ones
+      are removed.
+    config: of the run, with `logging.tensorboard` and `logging.wandb`.
+    first_iteration: the iteration with which this process starts.
 
   Raises:
-    ConfigError: wandb is asked for and not installed.
+    ConfigError: the config turns wandb on, and it is not installed.
   """
 
   def __init__(self, workdir: str | os.PathLike, config: ConfigDict, first_iteration: int = 0):
@@ -85,15 +87,21 @@ class Writer:
     drop_from(workdir, first_iteration)
     self._file = (Path(workdir) / FILE).open("a")
     if config.logging.tensorboard:
-      from tensorboardX import SummaryWriter
+      from tensorboardX import SummaryWriter  # with protobuf, for runs that turn it on
 
       self._tensorboard = SummaryWriter(
         str(Path(workdir) / "tensorboard"), purge_step=first_iteration
       )
 
   def write(self, iteration: int, values: Row) -> dict[str, float]:
-    """Writes a row and flushes it. Values are scalars, on a device or not. Returns the row as
-    floats, on every process.
+    """Writes a row and flushes it.
+
+    Args:
+      iteration: counted from 0.
+      values: scalars, on a device or on the host.
+
+    Returns:
+      The row as floats, on every process.
     """
     row = {key: float(value) for key, value in values.items()}
     if self._file is not None:
@@ -130,13 +138,10 @@ def _open_wandb(workdir: str | os.PathLike, config: ConfigDict) -> Any:
     ) from error
   Path(workdir).mkdir(parents=True, exist_ok=True)
   values = json.loads(stored_config.to_json(config))
-  run_id = (
-    f"{Path(workdir).name}-{stored_config.digest(config)}"  # a resumed run goes on in its own curve
-  )
   return wandb.init(
     project="dancegrpo_jax",
     name=config.name,
-    id=run_id,
+    id=f"{Path(workdir).name}-{stored_config.digest(config)}",  # a resumed run continues its curves
     resume="allow",
     dir=str(workdir),
     config=values,
@@ -147,33 +152,35 @@ def _open_wandb(workdir: str | os.PathLike, config: ConfigDict) -> Any:
 
 
 class Progress:
-  """A bar with iteration, reward, images/s and time left on a terminal; plain lines elsewhere, so
-  that a log file is readable.
+  """A bar with iteration, reward, samples/s and remaining time on a terminal. Elsewhere it prints
+  lines, so that a log file is readable.
 
   Args:
     total: iterations of the whole run.
-    first_iteration: where this process starts.
+    first_iteration: the iteration with which this process starts.
     stream: a text stream; sys.stdout by default.
   """
 
   def __init__(self, total: int, first_iteration: int = 0, stream: Any = None):
     self._total, self._stream = total, stream or sys.stdout
-    self._times = deque(
-      maxlen=21
-    )  # ends of the last iterations; the first one, which compiles, only starts the clock
-    self._quiet, self._bar = jax.process_index() != 0, None
-    if not self._quiet and self._stream.isatty():
+    # Ends of the last iterations. The duration of the first one, which compiles, is not measured.
+    self._times = deque(maxlen=21)
+    self._is_quiet, self._bar = jax.process_index() != 0, None
+    if not self._is_quiet and self._stream.isatty():
       self._bar, self._task = _open_bar(self._stream, total, first_iteration)
 
   def update(self, iteration: int, values: Row) -> None:
-    """Shows an iteration (counted from 0) that is done; reads `reward/mean` and
-    `images_per_second`.
+    """Shows an iteration that is done.
+
+    Args:
+      iteration: counted from 0.
+      values: its metrics, of which `reward/mean` and `images_per_second` are shown.
     """
     self._times.append(time.monotonic())
     status = self._status(iteration, values)
     if self._bar is not None:
       self._bar.update(self._task, completed=iteration + 1, status=status)
-    elif not self._quiet:
+    elif not self._is_quiet:
       print(f"iteration {iteration + 1}/{self._total}  {status}", file=self._stream, flush=True)
 
   def _status(self, iteration: int, values: Row) -> str:
@@ -182,32 +189,30 @@ class Progress:
       seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
       left = duration(seconds * (self._total - iteration - 1))
     reward, speed = values.get("reward/mean", math.nan), values.get("images_per_second", math.nan)
-    return f"reward {reward:.4f}  {speed:.1f} images/s  {left} left"
+    return f"reward {reward:.4f}  {speed:.1f} samples/s  {left} left"
 
   @property
   def is_live(self) -> bool:
-    """Whether a bar is there whose text can be changed as often as one likes."""
+    """Whether there is a bar, whose text may change often."""
     return self._bar is not None
 
   def status(self, text: str) -> None:
-    """What is going on before the first iteration: beside the bar, or a line."""
+    """Shows what happens before the first iteration: beside the bar, or as a line."""
     if self._bar is not None:
       self._bar.update(self._task, status=text)
-    elif not self._quiet:
+    elif not self._is_quiet:
       print(text, file=self._stream, flush=True)
 
   def message(self, text: str) -> None:
-    """A line above the bar."""
+    """Prints a line above the bar."""
     if self._bar is not None:
       self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-    elif not self._quiet:
+    elif not self._is_quiet:
       print(text, file=self._stream, flush=True)
 
   def warning(self, text: str) -> None:
-    """A line from whichever process has something to say, as a reward that failed there; any
-    thread.
-    """
-    if self._quiet:
+    """Prints a line from any process and any thread, as about a reward that has failed there."""
+    if self._is_quiet:
       print(f"process {jax.process_index()}: {text}", file=self._stream, flush=True)
     else:
       self.message(text)
@@ -223,39 +228,36 @@ class Progress:
     self.close()
 
 
-def _open_bar(stream: Any, total: int, first_iteration: int) -> tuple[Any, Any]:
-  from rich.console import Console
-  from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
-  from rich.progress import Progress as Bar
-
+def _open_bar(
+  stream: Any, total: int, first_iteration: int
+) -> tuple[rich.progress.Progress, rich.progress.TaskID]:
   columns = (
-    TextColumn("iteration"),
-    MofNCompleteColumn(),
-    BarColumn(bar_width=24),
-    TextColumn("{task.fields[status]}"),
+    rich.progress.TextColumn("iteration"),
+    rich.progress.MofNCompleteColumn(),
+    rich.progress.BarColumn(bar_width=24),
+    rich.progress.TextColumn("{task.fields[status]}"),
   )
-  bar = Bar(*columns, console=Console(file=stream))
+  bar = rich.progress.Progress(*columns, console=Console(file=stream))
   bar.start()
   return bar, bar.add_task("", total=total, completed=first_iteration, status="")
 
 
 def duration(seconds: float | int) -> str:
-  """A time for people: 4.2 s, 3 min 05 s, 2 h 10 min."""
+  """Seconds as text: 4.2 s, 3 min 05 s, 2 h 10 min."""
   if seconds < 60:
     return f"{seconds:.1f} s"
   minutes = int(seconds) // 60
-  return (
-    f"{minutes} min {int(seconds) % 60:02d} s"
-    if minutes < 60
-    else f"{minutes // 60} h {minutes % 60:02d} min"
-  )
+  if minutes < 60:
+    return f"{minutes} min {int(seconds) % 60:02d} s"
+  return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def gain(rows: Sequence[Row], key: str = "reward/mean") -> tuple[float, float, int]:
-  """Means of a metric over the first and the last n rows where it is finite, and n: 5, or fewer
-  where the run is short.
+  """How a metric has changed over a run.
 
-  (nan, nan, 0) where no row has it.
+  Returns:
+    Its means over the first n and the last n rows where it is finite, and n, which is 5 or, in a
+    short run, less. (nan, nan, 0) where no row has it.
   """
   values = [row[key] for row in rows if math.isfinite(row.get(key, math.nan))]
   count = min(5, max(1, len(values) // 2)) if values else 0
@@ -265,11 +267,9 @@ def gain(rows: Sequence[Row], key: str = "reward/mean") -> tuple[float, float, i
 
 
 def last_line(workdir: str | os.PathLike, report: str | os.PathLike | None = None) -> str:
-  """The line that ends a run: what was gained, and where to look."""
+  """The line at the end of a run: how the reward has changed, and where the report is."""
   first, last, count = gain(read(workdir))
-  what = (
-    f"reward/mean: {first:.4f} -> {last:.4f} (first and last {count} iterations)"
-    if count
-    else "no iteration was run"
-  )
-  return f"{what}; report: {report}" if report else what
+  line = "no iteration was run"
+  if count:
+    line = f"reward/mean: {first:.4f} -> {last:.4f} (first and last {count} iterations)"
+  return f"{line}; report: {report}" if report else line

@@ -1,10 +1,12 @@
-"""report.html of a workdir: one file, readable offline, without scripts.
+"""Writes report.html of a workdir: one file that can be read offline and has no scripts.
 
-It is made from what lies in the workdir, so that it can be made again at any time:
+It is made from these files of the workdir, so it can be made again at any time:
 
     config.json  metrics.jsonl  environment.json
-    samples/iteration_000010/00.png ... prompts.json      {"prompts", "scores", "held_out": scores}; 0 is the base
-    samples/extremes_000010/best.png worst.png scores.json   {"prompt": ..., "best": score, "worst": score}
+    samples/iteration_000010/00.png ... prompts.json  (iteration 0 is the base model)
+      {"prompts": texts, "scores": numbers, "held_out": numbers}
+    samples/extremes_000010/best.png worst.png scores.json
+      {"prompt": text, "best": number, "worst": number}
 """
 
 import base64
@@ -15,9 +17,13 @@ import os
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+import jinja2
 import numpy as np
+from markupsafe import Markup
+from PIL import Image
 
 from dancegrpo_jax.report import images, metrics
 from dancegrpo_jax.report.charts import Band, Series, chart, number
@@ -25,49 +31,59 @@ from dancegrpo_jax.settings import stored_config
 
 FILE = "report.html"
 _TEMPLATE = Path(__file__).with_name("template.html")
-_MAX_COLUMNS, _MAX_PAIRS = 8, 4
+_MAX_COLUMNS = 8  # of the grid of samples
+_MAX_PAIRS = 4  # of a best and a worst sample
 _THUMBNAIL = 224  # pixels; larger images are embedded at this width, as JPEG
 
 Workdir = str | os.PathLike
-_PARTS = ("encode", "rollout", "decode", "reward", "update")
-# Small charts: title, unit, metrics (label, key). Those whose metrics a run doesn't have are left
-# out.
-_SMALL = (
-  ("Fixed prompts", "mean score, deterministic sampler", (("training", "samples/score"),)),
-  ("Spread within groups", "mean std of rewards", (("std", "group/std_mean"),)),
-  ("Clipped", "share of transitions", (("clipped", "clip_fraction"),)),
-  ("Dropped", "share of transitions", (("dropped", "drop_fraction"),)),
-  ("Divergence", "mean, nats a latent dimension", (("from the old policy", "policy_kl"),)),
-  (
+
+
+class SmallChart(NamedTuple):
+  """A small chart: its title, the unit of its values, and its metrics by their labels."""
+
+  title: str
+  unit: str
+  metrics: dict[str, str]
+
+
+# A chart is left out if the run has none of its metrics.
+_SMALL_CHARTS = (
+  SmallChart("Spread within groups", "mean std of rewards", {"std": "group/std_mean"}),
+  SmallChart("Clipped", "share of transitions", {"clipped": "clip_fraction"}),
+  SmallChart("Dropped", "share of transitions", {"dropped": "drop_fraction"}),
+  SmallChart("Divergence", "mean, nats a latent dimension", {"from the old policy": "policy_kl"}),
+  SmallChart(
     "KL",
     "nats, as the log-prob is reduced",
-    (("to the iteration's start", "approx_kl"), ("to the initial model", "kl")),
+    {"to the iteration's start": "approx_kl", "to the initial model": "kl"},
   ),
-  ("Gradient", "global norm before clipping", (("norm", "grad_norm"),)),
-  ("Learning rate", "", (("rate", "learning_rate"),)),
-  (
+  SmallChart("Gradient", "global norm before clipping", {"norm": "grad_norm"}),
+  SmallChart("Learning rate", "", {"rate": "learning_rate"}),
+  SmallChart(
     "Drift before the first update",
     "largest |ratio - 1|; 0 is exact",
-    (("drift", "ratio/drift_max"),),
+    {"drift": "ratio/drift_max"},
   ),
-  ("Advantage", "mean |A|", (("mean |A|", "advantage/abs_mean"),)),
-  (
+  SmallChart("Advantage", "mean |A|", {"mean |A|": "advantage/abs_mean"}),
+  SmallChart(
     "Failed or flat",
     "share",
-    (("rewards that failed", "reward/failed"), ("groups without spread", "group/zero_variance")),
+    {"rewards that failed": "reward/failed", "groups without spread": "group/zero_variance"},
   ),
-  ("Time of an iteration", "seconds", tuple((part, f"time/{part}") for part in _PARTS)),
-  ("Speed", "images a second", (("images", "images_per_second"),)),
+  SmallChart(
+    "Time of an iteration",
+    "seconds",
+    {part: f"time/{part}" for part in ("encode", "rollout", "decode", "reward", "update")},
+  ),
+  SmallChart("Speed", "samples a second", {"samples": "images_per_second"}),
 )
 
 
-# What the loop writes
+# Files of the training loop
 
 
 def save_environment(workdir: Workdir) -> None:
   """Writes environment.json: versions and devices of this process."""
-  import jax
-
   devices = jax.devices()
   values = {
     "jax": jax.__version__,
@@ -89,19 +105,27 @@ def save_samples(
   scores: Sequence[float] | np.ndarray,
   held_out: Sequence[float] | np.ndarray = (),
 ) -> Path:
-  """Writes the samples of the fixed prompts `[batch, height, width, 3]` after `iteration`
-  iterations (0: the base model's).
+  """Writes samples of the fixed prompts.
 
-  `held_out` are scores of other prompts, which training never sees; their samples aren't kept.
+  Args:
+    workdir: of the run.
+    iteration: how many iterations were done; 0 is the base model.
+    pixels: `[batch, height, width, 3]` in [0, 1].
+    prompts: their prompts.
+    scores: their scores.
+    held_out: scores of prompts that are never trained on. Their samples are not written.
+
+  Returns:
+    The folder.
   """
   folder = Path(workdir) / "samples" / f"iteration_{iteration:06d}"
   images.save_images(folder, pixels)
-  # last, so that a folder with prompts.json is whole
   values = {
     "prompts": list(prompts),
     "scores": list(map(_json, scores)),
     "held_out": list(map(_json, held_out)),
   }
+  # Written last: a folder that has this file is complete.
   _write_text(folder / "prompts.json", json.dumps(values))
   return folder
 
@@ -115,7 +139,11 @@ def save_extremes(
   best_score: float,
   worst_score: float,
 ) -> Path:
-  """Writes the best and the worst sample `[height, width, 3]` of one group of an iteration."""
+  """Writes the best and the worst sample of one group of an iteration, `[height, width, 3]`.
+
+  Returns:
+    The folder.
+  """
   folder = Path(workdir) / "samples" / f"extremes_{iteration:06d}"
   images.save(folder / "best.png", best)
   images.save(folder / "worst.png", worst)
@@ -125,12 +153,10 @@ def save_extremes(
 
 
 def write(workdir: Workdir) -> Path:
-  """Writes <workdir>/report.html from what is there, and returns its path. Missing parts are left
-  out of the page.
-  """
-  import jinja2
-  from markupsafe import Markup
+  """Writes report.html of a workdir and returns its path.
 
+  Parts for which there are no files yet are left out of the page.
+  """
   workdir = Path(workdir)
   config = _read_json(workdir / "config.json")
   rows = metrics.read(workdir)
@@ -160,10 +186,8 @@ def write(workdir: Workdir) -> Path:
 def _subtitle(config: Mapping[str, Any]) -> str:
   fields = stored_config.flatten(dict(config))
   family, kind = fields.get("model.family", "?").replace("_", " "), fields.get("sampler.kind", "?")
-  group, prompts = (
-    fields.get("rollout.samples_per_prompt", "?"),
-    fields.get("data.prompts_per_iteration", "?"),
-  )
+  group = fields.get("rollout.samples_per_prompt", "?")
+  prompts = fields.get("data.prompts_per_iteration", "?")
   steps = fields.get("sampler.steps", "?")
   batch = f"{prompts} prompts × {group} samples an iteration, {steps} steps of the {kind} sampler"
   algorithm = fields.get("objective.kind", "grpo").upper()
@@ -171,35 +195,26 @@ def _subtitle(config: Mapping[str, Any]) -> str:
 
 
 def _tiles(rows: Sequence[metrics.Row], config: Mapping[str, Any]) -> list[dict[str, str]]:
-  """Figures at the top: what was gained, how far the run is, how long it took."""
+  """The numbers at the top: the change of the reward, the progress of the run, and its time."""
+  tiles = []
   first, last, count = metrics.gain(rows)
-  total = config.get("iterations", "?")
-  tiles = [{"value": f"{len(rows)} of {total}", "label": "iterations", "kind": ""}]
   if count:
     gained = last - first
+    kind = "up" if gained > 0 else "down"
+    tiles.append({"value": f"{gained:+.4f}", "label": "reward gained", "kind": kind})
     spread = f"mean of {count} iterations" if count > 1 else "one iteration"
-    tiles.insert(
-      0,
-      {"value": f"{gained:+.4f}", "label": "reward gained", "kind": "up" if gained > 0 else "down"},
-    )
-    tiles.insert(
-      1,
-      {
-        "value": f"{first:.4f} → {last:.4f}",
-        "label": f"reward, first and last ({spread})",
-        "kind": "",
-      },
-    )
+    label = f"reward, first and last ({spread})"
+    tiles.append({"value": f"{first:.4f} → {last:.4f}", "label": label, "kind": ""})
+  done = f"{len(rows)} of {config.get('iterations', '?')}"
+  tiles.append({"value": done, "label": "iterations", "kind": ""})
   seconds = sum(value for value in _column(rows, "time/total") if math.isfinite(value))
   if seconds:
-    tiles.append(
-      {"value": metrics.duration(seconds), "label": "time of the iterations", "kind": ""}
-    )
+    value = metrics.duration(seconds)
+    tiles.append({"value": value, "label": "time of the iterations", "kind": ""})
   skipped = rows[-1].get("optimizer/skipped_total", 0) if rows else 0
   if skipped > 0:
-    tiles.append(
-      {"value": f"{skipped:g}", "label": "optimizer steps skipped (not finite)", "kind": "down"}
-    )
+    label = "optimizer steps skipped (not finite)"
+    tiles.append({"value": f"{skipped:g}", "label": label, "kind": "down"})
   return tiles
 
 
@@ -208,23 +223,24 @@ def _column(rows: Sequence[metrics.Row], key: str) -> list[float]:
 
 
 def _large(rows: Sequence[metrics.Row], config: Mapping[str, Any]) -> list[str]:
-  """Reward and ratio, with their spread."""
+  """Charts of reward and ratio, with their spread."""
   x = [row["iteration"] for row in rows]
   mean, std = _column(rows, "reward/mean"), _column(rows, "reward/std")
-  spread = Band(
-    "± 1 std of the samples", [m - s for m, s in zip(mean, std)], [m + s for m, s in zip(mean, std)]
+  low = [m - s for m, s in zip(mean, std)]
+  high = [m + s for m, s in zip(mean, std)]
+  bands = (
+    Band("± 1 std of the samples", low, high),
+    Band("least to greatest", _column(rows, "reward/min"), _column(rows, "reward/max"), weak=True),
   )
-  extent = Band(
-    "least to greatest", _column(rows, "reward/min"), _column(rows, "reward/max"), weak=True
-  )
-  reward = chart("Reward", _terms(config), x, [Series("mean", mean)], [spread, extent])
+  reward = chart("Reward", _terms(config), x, [Series("mean", mean)], bands)
   line = Series("mean", _column(rows, "ratio/mean"), 2)
-  extent = Band("least to greatest", _column(rows, "ratio/min"), _column(rows, "ratio/max"), 2)
-  ratio = chart("Importance ratio", "new / old probability of a step", x, [line], [extent])
+  band = Band("least to greatest", _column(rows, "ratio/min"), _column(rows, "ratio/max"), 2)
+  ratio = chart("Importance ratio", "new / old probability of a step", x, [line], [band])
   return [figure for figure in (reward, ratio) if figure]
 
 
 def _terms(config: Mapping[str, Any]) -> str:
+  """The reward as text, as "clip + 0.5 hps"."""
   return " + ".join(
     f"{weight:g} {name}" if weight != 1 else name
     for name, weight in config.get("reward", {}).get("terms", ())
@@ -232,30 +248,33 @@ def _terms(config: Mapping[str, Any]) -> str:
 
 
 def _small(rows: Sequence[metrics.Row], sampled: list[dict[str, Any]]) -> list[str]:
-  figures = []
-  for title, unit, columns in _SMALL:
-    if columns[0][1] == "samples/score":
-      x = [entry["iteration"] for entry in sampled]
-      lines = [
-        Series(label, [_mean(entry.get(key, ())) for entry in sampled], color)
-        for color, (label, key) in enumerate((("training", "scores"), ("held out", "held_out")), 1)
-        if any(entry.get(key) for entry in sampled)
-      ]
-    else:
-      x = [row["iteration"] for row in rows]
-      # NaN and 0 everywhere is a part that is off (a KL without weight); a chart of nothing else
-      # shows its first
-      present = [
-        (label, key)
-        for label, key in columns
-        if any(value for value in _column(rows, key) if math.isfinite(value))
-      ]
-      present = present or list(columns[:1])
-      lines = [
-        Series(label, _column(rows, key), color) for color, (label, key) in enumerate(present, 1)
-      ]
+  """The small charts for which there is anything to show."""
+  x = [row["iteration"] for row in rows]
+  figures = [_fixed_prompts(sampled)]
+  for title, unit, keys in _SMALL_CHARTS:
+    # A metric that is always NaN or 0 belongs to a part that is turned off, as a KL penalty without
+    # weight. If all metrics of a chart are so, it shows the first.
+    columns = {label: _column(rows, key) for label, key in keys.items()}
+    used = [label for label, column in columns.items() if any(map(_is_used, column))]
+    labels = used or list(columns)[:1]
+    lines = [Series(label, columns[label], color) for color, label in enumerate(labels, 1)]
     figures.append(chart(title, unit, x, lines))
   return [figure for figure in figures if figure]
+
+
+def _is_used(value: float) -> bool:
+  return math.isfinite(value) and value != 0
+
+
+def _fixed_prompts(sampled: list[dict[str, Any]]) -> str:
+  """The chart of the scores of the fixed prompts."""
+  x = [entry["iteration"] for entry in sampled]
+  lines = [
+    Series(label, [_mean(entry.get(key, ())) for entry in sampled], color)
+    for label, key, color in (("training", "scores", 1), ("held out", "held_out", 2))
+    if any(entry.get(key) for entry in sampled)
+  ]
+  return chart("Fixed prompts", "mean score, deterministic sampler", x, lines)
 
 
 def _mean(scores: Sequence[float | None]) -> float:
@@ -264,23 +283,28 @@ def _mean(scores: Sequence[float | None]) -> float:
 
 
 def _sampled(workdir: Path) -> list[dict[str, Any]]:
-  """The sample folders that are whole, by iteration: {"iteration", "folder", "prompts",
-  "scores"}.
+  """The complete folders of samples, by iteration.
+
+  Returns:
+    Dicts with "iteration", "folder", and the content of prompts.json.
   """
-  entries = []
-  for file in sorted((workdir / "samples").glob("iteration_*/prompts.json")):
-    entries.append(
-      {
-        "iteration": int(file.parent.name.rpartition("_")[2]),
-        "folder": file.parent,
-        **_read_json(file),
-      }
-    )
+  files = (workdir / "samples").glob("iteration_*/prompts.json")
+  entries = [
+    {"iteration": _iteration(file.parent), "folder": file.parent, **_read_json(file)}
+    for file in files
+  ]
   return sorted(entries, key=lambda entry: entry["iteration"])
 
 
+def _iteration(folder: Path) -> int:
+  """The iteration in a folder's name."""
+  return int(folder.name.rpartition("_")[2])
+
+
 def _grid(sampled: list[dict[str, Any]]) -> dict[str, Any]:
-  """Rows of prompts, columns of times: the first, the last, and some between them."""
+  """The grid of samples: a row for each prompt, and a column for the first iteration, the last one,
+  and some between them.
+  """
   shown = _spaced(sampled, _MAX_COLUMNS)
   names = [
     "base" if entry["iteration"] == 0 else f"iteration {entry['iteration']}" for entry in shown
@@ -290,20 +314,17 @@ def _grid(sampled: list[dict[str, Any]]) -> dict[str, Any]:
     cells = []
     for column, entry in zip(names, shown):
       files = sorted(entry["folder"].glob("*.png"))
-      same = (
-        index < len(files) and entry["prompts"][index] == prompt
-      )  # evaluation.prompts may change on resume
-      cells.append(
-        {
-          "column": column,
-          **_cell(files[index] if same else None, entry["scores"][index] if same else None),
-        }
-      )
+      cell = _EMPTY_CELL
+      # A resumed run may have other prompts, because evaluation.prompts may change.
+      if index < len(files) and entry["prompts"][index] == prompt:
+        cell = _cell(files[index], entry["scores"][index])
+      cells.append({"column": column, **cell})
     rows.append({"prompt": prompt, "cells": cells})
   return {"columns": names, "rows": rows, "base": bool(shown) and shown[0]["iteration"] == 0}
 
 
 def _extremes(workdir: Path) -> list[dict[str, Any]]:
+  """Pairs of a best and a worst sample."""
   files = sorted((workdir / "samples").glob("extremes_*/scores.json"))
   pairs = []
   for file in _spaced(files, _MAX_PAIRS):
@@ -312,21 +333,25 @@ def _extremes(workdir: Path) -> list[dict[str, Any]]:
       {"name": name, **_cell(file.parent / f"{name}.png", scores[name])}
       for name in ("best", "worst")
     ]
-    iteration = int(file.parent.name.rpartition("_")[2])
-    pairs.append({"title": f"iteration {iteration}", "prompt": scores["prompt"], "sides": sides})
+    title = f"iteration {_iteration(file.parent)}"
+    pairs.append({"title": title, "prompt": scores["prompt"], "sides": sides})
   return pairs
 
 
 def _spaced(items: Sequence[Any], most: int) -> list[Any]:
-  """At most `most` items, evenly spaced, the first and the last among them."""
+  """At most `most` of the items, evenly spaced, with the first and the last."""
   if len(items) <= most:
     return list(items)
   return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
 
 
-def _cell(file: Path | None, score: float | int | None) -> dict[str, str]:
-  if file is None or not file.exists():
-    return {"image": "", "kind": "", "score": ""}
+_EMPTY_CELL = {"image": "", "kind": "", "score": ""}
+
+
+def _cell(file: Path, score: float | int | None) -> dict[str, str]:
+  """An image and its score, which is None if the reward has failed."""
+  if not file.exists():
+    return _EMPTY_CELL
   uri, small = _data_uri(file)
   return {
     "image": uri,
@@ -337,8 +362,6 @@ def _cell(file: Path | None, score: float | int | None) -> dict[str, str]:
 
 def _data_uri(file: Path) -> tuple[str, bool]:
   """The image as a data URI, and whether it is so small that the page enlarges it."""
-  from PIL import Image
-
   with Image.open(file) as image:
     width = image.width
     if width <= _THUMBNAIL:
@@ -351,6 +374,7 @@ def _data_uri(file: Path) -> tuple[str, bool]:
 
 
 def _summary(rows: Sequence[metrics.Row]) -> list[dict[str, Any]]:
+  """First, last, least and greatest value of every metric."""
   keys = dict.fromkeys(key for row in rows for key in row if key != "iteration")
   table = []
   for key in keys:
@@ -364,16 +388,18 @@ def _summary(rows: Sequence[metrics.Row]) -> list[dict[str, Any]]:
 
 
 def _json(score: Any) -> float | None:
-  """A score for JSON, which has no NaN: a failed one is null."""
+  """A score for JSON, which has no NaN: None for a failed one."""
   value = float(score)
   return value if math.isfinite(value) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:
+  """The content of a file, {} if there is none."""
   return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _write_text(path: Path, text: str) -> None:
+  """Writes a file that appears whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(f".{path.name}.partial")
   partial.write_text(text, encoding="utf-8")

@@ -1,8 +1,7 @@
-"""LAION's aesthetic predictor v2: a linear score of CLIP ViT-L/14's image embedding, about 1 to 10,
-not clipped.
+"""LAION's aesthetic predictor v2: a linear score of the image embedding of CLIP ViT-L/14.
 
-Published as sac+logos+ava1-l14-linearMSE.pth
-(https://github.com/christophschuhmann/improved-aesthetic-predictor).
+The score is from about 1 to 10 and is not clipped. The head is published as
+sac+logos+ava1-l14-linearMSE.pth (https://github.com/christophschuhmann/improved-aesthetic-predictor).
 """
 
 from pathlib import Path
@@ -37,14 +36,14 @@ from dancegrpo_jax.types import Media, PyTree
 
 
 def points(name: str, checkpoint: Checkpoint, head: str, networks: Networks) -> Reward:
-  """The predictor as the term `name`.
+  """The predictor as a reward with one term.
 
   Args:
-    name: of the reward and its one term.
-    checkpoint: the CLIP whose image embeddings the head was trained on: openai's ViT-L/14.
-    head: location of the head's weights.
-    networks: how the towers are built. The head, of which a mean squared error in points is asked,
-      is float32.
+    name: the name of the reward and of its term.
+    checkpoint: the CLIP whose image embeddings the head was trained on, which is openai's ViT-L/14.
+    head: the location of the head's weights.
+    networks: how CLIP's towers are built. The head is always float32, because the points that it
+      computes must be exact.
   """
   network, clip = network_of(checkpoint, networks)
   width = jax.ShapeDtypeStruct((1, network.projection_dim), jnp.float32)
@@ -52,8 +51,9 @@ def points(name: str, checkpoint: Checkpoint, head: str, networks: Networks) -> 
 
   def score(params: PyTree, media: Media, features: PyTree) -> dict[str, Float[Array, "b"]]:
     del features
-    ready = preprocess(images(name, media), checkpoint.preprocessing)
-    embedding = normalise(network.apply({"params": params["clip"]}, ready, method="image_features"))
+    pixels = preprocess(images(name, media), checkpoint.preprocessing)
+    embedding = network.apply({"params": params["clip"]}, pixels, method="image_features")
+    embedding = normalise(embedding)
     return {name: Head().apply({"params": params["head"]}, embedding)}
 
   return Reward(
@@ -71,7 +71,7 @@ def points(name: str, checkpoint: Checkpoint, head: str, networks: Networks) -> 
 
 
 def build(name: str, section: ConfigDict, files: Files, networks: Networks) -> Reward:
-  """The predictor as the term `name`; the section has `checkpoint` and `head`."""
+  """The predictor; its section has `checkpoint` and `head`."""
   checkpoint = find_checkpoint("reward.aesthetic.checkpoint", section.checkpoint, files)
   head = section.head
   if not is_random(head):
@@ -80,10 +80,10 @@ def build(name: str, section: ConfigDict, files: Files, networks: Networks) -> R
 
 
 def blank(section: ConfigDict, describe: Describe, published: Path) -> dict[str, Any]:
-  """The section with random weights."""
+  """The fields with which weights are random."""
   del published
-  place = describe_checkpoint("reward.aesthetic.checkpoint", section.checkpoint, describe)
-  return {"checkpoint": place, "head": RANDOM}
+  location = describe_checkpoint("reward.aesthetic.checkpoint", section.checkpoint, describe)
+  return {"checkpoint": location, "head": RANDOM}
 
 
 KIND = RewardKind(build=build, section="aesthetic", blank=blank)

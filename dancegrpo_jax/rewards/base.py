@@ -1,4 +1,4 @@
-"""The protocol of a reward: prompts become features once, then media and features become scores."""
+"""The interface of a reward: from prompts to features, and from media and features to scores."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,24 +13,24 @@ from dancegrpo_jax.types import Media, PyTree
 
 
 class Reward(NamedTuple):
-  """A reward. One row a sample everywhere; a score is NaN where it failed.
+  """A reward. All arrays have one row a sample; a score that could not be computed is NaN.
 
   Attributes:
-    name: as the config names it.
+    name: its name in the config.
     kind: "device" (traced into a program, sharded over the batch) or "host" (NumPy, called in a
       thread).
-    terms: names of its scores: its own name, or "name/part" each. A host reward that fails is NaN
-      in all of them.
-    score: device: `(params, media, features) -> {term: f32[b]}`; host: `(media of NumPy, examples)
-      -> {term: f32[b]}`.
-    prepare: device rewards: `(examples) -> NumPy pytree` with one row an example, on the host. It
-      gets blank examples too (prompt "", no metadata), from whose shapes programs are compiled.
-    features: device rewards: `(params, prepared) -> pytree` with one row an example, computed once
-      a prompt.
-    components: what `params` consists of, {} for nothing; a `Component.folder` here is the whole
-      location.
-    embed: `(params, media) -> f32[b, d]` of length 1, where the reward has an embedding of samples:
-      `evaluate` measures retrieval and diversity with it.
+    terms: the names of its scores: `name`, or "name/part" each. If a host reward fails, all of them
+      are NaN.
+    score: for a device reward, `(params, media, features) -> {term: f32[b]}`; for a host reward,
+      `(media of NumPy, examples) -> {term: f32[b]}`.
+    prepare: for a device reward, `(examples) -> NumPy pytree` with one row an example, on the host.
+      It gets blank examples too (prompt "", no metadata), from whose shapes programs are compiled.
+    features: for a device reward, `(params, prepared) -> pytree` with one row an example, computed
+      once a prompt.
+    components: the networks whose parameters `params` holds; {} for none. `Component.folder` is the
+      whole location here.
+    embed: `(params, media) -> f32[b, d]`, embeddings of length 1, or None. `evaluate` measures
+      retrieval and diversity with them.
   """
 
   name: str
@@ -44,14 +44,16 @@ class Reward(NamedTuple):
 
 
 class Files(NamedTuple):
-  """How a reward gets at its files; the assembly fetches and reads them.
+  """The functions with which a reward reads its files. The assembly provides them.
+
+  `field` below is the field of the config, for messages, and `source` its value.
 
   Attributes:
-    folder: `(field, source, layout) -> Path`: the local folder of a checkpoint, fetched from the
-      hub where it must be. `field` is that of the config, for messages.
-    file: `(field, source) -> Path`: a local weight file, or a folder with one.
-    json: `(folder, name) -> dict` of a JSON file.
-    tokenizer: `(field, source, network's config.json) -> tokenizer`, texts -> ids.
+    folder: `(field, source, layout) -> Path`, the local folder of a checkpoint, which is fetched
+      from the hub if necessary.
+    file: `(field, source) -> Path`, a local weight file, or a folder with one.
+    json: `(folder, name) -> dict`, a parsed JSON file.
+    tokenizer: `(field, source, network's config.json) -> tokenizer`, a function from texts to ids.
   """
 
   folder: Callable[[str, str, Layout], Path]
@@ -61,12 +63,12 @@ class Files(NamedTuple):
 
 
 class Networks(NamedTuple):
-  """How the rewards' networks are built, which config.model says for all networks.
+  """How the networks of rewards are built, from the config's section `model`.
 
   Attributes:
-    dtype: stored and computed.
-    attention: see `models.attention.attention`.
-    scan_layers: stack the layers.
+    dtype: the dtype that they are stored and computed in.
+    attention: the implementation, see `models.attention.attention`.
+    scan_layers: whether the weights of the layers are stacked.
   """
 
   dtype: str
@@ -78,24 +80,26 @@ Describe = Callable[[str, str, Layout], str]  # (field, source, layout) -> "rand
 
 
 def nothing_to_blank(section: ConfigDict, describe: Describe, published: Path) -> dict[str, Any]:
-  """For rewards without weights."""
+  """`RewardKind.blank` of rewards without weights."""
   del section, describe, published
   return {}
 
 
 class RewardKind(NamedTuple):
-  """A kind of reward. rewards/kinds.py lists those of this package; a config may name another one
-  as "module:object" in reward.terms.
+  """A kind of reward.
+
+  rewards/kinds.py lists the kinds of this package. A config may name another one as "module:object"
+  in reward.terms.
 
   Attributes:
-    build: `(name, section, files, networks) -> Reward`. ValueError or FileNotFoundError where a
-      file or a value can't be used.
-    section: the section of config.reward that it reads; "" for none, and `build` then gets an empty
-      one.
-    blank: `(section, describe, published) -> fields` of the section with which nothing but JSON
-      files is read and weights are random: what `plan` compiles. `describe` finds the JSON files of
-      a checkpoint, `published` is the folder of those that this package brings.
-    networks: its networks by their class in PyTorch.
+    build: `(name, section, files, networks) -> Reward`. It raises ValueError or FileNotFoundError
+      where a file or a value can't be used.
+    section: the section of config.reward that it reads. "" means none, and `build` then gets an
+      empty section.
+    blank: `(section, describe, published) -> fields`. `plan` sets these fields of the section,
+      after which weights are random and only JSON files are read. `describe` finds the JSON files
+      of a checkpoint; `published` is the folder with those that come with this package.
+    networks: its networks, by their class in PyTorch.
   """
 
   build: Callable[[str, ConfigDict, Files, Networks], Reward]
@@ -105,13 +109,17 @@ class RewardKind(NamedTuple):
 
 
 def no_features(params: PyTree, prepared: PyTree) -> PyTree:
-  """For rewards that need nothing of the prompt."""
+  """`Reward.features` of rewards that don't depend on the prompt."""
   del params
   return prepared
 
 
 def images(name: str, media: Media) -> Float[Array | np.ndarray, "b h w 3"]:
-  """The pixels of a reward of single images. ValueError: a video."""
+  """The pixels, for a reward of single images.
+
+  Raises:
+    ValueError: the media are videos.
+  """
   if media.pixels.ndim != 4:
     raise ValueError(
       f"reward {name} scores images, not video: its pixels are {list(media.pixels.shape)}"

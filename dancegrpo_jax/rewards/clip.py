@@ -1,8 +1,7 @@
-"""CLIP score: cosine between image and prompt embeddings, by a checkpoint in transformers' or in
-open_clip's layout.
+"""The CLIP score: the cosine between the embeddings of image and prompt.
 
-`cosine` also makes what differs from it in weights and preprocessing alone: HPS-v2.1 (hps.py) and
-PickScore (pickscore.py).
+Checkpoints are in the layout of transformers or of open_clip. `cosine` builds HPS-v2.1 (hps.py) and
+PickScore (pickscore.py) too, which differ in weights and preprocessing only.
 """
 
 from collections.abc import Callable
@@ -38,25 +37,25 @@ from dancegrpo_jax.rewards.preprocess import (
 from dancegrpo_jax.types import Example, Media, PyTree
 
 OPEN_CLIP_FILE = "open_clip_config.json"
-# Beside open_clip's own file may lie the same weights with transformers' names.
+# The folder may hold the same weights with transformers' names too, so open_clip's come first.
 OPEN_CLIP_WEIGHTS = (
   "open_clip_model.safetensors",
   "open_clip_pytorch_model.safetensors",
   "open_clip_pytorch_model.bin",
 )
 FILES = {"clip": "config.json", "preprocessor": "preprocessor_config.json"}
-TRANSFORMERS = layout_of(FILES, {})  # its tokenizer may come from another place
+TRANSFORMERS = layout_of(FILES, {})  # without a tokenizer, which may come from another place
 OPEN_CLIP_LAYOUT = Layout(files={"clip": OPEN_CLIP_FILE}, tokenizers={}, networks=("",))
 
 
 class Checkpoint(NamedTuple):
-  """A two-tower checkpoint, not yet read.
+  """A checkpoint with two towers, before its weights are read.
 
   Attributes:
-    location: of its weights: a folder, a file, or "random:..." (weights are drawn).
-    table: which tensors are which parameters.
-    config: the network, as a CLIPModel config.json says it.
-    preprocessing: of its images.
+    location: where its weights are: a folder, a file, or "random:..." for random ones.
+    table: the parameters that the tensors of the files become.
+    config: the network, in the form of a CLIPModel's config.json.
+    preprocessing: how its images are prepared.
   """
 
   location: str
@@ -66,8 +65,10 @@ class Checkpoint(NamedTuple):
 
 
 def transformers_checkpoint(location: str, jsons: dict[str, dict]) -> Checkpoint:
-  """openai/clip-vit-large-patch14 and its kind. ValueError: a preprocessing that is not
-  implemented.
+  """A checkpoint like openai/clip-vit-large-patch14.
+
+  Raises:
+    ValueError: its preprocessing is not implemented.
   """
   config = jsons["clip"]
   size = Clip.from_json(config).vision_model.image_size
@@ -80,8 +81,10 @@ def transformers_checkpoint(location: str, jsons: dict[str, dict]) -> Checkpoint
 
 
 def open_clip_checkpoint(location: str, config: dict[str, Any]) -> Checkpoint:
-  """DFN5B, LAION and their kind, from open_clip_config.json. ValueError: a network that is not
-  implemented.
+  """A checkpoint like DFN5B's and LAION's, from its open_clip_config.json.
+
+  Raises:
+    ValueError: its network is not implemented.
   """
   return Checkpoint(
     location=location,
@@ -91,7 +94,8 @@ def open_clip_checkpoint(location: str, config: dict[str, Any]) -> Checkpoint:
   )
 
 
-# What open_clip's `model_cfg` and its towers may say, with open_clip's defaults; None has none.
+# The keys of open_clip's `model_cfg` and of its towers, with open_clip's defaults. None means that
+# there is no default.
 _MODEL = {"embed_dim": None, "quick_gelu": False, "vision_cfg": None, "text_cfg": None}
 _VISION = {
   "image_size": 224,
@@ -111,59 +115,67 @@ _TEXT = {
 }
 
 
-def _fields(name: str, given: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-  """`given` over the defaults. ValueError: a field that no code here reads, so that the network
-  would be another one.
+def _fields(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+  """The section `name` with defaults for the keys that it leaves out.
+
+  Raises:
+    ValueError: a key is missing, or is not supported, which would change the network.
   """
-  unknown = sorted(set(given) - set(known))
-  missing = sorted(key for key, value in known.items() if value is None and key not in given)
-  if unknown or missing:
-    what = []
-    if unknown:
-      what.append(f"not supported: {', '.join(unknown)}")
-    if missing:
-      what.append(f"missing: {', '.join(missing)}")
-    raise ValueError(f"open_clip_config.json, {name}: {'; '.join(what)}")
-  return known | given
+  unknown = sorted(set(given) - set(defaults))
+  missing = sorted(key for key, value in defaults.items() if value is None and key not in given)
+  problems = [f"not supported: {', '.join(unknown)}"] if unknown else []
+  problems += [f"missing: {', '.join(missing)}"] if missing else []
+  if problems:
+    raise ValueError(f"open_clip_config.json, {name}: {'; '.join(problems)}")
+  return defaults | given
 
 
 def clip_config(model_cfg: dict[str, Any]) -> dict[str, Any]:
-  """The CLIPModel config.json of the network that open_clip's `model_cfg` describes. ValueError:
-  not implemented.
+  """The config.json of a CLIPModel for the network that open_clip's `model_cfg` describes.
+
+  Raises:
+    ValueError: the network is not implemented.
   """
   model = _fields("model_cfg", model_cfg, _MODEL)
   vision = _fields("vision_cfg", model["vision_cfg"], _VISION)
   text = _fields("text_cfg", model["text_cfg"], _TEXT)
 
   def tower(cfg: dict[str, Any], heads: int) -> dict[str, Any]:
-    width, act = cfg["width"], "quick_gelu" if model["quick_gelu"] else "gelu"
     return {
-      "hidden_size": width,
-      "intermediate_size": int(width * cfg["mlp_ratio"]),
+      "hidden_size": cfg["width"],
+      "intermediate_size": int(cfg["width"] * cfg["mlp_ratio"]),
       "num_hidden_layers": cfg["layers"],
       "num_attention_heads": heads,
-      "hidden_act": act,
+      "hidden_act": "quick_gelu" if model["quick_gelu"] else "gelu",
       "layer_norm_eps": 1e-5,
     }
 
   return {
     "projection_dim": model["embed_dim"],
-    "vision_config": tower(vision, vision["width"] // vision["head_width"])
-    | {"image_size": vision["image_size"], "patch_size": vision["patch_size"], "num_channels": 3},
-    "text_config": tower(text, text["heads"])
-    | {"vocab_size": text["vocab_size"], "max_position_embeddings": text["context_length"]}
-    | {"eos_token_id": 2},  # pools at the row's highest id, as open_clip does: see ClipText
+    "vision_config": {
+      **tower(vision, vision["width"] // vision["head_width"]),
+      "image_size": vision["image_size"],
+      "patch_size": vision["patch_size"],
+      "num_channels": 3,
+    },
+    "text_config": {
+      **tower(text, text["heads"]),
+      "vocab_size": text["vocab_size"],
+      "max_position_embeddings": text["context_length"],
+      # With this value ClipText pools at the highest id of the row, as open_clip does.
+      "eos_token_id": 2,
+    },
   }
 
 
 def normalise(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-  """Rows to length 1, float32."""
+  """Scales every row to length 1, in float32."""
   x = x.astype(jnp.float32)
   return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def network_of(checkpoint: Checkpoint, networks: Networks) -> tuple[Clip, Component]:
-  """The towers, and what to load for them."""
+  """The towers, and the weights to load for them."""
   dtype = jnp.dtype(networks.dtype)
   network = Clip.from_json(
     checkpoint.config,
@@ -186,13 +198,13 @@ def cosine(
   tokenize: Callable[[list[str]], np.ndarray],
   networks: Networks,
 ) -> Reward:
-  """The cosine of a two-tower checkpoint as the term `name`.
+  """The cosine between the embeddings of two towers as a reward with one term.
 
   Args:
-    name: of the reward and its one term.
+    name: the name of the reward and of its term.
     checkpoint: from `transformers_checkpoint`, `open_clip_checkpoint`, hps.py or pickscore.py.
-    tokenize: texts -> ids.
-    networks: how the towers are built; images are prepared in float32 whatever the dtype.
+    tokenize: a function from texts to ids.
+    networks: how the towers are built. Images are prepared in float32 whatever the dtype is.
   """
   network, component = network_of(checkpoint, networks)
 
@@ -203,8 +215,8 @@ def cosine(
     return normalise(network.apply({"params": params["clip"]}, tokens, method="text_features"))
 
   def embed(params: PyTree, media: Media) -> Float[Array, "b d"]:
-    ready = preprocess(images(name, media), checkpoint.preprocessing)
-    return normalise(network.apply({"params": params["clip"]}, ready, method="image_features"))
+    pixels = preprocess(images(name, media), checkpoint.preprocessing)
+    return normalise(network.apply({"params": params["clip"]}, pixels, method="image_features"))
 
   def score(
     params: PyTree, media: Media, text: Float[Array, "b d"]
@@ -224,42 +236,43 @@ def cosine(
 
 
 def is_open_clip(source: str) -> bool:
-  """Whether a local folder is in open_clip's layout. LAION's are in both: transformers' then, where
-  its weights are there.
+  """Whether a local folder is in open_clip's layout.
+
+  LAION's folders are in both layouts. They count as transformers' if they have its weights.
   """
   folder = local_path(source)
   has_weights = is_random(source) or any(folder.glob("model*.safetensors*"))
-  whole = (folder / FILES["clip"]).is_file() and has_weights
-  return (folder / OPEN_CLIP_FILE).is_file() and not whole
+  is_transformers = (folder / FILES["clip"]).is_file() and has_weights
+  return (folder / OPEN_CLIP_FILE).is_file() and not is_transformers
 
 
 def find_checkpoint(field: str, source: str, files: Files) -> Checkpoint:
   """A CLIP in transformers' layout, or a local one in open_clip's.
 
   Args:
-    field: of the config, for messages.
-    source: folder, hub id, or "random:FOLDER".
-    files: how to get at them.
+    field: the field of the config, for messages.
+    source: a folder, a hub id, or "random:FOLDER".
+    files: the functions that read its files.
   """
   if not is_open_clip(source):
     folder = files.folder(field, source, TRANSFORMERS)
     jsons = {name: files.json(folder, file) for name, file in FILES.items()}
     return transformers_checkpoint(location_of(source, folder), jsons)
   folder = files.folder(field, source, OPEN_CLIP_LAYOUT)
-  named = (folder / name for name in OPEN_CLIP_WEIGHTS)
-  place = next((path for path in named if path.is_file()), folder)
-  return open_clip_checkpoint(location_of(source, place), files.json(folder, OPEN_CLIP_FILE))
+  weights = (folder / name for name in OPEN_CLIP_WEIGHTS)
+  path = next((file for file in weights if file.is_file()), folder)
+  return open_clip_checkpoint(location_of(source, path), files.json(folder, OPEN_CLIP_FILE))
 
 
 def describe_checkpoint(field: str, source: str, describe: Describe) -> str:
-  """`RewardKind.blank` of a CLIP checkpoint."""
+  """The location of a CLIP checkpoint with random weights, for `RewardKind.blank`."""
   if (local_path(source) / OPEN_CLIP_FILE).is_file():
     return f"{RANDOM}{local_path(source)}"
   return describe(field, source, TRANSFORMERS)
 
 
 def build(name: str, section: ConfigDict, files: Files, networks: Networks) -> Reward:
-  """CLIP score as the term `name`; the section has `checkpoint` and `tokenizer`."""
+  """The CLIP score; its section has `checkpoint` and `tokenizer`."""
   checkpoint = find_checkpoint("reward.clip.checkpoint", section.checkpoint, files)
   source = section.tokenizer or section.checkpoint
   tokenize = files.tokenizer("reward.clip.tokenizer", source, checkpoint.config)
@@ -267,10 +280,10 @@ def build(name: str, section: ConfigDict, files: Files, networks: Networks) -> R
 
 
 def blank(section: ConfigDict, describe: Describe, published: Path) -> dict[str, Any]:
-  """The section with random weights."""
+  """The fields with which weights are random."""
   del published
-  place = describe_checkpoint("reward.clip.checkpoint", section.checkpoint, describe)
-  return {"checkpoint": place}
+  location = describe_checkpoint("reward.clip.checkpoint", section.checkpoint, describe)
+  return {"checkpoint": location}
 
 
 KIND = RewardKind(

@@ -1,20 +1,22 @@
-"""JPEG size in kB: the reward that needs no network (DDPO, arXiv 2305.13301)."""
+"""The size as a JPEG in kB: the reward without a network (DDPO, arXiv 2305.13301)."""
 
 import io
 
 import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from dancegrpo_jax.rewards.base import Files, Networks, Reward, RewardKind, images
 from dancegrpo_jax.types import Example, Media
 
 
 def size_kb(pixels: np.ndarray, quality: int) -> float:
-  """Size of one image `[h, w, 3]` in [0, 1] as a JPEG, 1000 bytes; NaN for pixels that are not
-  finite.
-  """
-  from PIL import Image
+  """The size of one image as a JPEG file, in units of 1000 bytes.
 
+  Args:
+    pixels: `[h, w, 3]` in [0, 1]. If one is not finite, the size is NaN.
+    quality: of the JPEG, from 1 to 100.
+  """
   if not np.isfinite(pixels).all():
     return float("nan")
   buffer = io.BytesIO()
@@ -25,13 +27,9 @@ def size_kb(pixels: np.ndarray, quality: int) -> float:
 
 
 def build(name: str, section: ConfigDict, files: Files, networks: Networks) -> Reward:
-  """The term of that name.
+  """The reward; its section has `quality`, of the JPEG from 1 to 100, and `sign`.
 
-  Args:
-    name: of the reward.
-    section: `quality` of the JPEG, 1 to 100; `sign` -1 rewards small files, +1 large ones.
-    files: not used.
-    networks: not used.
+  With `sign` = -1 small files are rewarded, with 1 large ones.
   """
   del files, networks
   quality, sign = section.quality, section.sign

@@ -1,4 +1,4 @@
-"""The rewards that `reward.terms` may name."""
+"""The rewards of this package, by the name that `reward.terms` has for them."""
 
 import difflib
 
@@ -25,18 +25,18 @@ KINDS = {
 
 
 def reward_of(term: str) -> str:
-  """The reward that a term of config.reward.terms belongs to: of "videoalign/vq" the first part."""
+  """The reward that a term of config.reward.terms belongs to: "videoalign" of "videoalign/vq"."""
   return term.split("/")[0]
 
 
 def kind_of(name: str) -> RewardKind:
-  """The kind of a reward: one of `KINDS`, or what "module:object" names.
+  """The kind of a reward: one of `KINDS`, or the object that "module:object" names.
 
-  An object's type decides: a `RewardKind` is itself, and a function is a reward on the host (see
+  The object is a `RewardKind`, or a function, which is a reward on the host (see
   rewards/python_function.py).
 
   Raises:
-    ValueError: one line: no such reward or object, or an object of another type.
+    ValueError: there is no such reward or object, or the object has another type; one line.
   """
   if name in KINDS:
     return KINDS[name]
@@ -47,12 +47,12 @@ def kind_of(name: str) -> RewardKind:
       f"config.reward.terms = {name!r}: unknown reward; one of {', '.join(KINDS)}, or"
       f" module:object{hint}"
     )
-  found = objects.load("reward.terms", name)
-  if isinstance(found, RewardKind):
-    return found
-  if callable(found) and not isinstance(found, type):
-    return python_function.kind_of(found)
+  value = objects.load("reward.terms", name)
+  if isinstance(value, RewardKind):
+    return value
+  if callable(value) and not isinstance(value, type):
+    return python_function.kind_of(value)
   raise ValueError(
-    f"config.reward.terms: {name!r} is a {type(found).__name__}; it must be a function of (pixels,"
+    f"config.reward.terms: {name!r} is a {type(value).__name__}; it must be a function of (pixels,"
     " prompts, metadata), or a dancegrpo_jax.rewards.base.RewardKind"
   )

@@ -1,9 +1,9 @@
-"""PickScore, a CLIP ViT-H/14 fine-tuned on Pick-a-Pic (Kirstain et al., arXiv 2305.01569): the
-cosine.
+"""PickScore, a CLIP ViT-H/14 that was fine-tuned on Pick-a-Pic (Kirstain et al., arXiv 2305.01569).
 
-Published as yuvalkirstain/PickScore_v1 in transformers' layout, used with the processor (tokenizer
-and images) of laion/CLIP-ViT-H-14-laion2B-s32B-b79K. Its own scale multiplies the cosine by
-exp(logit_scale), about 100, which the normalisation of advantages would take out again.
+The checkpoint is published as yuvalkirstain/PickScore_v1 in transformers' layout. Its authors use
+it with tokenizer and image preprocessing of laion/CLIP-ViT-H-14-laion2B-s32B-b79K. They multiply
+the cosine by exp(logit_scale), about 100. The score here is the cosine itself, because the
+normalisation of advantages would remove the factor.
 """
 
 from pathlib import Path
@@ -22,7 +22,7 @@ LAYOUT = layout_of({"clip": "config.json"}, {})
 
 
 def checkpoint(location: str, config: dict[str, Any]) -> Checkpoint:
-  """PickScore's checkpoint from its config.json; CLIP's own preprocessing."""
+  """PickScore's checkpoint, from its config.json, with CLIP's preprocessing."""
   size = Clip.from_json(config).vision_model.image_size
   return Checkpoint(
     location=location, table=tables.CLIP, config=config, preprocessing=Preprocessing(size)
@@ -30,17 +30,17 @@ def checkpoint(location: str, config: dict[str, Any]) -> Checkpoint:
 
 
 def build(name: str, section: ConfigDict, files: Files, networks: Networks) -> Reward:
-  """PickScore as the term `name`; the section has `checkpoint` and `tokenizer`."""
+  """PickScore; its section has `checkpoint` and `tokenizer`."""
   folder = files.folder("reward.pickscore.checkpoint", section.checkpoint, LAYOUT)
   config = files.json(folder, "config.json")
-  found = checkpoint(location_of(section.checkpoint, folder), config)
+  pickscore = checkpoint(location_of(section.checkpoint, folder), config)
   source = section.tokenizer or section.checkpoint
-  tokenize = files.tokenizer("reward.pickscore.tokenizer", source, found.config)
-  return cosine(name, found, tokenize, networks)
+  tokenize = files.tokenizer("reward.pickscore.tokenizer", source, pickscore.config)
+  return cosine(name, pickscore, tokenize, networks)
 
 
 def blank(section: ConfigDict, describe: Describe, published: Path) -> dict[str, Any]:
-  """The section with random weights."""
+  """The fields with which weights are random."""
   del published
   return {"checkpoint": describe("reward.pickscore.checkpoint", section.checkpoint, LAYOUT)}
 

@@ -1,21 +1,25 @@
-"""From pixels of any size to what a CLIP tower takes: resize, crop or pad, normalise. Pure
-functions of float images.
+"""From pixels of any size to the input of a CLIP tower: resize, crop or pad, normalise.
+
+All functions are pure functions of float images.
 
 References: transformers' CLIPImageProcessor, open_clip's image_transform and HPSv2's ResizeMaxSize.
-PIL and torch (with `antialias=True`) resize with Keys' cubic a = -0.5, widened by the scale where
-they shrink, and so does jax.image.resize: torch's and ours differ by less than 1e-5. torch's a =
--0.75 belongs to its resize without antialiasing, which none of these use. PIL works on 8-bit images
-and rounds and clamps after its horizontal pass and again after its vertical one.
+PIL, torch (with `antialias=True`) and jax.image.resize all resize with Keys' cubic kernel, a =
+-0.5, which is widened by the scale when an image shrinks. The results of torch and of this module
+differ by less than 1e-5. torch has a = -0.75 for its resize without antialiasing, which none of the
+references use. PIL works on 8-bit images, and rounds and clamps after its horizontal pass and again
+after its vertical pass.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-# openai/CLIP; open_clip, HPS-v2 and PickScore use the same
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+# The values of openai/CLIP, which open_clip, HPS-v2 and PickScore use too.
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
 _BICUBIC = 3  # PIL's number
 
 
@@ -23,14 +27,15 @@ class Preprocessing(NamedTuple):
   """How a checkpoint's images are prepared.
 
   Attributes:
-    size: side of the square that the tower takes, pixels.
-    mode: "shortest" (shortest side to `size`, centre crop), "longest" (longest side to `size`,
-      zeros around) or "squash".
-    crop: offset of a crop whose margin is odd: "floor" (transformers) or "round" (torchvision: half
-      to even).
-    eight_bit: whether a resize rounds and clamps before, between and after its passes, as PIL's
-      does; else it keeps floats, overshoots too. Rounding has no derivative.
-    mean, std: of the channels, applied last: what was padded with 0 becomes -mean / std.
+    size: the side of the tower's square input, in pixels.
+    mode: "shortest" (the shortest side becomes `size`, then a centre crop), "longest" (the longest
+      side becomes `size`, then padding with zeros) or "squash" (both sides become `size`).
+    crop: how the offset of a crop with an odd margin is rounded: "floor" (transformers) or "round"
+      (torchvision, half to even).
+    eight_bit: whether a resize rounds and clamps before, between and after its passes, as PIL does.
+      Otherwise the pixels stay floats, which may leave [0, 1]. Rounding has no derivative.
+    mean: of the channels. Mean and std are applied last, so padded pixels become -mean / std.
+    std: of the channels.
   """
 
   size: int
@@ -44,8 +49,9 @@ class Preprocessing(NamedTuple):
 def resize(
   pixels: Float[Array, "b h w 3"], height: int, width: int, eight_bit: bool
 ) -> Float[Array, "b i j 3"]:
-  """Antialiased bicubic, the width first as in PIL; pixels that have this size already are left
-  alone, eight_bit or not.
+  """An antialiased bicubic resize, of the width first as in PIL.
+
+  Images that have the size already are returned unchanged, even with `eight_bit`.
   """
   if pixels.shape[1:3] == (height, width):
     return pixels
@@ -62,7 +68,7 @@ def _to_eight_bit(pixels: Float[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
 
 
 def _shortest(pixels: Float[Array, "b h w 3"], how: Preprocessing) -> Float[Array, "b s s 3"]:
-  """The shortest side to `size`, the longest rounded down; then the middle square."""
+  """Resizes the shortest side to `size`, with the longest rounded down; then crops the middle."""
   h, w = (int(how.size * side / min(pixels.shape[1:3])) for side in pixels.shape[1:3])
   pixels = resize(pixels, h, w, how.eight_bit)
   offset = round if how.crop == "round" else int
@@ -71,8 +77,9 @@ def _shortest(pixels: Float[Array, "b h w 3"], how: Preprocessing) -> Float[Arra
 
 
 def _longest(pixels: Float[Array, "b h w 3"], how: Preprocessing) -> Float[Array, "b s s 3"]:
-  """The longest side to `size`, the other rounded half to even; zeros around, the odd one below or
-  right.
+  """Resizes the longest side to `size`, with the other rounded half to even; then pads with zeros.
+
+  Where the padding is odd, one more row or column is at the bottom or right.
   """
   scale = how.size / max(pixels.shape[1:3])
   h, w = (max(1, round(side * scale)) for side in pixels.shape[1:3])
@@ -88,51 +95,65 @@ def _squash(pixels: Float[Array, "b h w 3"], how: Preprocessing) -> Float[Array,
 MODES = {"shortest": _shortest, "longest": _longest, "squash": _squash}
 
 
-def preprocess(pixels: Float[Array, "b h w 3"], how: Preprocessing) -> Float[Array, "b s s 3"]:
-  """What the tower takes, float32, from pixels in [0, 1]."""
-  square = MODES[how.mode](pixels.astype(jnp.float32), how)
-  return (square - jnp.array(how.mean).reshape(1, 1, 1, 3)) / jnp.array(how.std).reshape(1, 1, 1, 3)
+def preprocess(
+  pixels: Float[Array | np.ndarray, "b h w 3"], how: Preprocessing
+) -> Float[Array, "b s s 3"]:
+  """The input of the tower, float32, from pixels in [0, 1]."""
+  square = MODES[how.mode](jnp.asarray(pixels, jnp.float32), how)
+  mean, std = (jnp.array(values).reshape(1, 1, 1, 3) for values in (how.mean, how.std))
+  return (square - mean) / std
 
 
 def from_transformers(config: dict[str, Any], size: int) -> Preprocessing:
-  """What a preprocessor_config.json (CLIPImageProcessor) says, for a tower of `size` pixels.
+  """The preprocessing of a preprocessor_config.json (CLIPImageProcessor).
+
+  Args:
+    config: the parsed file.
+    size: the side of the tower's input, in pixels.
 
   Raises:
-    ValueError: naming a value that is not implemented or does not fit the tower.
+    ValueError: a value is not implemented or does not fit the tower.
   """
-  wanted, crop = config.get("size", size), config.get("crop_size", size)
-  wanted = {"shortest_edge": wanted} if isinstance(wanted, int) else dict(wanted)
+  resized, crop = config.get("size", size), config.get("crop_size", size)
+  resized = {"shortest_edge": resized} if isinstance(resized, int) else dict(resized)
   crop = {"height": crop, "width": crop} if isinstance(crop, int) else dict(crop)
   if config.get("resample", _BICUBIC) != _BICUBIC:
     raise ValueError(
       f"preprocessor_config.json: resample = {config['resample']!r} is not supported; 3"
       " (bicubic) is"
     )
-  mode = "shortest" if "shortest_edge" in wanted else "squash"
-  if set(wanted.values()) != {size} or (mode == "shortest" and set(crop.values()) != {size}):
+  mode = "shortest" if "shortest_edge" in resized else "squash"
+  if set(resized.values()) != {size} or (mode == "shortest" and set(crop.values()) != {size}):
     raise ValueError(
-      f"preprocessor_config.json: size {wanted} and crop_size {crop} must be the tower's"
+      f"preprocessor_config.json: size {resized} and crop_size {crop} must be the tower's"
       f" image_size, {size}"
     )
   return Preprocessing(
-    size, mode, mean=tuple(config.get("image_mean", MEAN)), std=tuple(config.get("image_std", STD))
+    size=size,
+    mode=mode,
+    mean=tuple(config.get("image_mean", MEAN)),
+    std=tuple(config.get("image_std", STD)),
   )
 
 
 def from_open_clip(config: dict[str, Any]) -> Preprocessing:
-  """What an open_clip_config.json says. ValueError naming a value that is not implemented."""
-  said = config.get("preprocess_cfg", {})
-  mode, interpolation = (
-    said.get("resize_mode") or "shortest",
-    said.get("interpolation") or "bicubic",
-  )
+  """The preprocessing of an open_clip_config.json.
+
+  Raises:
+    ValueError: a value is not implemented.
+  """
+  section = config.get("preprocess_cfg", {})
+  mode = section.get("resize_mode") or "shortest"
+  interpolation = section.get("interpolation") or "bicubic"
   if mode not in MODES or interpolation != "bicubic":
     raise ValueError(
       f"open_clip_config.json: resize_mode = {mode!r}, interpolation = {interpolation!r} are not"
-      " supported;"
-      f" {', '.join(MODES)} with bicubic are"
+      f" supported; {', '.join(MODES)} with bicubic are"
     )
-  size = config["model_cfg"]["vision_cfg"]["image_size"]
   return Preprocessing(
-    size, mode, "round", mean=tuple(said.get("mean") or MEAN), std=tuple(said.get("std") or STD)
+    size=config["model_cfg"]["vision_cfg"]["image_size"],
+    mode=mode,
+    crop="round",
+    mean=tuple(section.get("mean") or MEAN),
+    std=tuple(section.get("std") or STD),
   )

@@ -1,4 +1,4 @@
-"""Any Python function as a reward: `reward.terms = (("my_module:my_function", 1.0),)`."""
+"""A Python function as a reward: `reward.terms = (("my_module:my_function", 1.0),)`."""
 
 import inspect
 from collections.abc import Callable
@@ -11,14 +11,19 @@ from dancegrpo_jax.types import Example, Media
 
 
 def kind_of(function: Callable) -> RewardKind:
-  """The kind of a function that is called as `function(pixels, prompts, metadata) -> scores`.
+  """The reward that calls `function(pixels, prompts, metadata) -> scores`.
 
-  pixels is float32 `[b, (f,) h, w, 3]` in [0, 1], prompts a list of b texts, metadata a list of b
-  dicts or None. The result is b numbers, NaN for a sample that could not be scored.
+  `pixels` is float32 `[b, (f,) h, w, 3]` in [0, 1], `prompts` is a list of b texts, and `metadata`
+  is a list of b dicts or None. The scores are b numbers, with NaN for a sample that could not be
+  scored.
   """
 
   def build(name: str, section: ConfigDict, files: Files, networks: Networks) -> Reward:
-    """ValueError: the function does not take three arguments."""
+    """Builds the reward.
+
+    Raises:
+      ValueError: the function does not take three arguments.
+    """
     del section, files, networks
     try:
       inspect.signature(function).bind(None, None, None)

@@ -1,13 +1,15 @@
-"""A reward model behind HTTP, for one that lives in PyTorch or on another machine.
-benchmarks/reward_server.py is a server.
+"""A reward behind HTTP, for a model that runs in PyTorch or on another machine.
 
-A request is a POST of b samples in one of two forms; pixels are 8-bit, `[b, (f,) h, w, 3]`:
+benchmarks/reward_server.py is a server. A request is a POST of b samples in one of two formats,
+with 8-bit pixels `[b, (f,) h, w, 3]`:
+
   png: application/json, {"images": [base64 of a PNG], "prompts": [text], "metadata": [object or
     null]}
-  npz: application/octet-stream, numpy's format with `pixels` and `request`, the bytes of JSON
-    {"prompts", "metadata"}
-The answer is 200 with JSON {"scores": [number or null]}, b of them; null is a sample that could not
-be scored.
+  npz: application/octet-stream, numpy's format with `pixels` and `request`, which is the bytes of
+    JSON {"prompts", "metadata"}
+
+The answer has status 200 and is JSON {"scores": [number or null]} with b scores. A null is a sample
+that could not be scored.
 """
 
 import base64
@@ -21,54 +23,50 @@ from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
+from PIL import Image
 
 from dancegrpo_jax.rewards.base import Reward, RewardKind
 from dancegrpo_jax.types import Example, Media
 
 FORMATS = ("png", "npz")
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 30.0  # seconds before a retry; doubles each time
+# Seconds of the pauses before retries. Each pause is twice as long as the one before it.
+_FIRST_PAUSE = 0.5
+_LONGEST_PAUSE = 30.0
 _LONGEST_ANSWER = 1 << 24  # bytes
 
 
 class RemoteError(RuntimeError):
-  """A batch that could not be scored: the message says where, why and after how many attempts."""
+  """A batch could not be scored. The message has the address, the reason and the attempts."""
 
 
-class _Passing(Exception):
-  """A failure that another attempt may not see: no connection, a timeout, a server that says 429 or
-  5xx.
-  """
+class TransientError(Exception):
+  """An attempt failed, and another one may not: no connection, a timeout, status 429 or 5xx."""
 
 
 def build(
   url: str, timeout: float, retries: int, format: str, pause: Callable[[float], None] = time.sleep
 ) -> Reward:
-  """The term "remote".
+  """The reward "remote".
 
-  `score` raises RemoteError where the whole batch failed, which the loop reports and turns into
-  NaN, as for any host reward; a null, a number that is not finite, and a sample whose pixels are
-  not, is NaN alone.
+  `score` raises RemoteError where the whole batch failed. As for any host reward, the loop reports
+  this and makes all scores NaN. A sample alone is NaN if its score is null or not finite, or if its
+  pixels are not finite.
 
   Args:
-    url: http:// or https:// of the scorer.
+    url: the address of the scorer, http:// or https://.
     timeout: seconds of one attempt, from the connection to the end of the answer.
-    retries: attempts after the first.
+    retries: attempts after the first one.
     format: "png" or "npz".
-    pause: sleeps between attempts.
+    pause: the function that sleeps between attempts.
 
   Raises:
-    ValueError: naming a field of config.reward.remote that can't be used.
+    ValueError: a value can't be used; the message names the field of config.reward.remote.
   """
   address = _address(url)
-  for field, value, holds in (
-    ("timeout", timeout, timeout > 0),
-    ("retries", retries, retries >= 0),
-  ):
-    if not holds:
-      raise ValueError(
-        f"config.reward.remote.{field} = {value!r}: must be"
-        f" {'above' if field == 'timeout' else 'at least'} 0"
-      )
+  if timeout <= 0:
+    raise ValueError(f"config.reward.remote.timeout = {timeout!r}: must be above 0")
+  if retries < 0:
+    raise ValueError(f"config.reward.remote.retries = {retries!r}: must be at least 0")
   if format not in FORMATS:
     raise ValueError(
       f"config.reward.remote.format = {format!r}: unknown; one of {', '.join(FORMATS)}"
@@ -77,15 +75,19 @@ def build(
 
   def score(media: Media, examples: list[Example]) -> dict[str, np.ndarray]:
     pixels = np.asarray(media.pixels)
-    sound = np.isfinite(pixels).reshape(len(pixels), -1).all(axis=1)
+    finite = np.isfinite(pixels).reshape(len(pixels), -1).all(axis=1)
     bytes8 = np.round(np.clip(np.nan_to_num(pixels), 0, 1) * 255).astype(np.uint8)
-    body, kind = encode(
-      bytes8, {"prompts": [e.prompt for e in examples], "metadata": [e.metadata for e in examples]}
-    )
-    scores = _patiently(
-      lambda: _post(address, body, kind, timeout, len(examples)), url, retries, pause
-    )
-    return {"remote": np.where(sound, scores, np.nan).astype(np.float32)}
+    request = {
+      "prompts": [example.prompt for example in examples],
+      "metadata": [example.metadata for example in examples],
+    }
+    body, content_type = encode(bytes8, request)
+
+    def attempt() -> np.ndarray:
+      return _scores(_post(address, body, content_type, timeout), len(examples))
+
+    scores = with_retries(attempt, url, retries, pause)
+    return {"remote": np.where(finite, scores, np.nan).astype(np.float32)}
 
   return Reward(name="remote", kind="host", terms=("remote",), score=score)
 
@@ -94,6 +96,11 @@ KIND = RewardKind(build=lambda name, section, files, networks: build(**section),
 
 
 def _address(url: str) -> SplitResult:
+  """The parts of a URL.
+
+  Raises:
+    ValueError: it can't be used; the message names the field of the config.
+  """
   try:
     address = urlsplit(url)
     usable = address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
@@ -107,8 +114,7 @@ def _address(url: str) -> SplitResult:
 
 
 def _as_png(pixels: np.ndarray, request: dict[str, Any]) -> tuple[bytes, str]:
-  from PIL import Image
-
+  """Body and content type of a request with PNG images."""
   if pixels.ndim != 4:
     raise RemoteError(
       f"reward remote: format png sends images, not video {list(pixels.shape)}; use npz"
@@ -122,21 +128,25 @@ def _as_png(pixels: np.ndarray, request: dict[str, Any]) -> tuple[bytes, str]:
 
 
 def _as_npz(pixels: np.ndarray, request: dict[str, Any]) -> tuple[bytes, str]:
+  """Body and content type of a request in numpy's format."""
   buffer = io.BytesIO()
   np.savez(buffer, pixels=pixels, request=np.frombuffer(json.dumps(request).encode(), np.uint8))
   return buffer.getvalue(), "application/octet-stream"
 
 
-def _patiently(
+def with_retries(
   attempt: Callable[[], np.ndarray], url: str, retries: int, pause: Callable[[float], None]
 ) -> np.ndarray:
-  """The first attempt that succeeds. RemoteError: none did, or one failed in a way that won't
-  pass.
+  """The result of the first attempt that succeeds.
+
+  Raises:
+    RemoteError: no attempt succeeded, or one raised RemoteError, which another attempt would raise
+      again.
   """
   for number in range(retries + 1):
     try:
       return attempt()
-    except _Passing as error:
+    except TransientError as error:
       if number == retries:
         raise RemoteError(f"{url}: {error}; attempts: {number + 1}") from error
       pause(min(_FIRST_PAUSE * 2**number, _LONGEST_PAUSE))
@@ -145,55 +155,67 @@ def _patiently(
   raise AssertionError
 
 
-def _post(address: SplitResult, body: bytes, kind: str, timeout: float, count: int) -> np.ndarray:
-  """One attempt. _Passing or RemoteError."""
-  cls = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
+def _post(address: SplitResult, body: bytes, content_type: str, timeout: float) -> bytes:
+  """The answer to one request.
+
+  Raises:
+    TransientError: another attempt may succeed.
+    RemoteError: another attempt would fail too.
+  """
   deadline = time.monotonic() + timeout
-  connection = cls(address.hostname, address.port, timeout=timeout)
+  is_https = address.scheme == "https"
+  connection_type = http.client.HTTPSConnection if is_https else http.client.HTTPConnection
+  connection = connection_type(address.hostname or "", address.port, timeout=timeout)
   path = (address.path or "/") + (f"?{address.query}" if address.query else "")
+  headers = {"Content-Type": content_type, "Accept": "application/json"}
   try:
-    connection.request("POST", path, body, {"Content-Type": kind, "Accept": "application/json"})
+    connection.request("POST", path, body, headers)
     connection.sock.settimeout(max(deadline - time.monotonic(), 1e-3))
     response = connection.getresponse()
     answer = _read(response, deadline)
   except (OSError, http.client.HTTPException) as error:
-    raise _Passing(
-      f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    ) from error
+    reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    raise TransientError(reason) from error
   finally:
     connection.close()
   if response.status != 200:
     text = " ".join(answer[:200].decode(errors="replace").split())
-    failure = _Passing if response.status == 429 or response.status >= 500 else RemoteError
-    raise failure(f"status {response.status}: {text or response.reason}")
-  return _scores(answer, count)
+    is_transient = response.status == 429 or response.status >= 500
+    message = f"status {response.status}: {text or response.reason}"
+    raise TransientError(message) if is_transient else RemoteError(message)
+  return answer
 
 
 def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
-  """The answer. A socket's timeout is that of one read: a server that trickles would never meet
-  it.
+  """The body of an answer.
+
+  The timeout of the socket is for one read only. A server that sends a byte now and then would
+  never exceed it, so the deadline is checked after each read.
   """
-  parts, size = [], 0
+  answer = bytearray()
   while part := response.read1(1 << 16):
-    parts.append(part)
-    size += len(part)
+    answer += part
     if time.monotonic() > deadline:
       raise TimeoutError("timed out in the middle of the answer")
-    if size > _LONGEST_ANSWER:
+    if len(answer) > _LONGEST_ANSWER:
       raise RemoteError(f"the answer is longer than {_LONGEST_ANSWER} bytes")
-  return b"".join(parts)
+  return bytes(answer)
 
 
 def _scores(answer: bytes, count: int) -> np.ndarray:
-  """`count` numbers, NaN for null and for what is not finite. RemoteError: anything else."""
+  """The scores in an answer, with NaN for null and for numbers that are not finite.
+
+  Raises:
+    RemoteError: the answer has another form, or not `count` scores.
+  """
   try:
     scores = json.loads(answer)["scores"]
-    good = isinstance(scores, list) and all(
+    valid = isinstance(scores, list) and all(
       x is None or isinstance(x, (int, float)) and not isinstance(x, bool) for x in scores
     )
   except (ValueError, KeyError, TypeError):
-    good = False
-  if not good:
+    valid = False
+  if not valid:
     start = answer[:80].decode(errors="replace")
     raise RemoteError(f'the answer is not {{"scores": [number or null]}} but {start!r}')
   if len(scores) != count:

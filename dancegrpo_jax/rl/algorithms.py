@@ -1,4 +1,4 @@
-"""The algorithms that `objective.kind` may name: what they need of an iteration, and their loss."""
+"""The algorithms that `objective.kind` may name: what they read of an iteration, and their loss."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,15 +14,15 @@ from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.types import PyTree
 
 
-class Experience(NamedTuple):
-  """What an iteration has seen, as an algorithm makes its batch of it. B' samples are trained.
+class Selected(NamedTuple):
+  """The samples of an iteration that are trained, from which an algorithm makes its batch.
 
   Attributes:
-    rollouts: one a chunk, in the order of `lanes.deal`.
-    prompt: row of the conditioning of each trained sample, in lanes.
-    advantage: of the trained samples.
-    weight: of the trained samples; 0 for those that are left out.
-    chosen: their numbers among all samples, or None where all are trained.
+    rollouts: of all samples, one for each chunk, in the order of `lanes.deal`.
+    prompt: row of the conditioning of each selected sample, in lanes.
+    advantage: of each selected sample.
+    weight: of each selected sample; 0 for those that are left out after all.
+    chosen: numbers of the selected samples among all, or None where all are selected.
   """
 
   rollouts: tuple[Rollout, ...]
@@ -33,21 +33,22 @@ class Experience(NamedTuple):
 
 
 class AlgorithmKind(NamedTuple):
-  """How one kind of training is made from a config.
+  """How an algorithm is made from a config.
 
   Attributes:
-    behaviour: `(state) -> parameters` that the rollout samples with.
-    batch: `(config, experience) -> batch` of the algorithm.
-    batch_type: its NamedTuple.
-    lane_axes: `{field: axis}`: where the batch's lanes are, None for arrays without.
+    behaviour: `(state) -> parameters` to sample with in the rollout.
+    batch: `(config, selected) -> batch` of the algorithm.
+    batch_type: the NamedTuple of the batch.
+    lane_axes: `{field: axis}`: which axis of a field of the batch the lanes are; None for a field
+      without lanes.
     keys: `(seed, iteration, prompt_ids, sample) -> keys` of the algorithm.
-    remembers: `(config) -> bool`: whether the algorithm has `remember`. It is asked where there are
-      no devices to compute on.
+    remembers: `(config) -> bool`: whether the algorithm has `remember`. This must not compute
+      anything: programs are also listed for devices that are not there.
     build: `(config, policy_output, schedule, policy, reference) -> Algorithm`.
   """
 
   behaviour: Callable[[TrainState], PyTree]
-  batch: Callable[[ConfigDict, Experience], Any]
+  batch: Callable[[ConfigDict, Selected], Any]
   batch_type: type
   lane_axes: dict[str, int | None]
   keys: Callable[[int, Array, Array, Array], Any]
@@ -82,8 +83,8 @@ def _on_trajectories(surrogate_of: Callable[[ConfigDict], grpo.Surrogate]) -> Al
       policy_output, schedule, policy, objective_of(config), surrogate_of(config), reference
     )
 
-  def batch(config: ConfigDict, seen: Experience) -> grpo.Batch:
-    return grpo.batch_of(**seen._asdict(), count=config.mesh.lanes)
+  def batch(config: ConfigDict, selected: Selected) -> grpo.Batch:
+    return grpo.batch_of(**selected._asdict(), count=config.mesh.lanes)
 
   return AlgorithmKind(
     behaviour=lambda state: state.trainable,

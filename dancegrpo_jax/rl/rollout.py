@@ -45,7 +45,7 @@ class Policy(NamedTuple):
   @property
   def policy_steps(self) -> int:
     """Steps that may be stochastic: all but a deterministic last one."""
-    return self.steps - (self.last_step != "sde")
+    return self.steps if self.last_step == "sde" else self.steps - 1
 
   @property
   def width(self) -> int:
@@ -54,8 +54,10 @@ class Policy(NamedTuple):
 
 
 def check_policy(policy: Policy, schedule: Schedule) -> None:
-  """Raises ValueError where a choice is unknown or does not fit the grid: JAX would clamp an index
-  and go on.
+  """Compares a policy with a grid. JAX itself would clamp an index out of range and go on.
+
+  Raises:
+    ValueError: a choice that is unknown or does not fit the grid.
   """
   transitions.check_kind(policy.kind, policy.prediction)
   transitions.check_kind(policy.outside, policy.prediction)
@@ -146,7 +148,7 @@ def rollout(
   initial: Float[Array, "batch *shape"],
   step_noise: Callable[[Int[Array, ""]], Float[Array, "batch *shape"]],
 ) -> Rollout:
-  """Samples a batch: N calls of the denoiser.
+  """Samples a batch with N calls of `network_output`.
 
   Args:
     network_output: `(x [batch, ...], model_time [batch]) -> output`, conditioning and guidance

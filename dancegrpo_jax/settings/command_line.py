@@ -1,8 +1,7 @@
-"""The command line that all commands share: `--config=FILE[:preset] [--config.key=value ...]` and a
-command's own flags.
+"""The command line of every command: `--config=FILE[:preset] [--config.key=value ...]`, and the
+flags of that command alone.
 
-Every mistake is a `ConfigError`, whose text is meant for the user: commands print it and exit with
-2.
+Every mistake is a `ConfigError` with a message for the user. Commands print it and exit with 2.
 """
 
 import argparse
@@ -14,17 +13,18 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from dancegrpo_jax.devices import out_of_memory
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.settings.config_file import did_you_mean, load, spell
 from dancegrpo_jax.settings.stored_config import flatten
 
 
 class CommandLine(NamedTuple):
-  """What a command was asked.
+  """The arguments of a command.
 
   Attributes:
-    config: with overrides applied.
-    flags: the command's own.
+    config: the config with its overrides applied.
+    flags: the flags of the command alone.
     given: fields of the config that were set on the command line, as "sampler.steps".
   """
 
@@ -45,18 +45,19 @@ def parse_argv(
   description: str,
   add_flags: Callable[[argparse.ArgumentParser], object] | None = None,
 ) -> CommandLine:
-  """Reads a command's arguments; all commands share --config, --config.key=value and --help.
+  """Reads a command's arguments. All commands share --config, --config.key=value and --help.
 
   Args:
     argv: arguments without the program's name (`sys.argv[1:]`).
     description: the first line of --help.
-    add_flags: adds the command's own flags to the parser.
+    add_flags: adds the flags of the command alone to the parser.
 
   Returns:
-    CommandLine. --help prints (with --config also every field and its value) and exits 0.
+    The command line.
 
   Raises:
-    ConfigError: unknown flag (with a did-you-mean), no --config, or whatever `load` raises.
+    SystemExit: 0 after --help, which also prints every field and its value if --config is given.
+    ConfigError: an unknown flag, no --config, or an error of `config_file.load`.
   """
   parser = _Parser(
     description=description,
@@ -80,7 +81,7 @@ def parse_argv(
   if add_flags is not None:
     add_flags(parser)
   wants_help = any(flag in argv for flag in ("-h", "--help"))
-  if wants_help:  # before parsing, so that a missing required flag doesn't hide the help
+  if wants_help:  # not parsed, because a required flag may be missing
     flags, rest = argparse.Namespace(config=_config_flag(argv)), list(argv)
   else:
     flags, rest = parser.parse_known_args(argv)
@@ -103,9 +104,7 @@ def parse_argv(
 
 
 def program() -> str:
-  """How this process was started, for usage lines: `dancegrpo train`, or `python -m` and a
-  module.
-  """
+  """How this process was started, for the usage line: "dancegrpo train", or "python -m MODULE"."""
   spec = getattr(sys.modules["__main__"], "__spec__", None)
   module = spec.name.removesuffix(".__main__") if spec else ""
   by_module = module.startswith("dancegrpo_jax.")
@@ -113,12 +112,11 @@ def program() -> str:
 
 
 def exit_on_mistake(command: Callable[[], int | None]) -> int:
-  """Runs a command; a ConfigError, or too little memory, becomes lines on stderr and exit status 2.
+  """Runs a command and returns its exit code.
 
-  There is no traceback then; any other exception comes out.
+  A ConfigError, which running out of memory becomes too, is printed on stderr without a traceback,
+  and the exit code is 2. Other exceptions pass.
   """
-  from dancegrpo_jax.devices import out_of_memory  # here, because it imports this module
-
   try:
     with out_of_memory.named(""):
       return command() or 0
@@ -129,8 +127,14 @@ def exit_on_mistake(command: Callable[[], int | None]) -> int:
 
 
 def require_writable(flag: str, folder: Path) -> None:
-  """ConfigError where a folder can't be made or written to; makes nothing. `flag` as it was given,
-  --workdir=runs/x.
+  """Checks that a folder can be made and written to, without making it.
+
+  Args:
+    flag: the flag that names the folder, as "--workdir=runs/x", for the message.
+    folder: the folder.
+
+  Raises:
+    ConfigError: part of the path is a file, or there is no permission to write.
   """
   place = next(path for path in (folder, *folder.parents) if path.exists())
   if not place.is_dir():
@@ -140,6 +144,7 @@ def require_writable(flag: str, folder: Path) -> None:
 
 
 def _config_flag(argv: Sequence[str]) -> str:
+  """The value of --config, "" where it is not given."""
   for i, word in enumerate(argv):
     if word.startswith("--config="):
       return word.removeprefix("--config=")
@@ -149,8 +154,9 @@ def _config_flag(argv: Sequence[str]) -> str:
 
 
 def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
-  """Splits into overrides ("key=value", from --config.key=value or --config.key value) and words
-  that nobody knows.
+  """Splits arguments into overrides, as "key=value", and words that are none.
+
+  An override is written as --config.key=value or as --config.key value.
   """
   overrides, unknown = [], []
   words = list(words)
@@ -166,11 +172,11 @@ def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _help_fields(path: str, overrides: list[str]) -> str:
+  """The end of --help: every field of the config and its value."""
   if not path:
     return (
       "Fields are set as --config.rollout.samples_per_prompt=8; add --config=FILE to see them all."
     )
   fields = flatten(load(path, overrides))
-  return "\n".join(
-    [f"fields of {path}:"] + [f"  --config.{key}={spell(value)}" for key, value in fields.items()]
-  )
+  lines = [f"  --config.{key}={spell(value)}" for key, value in fields.items()]
+  return "\n".join([f"fields of {path}:", *lines])

@@ -1,11 +1,11 @@
-"""Config files: load one, and apply overrides to it.
+"""Loads a config file and applies overrides to it.
 
 A config file is Python with a function `get_config(preset="")` that returns a ConfigDict with every
-value. A list `PRESETS` in the file names the presets that it knows. An override takes the type of
-the value that it replaces.
+value. A list `PRESETS` in the file names its presets. An override must have the type of the value
+that it replaces.
 
-A file is named by its path, or by its name alone where it is in the working folder, in `configs/`
-there or among the configs that come with the package: `--config=emoji_clip:tiny` is
+A file is given by its path. Its name alone is enough where it lies in the working folder, in
+`configs/` there, or among the configs that come with the package: `--config=emoji_clip:tiny` means
 `--config=configs/emoji_clip.py:tiny`.
 """
 
@@ -26,7 +26,7 @@ from dancegrpo_jax import installation
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.settings.stored_config import flatten, tuples
 
-_FOLDER = Path("configs")  # where a name alone is looked up
+_FOLDER = Path("configs")  # where a file is looked up that is given by its name alone
 _beside: list[str] = []  # in sys.path: the folders of the config file that was read last
 _TRUE, _FALSE = ("true", "1", "yes", "on"), ("false", "0", "no", "off")
 
@@ -35,12 +35,12 @@ def load(path_with_preset: str, overrides: Sequence[str] = ()) -> ConfigDict:
   """The config of FILE[:preset] with overrides ("key=value") applied, locked.
 
   Args:
-    path_with_preset: a path or a name, as the module's first lines say.
-    overrides: applied in order.
+    path_with_preset: a path or a name, as described at the top of this module.
+    overrides: "key=value" each, applied in order.
 
   Raises:
     ConfigError: no such file, no get_config, unknown preset, unknown key, or a value of the wrong
-      type; every bad override is named.
+      type. The message has a line for every bad override.
   """
   path, preset = _split_preset(path_with_preset)
   module = _import(path)
@@ -69,6 +69,7 @@ def load(path_with_preset: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 def _split_preset(path_with_preset: str) -> tuple[str, str]:
+  """Path and preset. A colon may also stand in a folder's name, before the ".py" of the file."""
   path, _, preset = path_with_preset.rpartition(".py:")
   if path:
     return f"{path}.py", preset
@@ -79,40 +80,44 @@ def _split_preset(path_with_preset: str) -> tuple[str, str]:
 
 
 def _file(path: str) -> Path:
-  """The file that a path or a name means, absolute. ConfigError, with a near one: there is none."""
-  asked = Path(path if path.endswith(".py") else f"{path}.py")
-  candidates = [asked, _FOLDER / asked] if asked.parent == Path() else [asked]
+  """The absolute path of the file that `path` names.
+
+  Raises:
+    ConfigError: there is none; the message suggests a similar name.
+  """
+  suffix = "" if path.endswith(".py") else ".py"
+  relative = Path(f"{path}{suffix}")
+  candidates = [relative, _FOLDER / relative] if relative.parent == Path() else [relative]
   for file in map(installation.find, candidates):
     if file.is_file():
       return file.resolve()
   if not path.endswith(".py") and Path(path).is_file():
     raise ConfigError(f"--config={path}: must be a Python file, with a name that ends with .py")
-  suffix = "" if path.endswith(".py") else ".py"  # names are told as they were asked for
-  near, listed = (
-    [name.removesuffix(suffix) for name in _names(file.parent)]
-    for file in (candidates[0], candidates[-1])
-  )
-  remedy = did_you_mean(asked.name.removesuffix(suffix), near + listed) or (
-    f"; {candidates[-1].parent}/ has {', '.join(listed)}" if listed else ""
-  )
+  # Names are suggested with or without .py, as the user wrote this one.
+  names = [[name.removesuffix(suffix) for name in _names(file.parent)] for file in candidates]
+  remedy = did_you_mean(relative.name.removesuffix(suffix), sum(names, []))
+  if not remedy and names[-1]:
+    remedy = f"; {candidates[-1].parent}/ has {', '.join(names[-1])}"
   raise ConfigError(f"--config={path}: no such file{remedy}")
 
 
 def _names(folder: Path) -> list[str]:
-  """The Python files of a folder: of the user's and of the one that comes with the package."""
+  """Python files of a folder, and of the folder of the same name that comes with the package."""
   places = installation.places(folder)
   return sorted({file.name for place in places for file in place.glob("*.py")})
 
 
 def _import(path: str) -> ModuleType:
-  """Executes a config file. Its folder and the one above are importable: before anything else while
-  it is read, after anything else until another file is, for what it names as "module:object". While
-  it is read, so are the configs that come with the package where nothing else has the name: `from
-  configs import common` works in a file of the user's, wherever it lies.
+  """Executes a config file and returns it as a module.
+
+  The file's folder and the folder above can be imported from: before everything else while it is
+  read, and after everything else until another file is read, for what it names as "module:object".
+  While it is read, the configs that come with the package can be imported too: `from configs import
+  common` works in any config file.
   """
   file = _file(path)
   spec = importlib.util.spec_from_file_location(f"config_{file.stem}", file)
-  assert spec is not None and spec.loader is not None, file  # None of names without .py
+  assert spec is not None and spec.loader is not None, file  # only without .py they are None
   module = importlib.util.module_from_spec(spec)
   folders = [str(file.parent.parent), str(file.parent)]
   sys.path[:] = [folder for folder in sys.path if folder not in _beside]
@@ -123,7 +128,7 @@ def _import(path: str) -> ModuleType:
   except Exception as error:
     line = error.lineno if isinstance(error, SyntaxError) else _line_in(file, error)
     raise ConfigError(f"--config={path}: line {line}: {type(error).__name__}: {error}") from error
-  finally:  # what the file itself added stays
+  finally:  # folders that the file itself added stay, because rewards may be imported from them
     for folder in folders + last:
       sys.path.remove(folder)
   _beside[:] = [folder for folder in folders if folder not in sys.path]
@@ -132,6 +137,7 @@ def _import(path: str) -> ModuleType:
 
 
 def _line_in(file: Path, error: Exception) -> int:
+  """The line of `file` in which an error came up, 0 where the traceback does not show it."""
   lines = [
     frame.lineno or 0
     for frame in traceback.extract_tb(error.__traceback__)
@@ -141,7 +147,7 @@ def _line_in(file: Path, error: Exception) -> int:
 
 
 def _override(config: ConfigDict, override: str) -> str | None:
-  """Applies "key=value" in place; returns a problem's line, or None."""
+  """Applies "key=value" in place. Returns a message where that is not possible, else None."""
   key, equals, text = override.partition("=")
   fields = flatten(config)
   if not equals:
@@ -154,8 +160,8 @@ def _override(config: ConfigDict, override: str) -> str | None:
   try:
     value = _parse(text, fields[key])
   except (ValueError, SyntaxError):
-    kind = type(fields[key]).__name__
-    return f"--config.{key}={text}: not a value of type {kind}; write it as --config.{key}={spell(fields[key])}"
+    mistake = f"--config.{key}={text}: not a value of type {type(fields[key]).__name__}"
+    return f"{mistake}; write it as --config.{key}={spell(fields[key])}"
   *sections, leaf = key.split(".")
   for section in sections:
     config = config[section]
@@ -165,7 +171,11 @@ def _override(config: ConfigDict, override: str) -> str | None:
 
 
 def _parse(text: str, present: Any) -> Any:
-  """`text` as the type of `present`; raises ValueError or SyntaxError where it is none."""
+  """`text` as a value of the type of `present`.
+
+  Raises:
+    ValueError, SyntaxError: it is not one.
+  """
   if isinstance(present, bool):
     if text.lower() not in _TRUE + _FALSE:
       raise ValueError(text)
@@ -181,28 +191,27 @@ def _parse(text: str, present: Any) -> Any:
 
 
 def spell(value: Any) -> str:
-  """A value as one would type it in a shell."""
+  """A value as one types it in a shell."""
   return f'"{value!r}"' if isinstance(value, (tuple, list)) else str(value)
 
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
+  """The end of a message that suggests the most similar of `known`; "" where none is similar."""
   close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
   return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _did_you_mean_key(key: str, fields: list[str]) -> str:
-  """A misspelt path, or a right name in the wrong section."""
-  leaf = key.split(".")[-1]
-  close = [field for field in fields if field.split(".")[-1] == leaf] or difflib.get_close_matches(
-    key, fields, n=1, cutoff=0.5
-  )
+  """The end of a message about an unknown key: a field of the same name in another section, or a
+  field that is spelt similarly.
+  """
+  leaves = {field: field.rpartition(".")[2] for field in fields}
+  leaf = key.rpartition(".")[2]
+  close = [field for field in fields if leaves[field] == leaf]
+  close = close or difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
   if not close:
-    leaves = {field.split(".")[-1]: field for field in fields}
-    close = [
-      leaves[match] for match in difflib.get_close_matches(leaf, list(leaves), n=1, cutoff=0.5)
-    ]
-  return (
-    f"; did you mean {' or '.join(close[:3])}?"
-    if close
-    else "; --help with --config lists every field"
-  )
+    similar = difflib.get_close_matches(leaf, list(leaves.values()), n=1, cutoff=0.5)
+    close = [field for field in fields if leaves[field] in similar][-1:]
+  if close:
+    return f"; did you mean {' or '.join(close[:3])}?"
+  return "; --help with --config lists every field"

@@ -1,4 +1,4 @@
-"""A config as it is stored with a run, and how two configs differ."""
+"""How a config is stored with a run, and how two configs differ."""
 
 import hashlib
 import json
@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-# What a resumed run may change: where and how fast it computes and what it writes, never what it
-# computes (design, section 6).
+# What a resumed run may change: where and how fast it computes, and what it writes, but never what
+# it computes.
 RESUMABLE = (
   "iterations",
   "mesh",
@@ -28,15 +28,15 @@ class Added(NamedTuple):
   """A field that was added after runs were stored without it.
 
   Attributes:
-    version: of the package that introduced it.
-    value: the one under which a run computes what it computed before.
+    version: the package version that introduced it.
+    value: the value with which a run computes the same as before that version.
   """
 
   version: str
   value: Any
 
 
-# A field that a stored config lacks counts as this value.
+# Fields that the configs of earlier versions lack, with the value that they are taken to have.
 ADDED = {
   "model.matmul_precision": Added("0.2.0", "default"),
   "objective.kind": Added("0.2.0", "grpo"),
@@ -46,7 +46,7 @@ ADDED = {
 
 
 class Difference(NamedTuple):
-  """One field in which two configs differ; str() is the line to print."""
+  """One field in which two configs differ; `str` makes the line to print."""
 
   field: str
   old: Any
@@ -57,7 +57,7 @@ class Difference(NamedTuple):
 
 
 def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
-  """Dotted path -> value, in the order of `config.items()` (ConfigDict sorts it)."""
+  """Values by dotted path, in the order of `config.items()`, which a ConfigDict sorts."""
   fields = {}
   for key, value in config.items():
     is_section = isinstance(value, (dict, ConfigDict))
@@ -66,14 +66,14 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict[str, Any]:
 
 
 def tuples(value: Any) -> Any:
-  """Lists, at any depth, as tuples: JSON has no tuples, and configs hold nothing else."""
+  """Turns lists at any depth into tuples: configs hold tuples only, and JSON has none."""
   if isinstance(value, dict):
     return {key: tuples(item) for key, item in value.items()}
   return tuple(tuples(item) for item in value) if isinstance(value, (tuple, list)) else value
 
 
 def to_json(config: ConfigDict | dict) -> str:
-  """JSON text with sorted keys: the same config is the same text."""
+  """JSON with sorted keys: equal configs have equal texts."""
   values = config.to_dict() if isinstance(config, ConfigDict) else config
   return json.dumps(values, indent=2, sort_keys=True)
 
@@ -84,16 +84,20 @@ def from_json(text: str) -> ConfigDict:
 
 
 def digest(config: ConfigDict | dict) -> str:
-  """16 hexadecimal digits that name the config's values."""
+  """16 hexadecimal digits that identify the config's values."""
   return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
 
 
 def differences(old: dict, new: ConfigDict) -> tuple[list[Difference], list[Difference]]:
-  """Fields in which a stored config and a new one differ: those that a resumed run may change, and
-  those it may not.
+  """Fields in which a stored config and a new one differ.
 
-  A tuple equals a list of the same values, so `old` may come straight from JSON. A field of `ADDED`
-  that `old` lacks counts as its value there.
+  Args:
+    old: the stored config, which may come straight from JSON: a list equals a tuple of the same
+      values. A field of `ADDED` that it lacks has the value in that table.
+    new: the config of the run that resumes.
+
+  Returns:
+    The differences that a resumed run may have, and those that it may not have.
   """
   before, after = tuples(flatten(old)), tuples(flatten(new))
   before = {field: added.value for field, added in ADDED.items() if field in after} | before
@@ -109,19 +113,19 @@ def differences(old: dict, new: ConfigDict) -> tuple[list[Difference], list[Diff
 def as_stored(
   old: dict, new: ConfigDict, given: Collection[str] = ()
 ) -> tuple[ConfigDict, list[str]]:
-  """The config with which a run that was stored by an earlier version goes on.
+  """The config with which a run resumes that an earlier version of the package has stored.
 
-  A config file may have changed together with a field that is new to the run. The run keeps what
-  it has computed so far, unless the user has set the field.
+  The config file may set a field that did not exist when the run began. The run keeps computing
+  what it has computed so far, unless the user sets the field on the command line.
 
   Args:
     old: the stored config.
-    new: the config as it was read.
+    new: the config as it was loaded.
     given: fields that were set on the command line.
 
   Returns:
-    (`new` with the values of `ADDED` where the stored config lacks the field; a line for the user
-    about each value that changed).
+    `new` with the values of `ADDED` for the fields that `old` lacks, and a line for the user about
+    each value that this has changed.
   """
   before, after = flatten(old), flatten(new)
   changed = {
@@ -130,16 +134,16 @@ def as_stored(
     if field in after and field not in before and field not in given
     if after[field] != added.value
   }
-  with (kept := new.copy_and_resolve_references()).unlocked():
+  with (config := new.copy_and_resolve_references()).unlocked():
     for field, added in changed.items():
-      section, _, name = field.rpartition(".")
-      place = kept
-      for part in section.split("."):
-        place = place[part]
-      place[name] = added.value
+      *sections, name = field.split(".")
+      section = config
+      for part in sections:
+        section = section[part]
+      section[name] = added.value
   lines = [
     f"config.{field} = {added.value!r}: the run is older than this field (version"
-    f" {added.version}) and goes on as it began; the config says {after[field]!r}"
+    f" {added.version}) and goes on as it began; the config file has {after[field]!r}"
     for field, added in changed.items()
   ]
-  return kept.lock(), lines
+  return config.lock(), lines

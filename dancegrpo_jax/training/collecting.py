@@ -1,4 +1,4 @@
-"""One iteration's samples and their scores, chunk by chunk."""
+"""The samples of one iteration and their scores, chunk by chunk."""
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +18,14 @@ from dancegrpo_jax.types import Conditioning, PyTree
 
 
 class Experience(NamedTuple):
-  """An iteration's trajectories and scores.
+  """The trajectories and scores of an iteration: P prompts with G samples each.
 
   Attributes:
-    ids: of the P prompts.
-    conditioning: one row a prompt.
-    rollouts: one a chunk; the update empties this list.
-    scores: `{term: f32[P, G]}`, NaN where failed.
-    pixels: of the first group, on the host, where asked for.
+    ids: `[P]`, positions of the prompts in the data set.
+    conditioning: one row for each prompt.
+    rollouts: one for each chunk; the update empties this list.
+    scores: `{term: f32[P, G]}`, NaN where a reward failed.
+    pixels: samples of the first prompt, on the host; None where they were not asked for.
   """
 
   ids: np.ndarray
@@ -41,71 +41,72 @@ def collect(
   iteration: int,
   clock: Clock,
   threads: ThreadPoolExecutor,
-  say: Callable,
+  warn: scoring.Warn,
   keep_pixels: bool = False,
   stop: Callable[[], bool] = lambda: False,
 ) -> Experience | None:
-  """Prompts -> conditioning -> rollout -> samples -> scores.
+  """Prompts -> conditioning -> rollout -> decoded samples -> scores.
 
-  Chunks reuse one program each and bound the memory: a chunk's samples are freed when they are
-  scored. Host rewards run in threads and overlap with the next chunk.
+  Chunks bound the memory: the pixels of a chunk are freed when they are scored. All chunks call the
+  same compiled programs. Host rewards run in threads while the devices draw the next chunk.
 
   Args:
     session: of the run.
-    trainable: parameters that sample.
-    iteration: number of the iteration.
+    trainable: parameters to sample with.
+    iteration: its number.
     clock: of the iteration.
     threads: in which host rewards run.
-    say: where failed rewards are told.
-    keep_pixels: whether the first group's samples are returned.
+    warn: gets a line where a reward fails.
+    keep_pixels: whether the samples of the first prompt are returned.
     stop: asked before each chunk; True gives the iteration up.
 
   Returns:
     The samples and scores; None where the iteration was given up.
   """
-  config, model, run = session.config, session.model, session.programs
+  config, model, compiled = session.config, session.model, session.programs
   batch, group = session.batches[iteration], config.rollout.samples_per_prompt
   ids = np.array([example.id for example in batch], np.int32)
   conditioning = encoding.conditioning(config, session.encode, batch)
   clock.phase("encode", conditioning)
-  rows = {
-    name: jax.tree.map(lambda x: x[ids], features) for name, features in session.features.items()
-  }
+  features = {name: jax.tree.map(lambda x: x[ids], rows) for name, rows in session.features.items()}
 
-  rollouts, scores, waiting, kept = [], {}, [], {}
+  rollouts, scores, started, pixels = [], {}, [], {}
   chunks = lanes.deal(len(batch) * group, config.rollout.chunk, config.mesh.lanes)
   for chunk in chunks:
-    if len(rollouts) > 1:  # bounds what is queued on the devices, and the pixels that it holds
+    # At most two chunks are queued on the devices, so that the pixels of no more are in memory.
+    if len(rollouts) > 1:
       jax.block_until_ready(rollouts[-2])
     if stop():
       return None
-    rollout = run.rollout(trainable, model.frozen, conditioning, ids, chunk, np.int32(iteration))
+    rollout = compiled.rollout(
+      trainable, model.frozen, conditioning, ids, chunk, np.int32(iteration)
+    )
     clock.phase("rollout", rollout)
-    media = run.decode(model.frozen, rollout.sample)
+    media = compiled.decode(model.frozen, rollout.sample)
     shards = sharding.own_shards(media.pixels)
     clock.phase("decode", media)
     owners = chunk // group
     for name, reward in model.rewards.items():
       if reward.kind == "device":
-        result = run.score[name](model.reward_params[name], media, rows[name], owners)
-        clock.phase("reward", result)
-        for term, value in result.items():
-          scores.setdefault(term, []).append(value)
+        parts = compiled.score[name](model.reward_params[name], media, features[name], owners)
+        clock.phase("reward", parts)
+        for term, part in parts.items():
+          scores.setdefault(term, []).append(part)
       else:
-        own = [batch[owner] for owner in owners]
-        future = threads.submit(scoring.own_scores, reward, shards, media.fps, own, say)
-        waiting.append((name, chunk, future))
+        examples = [batch[owner] for owner in owners]
+        result = threads.submit(scoring.local_scores, reward, shards, media.fps, examples, warn)
+        started.append(scoring.HostScores(reward=name, chunk=chunk, result=result))
     rollouts.append(rollout)
     if keep_pixels and chunk.min() < group:
-      pixels = sharding.to_host(media.pixels)
-      kept |= {number: pixels[i] for i, number in enumerate(chunk.tolist()) if number < group}
-  first_group = np.stack([kept[number] for number in range(group)]) if kept else None
+      rows = sharding.to_host(media.pixels)
+      pixels |= {number: rows[i] for i, number in enumerate(chunk.tolist()) if number < group}
+
+  scores |= scoring.gather_host_scores(config, started, chunks)
   order = np.argsort(chunks.reshape(-1)).astype(np.int32)
-  scores |= scoring.from_host(config, waiting, chunks)
   return Experience(
     ids=ids,
     conditioning=conditioning,
     rollouts=rollouts,
-    scores=run.join(scores, order),
-    pixels=first_group,
+    scores=compiled.join(scores, order),
+    pixels=np.stack([pixels[number] for number in range(group)]) if pixels else None,
   )

@@ -1,7 +1,7 @@
-"""What an iteration came to: its numbers, and the ends that a run can have."""
+"""What comes of an iteration: its numbers, and the ways in which a run can end early."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
@@ -14,57 +14,85 @@ from dancegrpo_jax.rl.state import TrainState
 
 
 class RunError(ConfigError):
-  """A run that had to stop: the message says why, and what is left."""
+  """A run that had to stop. The message says why, and from which checkpoint it can go on."""
 
 
 class Pending(NamedTuple):
-  """An iteration that is dispatched and whose numbers have not been read."""
+  """An iteration whose work is queued on the devices and whose numbers have not been read.
+
+  Attributes:
+    iteration: its number.
+    values: scalars by name, on a device or not.
+    clock: of the iteration.
+  """
 
   iteration: int
-  values: dict
+  values: dict[str, Any]
   clock: Clock
+
+
+class Numbers:
+  """The numbers of the iterations, which are read late so that no device waits for the host.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    writer: of metrics.
+    progress: of the run.
+  """
+
+  def __init__(
+    self, config: ConfigDict, workdir: Path, writer: metrics.Writer, progress: metrics.Progress
+  ):
+    self._config, self._workdir, self._writer, self._progress = config, workdir, writer, progress
+    self._pending: Pending | None = None
+
+  def add(self, pending: Pending) -> None:
+    """Takes the numbers of an iteration; those of the one before have been read."""
+    self._pending = pending
+
+  def read(self) -> None:
+    """Waits for the iteration that is pending, if there is one. Else as `flush`."""
+    if self._pending is not None:
+      flush(self._config, self._workdir, self._pending, self._writer, self._progress)
+      self._pending = None
 
 
 def flush(
   config: ConfigDict,
   workdir: Path,
-  pending: Pending | None,
+  pending: Pending,
   writer: metrics.Writer,
   progress: metrics.Progress,
 ) -> None:
-  """Writes and shows an iteration's numbers, which waits until it is done. RunError where the run
-  can't go on.
+  """Waits until an iteration is done, then writes and shows its numbers.
+
+  Raises:
+    RunError: more skipped optimizer steps than optimizer.max_skipped, or a larger share of failed
+      rewards than reward.max_failed.
   """
-  if pending is None:
-    return
   times = pending.clock.read()
   images = config.data.prompts_per_iteration * config.rollout.samples_per_prompt
-  values = {
-    **jax.device_get(pending.values),
-    **times,
-    "images_per_second": images / times["time/total"],
-  }
-  row = writer.write(pending.iteration, values)
+  speed = {"images_per_second": images / times["time/total"]}
+  row = writer.write(pending.iteration, {**jax.device_get(pending.values), **times, **speed})
   progress.update(pending.iteration, row)
-  left = what_is_left(workdir)
-  if row["optimizer/skipped_total"] > config.optimizer.max_skipped:
+  where = f"stopped at iteration {pending.iteration + 1}"
+  skipped, failed = row["optimizer/skipped_total"], row["reward/failed"]
+  if skipped > config.optimizer.max_skipped:
     raise RunError(
-      f"stopped at iteration {pending.iteration + 1}: {row['optimizer/skipped_total']:.0f}"
-      " optimizer steps had a non-finite loss"
-      f" or gradient, more than optimizer.max_skipped = {config.optimizer.max_skipped}; {left};"
-      " lower"
-      f" optimizer.learning_rate = {config.optimizer.learning_rate}"
+      f"{where}: {skipped:.0f} optimizer steps had a non-finite loss or gradient, more than"
+      f" optimizer.max_skipped = {config.optimizer.max_skipped}; {what_is_left(workdir)};"
+      f" lower optimizer.learning_rate = {config.optimizer.learning_rate}"
     )
-  if row["reward/failed"] > config.reward.max_failed:
+  if failed > config.reward.max_failed:
     raise RunError(
-      f"stopped at iteration {pending.iteration + 1}: {row['reward/failed']:.0%} of the rewards"
-      " failed, more than"
-      f" reward.max_failed = {config.reward.max_failed}; {left}"
+      f"{where}: {failed:.0%} of the rewards failed, more than"
+      f" reward.max_failed = {config.reward.max_failed}; {what_is_left(workdir)}"
     )
 
 
 def what_is_left(workdir: Path) -> str:
-  """What a run that has to stop leaves to go on from, in words."""
+  """Says from which checkpoint a run that has to stop can go on."""
   last = store.latest(workdir / "checkpoints")
   if last is None:
     return "no checkpoint was saved yet"
@@ -80,16 +108,16 @@ def give_up(
   meta: dict,
   progress: metrics.Progress,
 ) -> None:
-  """Ends a run that was asked to stop: saves the state as of the last whole iteration, and says so.
+  """Ends a run that was asked to stop: saves the state before the iteration that is given up.
 
   Args:
     saver: of the workdir.
     workdir: of the run.
-    state: before the iteration that is given up.
-    iteration: its number, and so that of whole iterations.
-    first: the iteration that this process began with, whose state is saved already.
+    state: before this iteration.
+    iteration: its number, which is also the number of finished iterations.
+    first: the iteration with which this process began, whose state is saved already.
     meta: saved beside the state.
-    progress: where it is said.
+    progress: shows a message.
   """
   if iteration > first:
     saver.save(iteration, state, meta | {"iteration": iteration})

@@ -1,4 +1,4 @@
-"""What stays the same over a run: models, programs and data, loaded and compiled."""
+"""What stays the same during a run: models, programs and data. It is loaded and compiled here."""
 
 from collections.abc import Collection
 from pathlib import Path
@@ -24,24 +24,24 @@ from dancegrpo_jax.types import Example, PyTree
 
 
 class Session(NamedTuple):
-  """What stays the same over a run.
+  """What stays the same during a run.
 
   Attributes:
     config: validated.
     workdir: of the run.
     examples: the prompt data set.
-    shown: prompts that evaluation.every samples with fixed noise: of the data set, and held out.
-    batches: `batches[iteration]` is that iteration's examples.
-    model: without its trainable weights, which the state owns.
+    shown: the prompts of an evaluation inside training: some of the data set, and some held out.
+    batches: `batches[iteration]` are the examples of that iteration.
+    model: without its trainable weights, which belong to the state.
     programs: compiled functions of an iteration.
-    shown_programs: the same at the shapes of an evaluation inside training.
-    encode: `examples -> rows` of an iteration's prompts: by the model's encoders, or from the
-      cache.
-    encode_shown: the same for the shown prompts.
-    reference: in the place of the trained weights what a KL penalty holds to, or None. {} under
-      LoRA: the base has no adapters.
-    features: device rewards' features of every prompt, by reward.
-    shown_features: of the shown ones.
+    shown_programs: the same functions, compiled for the shapes of an evaluation inside training.
+    encode: `examples -> rows` for the prompts of an iteration, by the model's encoders or from the
+      cache of embeddings.
+    encode_shown: the same for the prompts of an evaluation.
+    reference: what a KL penalty holds to, in the place of the trained weights. {} under LoRA, since
+      the base has no adapters; None without a penalty.
+    features: by device reward, the features of every prompt of the data set.
+    shown_features: by device reward, the features of the prompts of an evaluation.
   """
 
   config: ConfigDict
@@ -66,8 +66,8 @@ class Loaded(NamedTuple):
     model: with its weights.
     programs: compiled, of an iteration.
     shown_programs: compiled, at the shapes of an evaluation inside training.
-    state: the TrainState before the first iteration, abstract.
-    cached: `examples -> rows` from the cache of embeddings, None where the encoders are loaded.
+    state: the TrainState before the first iteration, of `jax.ShapeDtypeStruct`s.
+    cached: `examples -> rows` from the cache of embeddings; None where the encoders are loaded.
   """
 
   model: Model
@@ -85,8 +85,17 @@ def load_and_compile(
   mesh: jax.sharding.Mesh,
   progress: metrics.Progress,
 ) -> Loaded:
-  """Reads the weights, and compiles the programs in threads meanwhile: both need no more than the
-  config.json files to begin.
+  """Reads the weights, and compiles the programs in threads meanwhile.
+
+  Both can begin as soon as the JSON files of the checkpoints have been read.
+
+  Args:
+    config: validated.
+    workdir: of the run.
+    examples: the prompt data set.
+    held_out: prompts that are evaluated and not trained on.
+    mesh: the devices; the caller has entered it.
+    progress: shows what is being compiled.
 
   Raises:
     ConfigError: a checkpoint that can't be used, or a model that is too large for the devices.
@@ -99,9 +108,8 @@ def load_and_compile(
   cached = None
   if config.data.cache_embeddings:
     cached = encoding.cached_encoder(config, workdir, pipeline, examples + held_out, mesh)
-  jitted = programs.build(
-    config, pipeline, rewards, mesh, jax.tree.map(lambda x: x.sharding, state)
-  )
+  shardings = jax.tree.map(lambda x: x.sharding, state)
+  jitted = programs.build(config, pipeline, rewards, mesh, shardings)
   listed = calls.of_run(config, outline, state, jitted, len(examples), len(held_out)).listed
   if cached:
     listed = [call for call in listed if call.name != "encode"]
@@ -127,16 +135,18 @@ def prepare(
   first: int,
   progress: metrics.Progress,
 ) -> tuple[Session, TrainState]:
-  """What an iteration needs, and the state to start from; writes config.json and environment.json
-  when all is loaded.
+  """Loads and compiles what the iterations need. Then writes config.json and environment.json.
 
   Args:
     config: validated.
     workdir: of the run.
     examples: the prompt data set.
     mesh: the devices; the caller has entered it.
-    first: iterations that are done already.
-    progress: where it is shown what is being compiled.
+    first: number of iterations that are done already.
+    progress: shows what is being compiled.
+
+  Returns:
+    The session, and the state before iteration `first`.
 
   Raises:
     ConfigError: as `load_and_compile`.
@@ -144,14 +154,14 @@ def prepare(
   program_cache.use(config.logging.compilation_cache)
   held_out = read_held_out(config)
   loaded = load_and_compile(config, workdir, examples, held_out, mesh, progress)
-  model, compiled, shown_programs = loaded.model, loaded.programs, loaded.shown_programs
+  model, compiled = loaded.model, loaded.programs
   reference = reference_of(config, model)
   if first:
     state = store.restore(workdir / "checkpoints", loaded.state).state
   else:
     shardings = jax.tree.map(lambda x: x.sharding, loaded.state)
     state = init_state(config, len(examples), shardings)(model.trainable)
-  model = model._replace(trainable=None)  # the state owns it
+  model = model._replace(trainable=None)  # the weights belong to the state now
   shown = examples[: config.evaluation.prompts], held_out[: config.evaluation.prompts]
   rows = config.data.prompts_per_iteration
 
@@ -168,9 +178,9 @@ def prepare(
     batches=prompts.prompt_batches(examples, rows, config.seed, config.data.shuffle),
     model=model,
     programs=compiled,
-    shown_programs=shown_programs,
+    shown_programs=loaded.shown_programs,
     encode=loaded.cached or encoding.encoder(model, compiled.encode),
-    encode_shown=loaded.cached or encoding.encoder(model, shown_programs.encode),
+    encode_shown=loaded.cached or encoding.encoder(model, loaded.shown_programs.encode),
     reference=reference,
     features=features_of(examples),
     shown_features=features_of([*shown[0], *shown[1]]),
@@ -183,21 +193,30 @@ def prepare(
 
 
 def resumed_config(config: ConfigDict, workdir: Path, given: Collection[str]) -> ConfigDict:
-  """The config with which the workdir's run goes on, see `stored_config.as_stored`; `config` itself
-  where there is no run yet.
+  """The config with which the run of a workdir goes on, see `stored_config.as_stored`.
+
+  Args:
+    config: of the command.
+    workdir: of the run.
+    given: fields of the config that the user has set by hand.
+
+  Returns:
+    The config; `config` itself where the workdir holds no run yet.
   """
   folder = workdir / "checkpoints"
   if store.latest(folder) is None:
     return config
-  kept, lines = stored_config.as_stored(store.read_meta(folder)["config"], config, given)
+  resumed, lines = stored_config.as_stored(store.read_meta(folder)["config"], config, given)
   for line in lines:
     print(line)
-  return kept
+  return resumed
 
 
 def checked(config: ConfigDict, workdir: Path) -> tuple[list[Example], int]:
-  """The prompts of a run and its iterations that are done, when all has been checked that can be
-  before anything is loaded.
+  """Checks all that can be checked before anything is loaded.
+
+  Returns:
+    The prompt data set, and the number of iterations that are done already.
 
   Raises:
     ConfigError: a mistake in the config, the prompts or the workdir.
@@ -215,11 +234,12 @@ def checked(config: ConfigDict, workdir: Path) -> tuple[list[Example], int]:
 
 
 def iterations_done(config: ConfigDict, workdir: Path) -> int:
-  """Iterations already done in the workdir: 0, or where to resume. Says which harmless fields
-  differ.
+  """The number of iterations that the run of a workdir has done, 0 where there is none.
+
+  Prints the fields in which the config differs from that of the run and may do so.
 
   Raises:
-    ConfigError: the workdir belongs to a run that differs in what may not change, field by field.
+    ConfigError: fields differ that may not change during a run; the message names each.
   """
   folder = workdir / "checkpoints"
   done = store.latest(folder)
@@ -238,8 +258,10 @@ def iterations_done(config: ConfigDict, workdir: Path) -> int:
 
 
 def reference_of(config: ConfigDict, model: Model) -> PyTree | None:
-  """What a KL penalty holds to: a copy of the weights before training, or the frozen base itself,
-  which LoRA leaves as it is.
+  """What a KL penalty holds to, in the place of the trained weights.
+
+  It is a copy of the weights before training. Under LoRA it is {}: without adapters the model is
+  the base, which stays as it is. Without a penalty it is None.
   """
   if not config.objective.kl.weight:
     return None

@@ -1,7 +1,5 @@
 """Evaluation inside training, and pictures for the report."""
 
-from collections.abc import Callable
-
 import jax
 import numpy as np
 
@@ -16,35 +14,45 @@ from dancegrpo_jax.types import Media
 
 
 def show(
-  session: Session, iteration: int, state: TrainState, say: Callable[[str], None]
+  session: Session, iteration: int, state: TrainState, warn: scoring.Warn
 ) -> dict[str, float]:
-  """A column of the report's grid: the first prompts, and held-out ones, with fixed noise and the
-  deterministic sampler.
+  """Samples the fixed prompts with fixed noise and the deterministic sampler, and adds a column to
+  the report's grid.
+
+  Args:
+    session: of the run.
+    iteration: number of finished iterations.
+    state: whose averaged parameters are used where it has an average.
+    warn: gets a line where a reward fails.
 
   Returns:
-    Mean scores as metrics, and the gap: what training prompts are ahead of held-out ones.
+    Metrics: the mean score of the training prompts. Where there are held-out prompts, also their
+    mean score and the gap, by which the training prompts are ahead.
   """
-  config, model, run = session.config, session.model, session.shown_programs
-  examples = sum(session.shown, [])
-  (row,) = scoring.chunks(len(examples), len(examples) + config.mesh.lanes, config.mesh.lanes)
+  config, model, compiled = session.config, session.model, session.shown_programs
+  examples = [*session.shown[0], *session.shown[1]]
+  # One call, as small as it can be.
+  rows = scoring.chunks(len(examples), len(examples) + config.mesh.lanes, config.mesh.lanes)
   weights = state.trainable if state.ema is None else state.ema
-  conditioning = encoding.conditioning(config, session.encode_shown, [examples[i] for i in row])
-  numbers = np.arange(len(row), dtype=np.int32)
-  latents = run.sample(
-    weights, model.frozen, conditioning, numbers, numbers, np.int32(config.evaluation.seed)
-  )
-  media = run.decode(model.frozen, latents)
+  padded = [examples[i] for i in rows[0]]
+  conditioning = encoding.conditioning(config, session.encode_shown, padded)
+  numbers = np.arange(len(padded), dtype=np.int32)
+  seed = np.int32(config.evaluation.seed)
+  latents = compiled.sample(weights, model.frozen, conditioning, numbers, numbers, seed)
+  media = compiled.decode(model.frozen, latents)
   pixels = sharding.to_host(media.pixels)[: len(examples)]
   scores = scoring.score_all(
-    model.rewards,
-    model.reward_params,
-    compute=run.score,
+    scorers=scoring.Scorers(
+      rewards=model.rewards,
+      params=model.reward_params,
+      compute=compiled.score,
+      features=session.shown_features,
+    ),
     media=Media(pixels, media.fps),
-    features=session.shown_features,
     owners=np.arange(len(examples), dtype=np.int32),
     examples=examples,
-    rows=row[None],
-    say=say,
+    rows=rows,
+    warn=warn,
   )
   total = sum(weight * scores[term] for term, weight in config.reward.terms)
   trained, held_out = np.split(total, [len(session.shown[0])])
@@ -52,26 +60,31 @@ def show(
     texts = [example.prompt for example in session.shown[0]]
     page.save_samples(session.workdir, iteration, pixels[: len(trained)], texts, trained, held_out)
     page.write(session.workdir)
-  found = {"evaluation/score": float(np.mean(trained))}
+  result = {"evaluation/score": float(np.mean(trained))}
   if len(held_out):
-    found["evaluation/held_out"] = float(np.mean(held_out))
-    found["evaluation/gap"] = found["evaluation/score"] - found["evaluation/held_out"]
-  return found
+    result["evaluation/held_out"] = float(np.mean(held_out))
+    result["evaluation/gap"] = result["evaluation/score"] - result["evaluation/held_out"]
+  return result
 
 
 def save_extremes(session: Session, iteration: int, seen: Experience) -> None:
-  """The best and the worst sample of the first group."""
-  total = sum(
-    weight * np.asarray(seen.scores[term])[0] for term, weight in session.config.reward.terms
-  )
+  """Saves the best and the worst sample of the first prompt for the report.
+
+  Args:
+    session: of the run.
+    iteration: number of finished iterations.
+    seen: what the last one collected; nothing is saved where it has no pixels, or no score.
+  """
+  terms = session.config.reward.terms
+  total = sum(weight * np.asarray(seen.scores[term])[0] for term, weight in terms)
   if jax.process_index() == 0 and seen.pixels is not None and np.isfinite(total).any():
     best, worst = int(np.nanargmax(total)), int(np.nanargmin(total))
     page.save_extremes(
-      session.workdir,
-      iteration,
-      seen.pixels[best],
-      seen.pixels[worst],
-      session.examples[int(seen.ids[0])].prompt,
-      float(total[best]),
-      float(total[worst]),
+      workdir=session.workdir,
+      iteration=iteration,
+      best=seen.pixels[best],
+      worst=seen.pixels[worst],
+      prompt=session.examples[int(seen.ids[0])].prompt,
+      best_score=float(total[best]),
+      worst_score=float(total[worst]),
     )

@@ -1,4 +1,4 @@
-"""Traces of some iterations for a profiler."""
+"""Traces of some iterations for JAX's profiler."""
 
 import contextlib
 from pathlib import Path
@@ -16,15 +16,17 @@ def start_profile(config: ConfigDict, workdir: Path, iteration: int) -> None:
 
 
 def stop_profile(config: ConfigDict, iteration: int, result: PyTree) -> None:
-  """Ends the trace when the last of logging.profile_steps is done."""
+  """Ends the trace after the last of logging.profile_steps, when `result` is ready."""
   if config.logging.profile_steps and iteration == config.logging.profile_steps[1]:
     jax.block_until_ready(result)
     end_trace()
 
 
 def end_trace() -> None:
-  """Ends a trace if one is running: a resumed run may have missed its start, a run that stops early
-  its end.
+  """Ends the trace if one is running.
+
+  None is running in a resumed run that began after the first of logging.profile_steps. One still is
+  in a run that stops before the last of them.
   """
   with contextlib.suppress(RuntimeError):
     jax.profiler.stop_trace()

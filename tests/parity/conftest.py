@@ -1,5 +1,6 @@
-"""Fixtures of the parity tests: what was measured is printed and kept in the report; gigabytes of
-weights do not stay behind.
+"""Fixtures of the parity tests.
+
+Measured errors are printed and kept in the report. Gigabytes of weights are removed.
 """
 
 import tempfile
@@ -10,8 +11,9 @@ import pytest
 
 @pytest.fixture
 def measured(record_property):
-  """`measured(name, value, bound)` asserts value <= bound, and says both (with -s) and keeps them
-  (with --junitxml).
+  """`measured(name, value, bound)` asserts value <= bound and reports both.
+
+  It prints them (with -s) and keeps them (with --junitxml).
   """
 
   def check(name: str, value: float, bound: float) -> None:
@@ -24,6 +26,6 @@ def measured(record_property):
 
 @pytest.fixture
 def scratch():
-  """A folder that is gone after the test: pytest's own keeps the weights of three runs."""
+  """A folder that is removed after the test; pytest's folders keep the weights of three runs."""
   with tempfile.TemporaryDirectory(prefix="full-size-") as folder:
     yield Path(folder)

@@ -29,8 +29,9 @@ FLUX = SD | {
 
 @cache
 def ours_of(flux: bool):
-  """Our network with its encoder and decoder; the same objects for each test, so that they compile
-  once.
+  """Our network with its encoder and decoder.
+
+  They are the same objects in each test, so that they compile once.
   """
   network = autoencoder.from_json(FLUX if flux else SD)
   return network, *(
@@ -42,7 +43,7 @@ def ours_of(flux: bool):
   "config, scale", [(SD, 1.0), (SD, 1e-3), (FLUX, 1.0)], ids=["sd", "sd-small", "flux"]
 )
 def test_encode_and_decode(config, scale):
-  """Mean, log-variance and pixels, of an image that is not square."""
+  """Compares mean, log-variance and pixels of an image that is not square."""
   generator = torch.Generator().manual_seed(0)
   theirs = randomise(AutoencoderKL(**config), seed=1, scale=scale)
   network, encode, decode = ours_of(config is FLUX)

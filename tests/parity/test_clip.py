@@ -70,7 +70,10 @@ def test_text_tower(act, scan):
 
 @pytest.mark.parametrize("eos, pad", [(2, 0), (2, 63), (61, 0), (61, 61)])
 def test_pooling_takes_the_first_end_of_text(eos, pad):
-  """eos_token_id 2 is the mistake of OpenAI's configs: the row's highest id ends the text there."""
+  """OpenAI's configs have a wrong eos_token_id of 2.
+
+  With it the highest id of a row ends the text.
+  """
   (_, pooled), theirs = text_case(eos, pad)
   assert error(pooled, theirs.pooler_output) <= 1e-4
 
@@ -82,9 +85,7 @@ def test_small_activations_show_the_norm_epsilon(eps):
 
 
 def test_padding_does_not_reach_the_text():
-  """What transformers computes with an attention mask over the padding is what the causal mask
-  gives anyway.
-  """
+  """The causal mask alone gives what transformers computes with a mask over the padding, too."""
   config = TEXT | {"pad_token_id": 0}
   theirs = randomise(CLIPTextModel(CLIPTextConfig(**config)), seed=1)
   ids = tokens(63, 0)
@@ -122,10 +123,8 @@ def test_model(act, scan):
   config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=20)
   theirs = randomise(CLIPModel(config), seed=2)
   network = Clip.from_json(config.to_dict(), scan_layers=scan)
-  ids, pixels = (
-    tokens(63, 63),
-    torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0)),
-  )
+  ids = tokens(63, 63)
+  pixels = torch.randn(3, 3, 24, 24, generator=torch.Generator().manual_seed(0))
   params = convert(CLIP, theirs, network, ids, nhwc(pixels))
 
   def forward(p, ids, pixels):
@@ -161,8 +160,9 @@ def test_gradients_with_and_without_scan_and_remat():
 
 
 def test_half_precision_stays_close():
-  """bfloat16 computes in bfloat16, with norms and softmax in float32: a few of its 2^-8 steps
-  away.
+  """In bfloat16 the results stay within a few steps of 2^-8.
+
+  Norms and softmax are in float32.
   """
   theirs = randomise(CLIPTextModel(CLIPTextConfig(**TEXT)), seed=1)
   ids = tokens(63, 63)

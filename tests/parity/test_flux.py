@@ -1,5 +1,6 @@
-"""FLUX's denoiser against diffusers, with random weights in every tensor, and its scanned blocks
-against a loop of them.
+"""FLUX's denoiser against diffusers, with random weights in every tensor.
+
+Scanned blocks are compared with a loop over the blocks.
 """
 
 from functools import cache
@@ -34,8 +35,9 @@ HEIGHT, WIDTH, TOKENS = 6, 10, 7  # latents that are not square
 
 
 def inputs(guidance: bool) -> tuple:
-  """(latents [b, c, h, w], time 0 .. 1000, text, pooled, guidance or None); times that are no
-  integers.
+  """(latents [b, c, h, w], time 0 .. 1000, text, pooled, guidance or None).
+
+  Times are not integers.
   """
   generator = torch.Generator().manual_seed(0)
   latents, text, pooled = (
@@ -52,12 +54,12 @@ def inputs(guidance: bool) -> tuple:
 
 
 def ours_in(latents, *rest) -> tuple:
-  """The same for our network: the guidance left out where there is none."""
+  """The same inputs for our network; the guidance is left out where it is None."""
   return (nhwc(latents), *(x.numpy() for x in rest if x is not None))
 
 
 def their_output(theirs, latents, time, text, pooled, guidance) -> torch.Tensor:
-  """`[b, c, h, w]`, packed and unpacked by diffusers' pipeline."""
+  """Diffusers' output `[b, c, h, w]`, packed and unpacked by its pipeline."""
   batch, channels = latents.shape[:2]
   ids = FluxPipeline._prepare_latent_image_ids(batch, HEIGHT // 2, WIDTH // 2, "cpu", torch.float32)
   packed = FluxPipeline._pack_latents(latents, batch, channels, HEIGHT, WIDTH)
@@ -68,7 +70,10 @@ def their_output(theirs, latents, time, text, pooled, guidance) -> torch.Tensor:
 
 @cache
 def ours_of(guidance: bool, scan: bool, remat: bool = False):
-  """Our network and its call; the same objects for each test, so that they compile once."""
+  """Our network and its call.
+
+  They are the same objects in each test, so that they compile once.
+  """
   network = flux.from_json(DEV if guidance else SCHNELL, scan_blocks=scan, remat=remat)
   return network, lambda params, *arguments: network.apply({"params": params}, *arguments)
 
@@ -80,9 +85,8 @@ def test_transformer(guidance, scale):
   arguments = inputs(guidance)
   network, apply = ours_of(guidance, scan=True)
   ours = run(apply, convert(FLUX, theirs, network, *ours_in(*arguments)), *ours_in(*arguments))
-  assert (
-    error(ours, torch.from_numpy(nhwc(their_output(theirs, *arguments)))) <= 5e-5
-  )  # an exact gelu is 1.6e-4 off
+  # An exact gelu would be 1.6e-4 off.
+  assert error(ours, torch.from_numpy(nhwc(their_output(theirs, *arguments)))) <= 5e-5
 
 
 def test_full_depth():
@@ -96,7 +100,7 @@ def test_full_depth():
 
 
 def test_scan_loop_and_remat_agree():
-  """Outputs and every gradient, within round-off; and the two trees are one checkpoint."""
+  """Outputs and gradients agree within round-off, and both parameter trees make one checkpoint."""
   theirs, results = randomise(FluxTransformer2DModel(**DEV), seed=2), []
   arguments = ours_in(*inputs(True))
   for scan, remat in ((False, False), (True, False), (True, True)):
@@ -128,8 +132,9 @@ def test_output_channels_are_the_configs():
 
 
 def test_half_precision_stays_close():
-  """bfloat16 computes in bfloat16, with norms, modulation and rotations in float32: a few of its
-  2^-8 steps away.
+  """In bfloat16 the results stay within a few steps of 2^-8.
+
+  Norms, modulation and rotations are in float32.
   """
   theirs, arguments = randomise(FluxTransformer2DModel(**DEV), seed=1), inputs(True)
   network = flux.from_json(DEV, dtype=jnp.bfloat16, scan_blocks=True)
@@ -150,7 +155,7 @@ def test_packing():
 
 
 def test_rotations_of_the_published_size():
-  """1024x1024 pixels: to the last bit but a few, whatever the size of the angle."""
+  """At 1024x1024 pixels only the last bits differ, however large the angle is."""
   ids = flux.positions(512, 64, 64)
   image = FluxPipeline._prepare_latent_image_ids(1, 64, 64, "cpu", torch.float32)
   np.testing.assert_array_equal(ids, torch.cat([torch.zeros(512, 3), image]).numpy())

@@ -1,5 +1,6 @@
-"""FLUX from a folder: text, a whole deterministic sampling and pixels against diffusers'
-FluxPipeline on the same files.
+"""FLUX from a folder against diffusers' FluxPipeline on the same files.
+
+Compares text states, a whole deterministic sampling, and pixels.
 """
 
 import json
@@ -22,12 +23,12 @@ from dancegrpo_jax.pipelines.base import ModelSettings
 from dancegrpo_jax.rl import rng
 from dancegrpo_jax.types import Conditioning
 
-SIZE, STEPS = (32, 48), 30  # not square; latents [8, 12, 4], 24 tokens
+SIZE, STEPS = (32, 48), 30  # not square: latents are [8, 12, 4], with 24 tokens
 SCHNELL = FLOW | {"shift": 1.0, "use_dynamic_shifting": False}
 
 
 def flux_config(folder, **changes):
-  """The tiny config on a FLUX folder, with the checkpoint's own time shift."""
+  """The tiny config on a FLUX folder, with the checkpoint's time shift."""
   values = {
     "model__family": "flux",
     "model__checkpoint": str(folder),
@@ -59,8 +60,9 @@ def their_pipeline(folder) -> FluxPipeline:
 
 
 def sampled(folder, steps: int, guidance: float, **changes) -> tuple:
-  """(our latents and pixels, diffusers') of two prompts from the same noise, and our
-  conditioning.
+  """Samples two prompts from the same noise by diffusers and by us.
+
+  Returns (our latents and pixels, diffusers' latents and pixels), and our conditioning.
   """
   config = flux_config(
     folder, evaluation__steps=steps, sampler__embedded_guidance=guidance, **changes
@@ -71,16 +73,14 @@ def sampled(folder, steps: int, guidance: float, **changes) -> tuple:
     numbers, owners = np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32) % 2
     conditioning = Conditioning(rows, None)
     latents = run.sample(model.trainable, model.frozen, conditioning, numbers, owners, np.int32(5))
-    pixels = run.decode(model.frozen, latents)
+    pixels = run.decode(model.frozen, latents).pixels
     stream = rng.derive(rng.stream(0, "evaluation"), np.int32(5))
     noise = rng.initial_noise(
       stream, 0, numbers, numbers, shared=True, shape=model.pipeline.latent_shape
     )
     ours = jax.device_get((latents, pixels, rows))
-  pipe, noise = (
-    their_pipeline(folder),
-    torch.from_numpy(np.ascontiguousarray(np.asarray(noise).transpose(0, 3, 1, 2))),
-  )
+  pipe = their_pipeline(folder)
+  noise = torch.from_numpy(np.ascontiguousarray(np.asarray(noise).transpose(0, 3, 1, 2)))
   size = config.model.size
   options = {
     "height": size[0],
@@ -101,8 +101,10 @@ def sampled(folder, steps: int, guidance: float, **changes) -> tuple:
 
 
 def check(ours, theirs) -> None:
-  """Text within a network's bound, latents within a trajectory's, pixels within a quarter of an
-  8-bit step.
+  """Checks text, latents and pixels.
+
+  Text is held to the bound of a network, latents to the bound of a trajectory, and pixels to a
+  quarter of an 8-bit step.
   """
   text, pooled, _ = (x.detach().numpy() for x in theirs[2])
   errors = (
@@ -113,7 +115,7 @@ def check(ours, theirs) -> None:
   shift = np.abs(ours[1] - theirs[1]).max()
   print("text {:.1e}, pooled {:.1e}, latents {:.1e}, pixels {:.1e}".format(*errors, shift))
   assert max(errors[:2]) <= 1e-4 and errors[2] <= 1e-3 and shift <= 1 / 1024
-  assert np.ptp(theirs[1], axis=0).mean() > 0.05  # different noise, different images
+  assert np.ptp(theirs[1], axis=0).mean() > 0.05  # different noise gives different images
 
 
 @pytest.mark.parametrize("scan", [False, True])

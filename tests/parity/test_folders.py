@@ -1,6 +1,4 @@
-"""Folders that we write are loaded by diffusers and transformers as they are, and theirs by us, bit
-for bit.
-"""
+"""Diffusers and transformers load the folders that we write, and we load theirs, bit for bit."""
 
 import json
 
@@ -92,7 +90,7 @@ def test_there_and_back(name, tmp_path):
   again = loaded.state_dict()
   for key, tensor in theirs.state_dict().items():
     assert torch.equal(again[key], tensor), key
-  # float16, as the embedded models are shipped
+  # in float16, as the models of this repository are shipped
   weights.save(tmp_path / "half", name, params, config, dtype=np.float16)
   half = type(theirs).from_pretrained(tmp_path / "half").state_dict()
   assert all(

@@ -1,14 +1,13 @@
-"""Stable Diffusion's networks at their published sizes against diffusers and transformers, with
-random weights in every tensor.
+"""Stable Diffusion's networks at their published sizes against diffusers and transformers.
 
-Minutes and up to 13 GiB a test (v2.1 at 96x96; trajectories 11, the others 7), so not run by
-default. One prints its numbers with
+All tensors are random. A test takes minutes and up to 13 GiB (v2.1 at 96x96; trajectories 11, the
+others 7) and is therefore not run by default. One test prints its numbers with
 
     pytest -m full_size -s tests/parity/test_full_size.py -k "unet and sd14"
 
-The reference's network is saved in its library's own layout and freed before ours is read from
-there, by the project's loader. test_unet.py, test_autoencoder.py, test_clip.py and
-test_trajectory.py are the same at reduced width.
+The reference's network is saved in its library's layout and freed before the project's loader reads
+ours from the files. test_unet.py, test_autoencoder.py, test_clip.py and test_trajectory.py are the
+same tests at reduced width.
 """
 
 import json
@@ -30,9 +29,9 @@ from dancegrpo_jax.models.clip import ClipText
 
 pytestmark = pytest.mark.full_size
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "tensors"
-BOUND = 1e-4  # of full-depth networks
-# of the trajectories' latents: the 120 forward passes take ten minutes so, and four times that at
-# 64x64
+BOUND = 1e-4  # the bound for networks of full depth
+# Side of the trajectories' latents: the 120 forward passes take ten minutes, and would take four
+# times that at 64x64.
 SIDE = 32
 EOS = 49407
 
@@ -42,25 +41,23 @@ def published(name: str) -> dict:
 
 
 def drawn(cls: type, config: dict, folder: Path) -> torch.nn.Module:
-  """A diffusers network with random weights, saved in `folder`."""
+  """A diffusers network with random weights, which is saved in `folder`."""
   network = randomise(empty(cls, config, torch.float32), seed=1)
   network.save_pretrained(folder, max_shard_size="20GB")
   return network
 
 
 def empty(cls: type, config: dict, dtype: torch.dtype) -> torch.nn.Module:
-  """A diffusers network whose parameters are still to be written, so that they are in memory
-  once.
-  """
+  """A diffusers network without values, so that its weights are in memory only once."""
   with torch.device("meta"):
     network = cls.from_config(config).to(dtype)
-  assert not list(network.buffers())  # which nobody would write
+  assert not list(network.buffers())  # buffers would stay without values
   return network.to_empty(device="cpu").eval()
 
 
 @torch.no_grad()
 def reread(cls: type, config: dict, folder: Path, dtype: torch.dtype) -> torch.nn.Module:
-  """What `drawn` saved, tensor by tensor and in another precision."""
+  """What `drawn` saved, read tensor by tensor in another precision."""
   network = empty(cls, config, dtype)
   parameters = dict(network.named_parameters())
   with safe_open(folder / "diffusion_pytorch_model.safetensors", "pt") as file:
@@ -71,9 +68,7 @@ def reread(cls: type, config: dict, folder: Path, dtype: torch.dtype) -> torch.n
 
 
 def ours_from(folder: Path, config: dict) -> dict:
-  """Our parameters, of the published config.json and not of what the library wrote beside the
-  weights.
-  """
+  """Our parameters, read with the published config.json instead of the saved one."""
   return weights.load(folder, class_name(config), abstract_params(config))
 
 
@@ -88,7 +83,7 @@ def their_noise(config: dict, folder: Path, latents, time, context) -> torch.Ten
 
 @pytest.mark.parametrize("name, side, width", [("sd14-unet", 64, 768), ("sd21-unet", 96, 1024)])
 def test_unet(scratch, measured, name, side, width):
-  """One forward pass of one sample, at a time that is no integer."""
+  """One forward pass of one sample, at a time that is not an integer."""
   config = published(name)
   latents, time, context = normal(1, 4, side, side), torch.tensor([501.25]), normal(1, 77, width)
   theirs = their_noise(config, scratch, latents, time, context)
@@ -155,13 +150,11 @@ def test_text_encoder(scratch, measured, name, pad):
 
 
 def test_trajectories_and_log_probs(scratch, measured):
-  """30 steps of v1.4, and what the update scores of them, by a network in float64."""
+  """30 steps of v1.4, and the log-probs that the update computes, against a float64 network."""
   jsons = {name: published(f"sd14-{file}") for name, file in trajectories.FILES.items()}
   drawn(UNet2DConditionModel, jsons["unet"], scratch / "unet")
-  inputs, steps = (
-    trajectories.draw_inputs(jsons["unet"], batch=1, side=SIDE, tokens=77),
-    (0, 15, 29),
-  )
+  inputs = trajectories.draw_inputs(jsons["unet"], batch=1, side=SIDE, tokens=77)
+  steps = (0, 15, 29)
 
   def network(dtype: torch.dtype) -> UNet2DConditionModel:
     return reread(UNet2DConditionModel, jsons["unet"], scratch / "unet", dtype)

@@ -1,12 +1,11 @@
-"""Rewards at their published sizes, from files in their published layouts, against open_clip and
-transformers, random weights.
+"""Rewards at their published sizes and file layouts, against open_clip and transformers.
 
-Minutes and up to 7 GiB a test, so not run by default; needs `pip install open_clip_torch`, which
-brings CLIP's vocabulary too.
+All weights are random. A test takes minutes and up to 7 GiB and is therefore not run by default. It
+needs `pip install open_clip_torch`, which brings CLIP's vocabulary, too.
 
     pytest -m full_size -s tests/parity/test_full_size_rewards.py -k hps
 
-test_reward_models.py is the same at reduced width.
+test_reward_models.py has the same tests at reduced width.
 """
 
 import json
@@ -45,8 +44,9 @@ def published(name: str) -> dict:
 
 
 def write_tokenizer(folder: Path) -> np.ndarray:
-  """CLIP's own vocabulary as a CLIPTokenizer folder; returns open_clip's ids of the prompts, ours
-  checked against them.
+  """Writes CLIP's vocabulary as a CLIPTokenizer folder.
+
+  Returns open_clip's ids of the prompts, after a comparison with ours.
   """
   source = open_clip.SimpleTokenizer()
   names = {"<start_of_text>": tokenizer.BOS, "<end_of_text>": tokenizer.EOS}
@@ -67,9 +67,10 @@ def write_tokenizer(folder: Path) -> np.ndarray:
     {"model_max_length": 77, "tokenizer_class": "CLIPTokenizer", **ends},
   )
   ids = source(PROMPTS).numpy()
+  # Their padding is 0.
   np.testing.assert_array_equal(
     tokenizer.load_tokenizer(str(folder))(PROMPTS), np.where(ids == 0, EOS, ids)
-  )  # 0 pads there
+  )
   return ids
 
 
@@ -78,8 +79,9 @@ def eight_bit(pixels: np.ndarray) -> list[np.ndarray]:
 
 
 def processed(pixels: np.ndarray) -> torch.Tensor:
-  """By transformers' processor of PIL images, configured as openai's ViT-L/14 (laion's ViT-H/14
-  says the same).
+  """Pixels from transformers' processor of PIL images.
+
+  The processor has openai's configuration of ViT-L/14, which is also that of laion's ViT-H/14.
   """
   kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
   processor = kind(
@@ -94,7 +96,7 @@ def processed(pixels: np.ndarray) -> torch.Tensor:
 
 
 def transformed(pixels: np.ndarray, preprocess_cfg: dict) -> torch.Tensor:
-  """By open_clip's transform of PIL images."""
+  """Pixels from open_clip's transform of PIL images."""
   config = open_clip.transform.PreprocessCfg(size=224, **preprocess_cfg)
   transform = open_clip.transform.image_transform_v2(config, is_train=False)
   return torch.stack([transform(Image.fromarray(image)) for image in eight_bit(pixels)])
@@ -103,7 +105,7 @@ def transformed(pixels: np.ndarray, preprocess_cfg: dict) -> torch.Tensor:
 def transformers_clip(
   folder: Path, name: str, pixels: np.ndarray, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Embeddings of a CLIPModel that is saved in `folder` and then freed."""
+  """Embeddings of a CLIPModel, which is saved in `folder` and then freed."""
   model = randomise(CLIPModel(CLIPConfig(**published(name))), seed=1)
   model.save_pretrained(folder)
   write_json(folder / "config.json", published(name))
@@ -127,8 +129,9 @@ def open_clip_model(model_cfg: dict) -> torch.nn.Module:
 def check(
   measured, name: str, config, term: str, pixels: np.ndarray, theirs: tuple[np.ndarray, np.ndarray]
 ) -> None:
-  """1e-3 relative, and 20 times nearer than any two of the images (or prompts) are to each other;
-  scores to 1e-3.
+  """Holds embeddings to 1e-3 relative, and scores to 1e-3.
+
+  The error must also be 20 times smaller than the distance between any two images (or prompts).
   """
   scores, _, ours = scored(config, pixels)
   for kind, a, b in zip(("images", "prompts"), ours, theirs, strict=True):
@@ -146,7 +149,7 @@ def check(
 
 @pytest.fixture
 def images() -> np.ndarray:
-  """Three, not square, larger than the towers take."""
+  """Three images that are not square and are larger than the towers' inputs."""
   return pictures(384, 512)
 
 
@@ -177,23 +180,31 @@ def test_clip_vit_h_14(scratch, measured, images, name):
 
 
 def test_hps(scratch, measured, images):
-  """HPS_v2.1_compressed.pt: a pickle in float16, open_clip's names under "state_dict", no
-  configuration beside it.
+  """HPS_v2.1_compressed.pt, a pickle in float16 without a configuration beside it.
+
+  It has open_clip's names below "state_dict".
   """
   ids, file = write_tokenizer(scratch / "tokenizer"), scratch / "HPS_v2.1_compressed.pt"
   model = open_clip_model(open_clip.get_model_config("ViT-H-14")).half()
   torch.save({"epoch": 1, "state_dict": model.state_dict()}, file)
   theirs = open_clip_embeddings(model.float(), padded(images, 224), ids)
   del model
-  config = settings(reward__terms=(("hps", 1.0),), reward__hps__checkpoint=file, reward__hps__tokenizer=scratch / "tokenizer",
-                    model__allow_pickle=True)  # fmt: skip
+  config = settings(
+    reward__terms=(("hps", 1.0),),
+    reward__hps__checkpoint=file,
+    reward__hps__tokenizer=scratch / "tokenizer",
+    model__allow_pickle=True,
+  )
   check(measured, "HPS-v2.1", config, "hps", images, theirs)
 
 
 def test_pickscore(scratch, measured, images):
-  """yuvalkirstain/PickScore_v1: transformers' layout, the tokenizer in another folder."""
+  """yuvalkirstain/PickScore_v1 in transformers' layout, with the tokenizer in another folder."""
   ids, folder = write_tokenizer(scratch / "tokenizer"), scratch / "PickScore_v1"
   theirs = transformers_clip(folder, "clip-h", images, ids)
-  config = settings(reward__terms=(("pickscore", 1.0),), reward__pickscore__checkpoint=folder,
-                    reward__pickscore__tokenizer=scratch / "tokenizer")  # fmt: skip
+  config = settings(
+    reward__terms=(("pickscore", 1.0),),
+    reward__pickscore__checkpoint=folder,
+    reward__pickscore__tokenizer=scratch / "tokenizer",
+  )
   check(measured, "PickScore", config, "pickscore", images, theirs)

@@ -1,5 +1,6 @@
-"""LoRA files against diffusers and peft: what we write draws the same there, what they write is the
-same here.
+"""LoRA files against diffusers and peft.
+
+They draw the same images from our files, and we draw the same from theirs.
 """
 
 import json
@@ -28,6 +29,7 @@ from dancegrpo_jax.errors import ConfigError
 
 RANK, ALPHA = 4, 10.0
 TARGETS = r".*attn.*/(to_(q|k|v|out_0)|add_[qkv]_proj|to_add_out)/kernel"
+# The same layers in peft's spelling.
 MODULES = [
   "to_q",
   "to_k",
@@ -37,13 +39,13 @@ MODULES = [
   "add_k_proj",
   "add_v_proj",
   "to_add_out",
-]  # peft's spelling of it
+]
 FILE = "pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module", params=["sd", "flux", "flux_scan"])
 def case(request, tiny_models, tmp_path_factory):
-  """(config, a workdir with a checkpoint of drawn adapters, those adapters)."""
+  """(config, a workdir with a checkpoint of random adapters, these adapters)."""
   values = {"lora__rank": RANK, "lora__alpha": ALPHA, "lora__targets": TARGETS}
   if request.param == "sd":
     config = tiny_config(tiny_models, **values)
@@ -71,7 +73,7 @@ def case(request, tiny_models, tmp_path_factory):
 
 
 def changed(config, **values):
-  """A copy with other values in the lora section."""
+  """A copy of the config with other values in the lora section."""
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.lora.update(values)
@@ -105,7 +107,7 @@ def arguments(config) -> list[np.ndarray]:
 
 
 def ours(config, model, adapters) -> np.ndarray:
-  """The denoiser's output; adapters None = the base's."""
+  """The denoiser's output with the adapters; None stands for the base model."""
   x, time, *rows = arguments(config)
   rows = dict(zip(("text", "pooled"), rows)) if is_flux(config) else rows[0]
   params = model.frozen | ({} if adapters is None else {"lora": adapters})
@@ -140,7 +142,7 @@ def pipeline_class(config):
 
 
 def test_diffusers_loads_our_file_at_its_strength(case, tmp_path):
-  """alpha / rank = 2.5: a strength of 1, or of 2.5 twice, would show."""
+  """alpha / rank is 2.5, so that a strength of 1, or of 2.5 applied twice, would be noticed."""
   config, workdir, adapters = case
   folders.export(config, str(workdir), tmp_path / "out", "", "")
   assert [path.name for path in (tmp_path / "out").iterdir()] == [FILE]
@@ -164,7 +166,7 @@ def test_merged_export_is_the_same_model(case, tmp_path):
 
 
 def torch_adapters(config, alpha: float, seed: int = 3):
-  """Their network with peft's adapters, every factor drawn."""
+  """Their network with peft's adapters, all with random factors."""
   cls = FluxTransformer2DModel if is_flux(config) else UNet2DConditionModel
   network = cls.from_pretrained(
     config.model.checkpoint, subfolder="transformer" if is_flux(config) else "unet"
@@ -178,7 +180,7 @@ def torch_adapters(config, alpha: float, seed: int = 3):
 
 
 def saved(config, network, folder, metadata: bool) -> None:
-  """As diffusers' training scripts save it; older ones without metadata, so that alpha is lost."""
+  """Saves as diffusers' training scripts do. Older ones write no metadata and thus lose alpha."""
   key = "transformer" if is_flux(config) else "unet"
   values = {f"{key}_lora_layers": get_peft_model_state_dict(network)}
   if metadata:
@@ -195,7 +197,7 @@ def test_we_write_the_names_that_diffusers_writes(case, tmp_path):
 
 
 def test_their_file_is_the_same_model_here(case, tmp_path):
-  """Strength from the metadata, whatever this run's alpha is."""
+  """The strength comes from the metadata, whatever alpha this run has."""
   config, network = case[0], torch_adapters(case[0], alpha=6.0)
   saved(config, network, tmp_path, metadata=True)
   config = changed(config, checkpoint=str(tmp_path))
@@ -206,8 +208,10 @@ def test_their_file_is_the_same_model_here(case, tmp_path):
 
 
 def test_other_spellings(case, tmp_path):
-  """peft's folder with adapter_config.json; lora.down and lora.up with alphas as tensors; ours,
-  read again.
+  """Reads other layouts of LoRA files.
+
+  They are peft's folder with adapter_config.json, lora.down and lora.up with alphas as tensors, and
+  our own files.
   """
   config, workdir, adapters = case
   network = torch_adapters(config, alpha=6.0)

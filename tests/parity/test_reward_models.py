@@ -1,8 +1,8 @@
-"""Rewards from folders and files as they are published, at reduced width, against transformers and
-torch on the same images.
+"""Rewards from files as published, at reduced width, against transformers and torch.
 
-Cosines of random towers are nearly constant and would prove nothing, so embeddings are compared: to
-1e-3 relative, and at least 20 times nearer than those of two test images are to each other.
+Both sides get the same images. Cosines of random towers are nearly constant and would prove
+nothing, so embeddings are compared. They must agree to 1e-3 relative, and the error must be 20
+times smaller than the distance between two test images.
 """
 
 import json
@@ -37,8 +37,9 @@ MEAN, STD = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.275
 
 
 def model_cfg(vocabulary: int, quick_gelu: bool) -> dict:
-  """ViT-H/14 made narrow: like there, the vision heads are not 64 wide and the towers differ in
-  width and depth.
+  """ViT-H/14 made narrow.
+
+  As there, the vision heads are not 64 wide, and the towers differ in width and depth.
   """
   return {
     "embed_dim": 24,
@@ -56,17 +57,35 @@ def model_cfg(vocabulary: int, quick_gelu: bool) -> dict:
 
 def torch_clip(vocabulary: int, act: str, seed: int) -> CLIPModel:
   """The same network as transformers builds it, written out."""
-  text = {"vocab_size": vocabulary, "max_position_embeddings": TOKENS, "hidden_size": 32, "intermediate_size": 128,
-          "num_hidden_layers": 2, "num_attention_heads": 4, "eos_token_id": 2, "hidden_act": act}  # fmt: skip
-  vision = {"image_size": SIZE, "patch_size": 7, "hidden_size": 40, "intermediate_size": 160, "num_hidden_layers": 3,
-            "num_attention_heads": 4, "hidden_act": act}  # fmt: skip
+  text = {
+    "vocab_size": vocabulary,
+    "max_position_embeddings": TOKENS,
+    "hidden_size": 32,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "eos_token_id": 2,
+    "hidden_act": act,
+  }
+  vision = {
+    "image_size": SIZE,
+    "patch_size": 7,
+    "hidden_size": 40,
+    "intermediate_size": 160,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "hidden_act": act,
+  }
   return randomise(
     CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)), seed
   )
 
 
 def open_clip_state(model: CLIPModel) -> dict[str, torch.Tensor]:
-  """A CLIPModel's tensors under open_clip's names: q, k and v as one, projections transposed."""
+  """A CLIPModel's tensors with open_clip's names.
+
+  The query, key and value weights are one tensor, and projections are transposed.
+  """
   state, out = model.state_dict(), {"logit_scale": model.logit_scale.detach()}
   for ours, theirs in (("", "text_model"), ("visual.", "vision_model")):
     config = model.config.text_config if not ours else model.config.vision_config
@@ -76,8 +95,13 @@ def open_clip_state(model: CLIPModel) -> dict[str, torch.Tensor]:
         out[f"{target}.attn.in_proj_{kind}"] = torch.cat(
           [state[f"{source}.self_attn.{n}_proj.{kind}"] for n in "qkv"]
         )
-        names = {"attn.out_proj": "self_attn.out_proj", "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1",
-                 "mlp.c_proj": "mlp.fc2"}  # fmt: skip
+        names = {
+          "attn.out_proj": "self_attn.out_proj",
+          "ln_1": "layer_norm1",
+          "ln_2": "layer_norm2",
+          "mlp.c_fc": "mlp.fc1",
+          "mlp.c_proj": "mlp.fc2",
+        }
         out |= {
           f"{target}.{new}.{kind}": state[f"{source}.{old}.{kind}"] for new, old in names.items()
         }
@@ -90,15 +114,13 @@ def open_clip_state(model: CLIPModel) -> dict[str, torch.Tensor]:
   out["visual.class_embedding"] = state["vision_model.embeddings.class_embedding"]
   out["visual.positional_embedding"] = state["vision_model.embeddings.position_embedding.weight"]
   out["visual.conv1.weight"] = state["vision_model.embeddings.patch_embedding.weight"]
-  out["visual.proj"], out["text_projection"] = (
-    state["visual_projection.weight"].T,
-    state["text_projection.weight"].T,
-  )
+  out["visual.proj"] = state["visual_projection.weight"].T
+  out["text_projection"] = state["text_projection.weight"].T
   return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
 def pictures(h: int, w: int) -> np.ndarray:
-  """Three images with 8-bit values: waves, noise, a dark one with a bright square."""
+  """Three images with 8-bit values: waves, noise, and a dark image with a bright square."""
   rng = np.random.default_rng(0)
   y, x = np.mgrid[:h, :w]
   waves = np.stack([128 + 127 * np.sin(x / 9 + y / (5 + c)) for c in range(3)], -1)
@@ -111,7 +133,7 @@ def pictures(h: int, w: int) -> np.ndarray:
 
 
 def pil_pixels(pixels: np.ndarray) -> torch.Tensor:
-  """CLIPImageProcessor's, from 8-bit images."""
+  """The pixels that CLIPImageProcessor makes of 8-bit images."""
   kind = getattr(transformers, "CLIPImageProcessorPil", transformers.CLIPImageProcessor)
   processor = kind(size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE})
   images = list(np.round(pixels * 255).astype(np.uint8))
@@ -121,7 +143,7 @@ def pil_pixels(pixels: np.ndarray) -> torch.Tensor:
 
 
 def squashed(pixels: np.ndarray) -> torch.Tensor:
-  """open_clip's resize_mode "squash", from 8-bit images."""
+  """The pixels of open_clip's resize_mode "squash" from 8-bit images."""
   images = [
     Image.fromarray(x).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     for x in np.round(pixels * 255).astype(np.uint8)
@@ -132,7 +154,10 @@ def squashed(pixels: np.ndarray) -> torch.Tensor:
 
 
 def padded(pixels: np.ndarray, size: int = SIZE) -> torch.Tensor:
-  """HPSv2's: the longest side to the tower's, zeros around, then normalised."""
+  """The pixels as in HPSv2.
+
+  The longest side is resized to the tower's size, zeros fill the rest, and all is normalised.
+  """
   x, (h, w) = torch.tensor(nchw(pixels)), pixels.shape[1:3]
   nh, nw = (round(side * (size / max(h, w))) for side in (h, w))
   x = torch.nn.functional.interpolate(x, size=(nh, nw), mode="bicubic", antialias=True)
@@ -150,7 +175,7 @@ def torch_normalised(x: torch.Tensor) -> torch.Tensor:
 def torch_embeddings(
   model: CLIPModel, ready: torch.Tensor, ids: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Image and text embeddings of length 1."""
+  """Normalised image and text embeddings."""
   with torch.no_grad():
     image = model.get_image_features(ready).pooler_output
     text = model.get_text_features(torch.tensor(ids, dtype=torch.long)).pooler_output
@@ -174,8 +199,10 @@ def settings(**changes):
 
 
 def scored(config, pixels: np.ndarray) -> tuple[dict, dict, tuple]:
-  """({term: scores}, parameters by component, (our image embeddings or None, our text features)) of
-  the config's one reward.
+  """Scores images with the config's only reward.
+
+  Returns ({term: scores}, parameters by component, (our image embeddings or None, our text
+  features)).
   """
   (reward,) = reward_builders.build_rewards(config).values()
   params = reward_builders.read_reward(reward, None, config.model.allow_pickle)
@@ -187,7 +214,10 @@ def scored(config, pixels: np.ndarray) -> tuple[dict, dict, tuple]:
 
 
 def assert_near(actual: np.ndarray, expected: np.ndarray) -> None:
-  """1e-3 relative, and 20 times nearer than any two of the expected rows are to each other."""
+  """Asserts an error of at most 1e-3 relative.
+
+  It must also be 20 times smaller than the distance between any two of the expected rows.
+  """
   difference = np.linalg.norm(actual - expected, axis=-1)
   assert (difference <= 1e-3 * np.linalg.norm(expected, axis=-1)).all(), difference
   apart = np.linalg.norm(expected[:, None] - expected[None], axis=-1)[
@@ -210,12 +240,14 @@ def assert_agrees(
 @pytest.mark.parametrize("h, w", [(40, 61), (20, 17)])
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
 def test_clip_in_transformers_layout(tmp_path, act, h, w):
-  """openai/clip-vit-large-patch14 (quick gelu), laion's (gelu)."""
+  """openai/clip-vit-large-patch14 (quick gelu) and laion's model (gelu)."""
   folder, vocabulary = write_tokenizer(tmp_path / "clip")
   model = torch_clip(vocabulary, act, seed=1)
   model.save_pretrained(folder)
-  write_json(folder / "preprocessor_config.json", {"size": SIZE, "crop_size": SIZE, "resample": 3, "image_mean": MEAN,
-                                                   "image_std": STD})  # fmt: skip
+  write_json(
+    folder / "preprocessor_config.json",
+    {"size": SIZE, "crop_size": SIZE, "resample": 3, "image_mean": MEAN, "image_std": STD},
+  )
   pixels = pictures(h, w)
   config = settings(reward__clip__checkpoint=folder)
   assert_agrees(config, "clip", model, pil_pixels(pixels), pixels, folder)
@@ -223,13 +255,12 @@ def test_clip_in_transformers_layout(tmp_path, act, h, w):
 
 @pytest.mark.parametrize("act, mode", [("quick_gelu", "squash"), ("gelu", "shortest")])
 def test_clip_in_open_clip_layout(tmp_path, act, mode):
-  """DFN5B (quick gelu, squashed) and LAION: fused q, k, v, and a heads' width of their own."""
+  """DFN5B (quick gelu, squashed) and LAION: fused q, k, v, and a different width of heads."""
   folder, vocabulary = write_tokenizer(tmp_path / "open_clip")
   model = torch_clip(vocabulary, act, seed=2)
   save_file(open_clip_state(model), folder / "open_clip_model.safetensors")
-  save_file(
-    {"other": torch.zeros(1)}, folder / "model.safetensors"
-  )  # transformers' file, as LAION's repositories have it
+  # transformers' file, which LAION's repositories hold too.
+  save_file({"other": torch.zeros(1)}, folder / "model.safetensors")
   preprocess = {"mean": MEAN, "std": STD, "interpolation": "bicubic", "resize_mode": mode}
   said = {"model_cfg": model_cfg(vocabulary, act == "quick_gelu"), "preprocess_cfg": preprocess}
   write_json(folder / "open_clip_config.json", said)
@@ -264,15 +295,19 @@ def test_hps_from_safetensors(hps_folder, h, w):
   folder, model = hps_folder
   save_file(open_clip_state(model), folder / "HPS_v2.1_compressed.safetensors")
   pixels = pictures(h, w)
-  config = settings(reward__terms=(("hps", 1.0),), reward__hps__checkpoint=folder / "HPS_v2.1_compressed.safetensors",
-                    reward__hps__tokenizer=folder)  # fmt: skip
+  config = settings(
+    reward__terms=(("hps", 1.0),),
+    reward__hps__checkpoint=folder / "HPS_v2.1_compressed.safetensors",
+    reward__hps__tokenizer=folder,
+  )
   assert_agrees(config, "hps", model, padded(pixels), pixels, folder)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_hps_from_its_pt(hps_folder, dtype):
-  """Pickled: refused, until model.allow_pickle; then the values of the file, whatever their
-  type.
+  """The pickled file is refused unless model.allow_pickle is set.
+
+  Then its values are read, whatever their type.
   """
   folder, model = hps_folder
   model = model.to(dtype).to(torch.float32)
@@ -298,7 +333,7 @@ def test_hps_from_its_pt(hps_folder, dtype):
 
 
 class Code:
-  """What unpickles to a call."""
+  """An object whose unpickling would call a function."""
 
   def __reduce__(self):
     return print, ("this must never be printed",)
@@ -332,7 +367,7 @@ def test_a_pickle_that_is_no_checkpoint(hps_folder, capfd, content, message):
 
 
 def test_hps_is_vit_h_14():
-  """986,109,441 parameters, as the published file's inventory; exact gelu."""
+  """It has 986,109,441 parameters, as the published file's inventory has, and an exact gelu."""
   config = clip_config(hps.CONFIG["model_cfg"])
   assert {config[tower]["hidden_act"] for tower in ("text_config", "vision_config")} == {"gelu"}
   reward = cosine(
@@ -347,20 +382,24 @@ def test_hps_is_vit_h_14():
 
 @pytest.mark.parametrize("h, w", [(40, 61)])
 def test_pickscore(tmp_path, h, w):
-  """Weights and tokenizer in two places, as its authors use it."""
+  """Weights and tokenizer are in two places, as its authors use it."""
   tokens, vocabulary = write_tokenizer(tmp_path / "laion")
   model = torch_clip(vocabulary, "gelu", seed=4)
   model.save_pretrained(tmp_path / "PickScore_v1")
   pixels = pictures(h, w)
-  config = settings(reward__terms=(("pickscore", 1.0),), reward__pickscore__checkpoint=tmp_path / "PickScore_v1",
-                    reward__pickscore__tokenizer=tokens)  # fmt: skip
+  config = settings(
+    reward__terms=(("pickscore", 1.0),),
+    reward__pickscore__checkpoint=tmp_path / "PickScore_v1",
+    reward__pickscore__tokenizer=tokens,
+  )
   assert_agrees(config, "pickscore", model, pil_pixels(pixels), pixels, tokens)
 
 
 @pytest.mark.parametrize("pickled", [False, True])
 def test_aesthetic(tmp_path, pickled):
-  """The published Sequential with its dropouts on the normalised embedding; no tokenizer is asked
-  for.
+  """The published Sequential, with its dropouts, on the normalised embedding.
+
+  No tokenizer is needed.
   """
   model = torch_clip(64, "quick_gelu", seed=5)
   model.save_pretrained(tmp_path / "clip")
@@ -384,8 +423,12 @@ def test_aesthetic(tmp_path, pickled):
   file = tmp_path / ("head.pth" if pickled else "head.safetensors")
   torch.save(state, file) if pickled else save_file(state, file)
   pixels = pictures(40, 61)
-  config = settings(reward__terms=(("aesthetic", 1.0),), reward__aesthetic__checkpoint=tmp_path / "clip",
-                    reward__aesthetic__head=file, model__allow_pickle=pickled)  # fmt: skip
+  config = settings(
+    reward__terms=(("aesthetic", 1.0),),
+    reward__aesthetic__checkpoint=tmp_path / "clip",
+    reward__aesthetic__head=file,
+    model__allow_pickle=pickled,
+  )
   scores, params, _ = scored(config, pixels)
   assert set(params) == {"clip", "head"}
   with torch.no_grad():
@@ -396,8 +439,9 @@ def test_aesthetic(tmp_path, pickled):
 
 
 def test_random_weights_need_no_weight_files(tmp_path):
-  """random:FOLDER, for a first look and for tests of memory: the JSON files and the tokenizer
-  alone.
+  """random:FOLDER needs only the JSON files and the tokenizer.
+
+  It is meant for a first look and for tests of memory.
   """
   folder, vocabulary = write_tokenizer(tmp_path / "HPSv2")
   write_json(folder / "open_clip_config.json", {"model_cfg": model_cfg(vocabulary, False)})
@@ -409,7 +453,7 @@ def test_random_weights_need_no_weight_files(tmp_path):
 
 
 def test_only_the_rewards_in_terms_are_read(tmp_path):
-  """The others' defaults name files that are not here."""
+  """The defaults of the other rewards name files that do not exist here."""
   config = settings(reward__terms=(("compressibility", 1.0), ("remote", 0.5)))
   rewards = reward_builders.build_rewards(config)
   assert list(rewards) == ["compressibility", "remote"] and not any(

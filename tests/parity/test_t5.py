@@ -26,11 +26,11 @@ SMALL = {
   "relative_attention_max_distance": 20,
   "layer_norm_epsilon": 1e-6,
 }
-LENGTH = 40  # longer than the largest distance that has a bias of its own
+LENGTH = 40  # longer than the largest distance with a separate bias
 
 
 def torch_encoder(scale: float = 1.0, **change) -> T5EncoderModel:
-  """transformers' network with `scale` on all that enters a norm."""
+  """transformers' network, with `scale` applied to all inputs of norms."""
   theirs = randomise(T5EncoderModel(T5Config(**(SMALL | change))), seed=1, scale=scale)
   with torch.no_grad():
     theirs.shared.weight.normal_(generator=torch.Generator().manual_seed(2)).mul_(scale)
@@ -68,25 +68,24 @@ def test_the_norms_epsilon_is_the_configs(epsilon):
 
 
 def test_scan_and_loop_agree():
-  theirs, states = (
-    torch_encoder(),
-    [both(torch_encoder(), *ours_of(scan))[0] for scan in (False, True)],
-  )
-  assert theirs.config.dense_act_fn == "gelu_new"  # what the config file's gated-gelu means
+  theirs = torch_encoder()
+  states = [both(torch_encoder(), *ours_of(scan))[0] for scan in (False, True)]
+  assert theirs.config.dense_act_fn == "gelu_new"  # the meaning of gated-gelu in the config file
   assert relative_error(states[1], states[0]) <= 1e-5
 
 
 @pytest.mark.parametrize("count, distance", [(32, 128), (8, 20)])
 def test_buckets(count, distance):
-  """At 600 tokens, more than FLUX takes, every pair's."""
+  """Compares the buckets of all pairs of 600 tokens, which is more than FLUX takes."""
   offset = torch.arange(600)[None, :] - torch.arange(600)[:, None]
   theirs = T5Attention._relative_position_bucket(offset, True, count, distance)
   np.testing.assert_array_equal(t5.buckets(600, count, distance), theirs.numpy())
 
 
 def test_half_precision_stays_close():
-  """bfloat16 computes in bfloat16, with norms, logits and softmax in float32: a few of its 2^-8
-  steps away.
+  """In bfloat16 the results stay within a few steps of 2^-8.
+
+  Norms, logits and softmax are in float32.
   """
   network = t5.from_json(SMALL, dtype=jnp.bfloat16)
   ours, theirs = both(torch_encoder(), network, lambda p, ids: network.apply({"params": p}, ids))

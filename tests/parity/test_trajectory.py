@@ -1,5 +1,6 @@
-"""30 steps of DDIM against diffusers' network and scheduler, at reduced width; test_full_size.py
-has the published sizes.
+"""30 steps of DDIM against diffusers' network and scheduler, at reduced width.
+
+test_full_size.py does the same at the published sizes.
 """
 
 import json

@@ -42,7 +42,10 @@ def draw(*shape: int) -> torch.Tensor:
 
 @cache
 def ours_of(second: bool):
-  """Our network and its function; the same object for each test, so that it compiles once."""
+  """Our network and its function.
+
+  They are the same objects in each test, so that they compile once.
+  """
   network = unet.from_json(SD2 if second else SD1)
   return network, lambda params, *arguments: network.apply({"params": params}, *arguments)
 
@@ -50,7 +53,7 @@ def ours_of(second: bool):
 @pytest.mark.parametrize("config", [SD1, SD2], ids=["sd1", "sd2"])
 @pytest.mark.parametrize("scale", [1.0, 1e-3])
 def test_unet(config, scale):
-  """Full depth, reduced width; latents that are not square, times that are no integers."""
+  """Full depth and reduced width; latents are not square, and times are not integers."""
   theirs = randomise(UNet2DConditionModel(**config), seed=1, scale=scale)
   network, apply = ours_of(config is SD2)
   latents, context, time = draw(2, 4, 16, 24), draw(2, 7, 24), torch.tensor([981.0, 0.5])
@@ -87,7 +90,7 @@ def test_config_values_are_used(change):
 
 @pytest.mark.parametrize("flip, shift", [(True, 0), (False, 1)])
 def test_time_embedding(flip, shift):
-  """An angle of 999 in float32 is good to 6e-5, on both sides."""
+  """An angle of 999 in float32 is accurate to 6e-5, on both sides."""
   time = torch.tensor([0.0, 0.5, 1.0, 501.25, 999.0])
   ours = run(lambda t: unet.sinusoid(t, 320, flip, shift), time.numpy())
   assert (
@@ -124,7 +127,8 @@ def test_transformer(linear, scale):
   theirs = randomise(
     Transformer2DModel(**shape, num_layers=2, use_linear_projection=linear), seed=4, scale=scale
   )
-  if scale != 1.0:  # the residual would hide the branch, and the branch's own products would vanish
+  # With small inputs the residual would hide the branch, whose products would vanish.
+  if scale != 1.0:
     with torch.no_grad():
       theirs.proj_out.weight.mul_(1 / scale)
   network = Transformer2D(4, 2, 16, linear)

@@ -1,6 +1,4 @@
-"""What the parity tests share: random weights for a torch network, its import and export, and the
-error measure.
-"""
+"""Shared by the parity tests: random torch weights, their import and export, and the error."""
 
 from collections.abc import Callable
 
@@ -26,7 +24,7 @@ def randomise(module: torch.nn.Module, seed: int, scale: float = 1.0) -> torch.n
       value = torch.randn(parameter.shape, generator=generator)
       if parameter.ndim > 1 and "embedding" not in name:
         value = value / parameter[0].numel() ** 0.5 * scale
-      elif "norm" in name or "layrnorm" in name or "ln_" in name:  # ln_: open_clip's
+      elif "norm" in name or "layrnorm" in name or "ln_" in name:  # ln_ is open_clip's name
         value = 0.3 * value + name.endswith("weight")
       else:
         value = 0.3 * value * scale
@@ -35,10 +33,10 @@ def randomise(module: torch.nn.Module, seed: int, scale: float = 1.0) -> torch.n
 
 
 def convert(table: Table, module: torch.nn.Module, network, *arguments) -> dict:
-  """The parameters of `network` out of a torch module's state_dict; checks that the export gives it
-  back bit for bit.
+  """Our parameters of `network` from a torch module's state_dict.
 
-  Without the second name of a tied weight, which transformers doesn't write either.
+  Checks that the export gives it back bit for bit, except for the second name of a tied weight,
+  which transformers does not write either.
   """
   state = {name: tensor.numpy() for name, tensor in module.state_dict().items()}
   abstract = jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]
@@ -56,13 +54,13 @@ def convert(table: Table, module: torch.nn.Module, network, *arguments) -> dict:
 
 
 def run(function: Callable, *arguments) -> dict | tuple | np.ndarray:
-  """`function` compiled, with full float32 products."""
+  """Runs the compiled `function` with full float32 products."""
   with jax.default_matmul_precision("highest"):
     return jax.tree.map(np.asarray, jax.jit(function)(*arguments))
 
 
 def error(ours: np.ndarray, theirs: torch.Tensor) -> float:
-  """max |a - b| / max |b|, over arrays of one layout."""
+  """max |a - b| / max |b| over arrays of one layout."""
   theirs = theirs.detach().numpy()
   assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
   assert np.isfinite(theirs).all() and np.ptp(theirs) > 0

@@ -1,8 +1,8 @@
-"""A 30-step DDIM trajectory and its log-probs, by diffusers and by us: what the reduced-width and
-the full-size test share.
+"""A 30-step DDIM trajectory and its log-probs, by diffusers and by us.
 
-Nothing of ours is in the reference: diffusers' network and scheduler make its states, and its
-log-probs are worked out in float64 throughout, the network, the grid and the density included.
+The reduced-width and the full-size test share this module. Nothing of ours is in the reference:
+diffusers' network and scheduler make its states, and its log-probs are computed in float64
+throughout, including the network, the grid and the density.
 """
 
 from collections.abc import Callable
@@ -22,16 +22,14 @@ from dancegrpo_jax.rl.grpo import Transitions, score
 from dancegrpo_jax.rl.rollout import Policy, Rollout, rollout
 
 STEPS = 30
-FILES = {
-  "unet": "unet",
-  "vae": "vae",
-  "text_encoder": "text",
-  "scheduler": "scheduler",
-}  # of a pipeline, in the fixtures
+# The fixtures' names for the files of a pipeline.
+FILES = {"unet": "unet", "vae": "vae", "text_encoder": "text", "scheduler": "scheduler"}
 
 
 class Inputs(NamedTuple):
-  """Initial latents `[b, h, w, c]`, the noise of every step, and text states `[b, tokens,
+  """Inputs of a trajectory.
+
+  These are initial latents `[b, h, w, c]`, the noise of every step, and text states `[b, tokens,
   width]`.
   """
 
@@ -49,14 +47,12 @@ def draw_inputs(config: dict, batch: int, side: int, tokens: int) -> Inputs:
 def their_states(
   theirs: UNet2DConditionModel, scheduler_json: dict, inputs: Inputs, eta: float
 ) -> np.ndarray:
-  """`[STEPS + 1, b, h, w, c]`: the scheduler's own loop, diffusers' last step included."""
+  """States `[STEPS + 1, b, h, w, c]` of the scheduler's loop, including diffusers' last step."""
   scheduler = DDIMScheduler.from_config(scheduler_json)
   scheduler.set_timesteps(STEPS)
-  x, context, states = (
-    torch.from_numpy(nchw(inputs.initial)),
-    torch.from_numpy(inputs.context),
-    [inputs.initial],
-  )
+  x = torch.from_numpy(nchw(inputs.initial))
+  context = torch.from_numpy(inputs.context)
+  states = [inputs.initial]
   for noise, time in zip(inputs.noise, scheduler.timesteps, strict=True):
     with torch.no_grad():
       output = theirs(x, time, context).sample
@@ -67,8 +63,9 @@ def their_states(
 
 
 def grid(scheduler_json: dict) -> tuple[np.ndarray, np.ndarray]:
-  """Times and alpha_bar of the grid in float64: leading spacing, scaled-linear betas (arXiv
-  2112.10752's).
+  """Times and alpha_bar of the grid in float64.
+
+  Leading spacing, with the scaled-linear betas of arXiv 2112.10752.
   """
   ends = scheduler_json["beta_start"] ** 0.5, scheduler_json["beta_end"] ** 0.5
   alpha_bar = np.cumprod(1 - np.linspace(*ends, 1000) ** 2)
@@ -77,13 +74,13 @@ def grid(scheduler_json: dict) -> tuple[np.ndarray, np.ndarray]:
 
 
 def policy_std(alpha_bar: np.ndarray) -> np.ndarray:
-  """arXiv 2010.02502, eq. (16) with eta 1, of every step."""
+  """The std of every step: arXiv 2010.02502, eq. (16) with eta 1."""
   here, there = alpha_bar[:-1], alpha_bar[1:]
   return np.sqrt((1 - there) / (1 - here)) * np.sqrt(1 - here / there)
 
 
 def log_prob_of_noise(scheduler_json: dict, noise: np.ndarray) -> np.ndarray:
-  """`[STEPS, b]`: the mean log-density of `mean + std * noise`, whatever the mean."""
+  """`[STEPS, b]`: the mean log-density of `mean + std * noise`, which no mean changes."""
   std = policy_std(grid(scheduler_json)[1])
   squares = np.square(np.float64(noise)).mean(axis=(2, 3, 4))
   return -squares / 2 - np.log(std)[:, None] - np.log(2 * np.pi) / 2
@@ -92,7 +89,7 @@ def log_prob_of_noise(scheduler_json: dict, noise: np.ndarray) -> np.ndarray:
 def log_prob_of_states(
   theirs: UNet2DConditionModel, scheduler_json: dict, inputs: Inputs, states, steps
 ) -> np.ndarray:
-  """`[len(steps), b]`: the mean log-density of the states' own steps, by a network in float64.
+  """`[len(steps), b]`: the mean log-density of the trajectory's steps, by a float64 network.
 
   The mean is alpha' x0 + sqrt(1 - alpha'^2 - std^2) epsilon (arXiv 2010.02502, eq. (12)).
   """
@@ -115,9 +112,7 @@ def log_prob_of_states(
 
 
 class Reference(NamedTuple):
-  """Everything of diffusers': states with eta 0 and 1, and the log-probs of the latter's
-  `steps`.
-  """
+  """Diffusers' results: states with eta 0 and 1, and log-probs of `steps` with eta 1."""
 
   plain: np.ndarray
   noisy: np.ndarray
@@ -130,7 +125,10 @@ def reference(
   inputs: Inputs,
   steps,
 ) -> Reference:
-  """`network`: makes it in a precision; one at a time is in memory."""
+  """Computes the `Reference`.
+
+  `network` makes the network in a given precision; only one is in memory at a time.
+  """
   theirs = network(torch.float32)
   plain, noisy = (their_states(theirs, scheduler_json, inputs, eta) for eta in (0.0, 1.0))
   del theirs
@@ -143,7 +141,7 @@ def no_tokens(texts: list[str]) -> np.ndarray:
 
 
 def our_pipeline(jsons: dict[str, dict], side: int) -> Pipeline:
-  """In float32, without a tokenizer: text states are given."""
+  """Our pipeline in float32, without a tokenizer because text states are given."""
   size = (2 ** (len(jsons["vae"]["block_out_channels"]) - 1) * side,) * 2
   types = {"dtype": "float32", "frozen_dtype": "float32"}
   return stable_diffusion.build(
@@ -152,9 +150,7 @@ def our_pipeline(jsons: dict[str, dict], side: int) -> Pipeline:
 
 
 class Ours(NamedTuple):
-  """Rollouts with eta 0 and 1, and the log-probs that the update computes of the reference's
-  `steps` with eta 1.
-  """
+  """Our rollouts with eta 0 and 1, and the log-probs of the reference's `steps` with eta 1."""
 
   plain: Rollout
   noisy: Rollout
@@ -164,7 +160,7 @@ class Ours(NamedTuple):
 def our_results(
   pipeline: Pipeline, folder: Path, inputs: Inputs, states: np.ndarray, steps
 ) -> Ours:
-  """From the weights that diffusers saved in `folder`/unet, through the project's own loader."""
+  """Our results with the weights that diffusers saved in `folder`/unet, read by our loader."""
   params = {
     "denoiser": components.read_component(str(folder), pipeline.components["denoiser"], None)
   }
@@ -214,8 +210,10 @@ def our_results(
 def check(
   measured, ours: Ours, theirs: Reference, scheduler_json: dict, noise: np.ndarray, bound: float
 ) -> None:
-  """States to `bound` of their largest value; log-probs to a tenth of the clip range of 1e-4 that
-  ratios are held to.
+  """Checks states and log-probs.
+
+  States must agree to `bound` of their largest value, log-probs to a tenth of the ratios' clip
+  range of 1e-4.
   """
   assert all(np.isfinite(x).all() for x in jax.tree.leaves((ours, theirs)))
   measured("eta 0, after 30 steps", relative(ours.plain.sample, theirs.plain[-1]), bound)

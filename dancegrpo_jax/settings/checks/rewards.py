@@ -1,0 +1,54 @@
+"""The rewards: which terms there are, and their sections of the config."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from dancegrpo_jax.rewards import kinds
+from dancegrpo_jax.settings.checks.values import problem
+
+
+def rewards(config: ConfigDict) -> Iterator[str]:
+  """Whether the terms name rewards, each once, and the thresholds name terms."""
+  terms = config.reward.terms
+  if not terms or not all(map(_is_term_and_number, terms)):
+    remedy = 'must hold (term, weight) pairs, at least one, as (("clip", 1.0),)'
+    yield problem("reward.terms", terms, remedy)
+    return
+  names = [name for name, _ in terms]
+  for name in dict.fromkeys(map(kinds.reward_of, names)):
+    yield from _section(config, name)
+  for name in sorted({name for name in names if names.count(name) > 1}):
+    yield problem("reward.terms", name, "named twice; give it one weight")
+  for threshold in config.reward.thresholds:
+    if not _is_term_and_number(threshold) or threshold[0] not in names:
+      remedy = f"must be (term, value) with a term of reward.terms: {', '.join(names)}"
+      yield problem("reward.thresholds", threshold, remedy)
+  compressibility = config.reward.get("compressibility")
+  if compressibility is not None and not 1 <= compressibility.quality <= 100:
+    remedy = "must lie in [1, 100]; 95 is usual"
+    yield problem("reward.compressibility.quality", compressibility.quality, remedy)
+
+
+def _section(config: ConfigDict, name: str) -> Iterator[str]:
+  """Whether there is a reward of this name, and whether the config has its section."""
+  try:
+    section = kinds.kind_of(name).section
+  except ValueError as error:
+    yield str(error)
+    return
+  if section and section not in config.reward:
+    remedy = f"its section config.reward.{section} is missing"
+    if name in kinds.KINDS:
+      remedy += "; configs/common.py has it"
+    yield problem("reward.terms", name, remedy)
+
+
+def _is_term_and_number(value: Any) -> bool:
+  return (
+    isinstance(value, (tuple, list))
+    and len(value) == 2
+    and isinstance(value[0], str)
+    and isinstance(value[1], (int, float))
+  )
