@@ -15,7 +15,7 @@ from cuda_programs import groups, h100, lower, lower_group
 from dancegrpo_jax import programs
 from dancegrpo_jax.compilation.calls import Call, abstract
 from dancegrpo_jax.data import tokenizer
-from dancegrpo_jax.pretrain import stages
+from dancegrpo_jax.pretrain import flow, shared, stages, vae
 from dancegrpo_jax.settings import config_file
 
 ROOT = Path(__file__).parent.parent
@@ -51,12 +51,12 @@ def test_the_losses_of_pretraining_lower(name, tmp_path, monkeypatch):
     images=images, captions=captions, tokens=tokens, pair=np.arange(len(captions), dtype=np.int32)
   )
   monkeypatch.setattr(
-    stages, "initial", lambda network, key, *inputs: jax.eval_shape(network.init, key, *inputs)
+    shared, "initial", lambda network, key, *inputs: jax.eval_shape(network.init, key, *inputs)
   )
   monkeypatch.setattr(
-    stages, "scaled_latents", lambda folder, images: np.zeros((len(images), 8, 8, 4), np.float32)
+    vae, "scaled_latents", lambda folder, images: np.zeros((len(images), 8, 8, 4), np.float32)
   )
-  monkeypatch.setattr(stages, "without_modulation", lambda params: params)
+  monkeypatch.setattr(flow, "without_modulation", lambda params: params)
   stage, optimizer = stages.STAGES[name](config, data, tmp_path), optax.adam(1e-3)
   state = (stage.params, jax.eval_shape(optimizer.init, stage.params), stage.params)
   with h100():

@@ -1,11 +1,11 @@
 """Command: makes the embedded models.
 
     python -m dancegrpo_jax.pretrain --config=configs/emoji_pretrain.py --stage=vae
-    --workdir=runs/pretrain --out=assets
+        --workdir=runs/pretrain --out=assets
 
-Stages: `vae` (autoencoder), `clip` (contrastive), `denoiser` (noise prediction) and `flow`
-(rectified flow), which both need the vae's weights in --out, `all`. A stage that was interrupted
-goes on from its last checkpoint when the command is repeated.
+The stages are `vae` (autoencoder), `clip` (contrastive), `denoiser` (noise prediction) and `flow`
+(rectified flow); `all` runs them in this order. The last two need the weights of `vae` in --out. A
+stage that was interrupted continues from its last checkpoint when the command is repeated.
 """
 
 import argparse
@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
 from dancegrpo_jax import errors, programs
 from dancegrpo_jax.checkpoints import store
@@ -31,13 +32,25 @@ from dancegrpo_jax.types import PyTree
 FIELDS = ("params", "opt_state", "ema")  # of a stage's state
 
 
-def fit(stage: Stage, config, workdir: Path, save_every: int = 400) -> PyTree:
-  """Trains a stage to its last step and returns the averaged parameters; resumes from the workdir's
-  checkpoint.
+def fit(stage: Stage, config: ConfigDict, workdir: Path, save_every: int = 400) -> PyTree:
+  """Trains a stage to its last step, from the workdir's checkpoint if there is one.
+
+  Args:
+    stage: what is trained.
+    config: of pretraining.
+    workdir: of checkpoints and logs.
+    save_every: steps between checkpoints.
+
+  Returns:
+    The averaged parameters.
   """
   settings = config[stage.name]
   schedule = optax.warmup_cosine_decay_schedule(
-    0.0, settings.learning_rate, settings.warmup, settings.steps, 1e-5
+    init_value=0.0,
+    peak_value=settings.learning_rate,
+    warmup_steps=settings.warmup,
+    decay_steps=settings.steps,
+    end_value=1e-5,
   )
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=1e-4)
@@ -51,32 +64,30 @@ def fit(stage: Stage, config, workdir: Path, save_every: int = 400) -> PyTree:
   begin = time.monotonic()
   with store.Saver(folder, keep=1) as saver, (workdir / f"{stage.name}.jsonl").open("a") as log:
     for step in range(start, settings.steps):
-      decay = min(
-        settings.ema, (step + 1) / (step + 10)
-      )  # else the random start stays in the average for thousands of steps
+      # The decay grows to its value; otherwise the random start would stay in the average for
+      # thousands of steps.
+      decay = min(settings.ema, (step + 1) / (step + 10))
       key = jax.random.fold_in(jax.random.key(config.seed + 1), step)
       state, metrics = step_fn(state, stage.batch(step), key, np.float32(decay))
       if step % 50 == 0 or step == settings.steps - 1:
-        row = {
-          "step": step,
-          "seconds": round(time.monotonic() - begin, 1),
-          **{k: float(v) for k, v in metrics.items()},
-        }
-        print(f"{stage.name}: " + "  ".join(f"{k} {v:.5g}" for k, v in row.items()), flush=True)
+        row = {"step": step, "seconds": round(time.monotonic() - begin, 1)}
+        row |= {name: float(value) for name, value in metrics.items()}
+        text = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
+        print(f"{stage.name}: {text}", flush=True)
         print(json.dumps(row), file=log, flush=True)
       if (step + 1) % save_every == 0 or step == settings.steps - 1:
         saver.save(step + 1, dict(zip(FIELDS, state)), {"stage": stage.name})
-  return state[2]
+  return dict(zip(FIELDS, state))["ema"]
 
 
-def load_data(config, font: str, workdir: Path, out: Path) -> Data:
-  """The training split through its TFDS builder, which draws it into the workdir once; captions
-  tokenised.
+def load_data(config: ConfigDict, font: str, workdir: Path, out: Path) -> Data:
+  """The training split, with its captions tokenised. Its TFDS builder draws it into the workdir
+  once.
   """
   rows = emoji_dataset.load(
     "train", data_dir=str(workdir / "tfds"), size=config.size, variants=config.variants, font=font
   )
-  rows = [rows[i] for i in range(len(rows))]
+  rows = [rows[number] for number in range(len(rows))]
   tokenize = tokenizer.load_tokenizer(str(out / "emoji-sd" / "tokenizer"))
   captions = [row["caption"].decode() for row in rows]
   return Data(
@@ -101,11 +112,18 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def run(config, stage: str, workdir: Path, out: Path, font: str) -> None:
-  """Trains and exports one stage, or all in their order.
+def run(config: ConfigDict, stage: str, workdir: Path, out: Path, font: str) -> None:
+  """Trains and exports one stage, or all of them in their order.
+
+  Args:
+    config: of pretraining.
+    stage: a name in `STAGES`, or "all".
+    workdir: of the data set, checkpoints and logs.
+    out: the folder of the models.
+    font: NotoColorEmoji.ttf.
 
   Raises:
-    ConfigError: the font is missing or unfit, or an earlier stage's weights are.
+    ConfigError: the font or the weights of an earlier stage are missing or unfit.
   """
   try:
     emoji.check_font(font)
@@ -121,7 +139,7 @@ def run(config, stage: str, workdir: Path, out: Path, font: str) -> None:
 
 
 def main(argv: list[str]) -> int:
-  """Reads the flags and trains; returns the exit code, 2 for a mistake."""
+  """Reads the flags and trains. Returns the exit code, which is 2 after a mistake."""
 
   def command() -> None:
     line = command_line.parse_argv(argv, "Make the embedded models.", add_flags)
@@ -129,7 +147,13 @@ def main(argv: list[str]) -> int:
     flags = line.flags
     command_line.require_writable(f"--workdir={flags.workdir}", Path(flags.workdir))
     command_line.require_writable(f"--out={flags.out}", Path(flags.out))
-    run(line.config, flags.stage, Path(flags.workdir), Path(flags.out), flags.font)
+    run(
+      line.config,
+      flags.stage,
+      workdir=Path(flags.workdir),
+      out=Path(flags.out),
+      font=flags.font,
+    )
 
   return command_line.exit_on_mistake(command)
 

@@ -1,0 +1,113 @@
+"""Pretrains CLIP, which is the reward of the embedded models."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from dancegrpo_jax.models import clip
+from dancegrpo_jax.pretrain import shared
+from dancegrpo_jax.pretrain.shared import Data, Stage
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in OpenAI's training data
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def clip_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
+  """CLIP: the symmetric contrastive loss over a batch of distinct pairs (arXiv 2103.00020).
+
+  Args:
+    config: of pretraining.
+    data: the training split.
+    out: the folder of the models; emoji-clip is written.
+  """
+  stage = config.clip
+  config_json = _config_json(stage, out / "emoji-sd" / "tokenizer")
+  network = clip.Clip.from_json(config_json)
+  first = np.concatenate([[0], np.flatnonzero(np.diff(data.pair)) + 1])  # of each pair's pictures
+  variants = len(data.pair) // len(first)
+
+  def loss(params, batch, key):
+    noise_key, level_key = jax.random.split(key)
+    x = batch["images"].astype(jnp.float32) / 255.0
+    level = stage.pixel_noise * jax.random.uniform(level_key, (x.shape[0], 1, 1, 1))
+    x = jnp.clip(x + level * jax.random.normal(noise_key, x.shape), 0.0, 1.0)
+    x = (x - jnp.array(CLIP_MEAN).reshape(1, 1, 1, 3)) / jnp.array(CLIP_STD).reshape(1, 1, 1, 3)
+    text, image, scale = network.apply({"params": params}, batch["tokens"], x)
+    return _contrastive(text, image, scale)
+
+  def batch(step: int) -> dict:
+    rng = np.random.default_rng([config.seed, 1, step])
+    rows = rng.choice(first, stage.batch, replace=False) + rng.integers(variants, size=stage.batch)
+    return {"images": data.images[rows], "tokens": data.tokens[rows]}
+
+  def export(params) -> None:
+    folder = out / "emoji-clip"
+    shared.save_component(folder, config_json, params)
+    shared.write_json(folder / "preprocessor_config.json", clip_preprocessor(config.size))
+    shared.write_tokenizer_files(folder)
+
+  key, tokens = jax.random.key(config.seed), jnp.asarray(data.tokens[:1])
+  picture = jnp.zeros((1, config.size, config.size, 3))
+  params = shared.initial(network, key, tokens, picture)["params"]
+  return Stage(name="clip", params=params, loss=loss, batch=batch, export=export)
+
+
+def _contrastive(text: jax.Array, image: jax.Array, scale: jax.Array) -> tuple[jax.Array, dict]:
+  """The mean cross-entropy of finding a text's image and an image's text, and metrics.
+
+  Args:
+    text, image: unit vectors `[n, d]`; row i of one belongs to row i of the other.
+    scale: of the logits; 100 at most counts.
+  """
+  logits = jnp.minimum(scale, 100.0) * image @ text.T
+  labels = jnp.arange(len(logits))
+  by_image, by_text = (
+    optax.softmax_cross_entropy_with_integer_labels(side, labels).mean()
+    for side in (logits, logits.T)
+  )
+  accuracy = (logits.argmax(1) == labels).mean()
+  cosine = jnp.diag(image @ text.T).mean()
+  return (by_image + by_text) / 2, {"accuracy": accuracy, "cosine": cosine, "scale": scale}
+
+
+def _config_json(stage: ConfigDict, tokenizer_folder: Path) -> dict:
+  """config.json of the CLIP folder."""
+  return {
+    "architectures": ["CLIPModel"],
+    "model_type": "clip",
+    "projection_dim": stage.projection_dim,
+    "logit_scale_init_value": 2.6592,
+    "text_config": {
+      **stage.text.to_dict(),
+      **shared.token_ids(tokenizer_folder),
+      "model_type": "clip_text_model",
+      "projection_dim": stage.projection_dim,
+    },
+    "vision_config": {
+      **stage.vision.to_dict(),
+      "model_type": "clip_vision_model",
+      "projection_dim": stage.projection_dim,
+    },
+  }
+
+
+def clip_preprocessor(size: int) -> dict:
+  """preprocessor_config.json of the CLIP folder."""
+  return {
+    "image_processor_type": "CLIPImageProcessor",
+    "do_resize": True,
+    "size": {"shortest_edge": size},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": size, "width": size},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+    "do_convert_rgb": True,
+  }

@@ -1,0 +1,118 @@
+"""What the stages of pretraining share: their data, the record that a stage returns, text encoders'
+configs, and the files that they write.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dancegrpo_jax import programs
+from dancegrpo_jax.checkpoints import weights
+from dancegrpo_jax.data import emoji, tokenizer
+from dancegrpo_jax.types import PyTree
+
+
+class Data(NamedTuple):
+  """The pretraining split in memory.
+
+  Attributes:
+    images: uint8 `[n, size, size, 3]`.
+    captions: n texts.
+    tokens: the captions for CLIP, int32 `[n, tokens]`.
+    pair: the number of each picture's (name, colour) pair, int32 `[n]`.
+  """
+
+  images: np.ndarray
+  captions: list[str]
+  tokens: np.ndarray
+  pair: np.ndarray
+
+
+class Stage(NamedTuple):
+  """What is trained.
+
+  Attributes:
+    name: of the stage, and of its section in the config.
+    params: the parameters to start from.
+    loss: `(params, batch, key) -> (loss, metrics)`.
+    batch: `(step) -> batch`, a dict of host arrays.
+    export: `(params) -> None` writes the trained networks.
+  """
+
+  name: str
+  params: PyTree
+  loss: Callable
+  batch: Callable
+  export: Callable
+
+
+def initial(network, key: jax.Array, *inputs: jax.Array) -> dict:
+  """`network.init` as one program. Layer by layer it would compile hundreds."""
+  return programs.compiled(network.init)(key, *inputs)
+
+
+def stratified(key: jax.Array, count: int, margin: float = 0.0) -> jax.Array:
+  """One uniform number from each of `count` equal parts of [0, 1], which lowers the variance of a
+  loss that averages over them.
+
+  Args:
+    key: of the draw.
+    count: number of parts.
+    margin: share of each part that is left out at both of its ends.
+  """
+  offsets = jax.random.uniform(key, (count,), minval=margin, maxval=1 - margin)
+  return (jnp.arange(count) + offsets) / count
+
+
+def token_ids(folder: Path) -> dict:
+  """The size of a tokenizer's vocabulary and its special ids, as a text encoder's config.json has
+  them.
+  """
+  vocab = json.loads((folder / "vocab.json").read_text())
+  eos = vocab[tokenizer.EOS]
+  return {
+    "vocab_size": len(vocab),
+    "bos_token_id": vocab[tokenizer.BOS],
+    "eos_token_id": eos,
+    "pad_token_id": eos,
+  }
+
+
+def text_encoder_json(settings: ConfigDict, tokenizer_folder: Path) -> dict:
+  """config.json of a text encoder of CLIP's."""
+  return {
+    "architectures": ["CLIPTextModel"],
+    "model_type": "clip_text_model",
+    **settings.to_dict(),
+    **token_ids(tokenizer_folder),
+  }
+
+
+def all_captions() -> list[str]:
+  """The captions of all pairs, also of those that are held out."""
+  return [emoji.caption(name, colour) for name in emoji.NAMES for colour in emoji.COLOURS]
+
+
+def write_tokenizer_files(folder: Path) -> None:
+  """Writes the captions' tokenizer. Text encoders and CLIP have the same vocabulary."""
+  tokenizer.write_tokenizer(all_captions(), str(folder))
+
+
+def write_json(path: Path, value: dict) -> None:
+  """Writes a JSON file, and makes the folder that it lies in."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def save_component(folder: Path, config_json: dict, params: PyTree) -> None:
+  """Writes one network's folder in float16, which halves its size. The relative error of 1e-3 can't
+  be seen in a sample.
+  """
+  name = config_json.get("_class_name") or config_json["architectures"][0]
+  weights.save(folder, name, params, config_json, dtype=np.float16)

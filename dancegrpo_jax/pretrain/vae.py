@@ -1,0 +1,87 @@
+"""Pretrains the autoencoder, on whose latents the denoisers are trained."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dancegrpo_jax import programs
+from dancegrpo_jax.checkpoints import weights
+from dancegrpo_jax.models import autoencoder
+from dancegrpo_jax.pretrain import shared
+from dancegrpo_jax.pretrain.shared import Data, Stage
+from dancegrpo_jax.types import PyTree
+
+
+def vae_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
+  """AutoencoderKL: the absolute error of pixels and of their differences, plus a small KL.
+
+  Args:
+    config: of pretraining.
+    data: the training split.
+    out: the folder of the models; emoji-sd/vae is written.
+  """
+  stage = config.vae
+  network = autoencoder.from_json(stage.network.to_dict())
+
+  def loss(params, batch, key):
+    x = to_signed(batch["images"])
+    mean, log_variance = network.apply({"params": params}, x, method="encode")
+    latents = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
+    error = network.apply({"params": params}, latents, method="decode") - x
+    pixels = jnp.abs(error).mean()
+    # The error of differences between neighbours; the absolute error alone leaves edges soft.
+    edges = jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
+    kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance).mean()
+    return pixels + 0.5 * edges + stage.kl_weight * kl, {"pixels": pixels, "kl": kl}
+
+  def batch(step: int) -> dict:
+    rng = np.random.default_rng([config.seed, step])
+    rows = rng.choice(len(data.images), stage.batch, replace=False)
+    return {"images": data.images[rows]}
+
+  def export(params) -> None:
+    latents = encode_all(network, params, data.images)
+    config_json = {**stage.network.to_dict(), "scaling_factor": round(float(1 / latents.std()), 5)}
+    shared.save_component(out / "emoji-sd" / "vae", config_json, params)
+
+  picture = jnp.zeros((1, config.size, config.size, 3))
+  params = shared.initial(network, jax.random.key(config.seed), picture)["params"]
+  return Stage(name="vae", params=params, loss=loss, batch=batch, export=export)
+
+
+def to_signed(images: jax.Array) -> jax.Array:
+  """uint8 pixels as float32 in [-1, 1]."""
+  return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def encode_all(
+  network: autoencoder.AutoencoderKL, params: PyTree, images: np.ndarray, chunk: int = 256
+) -> np.ndarray:
+  """The posterior means of all images, `[n, h, w, z]`, unscaled; `chunk` images are encoded at
+  once.
+  """
+  encode = programs.compiled(
+    lambda p, x: network.apply({"params": p}, to_signed(x), method="encode")[0]
+  )
+  chunk = min(chunk, len(images))
+  padded = np.concatenate([images, np.zeros((-len(images) % chunk, *images.shape[1:]), np.uint8)])
+  rows = [np.asarray(encode(params, padded[i : i + chunk])) for i in range(0, len(padded), chunk)]
+  return np.concatenate(rows)[: len(images)]
+
+
+def load_vae(folder: Path, shape: tuple[int, ...]) -> tuple[dict, PyTree]:
+  """config.json and the parameters of an autoencoder's folder; `shape` is that of a picture."""
+  config_json = weights.read_config(folder)
+  network = autoencoder.from_json(config_json)
+  abstract = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]
+  return config_json, weights.load(folder, "AutoencoderKL", abstract)
+
+
+def scaled_latents(folder: Path, images: np.ndarray) -> np.ndarray:
+  """The images as a denoiser sees them: posterior means times scaling_factor, float32."""
+  config_json, params = load_vae(folder, images.shape[1:])
+  latents = encode_all(autoencoder.from_json(config_json), params, images)
+  return latents * config_json["scaling_factor"]
