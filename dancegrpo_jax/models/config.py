@@ -32,8 +32,7 @@ def from_config(
     extra: fields that are not in the file, for example dtype and remat.
 
   Raises:
-    ValueError: a key has a value that the network does not implement. The message names all such
-      keys.
+    ValueError: the network does not implement the values of some keys. The message names them.
   """
   fields = {field.name for field in dataclasses.fields(network)} - {"parent", "name"}
   known, wrong = {}, []

@@ -1,6 +1,4 @@
-"""The embeddings of a denoiser's numbers, such as the time: sinusoids, and the dense layers after
-them.
-"""
+"""The embedding of a denoiser's time and guidance: sinusoids, and the dense layers after them."""
 
 import flax.linen as nn
 import jax.numpy as jnp

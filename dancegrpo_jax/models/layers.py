@@ -168,8 +168,10 @@ convolve.defvjp(_convolve_forward, _convolve_backward)
 class Conv(nn.Module):
   """torch.nn.Conv2d: `[b, h, w, in] -> [b, h', w', features]`.
 
-  The kernel is `[size, size, in, features]`. `padding` is torch's integer, or ((top, bottom),
-  (left, right)).
+  The kernel is `[size, size, in, features]`.
+
+  Attributes:
+    padding: an integer as in torch, or ((top, bottom), (left, right)).
   """
 
   features: int
@@ -223,7 +225,7 @@ class GroupNorm(nn.Module):
 
 
 def _float32_row(x: Float[Array, "c"], axes: int) -> Float[Array, "... c"]:
-  """A vector in float32, with as many axes as it takes to multiply the last one of an array."""
+  """A vector in float32, reshaped to multiply the last axis of an array with `axes` axes."""
   return x.astype(jnp.float32).reshape((1,) * (axes - 1) + (-1,))
 
 
