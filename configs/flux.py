@@ -29,12 +29,13 @@ fit, and a run says so before it reads any weights: use LoRA.
 Compute: about 37 TFLOP a forward pass of one row (2025 image and 512 text tokens), so 0.4 EFLOP an
 iteration, with the rematerialised forward and the recomputed old log-probs.
 
-Weights: black-forest-labs/FLUX.1-dev of the Hugging Face hub, 34 GB. Its licence must be accepted
-on its page and `hf auth login` be run once; then it is fetched when it isn't cached. FLUX.1-schnell
-goes in the same place with --config.model.checkpoint=black-forest-labs/FLUX.1-schnell
---config.model.text_length=256: it takes no guidance. Prompts: 400 of this project. The paper's are
-HPDv2's: `python -m dancegrpo_jax.data.hpdv2_prompts`, then
---config.data.prompts=tfds:hpdv2_prompts.
+Weights: black-forest-labs/FLUX.1-dev of the Hugging Face hub, 34 GB. Accept the licence on its page
+and run `hf auth login` once; then they are fetched unless they are cached. FLUX.1-schnell works
+too, with --config.model.checkpoint=black-forest-labs/FLUX.1-schnell and
+--config.model.text_length=256; it has no guidance input.
+
+Prompts: 400 of this project. The paper's are those of HPDv2: run `python -m
+dancegrpo_jax.data.hpdv2_prompts`, then use --config.data.prompts=tfds:hpdv2_prompts.
 """
 
 from ml_collections import ConfigDict
@@ -42,11 +43,11 @@ from ml_collections import ConfigDict
 from configs import common
 
 PRESETS = ("", "8gpu", "tiny")
-RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
-# Kernels `[.., in, out]` along `in`: a TPU lays the last axis out in lanes of 128, and collects
-# narrower pieces (3072 over 64 chips are 48) as a sum with zeros, twice the bytes. v5p sums even so
-# (libtpu 0.0.42.1, 64 chips), v5e and v6e gather. Norms' scales and what stands at the network's
-# ends is small.
+RANDOM_CLIP = "random:assets/random-clip"  # the network of the rewards of `tiny`
+# Kernels `[.., in, out]` are split along `in`. A TPU stores the last axis in lanes of 128, and
+# gathers narrower pieces (3072 over 64 chips are 48) as a sum with zeros, which is twice the bytes.
+# With this split v5e and v6e gather; v5p still sums (libtpu 0.0.42.1, 64 chips). The scales of
+# norms and the layers at the ends of the network are small, so they are not split.
 SPLIT = (
   ("denoiser/(single_)?transformer_blocks/.*/kernel", ("...", "fsdp", None)),
   ("denoiser/(single_)?transformer_blocks/.*/bias", ("...", "fsdp")),
@@ -60,7 +61,12 @@ SPLIT_REWARDS = ((".*/encoder/.*/kernel", ("...", "fsdp", None)), (".*", ()))
 
 
 def recipe(name: str, preset: str) -> ConfigDict:
-  """The config of a run without its reward; `name` is that of its file."""
+  """The config of a run, without its reward.
+
+  Args:
+    name: the name of the run's file.
+    preset: one of `PRESETS`.
+  """
   config = common.get_config()
   config.name = name + (f"_{preset}" if preset else "")
   config.iterations = 300
@@ -83,8 +89,8 @@ def recipe(name: str, preset: str) -> ConfigDict:
     kind="dance",
     noise_level=0.3,
     steps=16,
-    shift=3.0,  # constant; 0 would be the checkpoint's own, which grows with the resolution
-    guidance_scale=1.0,  # distilled: one forward pass a step, in training too
+    shift=3.0,  # constant; 0 would be the checkpoint's, which grows with the resolution
+    guidance_scale=1.0,  # one forward pass a step, because the model is guidance-distilled
     embedded_guidance=3.5,
     last_step="ode",  # 15 of 16 steps are stochastic
   )
@@ -115,8 +121,9 @@ def recipe(name: str, preset: str) -> ConfigDict:
 
 
 def _tiny(config: ConfigDict) -> None:
-  """Two iterations of networks with random weights (assets/random-flux holds their config.json
-  files).
+  """Changes the config to two iterations of networks with random weights.
+
+  assets/random-flux has their config.json files.
   """
   config.iterations = 2
   config.model.update(
@@ -130,9 +137,8 @@ def _tiny(config: ConfigDict) -> None:
   config.data.prompts_per_iteration = 4
   config.sampler.steps = 4
   config.rollout.update(samples_per_prompt=4, chunk=16)
-  config.optimizer.update(
-    updates_per_iteration=1, microbatch=16
-  )  # one pass: on a CPU compiling takes longer than running
+  # One pass of the update, because on a CPU compiling takes longer than running.
+  config.optimizer.update(updates_per_iteration=1, microbatch=16)
   config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),), reward_rules=((".*", ()),))
   config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
   config.checkpoint.every = 2

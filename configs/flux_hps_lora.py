@@ -1,4 +1,4 @@
-"""FLUX.1-dev with LoRA, reward = HPS-v2.1, by the published code's recipe.
+r"""FLUX.1-dev with LoRA, reward = HPS-v2.1, by the published code's recipe.
 
 Rank 128, alpha 256, learning rate 3e-4 and 12 steps, on 1, 2, 4 or 8 GPUs of 80 GB. The preset 1gpu
 is the same with fewer pictures and steps in an evaluation.
@@ -13,17 +13,17 @@ replicate, so that every device holds all of this:
    1.2  latents of an iteration, 192 x 12 of 16x90x90 in float32; split over the devices
     12  activations of a microbatch of 8 rows with rematerialised blocks, on one device: 7 are
         stored, 5 is an estimate for the block at work
-The base has no gradient. Compiled for one H100, 1gpu takes 38.4 GiB at most (the update;
-benchmarks/RESULTS.md). With unfused attention an earlier version's update was seen to take 56.4 GiB
+The base model has no gradient. Compiled for one H100, 1gpu takes 38.4 GiB at most (the update;
+benchmarks/RESULTS.md). With unfused attention an earlier version's update took 56.4 GiB
 on such a card. The preset v5e splits what is frozen and the adapters over 16 TPU v5e chips of 16 GB
 (`plan`, benchmarks/RESULTS.md).
 
-Weights and prompts: configs/flux.py and configs/flux_hps.py. The result is a file for diffusers'
-`load_lora_weights`:
+For weights and prompts see configs/flux.py and configs/flux_hps.py. The second command writes a
+file for diffusers' `load_lora_weights`:
 
     python -m dancegrpo_jax.main --config=configs/flux_hps_lora.py --config.model.allow_pickle=true
-    python -m dancegrpo_jax.convert export --config=configs/flux_hps_lora.py
-    --checkpoint=runs/flux_hps_lora --out=lora
+    python -m dancegrpo_jax.convert export --config=configs/flux_hps_lora.py \
+      --checkpoint=runs/flux_hps_lora --out=lora
 """
 
 from configs import flux, flux_hps
@@ -32,14 +32,15 @@ PRESETS = ("", "1gpu", "v5e", "tiny")
 
 
 def get_config(preset: str = ""):
-  """Presets: "1gpu" and "v5e" as above, "tiny" as in configs/flux.py."""
+  """The config; `preset` is "", "1gpu" or "v5e" (see above), or "tiny" (see configs/flux.py)."""
   config = flux_hps.get_config("tiny" if preset == "tiny" else "")
   config.name = "flux_hps_lora" + (f"_{preset}" if preset else "")
   config.lora.update(
     rank=128,  # [C]
     alpha=256.0,  # [C]
-    # The image stream's projections [C]. The single blocks, which hold both streams, have layers of
-    # the same names: with peft's targets to_q, to_k, to_v and to_out.0 they are adapted too.
+    # The projections of image tokens [C]. The single blocks, where text and image are one
+    # sequence, have layers of the same names. They are adapted too, as they are by peft's targets
+    # to_q, to_k, to_v and to_out.0.
     targets=r"(single_)?transformer_blocks.*/attn/to_(q|k|v|out_0)/kernel",
   )
   config.optimizer.learning_rate = 3e-4  # [C]

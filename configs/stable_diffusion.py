@@ -30,10 +30,12 @@ was run. `optimizer.microbatch` and `rollout.chunk` change nothing but speed, me
 Compute, as `plan` counts it: 0.80 TFLOP for a forward pass of one row, and 204 PFLOP an iteration,
 without the rematerialised forward.
 
-Weights: CompVis/stable-diffusion-v1-4 of the Hugging Face hub, fetched when they aren't cached (4.2
-GB). v1.5 and v2.1 go in the same place: --config.model.checkpoint=DIR_OR_ID (v2.1:
---config.model.size="(768, 768)"). Prompts: 400 of this project. The paper's are HPDv2's: `python -m
-dancegrpo_jax.data.hpdv2_prompts`, then --config.data.prompts=tfds:hpdv2_prompts.
+Weights: CompVis/stable-diffusion-v1-4 of the Hugging Face hub, 4.2 GB, which are fetched unless
+they are cached. v1.5 and v2.1 work too, with --config.model.checkpoint=DIR_OR_ID (and for v2.1
+--config.model.size="(768, 768)").
+
+Prompts: 400 of this project. The paper's are those of HPDv2: run `python -m
+dancegrpo_jax.data.hpdv2_prompts`, then use --config.data.prompts=tfds:hpdv2_prompts.
 """
 
 from ml_collections import ConfigDict
@@ -41,9 +43,9 @@ from ml_collections import ConfigDict
 from configs import common
 
 PRESETS = ("", "1gpu", "v5e", "paper", "tiny")
-RANDOM_CLIP = "random:assets/random-clip"  # what the rewards of `tiny` score with
-# Kernels `[.., in, out]` along `in`, see configs/flux.py; what is left (the ends, norms, biases,
-# the autoencoder) is small.
+RANDOM_CLIP = "random:assets/random-clip"  # the network of the rewards of `tiny`
+# Kernels `[.., in, out]` are split along `in`, see configs/flux.py. The rest (the layers at the
+# ends, norms, biases and the autoencoder) is small, so it is not split.
 SPLIT = (
   ("denoiser/(down_blocks|mid_block|up_blocks|time_embedding).*/kernel", ("...", "fsdp", None)),
   ("text_encoder/encoder/.*/kernel", ("...", "fsdp", None)),
@@ -53,7 +55,12 @@ SPLIT_REWARDS = ((".*/encoder/.*/kernel", ("...", "fsdp", None)), (".*", ()))
 
 
 def recipe(name: str, preset: str) -> ConfigDict:
-  """The config of a run without its reward; `name` is that of its file."""
+  """The config of a run, without its reward.
+
+  Args:
+    name: the name of the run's file.
+    preset: one of `PRESETS`.
+  """
   config = common.get_config()
   config.name = name + (f"_{preset}" if preset else "")
   config.iterations = 300
@@ -75,8 +82,8 @@ def recipe(name: str, preset: str) -> ConfigDict:
     noise_level=1.0,
     steps=50,
     guidance_scale=5.0,
-    # 49 of 49 stochastic steps are trained, as in [C], which decodes a noisy last sample (std .02)
-    # instead
+    # All 49 stochastic steps are trained, as in [C], which decodes a noisy last sample (std .02)
+    # instead.
     last_step="ode",
   )
   config.rollout.update(samples_per_prompt=16, shared_noise=True, chunk=128)
@@ -112,8 +119,9 @@ def recipe(name: str, preset: str) -> ConfigDict:
 
 
 def _tiny(config: ConfigDict) -> None:
-  """Two iterations of networks with random weights (assets/random-sd holds their config.json
-  files).
+  """Changes the config to two iterations of networks with random weights.
+
+  assets/random-sd has their config.json files.
   """
   config.iterations = 2
   config.model.update(
@@ -126,8 +134,7 @@ def _tiny(config: ConfigDict) -> None:
   config.data.prompts_per_iteration = 4
   config.sampler.steps = 4
   config.rollout.update(samples_per_prompt=4, chunk=16)
-  config.optimizer.update(
-    updates_per_iteration=1, microbatch=48
-  )  # one pass: on a CPU compiling takes longer than running
+  # One pass of the update, because on a CPU compiling takes longer than running.
+  config.optimizer.update(updates_per_iteration=1, microbatch=48)
   config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
   config.checkpoint.every = 2
