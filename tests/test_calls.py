@@ -23,8 +23,8 @@ from dancegrpo_jax.assembly import loading
 from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.plan import inventory
-from dancegrpo_jax.programs import update
-from dancegrpo_jax.programs.update import Call
+from dancegrpo_jax.programs import update_calls
+from dancegrpo_jax.programs.update_calls import UpdateCall
 from dancegrpo_jax.report import metrics
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.rl.state import TrainState
@@ -52,27 +52,32 @@ KINDS = {
 
 
 def test_bounds_are_whole_calls_and_a_rest():
-  assert update.bounds(5, 0) == update.bounds(5, 5) == update.bounds(5, 9) == [(0, 5)]
-  assert update.bounds(5, 1) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
-  assert update.bounds(5, 2) == [(0, 2), (2, 4), (4, 5)]
-  assert update.bounds(6, 3) == [(0, 3), (3, 6)]
-  assert update.bounds(0, 0) == update.bounds(0, 3) == []
+  assert (
+    update_calls.bounds(5, 0) == update_calls.bounds(5, 5) == update_calls.bounds(5, 9) == [(0, 5)]
+  )
+  assert update_calls.bounds(5, 1) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]
+  assert update_calls.bounds(5, 2) == [(0, 2), (2, 4), (4, 5)]
+  assert update_calls.bounds(6, 3) == [(0, 3), (3, 6)]
+  assert update_calls.bounds(0, 0) == update_calls.bounds(0, 3) == []
 
 
 def test_calls_are_listed_in_their_order():
   names = ("deal", "remember", "accumulate", "first_step", "step", "summary")
-  assert update.calls(names, 2, 3, 2) == [
-    Call("remember", 0, 0, 2),
-    Call("remember", 0, 2, 3),
-    Call("accumulate", 0, 0, 2),
-    Call("accumulate", 0, 2, 3),
-    Call("first_step", 0),
-    Call("accumulate", 1, 0, 2),
-    Call("accumulate", 1, 2, 3),
-    Call("step", 1),
+  assert update_calls.listed(names, 2, 3, 2) == [
+    UpdateCall("remember", 0, 0, 2),
+    UpdateCall("remember", 0, 2, 3),
+    UpdateCall("accumulate", 0, 0, 2),
+    UpdateCall("accumulate", 0, 2, 3),
+    UpdateCall("first_step", 0),
+    UpdateCall("accumulate", 1, 0, 2),
+    UpdateCall("accumulate", 1, 2, 3),
+    UpdateCall("step", 1),
   ]
   few = ("deal", "accumulate", "step", "summary")
-  assert update.calls(few, 1, 3, 0) == [Call("accumulate", 0, 0, 3), Call("step", 0)]
+  assert update_calls.listed(few, 1, 3, 0) == [
+    UpdateCall("accumulate", 0, 0, 3),
+    UpdateCall("step", 0),
+  ]
 
 
 class Prepared(NamedTuple):

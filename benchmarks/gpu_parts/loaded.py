@@ -13,7 +13,7 @@ from dancegrpo_jax import programs
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import program_cache, sharding
 from dancegrpo_jax.plan import inventory, planning
-from dancegrpo_jax.programs import update
+from dancegrpo_jax.programs import update_calls
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.rl.state import init_state
 from dancegrpo_jax.settings import checks
@@ -195,7 +195,8 @@ class Update:
     trained, rest = self.state.trainable, (*self._values, given.number)
     dealt = programs["deal"](trained, rollouts, given.ids, *rest)
     frozen, told = given.frozen, given.conditioning
-    after = update.run(programs, self.state, frozen, None, told, dealt, self._most)
+    inputs = update_calls.Inputs(frozen=frozen, reference=None, conditioning=told)
+    after = update_calls.run(programs, self.state, inputs, dealt, self._most)
     assert after is not None  # nobody stops it
     self.state, metrics = after
     return metrics
