@@ -429,7 +429,7 @@ def test_the_longest_call_of_an_iteration():
   def report(rows):
     return table.report(table.concluded(plan | {"rows": [row._asdict() for row in rows]}))
 
-  line = "Longest call of an iteration: update accumulate, 20.6 s; SIGTERM waits that long."
+  line = "Longest call of an iteration: update accumulate, 21 s; SIGTERM waits that long."
   assert line in report(rows).splitlines()
   assert "Longest call" not in report(rows[2:])
 

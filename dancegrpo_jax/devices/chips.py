@@ -32,10 +32,10 @@ class Chip(NamedTuple):
 # Gbit/s, v5e 197 and 1600, v5p 459 and 4800, v6e 918 and 3584). Clock: the peak divided by
 # 2 cores x 4 units x 2 x 128**2 (v4 and v5p), 4 x 2 x 128**2 (v5e) and 4 x 2 x 256**2 (v6e).
 CHIPS = {
-  "TPU v4": Chip("v4", 30.75 * 2**30, 275e12, 1.05e9, 300e9),
-  "TPU v5 lite": Chip("v5e", 15.75 * 2**30, 197e12, 1.50e9, 200e9),
-  "TPU v5": Chip("v5p", 95.74 * 2**30, 459e12, 1.75e9, 600e9),
-  "TPU v6 lite": Chip("v6e", 31.25 * 2**30, 918e12, 1.75e9, 448e9),
+  "TPU v4": Chip(name="v4", memory=30.75 * 2**30, flops=275e12, clock=1.05e9, network=300e9),
+  "TPU v5 lite": Chip(name="v5e", memory=15.75 * 2**30, flops=197e12, clock=1.50e9, network=200e9),
+  "TPU v5": Chip(name="v5p", memory=95.74 * 2**30, flops=459e12, clock=1.75e9, network=600e9),
+  "TPU v6 lite": Chip(name="v6e", memory=31.25 * 2**30, flops=918e12, clock=1.75e9, network=448e9),
 }
 # Peak rates of GPUs by a part of their device_kind, the first that matches: dense products in
 # bfloat16, FLOP/s, from NVIDIA's data sheets, which state twice as much with sparsity. "H100" alone
@@ -61,7 +61,7 @@ def chip_of(device: Any) -> Chip:
   if kind in CHIPS:
     return CHIPS[kind]
   if device.platform != "gpu":
-    return Chip(kind, 0.0, 0.0, 0.0, 0.0)
+    return Chip(name=kind, memory=0.0, flops=0.0, clock=0.0, network=0.0)
   try:
     stats = device.memory_stats() or {}  # XLA_PYTHON_CLIENT_ALLOCATOR=platform has none
     memory = float(stats.get("bytes_limit", 0))
@@ -69,7 +69,7 @@ def chip_of(device: Any) -> Chip:
     cards = gpu_topologies.CARDS.values()
     share = float(os.environ.get(accelerator.VARIABLE, accelerator.SHARE))
     memory = share * next((card.memory for card in cards if card.kind == kind), 0)
-  return Chip(kind, memory, gpu_peak(kind), 0.0, 0.0)
+  return Chip(name=kind, memory=memory, flops=gpu_peak(kind), clock=0.0, network=0.0)
 
 
 def gpu_peak(kind: str) -> float:

@@ -188,12 +188,11 @@ _started: deque[tuple[str, list[weakref.ref]]] = deque(maxlen=256)
 
 
 class Guarded:
-  """A compiled program that raises `OutOfMemory` with its name, at once or where its result is
-  waited for.
+  """A compiled program whose lack of memory raises `OutOfMemory` with its name, at once or later.
 
   Args:
     name: of the program.
-    program: jitted or compiled. It gets every attribute that is asked of this object.
+    program: jitted or compiled. All attributes of this object are its attributes.
   """
 
   def __init__(self, name: str, program: Callable):

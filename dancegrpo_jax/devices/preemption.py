@@ -14,8 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 
 class Preemption:
-  """Catches SIGTERM inside of this context manager. Outside of it, SIGTERM ends the process at
-  once.
+  """A context manager that catches SIGTERM, which ends the process at once outside of it.
 
   Any of several processes may get the signal, and all stop at the same call of `reached`, because
   each call sends the state of every process to all of them. JAX has a service for this, which

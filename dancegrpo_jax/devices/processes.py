@@ -103,10 +103,9 @@ def require_same(value: str | int, problem: str, remedy: str) -> None:
 
 
 def require_shared(folder: Path) -> None:
-  """Checks that all processes see the same folder, which is made. All must call it at the same
-  point.
+  """Makes a folder and checks that all processes see it. Otherwise a save would never end.
 
-  Otherwise saving a checkpoint would wait for ever.
+  All processes must call it at the same point.
 
   Raises:
     ConfigError: on every process, if one does not see what process 0 writes into the folder.
@@ -201,9 +200,7 @@ def _spelt(name: str) -> str:
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, Any] | None:
-  """Arguments of `jax.distributed.initialize` for clusters that JAX detects; None for one
-  process.
-  """
+  """As `_from_flags`, for clusters that JAX detects; None for a single process."""
   if all(name in environment for name in _SLURM):
     return {"cluster_detection_method": "slurm"} if int(environment["SLURM_NTASKS"]) > 1 else None
   platforms = environment.get("JAX_PLATFORMS", "")

@@ -1,6 +1,4 @@
-"""JAX's persistent compilation cache: compiled programs on disk, so that a second start of a config
-compiles nothing.
-"""
+"""JAX's compilation cache on disk, so that a second start of a config compiles nothing."""
 
 import hashlib
 import os

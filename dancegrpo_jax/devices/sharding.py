@@ -150,20 +150,20 @@ def own_shards(array: jax.Array) -> Shards:
   return Shards(np.concatenate([np.zeros(0, np.int64), *numbers]), [shard.data for shard in shards])
 
 
-def join_processes(values: dict[str, np.ndarray], own: np.ndarray) -> dict[str, np.ndarray]:
+def join_processes(values: dict[str, np.ndarray], owned: np.ndarray) -> dict[str, np.ndarray]:
   """Joins arrays of which each process has some entries. All processes must call it at the same
   point, with the same names.
 
   Args:
     values: `{name: [n]}`, host arrays.
-    own: bool `[n]`, the entries that this process owns. Each entry has exactly one owner.
+    owned: bool `[n]`, the entries that this process owns. Each entry has exactly one owner.
 
   Returns:
     `{name: [n]}`, the same on every process.
   """
   if jax.process_count() == 1 or not values:
     return values
-  rows, owners = multihost_utils.process_allgather((np.stack(list(values.values())), own))
+  rows, owners = multihost_utils.process_allgather((np.stack(list(values.values())), owned))
   joined = np.take_along_axis(rows, owners.argmax(0)[None, None], axis=0)[0]
   return dict(zip(values, joined))
 

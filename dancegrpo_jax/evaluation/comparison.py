@@ -1,6 +1,4 @@
-"""Compares a checkpoint with its base model: samples of both from the same noise, and their
-scores.
-"""
+"""Compares samples of a checkpoint with those that its base model makes of the same noise."""
 
 import json
 from pathlib import Path
@@ -117,8 +115,7 @@ def side_by_side(
   columns: int = 8,
   most: int = 16,
 ) -> Image.Image:
-  """A grid of the first sample of each prompt: rows of the base model's, each above a row of the
-  checkpoint's.
+  """A grid of the first sample of each prompt, the base model's above the checkpoint's.
 
   Args:
     before, after: samples of base model and checkpoint, `[prompts, samples, height, width, 3]`.

@@ -98,9 +98,7 @@ def _effort(text: str) -> float:
 
 
 def main(argv: list[str]) -> int:
-  """Reads the flags and plans. Returns the exit code: 0 if the run fits, 1 if it does not, 2 for a
-  mistake.
-  """
+  """Reads the flags and plans. Returns the exit code: 0 fits, 1 does not fit, 2 for a mistake."""
 
   def command() -> int:
     line = command_line.parse_argv(argv, "Compile a run's programs ahead of time.", add_flags)

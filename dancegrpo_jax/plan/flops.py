@@ -97,9 +97,7 @@ def _equation(eqn: Any, platform: str, turns: float | int | None) -> Flops:
 
 
 def _jaxprs(params: dict[str, Any]) -> list[Any]:
-  """The jaxprs among the parameters of an equation, as jit, checkpoint and custom derivatives have
-  them.
-  """
+  """The jaxprs among an equation's parameters, as of jit, checkpoint and custom derivatives."""
   values: list[Any] = []
   for value in params.values():
     values += value if isinstance(value, (tuple, list)) else (value,)

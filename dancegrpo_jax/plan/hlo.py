@@ -254,9 +254,7 @@ def _executions(
 def _collectives_of_a_fusion(
   code: Code, computation: str, times: float, turns: float | int | None
 ) -> Iterator[Execution]:
-  """The collectives inside of a fusion. All else in it counts with the fusion, which states its
-  cycles.
-  """
+  """The collectives inside of a fusion, whose stated cycles cover everything else in it."""
   for execution in _executions(code, computation, times, turns):
     instruction = execution.instruction
     if computation.startswith(_SCATTER) and instruction.opcode == "all-reduce":

@@ -225,10 +225,10 @@ def _times(result: dict, rows: list[Row]) -> list[str]:
   """The lines about time."""
   lines = []
   if result["hours"] is not None:
-    hours, chip_hours = result["hours"], result["hours"] * result["devices"]
+    total, chip_hours = result["hours"], result["hours"] * result["devices"]
     run = f"{result['iterations']} iterations of {result['images']} samples"
     lines.append(
-      f"Estimate, not measured: {result['iteration_seconds']:.0f} s an iteration, {hours:.1f} hours"
+      f"Estimate, not measured: {result['iteration_seconds']:.0f} s an iteration, {total:.1f} hours"
       f" for {run}, {chip_hours:.0f} chip-hours: the cycles that the compiler expects of each"
       " operation, attention kernels at half of the peak, and the collectives' bytes over the"
       " chip's links as if nothing were computed meanwhile; without loading, compiling and host"
@@ -236,8 +236,11 @@ def _times(result: dict, rows: list[Row]) -> list[str]:
     )
   longest = longest_call(rows, result["iterations"])
   if longest is not None:
-    call = f"{longest.name}, {longest.seconds:.3g} s"
-    lines.append(f"Longest call of an iteration: {call}; SIGTERM waits that long.")
+    seconds = longest.seconds or 0.0
+    time = format(seconds, ".0f" if seconds >= 10 else ".2g")
+    lines.append(
+      f"Longest call of an iteration: {longest.name}, {time} s; SIGTERM waits that long."
+    )
   if result["effort"]:
     lines.append(
       f"Compiled with an effort of {result['effort']:g}: a run, compiled with 0, may take other"

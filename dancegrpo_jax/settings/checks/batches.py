@@ -37,8 +37,7 @@ def prompts(config: ConfigDict, num_examples: int | None) -> Iterator[str]:
 
 
 def sizes(config: ConfigDict, num_devices: int, wrong: set[str]) -> Iterator[str]:
-  """Whether samples fill chunks, trained transitions fill microbatches, both fill lanes, and lanes
-  fill devices.
+  """Whether samples fill chunks, transitions fill microbatches, and both fill the devices' lanes.
 
   Args:
     config: the whole config.
