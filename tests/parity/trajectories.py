@@ -17,7 +17,7 @@ from torch_parity import nchw, nhwc, run
 
 from dancegrpo_jax.checkpoints import components
 from dancegrpo_jax.pipelines import stable_diffusion
-from dancegrpo_jax.pipelines.base import Pipeline
+from dancegrpo_jax.pipelines.base import ModelSettings, Pipeline
 from dancegrpo_jax.rl.grpo import Transitions, score
 from dancegrpo_jax.rl.rollout import Policy, Rollout, rollout
 
@@ -144,9 +144,7 @@ def our_pipeline(jsons: dict[str, dict], side: int) -> Pipeline:
   """Our pipeline in float32, without a tokenizer because text states are given."""
   size = (2 ** (len(jsons["vae"]["block_out_channels"]) - 1) * side,) * 2
   types = {"dtype": "float32", "frozen_dtype": "float32"}
-  return stable_diffusion.build(
-    jsons, {"tokenizer": no_tokens}, size=size, remat=False, attention="auto", **types
-  )
+  return stable_diffusion.build(jsons, {"tokenizer": no_tokens}, ModelSettings(size=size, **types))
 
 
 class Ours(NamedTuple):
