@@ -1,8 +1,9 @@
 """Every value of a run, with its unit and its source.
 
 The config file of a run starts from these values and changes some of them. The code has no other
-defaults. Every field has a comment above it or behind it. docs/make_configuration.py makes the page
-docs/configuration.md from these comments, so each one is understood without the others.
+defaults: those of the library's functions are the same, and a test compares them. Every field has a
+comment above it or behind it. docs/make_configuration.py makes the page docs/configuration.md from
+these comments, so each one is understood without the others.
 
 Sources: [P] is the DanceGRPO paper, arXiv 2505.07818. [C] is its PyTorch code as of October 2025.
 [F] is Flow-GRPO, arXiv 2505.05470.
