@@ -44,10 +44,12 @@ together, without rematerialisation. The times are estimates: the cycles that th
 of each operation, attention kernels (of which it expects nothing) at half of the chip's peak, and
 the collectives' bytes over all links of a chip as if nothing were computed meanwhile. MFU is what
 they imply. Compile times are of one core that other work shared.
-
-These rows are of an earlier form of the networks: since then convolutions are written as matrix
-products for TPUs, and CLIP's layers are stacked. What that does to one program stands under
-"Compilation" below; the others have not been compiled again.
+"""
+# Above a plan whose update is a single program, as it was before 0.2.0.
+EARLIER = """
+**This plan has not been compiled again.** Since then an update is several programs that are called
+for a few microbatches at a time, so that a call is short. For TPUs convolutions are written as
+matrix products now, and CLIP's layers are stacked.
 """
 GPU_HEAD = """## Plans for GPUs
 
@@ -84,7 +86,9 @@ def page(named: dict[str, tuple[str, str]], head: str) -> str:
     if file.exists():
       result = json.loads(file.read_text())
       versions = result["versions"]
-      parts.append(f"\n### `--config={config} --topology={topology}`\n\n{table.report(result)}\n")
+      is_earlier = any(program["name"] == "update" for program in result["rows"])
+      title = f"\n### `--config={config} --topology={topology}`\n"
+      parts.append(f"{title}{EARLIER if is_earlier else ''}\n{table.report(result)}\n")
   return head.format(**versions) + "".join(parts)
 
 

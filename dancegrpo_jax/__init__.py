@@ -19,7 +19,7 @@ if TYPE_CHECKING:
   from dancegrpo_jax.diffusion.guidance import classifier_free
   from dancegrpo_jax.diffusion.schedules import Schedule, diffusion_schedule, flow_schedule
   from dancegrpo_jax.diffusion.transitions import Transition
-  from dancegrpo_jax.rl import advantages, dppo, grpo, optimize, rng, state
+  from dancegrpo_jax.rl import advantages, dppo, grpo, optimize, rng, state, trajectories
   from dancegrpo_jax.rl.rollout import Policy, Rollout, distribution, log_prob, rollout
   from dancegrpo_jax.types import Conditioning
 
@@ -43,10 +43,11 @@ __all__ = [
   "rng",
   "rollout",
   "state",
+  "trajectories",
 ]
 
 # Modules whose names say what their functions are about, as `grpo.algorithm`.
-_MODULES = ("advantages", "dppo", "grpo", "optimize", "rng", "state")
+_MODULES = ("advantages", "dppo", "grpo", "optimize", "rng", "state", "trajectories")
 # Where everything else is.
 _HOMES = {
   "Conditioning": "types",

@@ -18,6 +18,7 @@ from dancegrpo_jax.devices.preemption import Preemption
 from dancegrpo_jax.programs import update_calls
 from dancegrpo_jax.report import metrics, page
 from dancegrpo_jax.report.clock import Clock
+from dancegrpo_jax.rl import algorithms
 from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.training import tracing
 from dancegrpo_jax.training.collecting import Experience, collect
@@ -63,6 +64,7 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
     writer = enter(metrics.Writer(workdir, config, first))
     if config.logging.profile_steps:
       stack.callback(tracing.end_trace)
+    behaviour = algorithms.kind_of(config).behaviour
     numbers, clock = Numbers(config, workdir, writer, progress), None
     meta = {"config": config.to_dict()}
     if first == 0:
@@ -79,7 +81,7 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
       # Prompts -> samples -> scores, chunk by chunk.
       seen = collect(
         session=session,
-        trainable=state.trainable,
+        trainable=behaviour(state),
         iteration=iteration,
         clock=clock,
         threads=reward_threads,

@@ -95,7 +95,6 @@ def draw(params, iteration):
     network_output=lambda x, time: network.apply(params, x, time, PROMPT),
     schedule=schedule,
     policy=policy,
-    start=0,
     initial=dg.rng.initial_noise(first, iteration, PROMPT, SAMPLE, shared=False, shape=(2,)),
     step_noise=lambda i: dg.rng.step_noise(later, iteration, PROMPT, SAMPLE, i, shape=(2,)),
   )
@@ -105,7 +104,7 @@ def draw(params, iteration):
 def improve(state, base, drawn, rewards, iteration):
   """Rewards -> advantages within the group of each prompt -> optimizer steps."""
   scores = {"right": rewards.reshape(PROMPTS, GROUP)}
-  batch = dg.grpo.batch_of_groups(drawn, dg.advantages.combine(scores, (("right", 1.0),)))
+  batch = dg.trajectories.batch_of_groups(drawn, dg.advantages.combine(scores, (("right", 1.0),)))
   algorithm = dg.grpo.algorithm(
     policy_output=network.apply,  # (parameters, x, time, prompt) -> what the network says
     schedule=schedule,
@@ -114,7 +113,7 @@ def improve(state, base, drawn, rewards, iteration):
     surrogate=dg.grpo.clipped(clip_range=0.2),  # a range for log_prob="sum"; or dg.dppo's
     reference=base,  # the KL penalty holds to it; without it the clouds lose their shape
   )
-  keys = dg.grpo.keys_of(0, iteration, PROMPT, SAMPLE)
+  keys = dg.trajectories.keys_of(0, iteration, PROMPT, SAMPLE)
   return dg.optimize.update(algorithm, optimizer, state, batch, keys)
 
 
@@ -126,7 +125,6 @@ def sample(params):
     network_output=lambda x, time: network.apply(params, x, time, prompt),
     schedule=schedule,
     policy=policy._replace(window=0),
-    start=0,
     initial=jax.random.normal(jax.random.key(1), (1000, 2)),
     step_noise=jnp.zeros_like,  # is not called
   ).sample

@@ -431,6 +431,7 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
   assert "failed" not in "".join(said) + results[0][1]
 
 
+@pytest.mark.slow
 def test_four_processes_share_the_kernels(trained, models, machine, tmp_path):
   """4 processes with 2 devices each give the numbers of one process.
 

@@ -82,7 +82,6 @@ def test_diffusers_samples_the_same_images(opened, monkeypatch):
       lambda x, time: denoise(params, x, time, conditioning, rows),
       model.pipeline.schedule(STEPS, 1.0),
       policy,
-      0,
       initial,
       lambda i: initial,
     ).sample

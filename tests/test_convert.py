@@ -6,17 +6,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from dancegrpo_jax.conversion.mapping import (
-  Buffer,
-  Part,
-  Row,
-  Spec,
-  Table,
-  describe,
-  expected_sources,
-  match,
-  plan,
-)
+from dancegrpo_jax.conversion.mapping import describe, match, plan
+from dancegrpo_jax.conversion.table import Buffer, Part, Row, Spec, Table, expected_sources
 from dancegrpo_jax.conversion.transfer import export_tree, import_slice, import_tree, read_slice
 from dancegrpo_jax.errors import ConversionError
 

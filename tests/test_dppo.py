@@ -15,7 +15,7 @@ import pytest
 from tiny_checkpoint import assert_trees_equal, relative_error
 
 from dancegrpo_jax.diffusion import schedules
-from dancegrpo_jax.rl import dppo, grpo, objective, optimize
+from dancegrpo_jax.rl import dppo, grpo, objective, optimize, trajectories
 from dancegrpo_jax.rl.rollout import Policy, rollout
 from dancegrpo_jax.rl.state import TrainState
 
@@ -49,11 +49,11 @@ def policies(log_ratio=LOG_RATIO, shift=SHIFT, std=STD) -> tuple[grpo.Scored, gr
   return new, grpo.Remembered(log_prob=jnp.float32(old_log_prob), mean=jnp.float32(old_mean))
 
 
-def transitions_of(advantage) -> grpo.Transitions:
+def transitions_of(advantage) -> trajectories.Transitions:
   """Of which the surrogate reads the advantage alone."""
   count = len(advantage)
   numbers, states = jnp.zeros(count), jnp.zeros((count, *DIMENSIONS))
-  return grpo.Transitions(
+  return trajectories.Transitions(
     step=jnp.zeros(count, jnp.int32),
     x=states,
     x_next=states,
@@ -223,7 +223,7 @@ def denoise(params, x, time, prompt, numpy=jnp):
 
 
 @functools.cache
-def make_batch() -> grpo.Batch:
+def make_batch() -> trajectories.Batch:
   """Trajectories that the policy itself drew, with random advantages; a sample is left out."""
   rng = np.random.default_rng(1)
   initial = jnp.asarray(rng.standard_normal((SAMPLES, *SHAPE)), jnp.float32)
@@ -233,12 +233,11 @@ def make_batch() -> grpo.Batch:
     lambda x, time: denoise(parameters(), x, time, prompt),
     schedules.flow_schedule(STEPS, 1.0),
     POLICY,
-    0,
     initial,
     lambda i: noise[i],
   )
   weight = jnp.ones(SAMPLES).at[5].set(0.0)
-  return grpo.batch_of(
+  return trajectories.batch_of(
     rollouts=(drawn,),
     prompt=prompt.reshape(LANES, -1),
     advantage=weight * jnp.asarray(rng.standard_normal(SAMPLES), jnp.float32),
@@ -248,7 +247,7 @@ def make_batch() -> grpo.Batch:
   )
 
 
-def keys() -> grpo.Keys:
+def keys() -> trajectories.Keys:
   samples = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(3), i))(jnp.arange(SAMPLES))
   return samples, jax.random.key(4)
 

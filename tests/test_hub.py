@@ -17,7 +17,7 @@ from tiny_checkpoint import ROOT, tiny_config
 
 from dancegrpo_jax.assembly import loading
 from dancegrpo_jax.checkpoints import components, hub, weights
-from dancegrpo_jax.conversion.mapping import Row, Table
+from dancegrpo_jax.conversion.table import Row, Table
 from dancegrpo_jax.conversion.tables.rows import dense, join, layers, norm
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.pipelines import flux, stable_diffusion

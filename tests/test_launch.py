@@ -5,6 +5,7 @@ that a TPU or a cluster accepts these commands; flags are compared with the real
 the tools are installed.
 """
 
+import importlib.metadata
 import json
 import os
 import re
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from dancegrpo_jax.devices import gpu_topologies
+from dancegrpo_jax.plan import topologies
 from dancegrpo_jax.settings import checks, config_file
 
 ROOT = Path(__file__).parent.parent
@@ -35,8 +38,10 @@ TOOLS = (
 )
 RECORDER = f"""#!{sys.executable}
 import json, os, sys
+name = os.path.basename(sys.argv[0])
 with open(os.environ["CALLS"], "a") as file:
-  file.write(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\\n")
+  file.write(json.dumps([name, *sys.argv[1:]]) + "\\n")
+sys.exit(3 * (name == os.environ.get("FAILING")))
 """
 PLACE = ["--zone=us-east5-b", "--project=my-project"]
 QUEUED = ["gcloud", "compute", "tpus", "queued-resources"]
@@ -459,10 +464,20 @@ def test_shellcheck():
 
 
 def test_options_of_the_shell():
+  """What a run can't show: an unset variable, and a failure inside of a pipe, end a script too."""
   scripts = [file for file in SCRIPTS if file.name != "common.sh"]
   assert len(scripts) == 3
   for file in scripts:
-    assert "\nset -euo pipefail\n" in file.read_text() and os.access(file, os.X_OK), file
+    assert "\nset -euo pipefail\n" in file.read_text(), file
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_command_that_fails_is_the_last_one(launch, name):
+  script, words, variables, expected = CASES[name]
+  for i, (tool, *_) in enumerate(expected):
+    if tool not in [call[0] for call in expected[:i]]:
+      done, calls = launch(script, *words, **variables, FAILING=tool)
+      assert done.returncode == 3 and calls == expected[: i + 1]
 
 
 def asked(tool: str) -> dict[tuple[str, ...], set[str]]:
@@ -511,7 +526,12 @@ def test_flags_are_the_tools_own(tool, words):
   assert not missing, f"{tool} {' '.join(words)} has no {missing}"
 
 
-@pytest.mark.parametrize("name, wanted", [("gpu", "jax[cuda13]"), ("tpu", "jax[tpu]")])
-def test_requirements(name, wanted):
+@pytest.mark.parametrize("name, module", [("gpu", gpu_topologies), ("tpu", topologies)])
+def test_requirements(name, module):
+  """All of requirements.txt, and an extra that JAX has: the one that error messages ask for."""
   lines = (ROOT / f"requirements-{name}.txt").read_text().splitlines()
-  assert [line for line in lines if not line.startswith("#")] == ["-r requirements.txt", wanted]
+  everything, wanted = (line for line in lines if not line.startswith("#"))
+  assert everything == "-r requirements.txt"
+  extra = re.fullmatch(r"jax\[(\w+)\]", wanted)[1]
+  assert extra in importlib.metadata.metadata("jax").get_all("Provides-Extra")
+  assert f"pip install 'jax[{extra}]==" in Path(module.__file__).read_text()

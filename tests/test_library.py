@@ -107,7 +107,6 @@ FIELD_OF = {  # a default -> the field of configs/common.py that it equals
   "grpo.Objective.kl_mode": "objective.kl.mode",
   "grpo.Objective.updates": "optimizer.updates_per_iteration",
   "grpo.Objective.microbatch": "optimizer.microbatch",
-  "grpo.clipped.clip_range": "objective.clip_range",
   "grpo.clipped.guard": "objective.guard",
   "dppo.trust_region.tau": "objective.dppo.tau",
   "advantages.combine.mode": "reward.combine",
@@ -124,6 +123,7 @@ FIELD_OF = {  # a default -> the field of configs/common.py that it equals
 }
 OF_NO_FIELD = {
   "Policy.window": None,  # every step that may be stochastic: window.size = 0, see below
+  "rollout.start": 0,  # where there is no window
   "flow_schedule.num_train_timesteps": 1000,  # of the checkpoint's scheduler
   "state.create.prompt_stats": None,
   "advantages.group_advantages.statistics": None,
@@ -131,8 +131,8 @@ OF_NO_FIELD = {
   "grpo.Surrogate.reports": (),
   "grpo.Surrogate.needs_means": False,
   "grpo.algorithm.reference": None,
-  "grpo.batch_of.chosen": None,
-  "grpo.batch_of.count": 1,  # one lane: the library does not know of devices
+  "trajectories.batch_of.chosen": None,
+  "trajectories.batch_of.count": 1,  # one lane: the library does not know of devices
 }
 
 
@@ -170,7 +170,6 @@ def draw(policy=POLICY, schedule=GRID, samples=6) -> dg.Rollout:
     network_output=lambda x, time: -x,
     schedule=schedule,
     policy=policy,
-    start=0,
     initial=initial,
     step_noise=lambda i: jnp.ones_like(initial),
   )
@@ -202,7 +201,7 @@ def algorithm(surrogate=None, reference=None, **changes):
     schedule=GRID,
     policy=POLICY,
     settings=dg.grpo.Objective(**changes),
-    surrogate=surrogate or dg.grpo.clipped(),
+    surrogate=surrogate or dg.grpo.clipped(clip_range=1e-4),
     reference=reference,
   )
 
@@ -210,7 +209,7 @@ def algorithm(surrogate=None, reference=None, **changes):
 def test_an_algorithm_that_makes_no_sense():
   with pytest.raises(ValueError, match="old_log_prob is 'recomputed', must be one of recompute"):
     algorithm(old_log_prob="recomputed")
-  for surrogate in (dg.dppo.trust_region(), dg.grpo.clipped(guard=True)):
+  for surrogate in (dg.dppo.trust_region(), dg.grpo.clipped(clip_range=1e-4, guard=True)):
     with pytest.raises(ValueError, match="needs the old policy's means"):
       algorithm(surrogate, old_log_prob="rollout")
   with pytest.raises(ValueError, match="KL mode is 'exactly'"):
@@ -222,23 +221,23 @@ RESULT = dg.advantages.combine({"r": jnp.arange(6.0).reshape(2, 3)}, (("r", 1.0)
 
 def test_a_batch_of_groups():
   drawn = draw()
-  batch = dg.grpo.batch_of_groups(drawn, RESULT)
+  batch = dg.trajectories.batch_of_groups(drawn, RESULT)
   np.testing.assert_array_equal(batch.prompt, [[0, 0, 0, 1, 1, 1]])
   np.testing.assert_array_equal(batch.advantage, RESULT.advantage.reshape(1, -1))
   np.testing.assert_array_equal(batch.latents[:, 0], drawn.latents)
   np.testing.assert_array_equal(batch.log_probs[:, 0], drawn.log_probs)
   with pytest.raises(ValueError, match="has 5 samples, the advantages belong to 2 x 3"):
-    dg.grpo.batch_of_groups(draw(samples=5), RESULT)
+    dg.trajectories.batch_of_groups(draw(samples=5), RESULT)
 
 
 def test_a_microbatch_that_does_not_fit():
   """6 samples x 1 step: three may be taken at once, and four may not."""
-  batch = dg.grpo.batch_of_groups(draw(), RESULT)
+  batch = dg.trajectories.batch_of_groups(draw(), RESULT)
   optimizer = optax.sgd(0.1)
   state = dg.state.create({"factor": -jnp.ones(())}, optimizer)
 
   def update(microbatch):
-    keys = dg.grpo.keys_of(0, 0, jnp.arange(6) // 3, jnp.arange(6) % 3)
+    keys = dg.trajectories.keys_of(0, 0, jnp.arange(6) // 3, jnp.arange(6) % 3)
     learned = algorithm(microbatch=microbatch)
     return dg.optimize.update(learned, optimizer, state, batch, keys)
 
@@ -248,6 +247,16 @@ def test_a_microbatch_that_does_not_fit():
     ValueError, match=r"1 x 4, must divide the 6 transitions \(6 samples x 1 steps"
   ):
     update(4)
+
+
+def test_a_penalty_without_a_reference():
+  """It would be no penalty at all."""
+  batch = dg.trajectories.batch_of_groups(draw(), RESULT)
+  optimizer = optax.sgd(0.1)
+  state = dg.state.create({"factor": -jnp.ones(())}, optimizer)
+  keys = dg.trajectories.keys_of(0, 0, jnp.arange(6) // 3, jnp.arange(6) % 3)
+  with pytest.raises(ValueError, match="kl_weight is 0.5: this penalty needs a reference"):
+    dg.optimize.update(algorithm(kl_weight=0.5), optimizer, state, batch, keys)
 
 
 # docs/library.md
@@ -284,8 +293,8 @@ def test_the_pages_own_surrogate(page):
   for surrogate in (page["surrogate"], dg.grpo.clipped()):
     learned = algorithm(surrogate, microbatch=6)
     state = dg.state.create({"factor": -jnp.ones(())}, optimizer)
-    batch = dg.grpo.batch_of_groups(draw(), RESULT)
-    keys = dg.grpo.keys_of(0, 0, jnp.arange(6) // 3, jnp.arange(6) % 3)
+    batch = dg.trajectories.batch_of_groups(draw(), RESULT)
+    keys = dg.trajectories.keys_of(0, 0, jnp.arange(6) // 3, jnp.arange(6) % 3)
     after, _ = dg.optimize.update(learned, optimizer, state, batch, keys)
     found.append(float(after.trainable["factor"]))
   assert found[0] == found[1] != -1.0

@@ -49,6 +49,15 @@ def test_guard_log_ratio_has_mean_0_under_the_old_policy():
   assert float(jnp.mean(guard)) == pytest.approx(0.0, abs=1e-3)  # standard error 2.4e-4
 
 
+def test_guard_of_a_deterministic_step_is_0():
+  """Value and gradient: a step outside of the window has no density."""
+  mean, x_next = jax.random.normal(jax.random.key(4), (2, 6))
+  value, gradient = jax.value_and_grad(objective.guard_log_ratio)(
+    mean, mean - 0.1, jnp.float32(0.0), x_next
+  )
+  assert value == 0 and not gradient.any()
+
+
 def test_gradient_at_ratio_1_is_minus_advantage_times_that_of_the_log_prob():
   x, x_next = jax.random.normal(jax.random.key(2), (2, 6))
   weight = jnp.float32(0.7)

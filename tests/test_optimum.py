@@ -22,8 +22,9 @@ import pytest
 
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.rl import grpo, optimize, state
-from dancegrpo_jax.rl.grpo import Batch, Objective
+from dancegrpo_jax.rl.grpo import Objective
 from dancegrpo_jax.rl.rollout import Policy, distribution, rollout
+from dancegrpo_jax.rl.trajectories import Batch
 
 BETA, LEVEL = 1.0, 2**0.5
 PROMPTS, GROUP, ITERATIONS, RATE = 8, 64, 200, 0.05  # a "prompt" is an x_T that its group shares
@@ -89,7 +90,7 @@ def train(steps: int, reward: str, costs_in_returns: bool, seed: int = 0) -> dic
     initial = jnp.repeat(jax.random.normal(initial_key, (PROMPTS, 1)), GROUP, axis=0)
     noise = jax.random.normal(noise_key, (steps, SAMPLES, 1))
     denoise = functools.partial(velocity, train_state.trainable)
-    rolled = rollout(denoise, schedule, policy, 0, initial, lambda i: noise[i])
+    rolled = rollout(denoise, schedule, policy, initial, lambda i: noise[i])
     returns = REWARDS[reward](rolled.sample[:, 0])
     if costs_in_returns:
       returns = returns - BETA * step_costs(train_state.trainable, policy, schedule, rolled).sum(0)

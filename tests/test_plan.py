@@ -315,6 +315,26 @@ def test_a_quick_compilation_promises_no_times(tiny_models, tmp_path, capsys, mo
   assert None not in times["0"] and times["-1"] == [None, None]
 
 
+@pytest.mark.parametrize("effort", [0.0, -1.0])
+def test_the_compiler_is_asked_for_an_effort(effort):
+  """With a stand-in for a compiler that has the option, which that for CPUs has not."""
+  asked = []
+
+  def compiled(options):
+    asked.append(options)
+    return SimpleNamespace(as_text=lambda: TPU_TEXT, memory_analysis=Allotted)
+
+  lowered = SimpleNamespace(compile=compiled)
+  jaxpr = jax.make_jaxpr(lambda x: x)(1.0)
+  traced = SimpleNamespace(lower=lambda: lowered, jaxpr=jaxpr)
+  call = inventory.Call("decode", SimpleNamespace(trace=lambda: traced), (), 1)
+  chip = chips.Chip("tiny", 1e12, flops=4000.0, clock=100.0, network=50.0)
+  row = planning.compile_call(call, 0, flops.Flops(8000.0), chip, 2, effort=effort)
+  assert asked == [{"exec_time_optimization_effort": effort} if effort else None]
+  times = (row.compute_seconds, row.network_seconds, row.mfu)
+  assert row.peak > 0 and [time is None for time in times] == [bool(effort)] * 3
+
+
 def test_a_file_of_another_plan_is_kept(tiny_models, tmp_path, capsys):
   """...and nothing is compiled before that is found."""
   out = tmp_path / "plan.json"

@@ -76,9 +76,9 @@ def run(policy: Policy, start=0, seed: int = 1, denoise=None, noise=None) -> Rol
       denoise or network(),
       grid(policy.prediction, policy.steps),
       policy,
-      start,
       initial,
       lambda i: steps[i],
+      start,
     )
   )
   return jax.tree.map(np.asarray, function(initial))
@@ -202,7 +202,7 @@ def test_a_traced_start_compiles_once_for_all_windows():
 
   @jax.jit
   def program(start, initial):
-    return rollout(denoise, grid("velocity"), policy, start, initial, lambda i: steps[i])
+    return rollout(denoise, grid("velocity"), policy, initial, lambda i: steps[i], start)
 
   for start in range(policy.policy_steps - 1):
     traced, static = program(jnp.int32(start), initial), run(policy, start)

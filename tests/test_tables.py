@@ -16,7 +16,8 @@ import pytest
 
 from dancegrpo_jax.checkpoints.networks import TABLES, abstract_params, class_name
 from dancegrpo_jax.checkpoints.weights import specs
-from dancegrpo_jax.conversion.mapping import Mapping, Spec, expected_sources, plan
+from dancegrpo_jax.conversion.mapping import Mapping, plan
+from dancegrpo_jax.conversion.table import Spec, expected_sources
 from dancegrpo_jax.conversion.tables.clip import OPEN_CLIP
 from dancegrpo_jax.conversion.tables.rows import tree_path
 from dancegrpo_jax.errors import ConversionError

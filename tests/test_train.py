@@ -21,7 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_checkpoint import ROOT, moves_between_devices, overrides, shapes_of, tiny_config
+from tiny_checkpoint import (
+  ROOT,
+  assert_trees_equal,
+  moves_between_devices,
+  overrides,
+  shapes_of,
+  tiny_config,
+)
 
 from dancegrpo_jax import main, programs
 from dancegrpo_jax.checkpoints import store
@@ -356,28 +363,45 @@ def stored(run: Run, iteration: int) -> dict:
 def test_resumed_equals_straight_bit_for_bit(straight, halves):
   assert [run.code for run in halves] == [0, 0]
   assert updates(halves[1]) == ITERATIONS // 2
-  expected, actual = (stored(run, ITERATIONS) for run in (straight, halves[1]))
+  expected = assert_same_bits(halves[1], straight)
   assert all(
     jax.tree.leaves(expected[field]) for field in ("trainable", "opt_state", "ema", "prompt_stats")
   )
   assert expected["step"] == 2 * ITERATIONS
-  for field, value in expected.items():
-    for (path, a), b in zip(
-      jax.tree_util.tree_leaves_with_path(actual[field]), jax.tree.leaves(value), strict=True
-    ):
-      np.testing.assert_array_equal(a, b, err_msg=f"{field} {jax.tree_util.keystr(path)}")
-  timed = ("time/", "images_per_second")
-  rows = [
-    [{k: v for k, v in row.items() if not k.startswith(timed)} for row in run.rows]
-    for run in (straight, halves[1])
-  ]
-  assert rows[0] == rows[1]
   before = jax.tree.leaves(stored(straight, ITERATIONS // 2)["trainable"])
   assert all((a != b).any() for a, b in zip(before, jax.tree.leaves(expected["trainable"])))
   (stats,) = expected["prompt_stats"].values()
-  assert (
-    stats.count.sum() == ITERATIONS * SAMPLES and (stats.values != 0).any()
-  )  # rewards of every iteration
+  # Rewards of every iteration.
+  assert stats.count.sum() == ITERATIONS * SAMPLES and (stats.values != 0).any()
+
+
+def assert_same_bits(run: Run, straight: Run) -> dict:
+  """Asserts that the last checkpoint and all metrics but times are equal; returns its fields."""
+  actual, expected = stored(run, ITERATIONS), stored(straight, ITERATIONS)
+  assert_trees_equal(actual, expected)
+  timed = ("time/", "images_per_second")
+  rows = [
+    [{k: v for k, v in row.items() if not k.startswith(timed)} for row in each.rows]
+    for each in (run, straight)
+  ]
+  assert rows[0] == rows[1]
+  return expected
+
+
+def test_resumed_with_calls_of_another_length(straight, flags, tmp_path, capsys):
+  """Each iteration has 2 optimizer steps of 3 microbatches, and a pass before over 3 of them."""
+  field, workdir = "optimizer__microbatches_per_call", tmp_path / "run"
+  first = execute(flags(iterations=ITERATIONS // 2, **{field: 1}), workdir)
+  capsys.readouterr()
+  second = execute(flags(**{field: 2}), workdir)
+  assert (first.code, second.code) == (0, 0)
+  assert "resuming with config.optimizer.microbatches_per_call: 1 -> 2" in capsys.readouterr().out
+  # By hand: calls of "accumulate" and of "remember" in an iteration.
+  for run, accumulate, remember in ((straight, 2, 1), (first, 6, 3), (second, 4, 2)):
+    names = [call.name for call in run.calls]
+    assert names.count("update accumulate") == updates(run) * accumulate
+    assert names.count("update remember") == updates(run) * remember
+  assert_same_bits(second, straight)
 
 
 def test_cached_embeddings_change_nothing(straight, flags, tmp_path):

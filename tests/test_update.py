@@ -24,9 +24,10 @@ from tiny_checkpoint import (
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.diffusion.guidance import classifier_free
 from dancegrpo_jax.rl import advantages, grpo, lanes, optimize
-from dancegrpo_jax.rl.grpo import Batch, Objective, partition
+from dancegrpo_jax.rl.grpo import Objective
 from dancegrpo_jax.rl.rollout import Policy, rollout
 from dancegrpo_jax.rl.state import TrainState
+from dancegrpo_jax.rl.trajectories import Batch, partition
 from dancegrpo_jax.types import Conditioning
 
 PROMPTS, GROUP, LANES, SHAPE, STEPS = 4, 8, 8, (2, 2, 3), 9
@@ -110,7 +111,6 @@ def make_batch(policy: Policy, scale: float = 1.0) -> Batch:
       lambda x, time: denoise(params, x, time, prompt),
       grid(policy),
       policy,
-      0,
       initial,
       lambda i: noise[i],
     )

@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dancegrpo_jax.checkpoints import safetensors_io, weights
 from dancegrpo_jax.checkpoints.networks import abstract_params
-from dancegrpo_jax.conversion.mapping import Spec
+from dancegrpo_jax.conversion.table import Spec
 from dancegrpo_jax.convert.__main__ import main
 from dancegrpo_jax.errors import ConversionError
 

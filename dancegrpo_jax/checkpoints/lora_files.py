@@ -13,7 +13,7 @@ from pathlib import Path
 
 from dancegrpo_jax import installation
 from dancegrpo_jax.checkpoints.safetensors_io import Reader, metadata
-from dancegrpo_jax.conversion.mapping import Row, Spec, Table
+from dancegrpo_jax.conversion.table import Row, Spec, Table
 from dancegrpo_jax.errors import ConversionError
 
 FILE = "pytorch_lora_weights"

@@ -1,6 +1,6 @@
 """The networks of this package's families and rewards, by the names of their classes in PyTorch."""
 
-from dancegrpo_jax.conversion.mapping import Table
+from dancegrpo_jax.conversion.table import Table
 from dancegrpo_jax.conversion.tables import clip
 from dancegrpo_jax.errors import ConversionError
 from dancegrpo_jax.pipelines.families import FAMILIES

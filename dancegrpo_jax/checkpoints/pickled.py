@@ -12,7 +12,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from dancegrpo_jax.conversion.mapping import Slices, Spec
+from dancegrpo_jax.conversion.table import Spec
+from dancegrpo_jax.conversion.transfer import Slices
 from dancegrpo_jax.errors import ConversionError
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")

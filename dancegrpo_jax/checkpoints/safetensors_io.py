@@ -18,7 +18,8 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dancegrpo_jax.conversion.mapping import Slices, Spec
+from dancegrpo_jax.conversion.table import Spec
+from dancegrpo_jax.conversion.transfer import Slices
 from dancegrpo_jax.errors import ConversionError
 from dancegrpo_jax.pipelines.layout import STEMS
 

@@ -21,14 +21,8 @@ from jax.sharding import Sharding
 from dancegrpo_jax.checkpoints import lora_files, pickled
 from dancegrpo_jax.checkpoints.networks import table_of
 from dancegrpo_jax.checkpoints.safetensors_io import HOW, Reader, find_files, write
-from dancegrpo_jax.conversion.mapping import (
-  Mapping,
-  Spec,
-  Table,
-  expected_sources,
-  plan,
-  stacked_axes,
-)
+from dancegrpo_jax.conversion.mapping import Mapping, plan
+from dancegrpo_jax.conversion.table import Spec, Table, expected_sources, stacked_axes
 from dancegrpo_jax.conversion.transfer import export_tensor, import_slice
 from dancegrpo_jax.errors import ConversionError
 from dancegrpo_jax.types import PyTree

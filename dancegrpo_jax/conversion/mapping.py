@@ -1,107 +1,35 @@
-"""Checkpoint tables: which tensors of a file are which parameters, as data that is read forwards,
-backwards and by slices.
+"""Matches the tensors of a file with the parameters of a network, by a conversion table.
 
-A `Row` says that a tensor, or an equal part of it along one axis, is a parameter, or a part or one
-layer of it, with its axes in another order. A row is therefore a correspondence of boxes. `plan`
-turns a table, the tensors of a file and the parameters of a network into `Block`s; import, export
-and the reading of one shard's slice all walk the same blocks. Nothing here knows JAX, a network or
-a file format: tensors come through `read(name, slices)`.
+A row of a table is a correspondence of boxes. `plan` turns a table, the tensors of a file and the
+parameters of a network into `Block`s; import, export and the reading of one shard's slice
+(transfer.py) all walk the same blocks.
 """
 
 import math
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from difflib import get_close_matches
-from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from dancegrpo_jax.errors import ConversionError
+from dancegrpo_jax.conversion.table import (
+  Buffer,
+  Row,
+  Spec,
+  Table,
+  axes_of,
+  fill,
+  index_of,
+  is_stacked,
+  match_name,
+  matches,
+  raise_problems,
+  show,
+  span,
+  tensors_of,
+)
 
-Slices = tuple[slice, ...]
-Read = Callable[[str, Slices], np.ndarray]  # (name, slices) -> that part of the tensor
 Box = tuple[tuple[int, int], ...]  # (start, stop) on every axis
-
-
-class Spec(NamedTuple):
-  """Shape and dtype of a tensor or parameter."""
-
-  shape: tuple[int, ...]
-  dtype: np.dtype
-
-
-class Part(NamedTuple):
-  """Units `start` to `stop` of the `total` equal units that an axis is divided into.
-
-  `axis` is the letter that names the axis in `Row.axes`.
-  """
-
-  axis: str
-  start: int
-  stop: int
-  total: int
-
-
-class Row(NamedTuple):
-  """One correspondence of a tensor and a parameter.
-
-  Attributes:
-    source: tensor name; `{i}` stands for an index.
-    target: parameter path, levels joined by "/"; uses the indices of `source`.
-    axes: "o i h w -> h w i o". A 1 is an axis of length 1 that the other side lacks. An index of
-      `source` on the right ("o i -> {n} i o") is an axis along which the tensors are stacked.
-    source_part: the part of the tensor that this row takes; None is the whole tensor. Rows for the
-      other parts take the rest.
-    target_part: the part of the parameter that the tensor fills; None is the whole parameter.
-  """
-
-  source: str
-  target: str
-  axes: str
-  source_part: Part | None = None
-  target_part: Part | None = None
-
-
-class Buffer(NamedTuple):
-  """A tensor of the file that is no parameter. It is dropped on import; on export `make` says how
-  it is made again: "arange" is 0, 1, 2 ...
-  """
-
-  source: str
-  make: str
-
-
-class Table(NamedTuple):
-  """All rows of one network.
-
-  Where the names of several rows match a tensor, those rows count whose number of axes fits the
-  tensor and whose parameter the network has. So one table serves stacked and single layers, and
-  convolutions and dense projections. Where several rows are alternatives for one parameter, the
-  first one names the tensor when a file is written from nothing.
-
-  Attributes:
-    name: the class name that config.json gives.
-    rows: the correspondences.
-    aliases: (other spelling, spelling of the rows); `{*}` stands for any text. Used for reading
-      only.
-    buffers: tensors that are no parameters.
-    copies: (tensor, the tensor that it repeats), for weights that a network ties. Some files hold
-      one of the names, some both. The first is read where the second is missing, and left out
-      elsewhere.
-    others: tensors of other networks in the same file. They are left out.
-    file: stem of the weight file in this layout.
-    lora_prefix: what the network is called in LoRA files of its pipeline.
-  """
-
-  name: str
-  rows: tuple[Row, ...]
-  aliases: tuple[tuple[str, str], ...] = ()
-  buffers: tuple[Buffer, ...] = ()
-  copies: tuple[tuple[str, str], ...] = ()
-  others: tuple[str, ...] = ()
-  file: str = "model"
-  lora_prefix: str = "transformer"
 
 
 class Block(NamedTuple):
@@ -131,70 +59,6 @@ class Mapping(NamedTuple):
   buffers: dict[str, Buffer]
 
 
-class Piece(NamedTuple):
-  """One read of an import: the slices `read` of the tensor `source`, with its axes arranged by
-  `axes`, go to `place` of the result.
-  """
-
-  source: str
-  read: Slices
-  axes: tuple[int | None, ...]
-  place: Slices
-
-
-# ---- Patterns
-
-
-@cache
-def _regex(pattern: str) -> re.Pattern:
-  # Splitting at a group puts the placeholders' names at the odd positions.
-  pieces = re.split(r"\{(\w+|\*)\}", pattern)
-  texts, names = pieces[::2], pieces[1::2]
-  groups = [r"(?P<rest>.*)" if name == "*" else rf"(?P<{name}>\d+)" for name in names]
-  return re.compile("".join(re.escape(text) + group for text, group in zip(texts, [*groups, ""])))
-
-
-def _match(pattern: str, name: str) -> dict[str, str] | None:
-  """What the placeholders of a pattern stand for in a name; None where it doesn't match."""
-  result = _regex(pattern).fullmatch(name)
-  return result.groupdict() if result else None
-
-
-def _matches(pattern: str, name: str) -> bool:
-  return _match(pattern, name) is not None
-
-
-def _fill(pattern: str, values: dict[str, str]) -> str:
-  """The name that a pattern gives with these values in the place of its placeholders."""
-  return re.sub(r"\{(\w+|\*)\}", lambda m: values["rest" if m[1] == "*" else m[1]], pattern)
-
-
-@cache
-def _axes(row: Row) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """The axis names of the tensor and of the parameter of a row.
-
-  Raises:
-    ValueError: an axis is named on one side only, which is a mistake in the table.
-  """
-  left, right = (tuple(side.split()) for side in row.axes.split("->"))
-  stacked = {f"{{{index}}}" for index in _regex(row.source).groupindex}
-  if set(left) - {"1"} != set(right) - {"1"} - stacked:
-    raise ValueError(
-      f"row {row.source} -> {row.target}: axes {row.axes!r} name an axis on one side only"
-    )
-  return left, right
-
-
-def _is_stacked(axis: str) -> bool:
-  """Whether an axis name of a parameter is an index, along which tensors are stacked."""
-  return axis.startswith("{")
-
-
-def _index_of(axis: str) -> str:
-  """The name of the index of a stacked axis: "i" of "{i}"."""
-  return axis[1:-1]
-
-
 # ---- Blocks
 
 
@@ -208,16 +72,6 @@ class _Candidate(NamedTuple):
   path: str
 
 
-def _span(part: Part | None, axis: str, size: int) -> tuple[int, int]:
-  """Start and stop of a row's part on an axis of this size. ValueError: it does not divide."""
-  if part is None or part.axis != axis:
-    return 0, size
-  if size % part.total:
-    raise ValueError(f"an axis of {size} does not divide into {part.total} parts")
-  unit = size // part.total
-  return part.start * unit, part.stop * unit
-
-
 def _block(candidate: _Candidate, name: str, source: Spec, target: Spec) -> Block:
   """The block of a tensor in the parameter of a candidate.
 
@@ -225,27 +79,27 @@ def _block(candidate: _Candidate, name: str, source: Spec, target: Spec) -> Bloc
     ValueError: the shapes do not fit.
   """
   row, indices, path = candidate
-  left, right = _axes(row)
+  left, right = axes_of(row)
   # A 1 in the row must be a 1 in the tensor too, or its elements would be left out silently.
   if any(axis == "1" and size != 1 for axis, size in zip(left, source.shape)):
     raise ValueError(f"expected {row.axes.split('->')[0].strip()!r} with 1 where it says 1")
-  source_box = tuple(_span(row.source_part, axis, size) for axis, size in zip(left, source.shape))
+  source_box = tuple(span(row.source_part, axis, size) for axis, size in zip(left, source.shape))
   lengths = {axis: stop - start for axis, (start, stop) in zip(left, source_box)}
   target_box, fitting_shape = [], []
   for axis, size in zip(right, target.shape):
     if axis == "1":
       start, stop, fitting_size = 0, 1, 1
-    elif _is_stacked(axis):
-      start = int(indices[_index_of(axis)])
+    elif is_stacked(axis):
+      start = int(indices[index_of(axis)])
       stop = start + 1
       fitting_size = max(size, stop)
     else:
-      start, stop = _span(row.target_part, axis, size)
+      start, stop = span(row.target_part, axis, size)
       fitting_size = lengths[axis] + size - (stop - start)
     target_box.append((start, stop))
     fitting_shape.append(fitting_size)
   if tuple(fitting_shape) != target.shape:
-    raise ValueError(f"it would be {_show(fitting_shape)}")
+    raise ValueError(f"it would be {show(fitting_shape)}")
   axes = tuple(left.index(axis) if axis in lengths and axis != "1" else None for axis in right)
   return Block(
     source=name, source_box=source_box, target=path, target_box=tuple(target_box), axes=axes
@@ -267,95 +121,6 @@ def _overlap(a: Box, b: Box) -> bool:
 
 def _any_overlap(boxes: list[Box]) -> bool:
   return any(_overlap(a, b) for k, a in enumerate(boxes) for b in boxes[:k])
-
-
-def _show(shape: Iterable[int]) -> str:
-  return "[" + ", ".join(map(str, shape)) + "]"
-
-
-# ---- Names of tensors
-
-
-def _rows_of(table: Table, path: str, rank: int) -> list[tuple[Row, dict[str, str]]]:
-  """The rows that fill a parameter with this number of axes, and the indices that its path gives.
-
-  A fused parameter has one row for each part. Of alternatives for the same part, the first counts.
-  """
-  rows, filled = [], set()
-  for row in table.rows:
-    indices = _match(row.target, path)
-    if indices is None or len(_axes(row)[1]) != rank or row.target_part in filled:
-      continue
-    filled.add(row.target_part)
-    rows.append((row, indices))
-  return rows
-
-
-def _tensors_of(table: Table, path: str, shape: tuple[int, ...]) -> list[tuple[Row, str]]:
-  """The rows and tensor names that the table gives a parameter.
-
-  A stacked parameter has one tensor for each layer, a fused one has one for each part.
-  """
-  tensors = []
-  for row, indices in _rows_of(table, path, len(shape)):
-    filled = [indices]
-    for axis, size in zip(_axes(row)[1], shape):
-      if _is_stacked(axis):
-        filled = [known | {_index_of(axis): str(k)} for known in filled for k in range(size)]
-    tensors += [(row, _fill(row.source, values)) for values in filled]
-  return tensors
-
-
-def _tensor_shape(row: Row, shape: tuple[int, ...]) -> tuple[int, ...]:
-  """The shape of a row's tensor, from the shape of its parameter."""
-  left, right = _axes(row)
-  spans = {axis: _span(row.target_part, axis, size) for axis, size in zip(right, shape)}
-  sizes = {axis: stop - start for axis, (start, stop) in spans.items()}
-  part = row.source_part
-  if part is not None:
-    sizes[part.axis] = sizes[part.axis] * part.total // (part.stop - part.start)
-  return tuple(1 if axis == "1" else sizes[axis] for axis in left)
-
-
-def expected_sources(table: Table, targets: dict[str, Spec]) -> dict[str, Spec]:
-  """The tensors of the file that a network's parameters would be written to.
-
-  Args:
-    table: the network's rows.
-    targets: the parameters, by path.
-
-  Returns:
-    Shapes and dtypes by tensor name.
-
-  Raises:
-    ConversionError: parameters that no row of the table names.
-  """
-  sources, unknown = {}, []
-  for path, spec in targets.items():
-    tensors = _tensors_of(table, path, spec.shape)
-    if not tensors:
-      unknown.append(f"parameter {path} {_show(spec.shape)}: no row of the table names it")
-    for row, name in tensors:
-      sources[name] = Spec(_tensor_shape(row, spec.shape), spec.dtype)
-  _raise(table, unknown)
-  return sources
-
-
-def stacked_axes(table: Table, path: str, rank: int) -> int:
-  """How many of a parameter's first axes count layers, because tensors are stacked along them.
-
-  Args:
-    table: the network's rows.
-    path: of the parameter.
-    rank: its number of axes.
-
-  Returns:
-    0 where the layers are held apart, and where no row names the parameter.
-  """
-  for row, _ in _rows_of(table, path, rank):
-    right = _axes(row)[1]
-    return next((k for k, axis in enumerate(right) if not _is_stacked(axis)), len(right))
-  return 0
 
 
 # ---- Plans
@@ -390,24 +155,24 @@ class _Matching(NamedTuple):
 def _is_left_out(table: Table, name: str, sources: dict[str, Spec]) -> bool:
   """Whether a tensor repeats one that is there, or belongs to another network of the file."""
   repeats = any(name == copy and original in sources for copy, original in table.copies)
-  return repeats or any(_matches(pattern, name) for pattern in table.others)
+  return repeats or any(matches(pattern, name) for pattern in table.others)
 
 
 def _canonical(table: Table, name: str) -> str:
   """The spelling of a tensor's name that the rows use."""
   for spelling, canonical in table.aliases + table.copies:
-    rest = _match(spelling, name)
+    rest = match_name(spelling, name)
     if rest is not None:
-      return _fill(canonical, rest)
+      return fill(canonical, rest)
   return name
 
 
 def _candidates(table: Table, canonical: str) -> list[_Candidate]:
   candidates = []
   for row in table.rows:
-    indices = _match(row.source, canonical)
+    indices = match_name(row.source, canonical)
     if indices is not None:
-      candidates.append(_Candidate(row, indices, _fill(row.target, indices)))
+      candidates.append(_Candidate(row, indices, fill(row.target, indices)))
   return candidates
 
 
@@ -440,7 +205,7 @@ def match(
   for name in sources:
     canonical = _canonical(table, name)
     first = first_spellings.setdefault(canonical, name)
-    buffer = next((b for b in table.buffers if _matches(b.source, canonical)), None)
+    buffer = next((b for b in table.buffers if matches(b.source, canonical)), None)
     if first != name:
       matching.problems.append(
         f"tensors {first} and {name}: two spellings of the same tensor {canonical}"
@@ -470,7 +235,7 @@ def _place(matching: _Matching, name: str, candidates: list[_Candidate]) -> None
     return
   fitting = []
   for candidate in present:
-    left, right = _axes(candidate.row)
+    left, right = axes_of(candidate.row)
     if len(left) == len(spec.shape) and len(right) == len(targets[candidate.path].shape):
       fitting.append(candidate)
   if not fitting:
@@ -490,7 +255,7 @@ def _place(matching: _Matching, name: str, candidates: list[_Candidate]) -> None
 def _note_misfit(matching: _Matching, name: str, path: str, reason: str) -> None:
   shape, target = matching.sources[name].shape, matching.targets[path].shape
   matching.problems.append(
-    f"tensor {name} {_show(shape)} does not fit parameter {path} {_show(target)}: {reason}"
+    f"tensor {name} {show(shape)} does not fit parameter {path} {show(target)}: {reason}"
   )
   matching.misfits.update((name, path))
 
@@ -504,7 +269,7 @@ def _missing_tensors(matching: _Matching) -> dict[str, list[str]]:
     shape = matching.targets[path].shape
     if path not in matching.misfits and not _covers((b.target_box for b in blocks), shape):
       present = {block.source for block in blocks}
-      names = [name for _, name in _tensors_of(matching.table, path, shape)]
+      names = [name for _, name in tensors_of(matching.table, path, shape)]
       missing[path] = [name for name in names if name not in present]
   return missing
 
@@ -520,7 +285,7 @@ def _without_counterpart(matching: _Matching) -> list[str]:
   for name, paths in matching.unexpected.items():
     reason = f"the network has no parameter {' or '.join(paths)}" if paths else "unknown name"
     shape, hint = matching.sources[name].shape, _hint(name, missing_names, len(problems))
-    problems.append(f"unexpected tensor {name} {_show(shape)}: {reason}{hint}")
+    problems.append(f"unexpected tensor {name} {show(shape)}: {reason}{hint}")
   for path, names in missing.items():
     if names:
       hint = _hint(names[0], matching.unexpected, len(problems))
@@ -528,7 +293,7 @@ def _without_counterpart(matching: _Matching) -> list[str]:
     else:
       reason = "no row of the table names it"
     shape = matching.targets[path].shape
-    problems.append(f"parameter {path} {_show(shape)} is not in the checkpoint: {reason}")
+    problems.append(f"parameter {path} {show(shape)} is not in the checkpoint: {reason}")
   return problems
 
 
@@ -541,7 +306,7 @@ def _used_wrongly(matching: _Matching) -> list[str]:
       problems.append(_shared("tensor", name, {block.target for block in blocks}))
     elif blocks and name not in matching.misfits and not _covers(boxes, shape):
       problems.append(
-        f"tensor {name} {_show(shape)}: only a part of it is a parameter of the network"
+        f"tensor {name} {show(shape)}: only a part of it is a parameter of the network"
       )
   for path, blocks in matching.by_target.items():
     if _any_overlap([block.target_box for block in blocks]):
@@ -562,14 +327,6 @@ def _hint(name: str, candidates: Iterable[str], count: int) -> str:
   return f" (similar: {close[0]})" if close else ""
 
 
-def _raise(table: Table, problems: list[str]) -> None:
-  """Raises the problems as one ConversionError, if there are any."""
-  if problems:
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    head = f"{table.name}: {count} between the checkpoint and the network"
-    raise ConversionError("\n  ".join([head, *problems]))
-
-
 def plan(table: Table, sources: dict[str, Spec], targets: dict[str, Spec]) -> Mapping:
   """Matches a file's tensors with a network's parameters; nothing may be left over on either side.
 
@@ -583,7 +340,7 @@ def plan(table: Table, sources: dict[str, Spec], targets: dict[str, Spec]) -> Ma
       fit and every tensor that is there in two spellings.
   """
   mapping, problems = match(table, sources, targets)
-  _raise(table, problems)
+  raise_problems(table, problems)
   return mapping
 
 
@@ -602,15 +359,15 @@ def _destination(mapping: Mapping, name: str) -> str:
   places = []
   for block in mapping.by_source[name]:
     shape = mapping.targets[block.target].shape
-    parts = [_index_text(span, size) for span, size in zip(block.target_box, shape)]
+    parts = [_index_text(extent, size) for extent, size in zip(block.target_box, shape)]
     is_whole = all(part == ":" for part in parts)
     places.append(block.target if is_whole else f"{block.target}[{', '.join(parts)}]")
   return ", ".join(places) or "(nowhere)"
 
 
-def _index_text(span: tuple[int, int], size: int) -> str:
+def _index_text(extent: tuple[int, int], size: int) -> str:
   """A box's extent along an axis of this size, as an index is written in Python."""
-  start, stop = span
-  if span == (0, size):
+  start, stop = extent
+  if extent == (0, size):
     return ":"
   return str(start) if stop - start == 1 else f"{start}:{stop}"

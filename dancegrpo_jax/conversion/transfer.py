@@ -3,12 +3,27 @@ parameters.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dancegrpo_jax.conversion.mapping import Box, Mapping, Piece, Read, Slices, Spec
+from dancegrpo_jax.conversion.mapping import Box, Mapping
+from dancegrpo_jax.conversion.table import Spec
 from dancegrpo_jax.errors import ConversionError
+
+Slices = tuple[slice, ...]
+Read = Callable[[str, Slices], np.ndarray]  # (name, slices) -> that part of the tensor
+
+
+class Piece(NamedTuple):
+  """One read of an import: the slices `read` of the tensor `source`, with its axes arranged by
+  `axes`, go to `place` of the result.
+  """
+
+  source: str
+  read: Slices
+  axes: tuple[int | None, ...]
+  place: Slices
 
 
 def _slices(box: Box) -> Slices:

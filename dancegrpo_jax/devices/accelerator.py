@@ -1,4 +1,5 @@
-"""Sets how much of a GPU's memory JAX takes, and warns about GPUs that JAX cannot use.
+"""Sets how much of a GPU's memory JAX takes and how a CPU's memory is kept, and warns about GPUs
+that JAX cannot use.
 
 This must happen before JAX starts, so this module does not import it. JAX takes 75 % of a GPU
 by default, but the recipes for 80 GB need nearly all of it. XLA's variables override this choice.
@@ -14,7 +15,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
-from dancegrpo_jax.devices import processes
+from dancegrpo_jax.devices import host_memory, processes
 
 # The share of a GPU's memory that JAX takes. Of 80 GB it leaves 6 to CUDA and its libraries, which
 # take up to 2.
@@ -35,11 +36,14 @@ TRACES = ("/dev/nvidia0", "/proc/driver/nvidia/version")
 
 
 def start(environment: MutableMapping[str, str] = os.environ) -> None:
-  """Does `claim` and prints the line of `unused` on stderr. Takes milliseconds.
+  """Does `claim`, prints the line of `unused` on stderr, and does `host_memory.keep` where programs
+  run on the CPU. Takes milliseconds.
 
   Every command calls this before JAX's backend starts.
   """
   claim(environment)
+  if is_on_cpu(environment):
+    host_memory.keep(environment)
   if line := unused(environment):
     print(line, file=sys.stderr)
 
@@ -79,6 +83,14 @@ def unused(environment: Mapping[str, str]) -> str:
     "note: this machine has an NVIDIA GPU, but JAX's CUDA plugin is not installed, so the CPU is"
     " used; pip install -r requirements-gpu.txt, or JAX_PLATFORMS=cpu if the CPU is meant"
   )
+
+
+def is_on_cpu(environment: Mapping[str, str]) -> bool:
+  """Whether JAX will use the CPU, as far as that can be told before it starts."""
+  platforms = environment.get("JAX_PLATFORMS")
+  if platforms:
+    return platforms.split(",")[0] == "cpu"
+  return not processes.has_tpu() and not has_nvidia(environment)
 
 
 def has_nvidia(environment: Mapping[str, str]) -> bool:

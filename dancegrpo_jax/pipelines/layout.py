@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dancegrpo_jax import installation
-from dancegrpo_jax.conversion.mapping import Table
+from dancegrpo_jax.conversion.table import Table
 from dancegrpo_jax.types import PyTree
 
 RANDOM = "random:"  # a prefix of folders whose networks get random weights

@@ -105,7 +105,6 @@ def sample_program(config: ConfigDict, pipeline: Pipeline) -> Callable:
       network_output=network_output,
       schedule=pipeline.schedule(steps, config.sampler.shift),
       policy=policy,
-      start=0,
       initial=rng.initial_noise(key, 0, noise_ids, noise_ids, shared=True, shape=shape),
       step_noise=jnp.zeros_like,  # is not called: no step is stochastic
     )

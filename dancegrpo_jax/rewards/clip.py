@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.conversion.mapping import Table
+from dancegrpo_jax.conversion.table import Table
 from dancegrpo_jax.conversion.tables import clip as tables
 from dancegrpo_jax.models.clip import Clip
 from dancegrpo_jax.pipelines import networks as shared

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.diffusion.schedules import Schedule
-from dancegrpo_jax.rl import dppo, grpo
+from dancegrpo_jax.rl import dppo, grpo, trajectories
 from dancegrpo_jax.rl.optimize import Algorithm
 from dancegrpo_jax.rl.rollout import Policy, Rollout
 from dancegrpo_jax.rl.state import TrainState
@@ -83,15 +83,15 @@ def _on_trajectories(surrogate_of: Callable[[ConfigDict], grpo.Surrogate]) -> Al
       policy_output, schedule, policy, objective_of(config), surrogate_of(config), reference
     )
 
-  def batch(config: ConfigDict, selected: Selected) -> grpo.Batch:
-    return grpo.batch_of(**selected._asdict(), count=config.mesh.lanes)
+  def batch(config: ConfigDict, selected: Selected) -> trajectories.Batch:
+    return trajectories.batch_of(**selected._asdict(), count=config.mesh.lanes)
 
   return AlgorithmKind(
     behaviour=lambda state: state.trainable,
     batch=batch,
-    batch_type=grpo.Batch,
-    lane_axes=grpo.LANE_AXES,
-    keys=grpo.keys_of,
+    batch_type=trajectories.Batch,
+    lane_axes=trajectories.LANE_AXES,
+    keys=trajectories.keys_of,
     remembers=lambda config: grpo.remembers(objective_of(config)),
     build=build,
   )

@@ -11,7 +11,8 @@ from jaxtyping import Array
 
 from dancegrpo_jax.diffusion.schedules import Schedule
 from dancegrpo_jax.rl import objective
-from dancegrpo_jax.rl.grpo import Remembered, Scored, Surrogate, Transitions
+from dancegrpo_jax.rl.grpo import Remembered, Scored, Surrogate
+from dancegrpo_jax.rl.trajectories import Transitions
 
 
 def trust_region(tau: float = 1e-4) -> Surrogate:

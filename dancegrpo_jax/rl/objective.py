@@ -25,9 +25,10 @@ def guard_log_ratio(
 
   std (log ratio + m/2) with m = mean((mean - old_mean)^2) / std^2, for the mean-reduced log ratio.
   Computed as mean((mean - old_mean) noise), noise = (x_next - old_mean) / std: the same without the
-  difference of two log-probs. The step must be stochastic (std > 0).
+  difference of two log-probs. A deterministic step (std 0) has no density: the value is 0 there.
   """
-  return jnp.mean((mean - old_mean) * (x_next - old_mean)) / std
+  distance = jnp.mean((mean - old_mean) * (x_next - old_mean))
+  return jnp.where(std > 0, distance / jnp.where(std > 0, std, 1.0), 0.0)
 
 
 def guard_weight(

@@ -144,9 +144,9 @@ def rollout(
   network_output: Callable[[Array, Array], Array],
   schedule: Schedule,
   policy: Policy,
-  start: Int[Array, ""] | int,
   initial: Float[Array, "batch *shape"],
   step_noise: Callable[[Int[Array, ""]], Float[Array, "batch *shape"]],
+  start: Int[Array, ""] | int = 0,
 ) -> Rollout:
   """Samples a batch with N calls of `network_output`.
 
@@ -155,11 +155,11 @@ def rollout(
       included.
     schedule: N steps.
     policy: the sampler.
-    start: first step of the window, traced or not; 0 <= start <= policy_steps - window. 0 where
-      the policy has no window.
     initial: x_T, standard normal.
     step_noise: `(i) -> noise [batch, ...]`, standard normal, of grid step i, which is traced. It is
       not called where the window is 0.
+    start: first step of the window, traced or not; 0 <= start <= policy_steps - window. 0 where
+      the policy has no window.
 
   Raises:
     ValueError: as `check_policy`.

@@ -5,7 +5,7 @@ first layer of an nn.Sequential, and an nn.Linear's weight is `[out, in]`. Rows 
 import, export and LoRA files all go through them.
 """
 
-from dancegrpo_jax.conversion.mapping import Row, Table
+from dancegrpo_jax.conversion.table import Row, Table
 from dancegrpo_jax.conversion.tables.rows import dense, join, renamed, under
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.conversion.mapping import Table
+from dancegrpo_jax.conversion.table import Table
 from dancegrpo_jax.conversion.tables.rows import dense, join
 from dancegrpo_jax.pipelines.layout import RANDOM, Component, is_random
 from dancegrpo_jax.pipelines.networks import abstract

@@ -11,7 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch_parity import convert, error, nchw, nhwc, randomise, run
 
-from dancegrpo_jax.conversion.mapping import Table
+from dancegrpo_jax.conversion.table import Table
 from dancegrpo_jax.conversion.tables.stable_diffusion import RESNET, TRANSFORMER_2D, UNET
 from dancegrpo_jax.models import unet
 from dancegrpo_jax.models.attention import Transformer2D

@@ -8,7 +8,8 @@ import torch
 from flax.traverse_util import unflatten_dict
 
 from dancegrpo_jax.checkpoints.weights import specs
-from dancegrpo_jax.conversion.mapping import Spec, Table, plan
+from dancegrpo_jax.conversion.mapping import plan
+from dancegrpo_jax.conversion.table import Spec, Table
 from dancegrpo_jax.conversion.transfer import export_tree, import_tree
 
 

@@ -18,8 +18,9 @@ from torch_parity import nchw, nhwc, run
 from dancegrpo_jax.checkpoints import components
 from dancegrpo_jax.pipelines import stable_diffusion
 from dancegrpo_jax.pipelines.base import ModelSettings, Pipeline
-from dancegrpo_jax.rl.grpo import Transitions, score
+from dancegrpo_jax.rl.grpo import score
 from dancegrpo_jax.rl.rollout import Policy, Rollout, rollout
+from dancegrpo_jax.rl.trajectories import Transitions
 
 STEPS = 30
 # The fixtures' names for the files of a pipeline.
@@ -173,7 +174,7 @@ def our_results(
     def denoise(x, time):
       return pipeline.denoise(params, x, time, context)
 
-    return rollout(denoise, schedule, policy(window), 0, initial, lambda i: noise[i])
+    return rollout(denoise, schedule, policy(window), initial, lambda i: noise[i])
 
   def scored(params, context, t: Transitions):
     def denoise(params, x, time, prompt):

@@ -4,7 +4,7 @@ head.
 The names are checked against inventories of the published files (tests/fixtures/tensors).
 """
 
-from dancegrpo_jax.conversion.mapping import Buffer, Part, Row, Table
+from dancegrpo_jax.conversion.table import Buffer, Part, Row, Table
 from dancegrpo_jax.conversion.tables.rows import (
   Rows,
   conv,

@@ -3,7 +3,7 @@
 The names are checked against inventories of the published files (tests/fixtures/tensors).
 """
 
-from dancegrpo_jax.conversion.mapping import Row, Table
+from dancegrpo_jax.conversion.table import Row, Table
 from dancegrpo_jax.conversion.tables.rows import dense, embedding, join, layers, scale, under
 
 # ---- FLUX

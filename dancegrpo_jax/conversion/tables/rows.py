@@ -6,7 +6,7 @@ therefore be made from the torch name alone.
 
 import re
 
-from dancegrpo_jax.conversion.mapping import Row
+from dancegrpo_jax.conversion.table import Row
 
 Rows = tuple[Row, ...]
 
