@@ -246,7 +246,9 @@ def assert_same_course(
     assert abs(row["reward/mean"] - other["reward/mean"]) <= 1e-3
 
 
-@pytest.mark.parametrize("sizes", MESHES[1:])
+@pytest.mark.parametrize(
+  "sizes", [MESHES[1], pytest.param(MESHES[2], marks=pytest.mark.slow), *MESHES[3:]]
+)
 @pytest.mark.parametrize("network", ["sd", "flux"])
 def test_every_mesh_trains_alike(trained, network, sizes):
   assert_alike(trained, network, sizes)
