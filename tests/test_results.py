@@ -128,6 +128,14 @@ def test_every_scripts_writer_keeps_foreign_text(name, tmp_path):
   assert file.read_bytes().decode() == text
 
 
+def test_the_page_holds_what_a_gpu_said(tmp_path):
+  """The section on one GPU follows from the committed results of its parts."""
+  file = tmp_path / "new.md"
+  assert gpu_script.main(["--write", f"--results={file}"]) == 0
+  text = file.read_text()
+  assert text in results.FILE.read_text() and "NVIDIA H200" in text
+
+
 @pytest.mark.parametrize("name", ["plans", "flow_dppo"])
 def test_the_page_holds_what_the_scripts_would_write(name, tmp_path):
   """These sections follow from the committed runs, in RESULTS.md as in a new file."""

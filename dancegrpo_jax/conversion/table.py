@@ -2,7 +2,7 @@
 
 A `Row` says that a tensor, or an equal part of it along one axis, is a parameter, or a part or one
 layer of it, with its axes in another order. mapping.py matches a table with the tensors of a file
-and the parameters of a network. Nothing in this folder knows JAX, a network or a file format.
+and the parameters of a network. Nothing in this folder imports JAX or knows a file format.
 """
 
 import re
@@ -114,6 +114,7 @@ def match_name(pattern: str, name: str) -> dict[str, str] | None:
 
 
 def matches(pattern: str, name: str) -> bool:
+  """Whether a name is of a pattern."""
   return match_name(pattern, name) is not None
 
 
@@ -250,6 +251,7 @@ def stacked_axes(table: Table, path: str, rank: int) -> int:
 
 
 def show(shape: Iterable[int]) -> str:
+  """A shape as messages write it: "[2, 3]"."""
   return "[" + ", ".join(map(str, shape)) + "]"
 
 
