@@ -11,7 +11,7 @@ from pathlib import Path
 
 from dancegrpo_jax.data.tokenizers import kind_of
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.pipelines.layout import RANDOM, Layout, is_random, local_path
+from dancegrpo_jax.pipelines.layout import RANDOM, Layout, forms_of, is_random, local_path
 
 # The folder, in a checkpoint that `convert import` wrote, of all networks' parameters as one Orbax
 # tree.
@@ -21,14 +21,19 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def tokenizer_files(layout: Layout, optional: bool = False) -> list[str]:
-  """The files of all tokenizers: those that must be there, or with `optional` those that may."""
+def tokenizer_files(layout: Layout) -> list[str]:
+  """All files that the tokenizers of a layout may have, in whatever form."""
   kinds = {place: kind_of(named) for place, named in layout.tokenizers.items()}
   return [
     str(Path(place) / file)
     for place, kind in kinds.items()
-    for file in (kind.optional if optional else kind.files)
+    for file in dict.fromkeys((*kind.files, *kind.instead, *kind.optional))
   ]
+
+
+def json_files(layout: Layout) -> list[str]:
+  """All JSON files that a checkpoint of this layout may have, in whatever form."""
+  return [form for file in layout.files.values() for form in forms_of(file)]
 
 
 def folder(field: str, name: str, layout: Layout, variant: str = "") -> Path:
@@ -96,9 +101,11 @@ def missing(path: Path, layout: Layout) -> list[str]:
   """The files of the layout that are not in the folder; [] where it is complete."""
   absent = [
     file
-    for file in (*layout.files.values(), *tokenizer_files(layout))
-    if not (path / file).is_file()
+    for file in layout.files.values()
+    if not any((path / form).is_file() for form in forms_of(file))
   ]
+  for place, named in layout.tokenizers.items():
+    absent += [str(Path(place) / file) for file in kind_of(named).missing(path / place)]
   if (path / ORBAX).is_dir():
     return absent
   return absent + [
@@ -126,9 +133,8 @@ def patterns(layout: Layout, variant: str = "") -> list[str]:
     for stem in layout.stems
     for kind in kinds
   ]
-  tokenizers = tokenizer_files(layout) + tokenizer_files(layout, optional=True)
   index = [layout.index_file] if layout.index_file else []
-  return list(dict.fromkeys([*index, *layout.files.values(), *tokenizers, *weights]))
+  return list(dict.fromkeys([*index, *json_files(layout), *tokenizer_files(layout), *weights]))
 
 
 def _cached(name: str, layout: Layout) -> Path | None:
@@ -138,9 +144,7 @@ def _cached(name: str, layout: Layout) -> Path | None:
   from huggingface_hub.errors import LocalEntryNotFoundError
 
   try:  # Only the JSON files are requested here; `missing` looks for the weights.
-    path = Path(
-      snapshot_download(name, allow_patterns=list(layout.files.values()), local_files_only=True)
-    )
+    path = Path(snapshot_download(name, allow_patterns=json_files(layout), local_files_only=True))
   except (LocalEntryNotFoundError, ValueError):  # ValueError: not a valid id
     return None
   return None if missing(path, layout) else path
@@ -191,10 +195,14 @@ def _remedy(field: str, name: str, layout: Layout) -> str:
 
 
 def _accepted(layout: Layout) -> str:
-  tokenizers = [
-    str(Path(place) / " + ".join(n for n in kind_of(named).files if n != "tokenizer_config.json"))
-    for place, named in layout.tokenizers.items()
-  ]
+  tokenizers = []
+  for place, named in layout.tokenizers.items():
+    kind = kind_of(named)
+    forms = [
+      " + ".join(name for name in form if name != "tokenizer_config.json")
+      for form in (kind.files, kind.instead)
+    ]
+    tokenizers.append(str(Path(place) / " or ".join(form for form in forms if form)))
   networks = [str(Path(place) / "*.safetensors") for place in layout.networks]
   accepted = [*layout.files.values(), *tokenizers, *networks]
   return f"accepted is a folder with {', '.join(accepted)}"

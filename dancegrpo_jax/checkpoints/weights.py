@@ -25,6 +25,7 @@ from dancegrpo_jax.conversion.mapping import Mapping, plan
 from dancegrpo_jax.conversion.table import Spec, Table, expected_sources, stacked_axes
 from dancegrpo_jax.conversion.transfer import export_tensor, import_slice
 from dancegrpo_jax.errors import ConversionError
+from dancegrpo_jax.pipelines.layout import NEWER_FORMS
 from dancegrpo_jax.types import PyTree
 
 __all__ = [
@@ -45,12 +46,19 @@ AnyReader = Reader | pickled.Reader
 
 
 def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
-  """The contents of a JSON file of a checkpoint folder.
+  """The contents of a JSON file of a checkpoint folder, in the older or the newer form.
 
   Raises:
     ConversionError: the file is not there, or holds no JSON object.
   """
   file = Path(folder) / name
+  if name in NEWER_FORMS and not file.is_file():
+    newer, key = NEWER_FORMS[name]
+    if (Path(folder) / newer).is_file():
+      whole = read_config(folder, newer)
+      if not isinstance(whole.get(key), dict):
+        raise ConversionError(f"{Path(folder) / newer}: has no {key}; {HOW}")
+      return whole[key]
   try:
     config = json.loads(file.read_text())
   except (FileNotFoundError, NotADirectoryError) as error:

@@ -224,7 +224,8 @@ def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
   scheduler and tokenizer, and the other folders that its index names, as feature_extractor.
   """
   layout = loading.family_of(config).layout
-  files = [Path(file) for file in (*layout.files.values(), *hub.tokenizer_files(layout))]
+  named = [*hub.json_files(layout), *hub.tokenizer_files(layout)]
+  files = [Path(file) for file in named if (base / file).is_file()]
   names = {str(file.parent) for file in files if file.parent != Path()}
   if layout.index_file and (base / layout.index_file).is_file():
     names |= {

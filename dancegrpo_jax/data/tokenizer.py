@@ -179,12 +179,13 @@ def load_tokenizer(folder: str) -> Callable[[list[str]], np.ndarray]:
   """
   from transformers import CLIPTokenizer
 
-  for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-    if not os.path.isfile(os.path.join(folder, name)):
-      raise FileNotFoundError(
-        f"tokenizer file not found: {os.path.join(folder, name)};"
-        " a CLIP tokenizer folder has vocab.json, merges.txt and tokenizer_config.json"
-      )
+  if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+      if not os.path.isfile(os.path.join(folder, name)):
+        raise FileNotFoundError(
+          f"tokenizer file not found: {os.path.join(folder, name)}; a CLIP tokenizer folder has"
+          " tokenizer_config.json, and vocab.json with merges.txt or tokenizer.json"
+        )
   tokenizer = CLIPTokenizer.from_pretrained(folder)
   length = tokenizer.model_max_length
   if not 0 < length <= 10_000:

@@ -9,6 +9,7 @@ KINDS = {
     files=("vocab.json", "merges.txt", "tokenizer_config.json"),
     load=load_tokenizer,
     optional=("special_tokens_map.json",),
+    instead=("tokenizer.json", "tokenizer_config.json"),
   ),
   "t5": TokenizerKind(
     files=("tokenizer.json", "tokenizer_config.json"),

@@ -12,6 +12,9 @@ from dancegrpo_jax.types import PyTree
 
 RANDOM = "random:"  # a prefix of folders whose networks get random weights
 INDEX = "model_index.json"  # diffusers' list of a pipeline's parts
+# A file that newer libraries do not write: the file that has its content, and under which key.
+# transformers 5 saves the parts of a processor in one file.
+NEWER_FORMS = {"preprocessor_config.json": ("processor_config.json", "image_processor")}
 # The stems of the names of weight files in diffusers, transformers and open_clip.
 STEMS = ("diffusion_pytorch_model", "model", "open_clip_model")
 
@@ -51,11 +54,21 @@ class TokenizerKind(NamedTuple):
     load: `(folder) -> tokenizer`. A tokenizer is `(texts) -> int32 [n, tokens]`, or has the number
       of tokens as a second argument.
     optional: files for other programs, which are fetched where they exist.
+    instead: the files of a newer form. A folder that holds all of them needs none of `files`.
   """
 
   files: tuple[str, ...]
   load: Callable[[str], Callable[..., np.ndarray]]
   optional: tuple[str, ...] = ()
+  instead: tuple[str, ...] = ()
+
+  def missing(self, folder: Path) -> list[str]:
+    """The names of the files that a folder lacks; [] where either form is complete."""
+    if self.instead and all((folder / name).is_file() for name in self.instead):
+      return []
+    absent = [name for name in self.files if not (folder / name).is_file()]
+    newer = [name for name in self.instead if name not in self.files]
+    return [*absent[:-1], f"{absent[-1]} (or {' + '.join(newer)})"] if absent and newer else absent
 
 
 class Layout(NamedTuple):
@@ -84,6 +97,16 @@ def layout_of(files: dict[str, str], tokenizers: dict[str, str | TokenizerKind])
     str(Path(file).parent) for file in files.values() if Path(file).name == "config.json"
   )
   return Layout(files=files, tokenizers=tokenizers, networks=networks)
+
+
+def forms_of(file: str) -> list[str]:
+  """A JSON file of a layout, and the file that newer libraries write in its place, if there is one.
+
+  Both are paths relative to the checkpoint's folder.
+  """
+  path = Path(file)
+  newer = NEWER_FORMS.get(path.name)
+  return [file] if newer is None else [file, str(path.parent / newer[0])]
 
 
 def is_random(name: str) -> bool:
