@@ -49,7 +49,7 @@ def theirs(folder: Path, latents: np.ndarray, prompts: list[str], steps: int) ->
   import torch
   from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-  pipe = StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+  pipe = StableDiffusionPipeline.from_pretrained(folder)
   pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
   pipe.set_progress_bar_config(disable=True)
   noise = torch.from_numpy(np.ascontiguousarray(latents.transpose(0, 3, 1, 2)))

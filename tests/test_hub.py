@@ -83,11 +83,12 @@ def test_flux_has_two_tokenizers(tmp_path):
     "tokenizer_2/vocab.json" not in wanted and "text_encoder_2/model-*-of-*.safetensors" in wanted
   )
   absent = hub.missing(tmp_path, layout)
-  assert {"tokenizer/merges.txt", "tokenizer_2/tokenizer.json", "transformer/*.safetensors"} <= set(
+  assert {"tokenizer/vocab.json", "tokenizer_2/tokenizer.json", "transformer/*.safetensors"} <= set(
     absent
   )
   with pytest.raises(
-    ConfigError, match="tokenizer/vocab.json . merges.txt, tokenizer_2/tokenizer.json, transformer/"
+    ConfigError,
+    match="vocab.json . merges.txt or tokenizer.json, tokenizer_2/tokenizer.json, transformer/",
   ):
     hub.folder("model.checkpoint", "nowhere", layout)
 

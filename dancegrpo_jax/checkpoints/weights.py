@@ -358,6 +358,51 @@ def save(
   return file
 
 
+def copy(
+  source: str | Path,
+  target: str | Path,
+  table: Table | str,
+  dtype: Any,
+  variant: str = "",
+  allow_pickle: bool = False,
+) -> Path:
+  """Copies a network's weights into one file, tensor by tensor, in another dtype.
+
+  Args:
+    source: the network's folder.
+    target: the folder to write into; made if it isn't there.
+    table: as in `load`; it names the file.
+    dtype: of the floating-point tensors.
+    variant, allow_pickle: as in `open_reader`.
+
+  Returns:
+    The weight file.
+
+  Raises:
+    ConversionError: as `open_reader`.
+  """
+  stem, target = table_of(table).file, Path(target)
+  target.mkdir(parents=True, exist_ok=True)
+  file = target / f"{stem}.safetensors"
+  with open_reader(source, variant, allow_pickle, stem) as reader:
+    specs = _cast(reader.specs, dtype)
+
+    def tensor(name: str) -> np.ndarray:
+      whole = tuple(slice(0, size) for size in specs[name].shape)
+      return np.asarray(reader.read(name, whole)).astype(specs[name].dtype)
+
+    write(file, specs, tensor)
+  return file
+
+
+def config_in(dtype: str, config_json: dict[str, Any]) -> dict[str, Any]:
+  """A config.json for weights of this dtype: transformers read a network in the dtype that the file
+  names, and diffusers do not.
+  """
+  named = {key: dtype for key in ("dtype", "torch_dtype") if key in config_json}
+  return config_json | named
+
+
 def save_lora(folder: str | Path, table: Table | str, adapters: PyTree) -> Path:
   """Writes adapters as diffusers' `save_lora_weights` does, in float32, and returns the file.
 

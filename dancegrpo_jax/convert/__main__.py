@@ -2,7 +2,7 @@
 
     python -m dancegrpo_jax.convert inspect FOLDER [--config=...]
     python -m dancegrpo_jax.convert export --config=... --checkpoint=runs/x --out=DIR
-        [--part=denoiser|lora] [--weights=ema|raw]
+        [--part=denoiser|lora] [--weights=ema|raw] [--dtype=bfloat16]
     python -m dancegrpo_jax.convert import --config=... --out=DIR
 
 `inspect` prints every tensor's name, shape, dtype and parameter, and whatever does not fit. FOLDER
@@ -160,6 +160,13 @@ def export(argv: Sequence[str]) -> None:
       choices=("", "ema", "raw"),
       help="default: the averaged weights where the checkpoint has them",
     )
+    parser.add_argument(
+      "--dtype",
+      default="float32",
+      choices=("float32", "bfloat16", "float16"),
+      help="of all networks of the folder (default float32); diffusers loads a folder in another"
+      " one with torch_dtype=",
+    )
 
   line = command_line.parse_argv(
     argv, "Write a trained model as a folder in its base's layout.", add_flags
@@ -170,7 +177,12 @@ def export(argv: Sequence[str]) -> None:
   flags = line.flags
   _converted(
     lambda: folders.export(
-      line.config, flags.checkpoint, Path(flags.out), part=flags.part, kind=flags.weights
+      line.config,
+      flags.checkpoint,
+      Path(flags.out),
+      part=flags.part,
+      kind=flags.weights,
+      dtype=flags.dtype,
     )
   )
 

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.assembly import loading, sampling
 from dancegrpo_jax.checkpoints import components, hub, store, weights
-from dancegrpo_jax.checkpoints.safetensors_io import find_files
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.models import lora
@@ -28,8 +28,10 @@ from dancegrpo_jax.types import PyTree
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".safetensors.index.json")
 
 
-def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> None:
-  """Writes a trained model as a folder in its base's layout, or as a LoRA file, in float32.
+def export(
+  config: ConfigDict, name: str, out: Path, part: str, kind: str, dtype: str = "float32"
+) -> None:
+  """Writes a trained model as a folder in its base's layout, or as a LoRA file.
 
   Args:
     config: of the run.
@@ -43,6 +45,9 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
         base's pipeline. The other parts have the adapters merged into the weights.
       - "": "lora" where the run trained adapters, else "pipeline".
     kind: "ema", "raw", or "" for the averaged weights where the checkpoint has them.
+    dtype: of all weights of a pipeline or denoiser. The networks of a pipeline must have the same:
+      transformers keep a file's dtype, while diffusers read float32 unless they are told otherwise.
+      A LoRA file is always float32.
 
   Raises:
     ConfigError: `out` exists already, or a checkpoint can't be used.
@@ -76,14 +81,14 @@ def export(config: ConfigDict, name: str, out: Path, part: str, kind: str) -> No
         folder if part == "denoiser" else folder / component.folder,
         component.table,
         _whole(config, pipeline, trained, shardings),
-        config_json=weights.read_config(base / component.folder),
-        dtype="float32",
+        config_json=weights.config_in(dtype, weights.read_config(base / component.folder)),
+        dtype=jnp.dtype(dtype),
       )
     if part == "pipeline":
       _copy_files(config, base, folder)
       for key, other in pipeline.components.items():
         if key != "denoiser":
-          _copy_network(config, base, other, shardings[key], folder / other.folder)
+          _copy_network(config, base, other, shardings[key], folder / other.folder, dtype)
       if index:
         _write_index(base, folder, index)
   print(f"{part} of {name}: {out}")
@@ -240,21 +245,29 @@ def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
 
 
 def _copy_network(
-  config: ConfigDict, base: Path, component: Component, sharding, target: Path
+  config: ConfigDict,
+  base: Path,
+  component: Component,
+  sharding: PyTree,
+  target: Path,
+  dtype: str,
 ) -> None:
-  """Copies a frozen network. A single weight file is copied as it is, under the plain name; weights
-  in any other form are read and written anew.
+  """Writes a frozen network in this dtype: from its weight files, or where it has none (an Orbax
+  tree, random weights) from its parameters.
   """
-  source, stem = base / component.folder, component.table.file
-  files = []
-  if not is_random(loading.model_location(config)) and any(source.glob("*.safetensors")):
-    files = find_files(source, config.model.variant, stem)
-  if len(files) == 1:
-    _copy(files[0], target / f"{stem}.safetensors")
-  else:  # shards, pickles, an Orbax tree, random weights
-    weights.save(target, component.table, _read(config, component, sharding))
+  source, network_dtype = base / component.folder, jnp.dtype(dtype)
+  has_files = not (base / hub.ORBAX).is_dir() and not is_random(loading.model_location(config))
+  if has_files:
+    model = config.model
+    weights.copy(source, target, component.table, network_dtype, model.variant, model.allow_pickle)
+  else:
+    parameters = _read(config, component, sharding)
+    weights.save(target, component.table, parameters, dtype=network_dtype)
   for path in source.iterdir():
-    if path.is_file() and not path.name.endswith(_WEIGHTS) and ".index." not in path.name:
+    if path.name == "config.json":
+      named = weights.config_in(dtype, weights.read_config(source))
+      (target / path.name).write_text(json.dumps(named, indent=2) + "\n")
+    elif path.is_file() and not path.name.endswith(_WEIGHTS) and ".index." not in path.name:
       _copy(path, target / path.name)
 
 

@@ -67,8 +67,11 @@ class TokenizerKind(NamedTuple):
     if self.instead and all((folder / name).is_file() for name in self.instead):
       return []
     absent = [name for name in self.files if not (folder / name).is_file()]
-    newer = [name for name in self.instead if name not in self.files]
-    return [*absent[:-1], f"{absent[-1]} (or {' + '.join(newer)})"] if absent and newer else absent
+    older = [name for name in absent if name not in self.instead]
+    newer = " + ".join(name for name in self.instead if name not in self.files)
+    if older and newer:
+      older[-1] += f" (or {newer})"
+    return older + [name for name in absent if name in self.instead]
 
 
 class Layout(NamedTuple):

@@ -111,8 +111,12 @@ def write_json(path: Path, value: dict) -> None:
 
 
 def save_component(folder: Path, config_json: dict, params: PyTree) -> None:
-  """Writes one network's folder in float16, which halves its size. The relative error of 1e-3 can't
-  be seen in a sample.
+  """Writes one network's folder.
+
+  The networks of diffusers are written in float16, which halves their size; its relative error of
+  1e-3 can't be seen in a sample. diffusers read them as float32 again. transformers would keep
+  float16, which does not go together with the rest of a pipeline: theirs are written in float32.
   """
   name = config_json.get("_class_name") or config_json["architectures"][0]
-  weights.save(folder, name, params, config_json, dtype=np.float16)
+  dtype = np.float16 if "_class_name" in config_json else np.float32
+  weights.save(folder, name, params, config_json, dtype=dtype)
