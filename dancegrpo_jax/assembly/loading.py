@@ -104,9 +104,26 @@ def pipeline_of(
     lora=lora_of(config),
   )
   try:
-    return family.build(jsons, tokenizers, settings, **family.options(config))
+    pipeline = family.build(jsons, tokenizers, settings, **family.options(config))
   except ValueError as error:
     raise ConfigError(str(error)) from error
+  _check_first_step(config, pipeline)
+  return pipeline
+
+
+def _check_first_step(config: ConfigDict, pipeline: Pipeline) -> None:
+  """Raises ConfigError where the sampler's first step has no finite density.
+
+  DanceGRPO's step of a diffusion model divides by alpha, which is 0 at the start of a grid with
+  zero terminal SNR.
+  """
+  if config.sampler.kind != "dance" or pipeline.prediction == "velocity":
+    return
+  if pipeline.schedule(config.sampler.steps, config.sampler.shift).alpha[0] == 0:
+    raise ConfigError(
+      "config.sampler.kind = 'dance': the checkpoint's grid starts from pure noise"
+      " (rescale_betas_zero_snr), where this step is infinite; use ddim or cps"
+    )
 
 
 def shardings_of(

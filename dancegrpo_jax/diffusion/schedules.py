@@ -57,6 +57,7 @@ def diffusion_schedule(
   spacing: str,
   steps_offset: int,
   set_alpha_to_one: bool,
+  rescale_betas_zero_snr: bool = False,
 ) -> Schedule:
   """Grid of a variance-preserving diffusion model (alpha^2 + sigma^2 = 1), named as in diffusers'
   `DDIMScheduler`.
@@ -74,11 +75,14 @@ def diffusion_schedule(
     spacing: "leading", "trailing" or "linspace" (arXiv 2305.08891, table 2).
     steps_offset: added to the times of leading spacing.
     set_alpha_to_one: the grid ends at alpha = 1 instead of the chain's first alpha.
+    rescale_betas_zero_snr: the chain ends in pure noise, alpha = 0, see `zero_terminal_snr`.
 
   Raises:
     ValueError: an unknown name, or a number of steps that the chain doesn't have.
   """
   alpha_bar = alphas_cumprod(num_train_timesteps, beta_start, beta_end, beta_schedule)
+  if rescale_betas_zero_snr:
+    alpha_bar = zero_terminal_snr(alpha_bar)
   times = _training_times(steps, num_train_timesteps, spacing, steps_offset)
   alpha_bar = np.append(alpha_bar[times], 1.0 if set_alpha_to_one else alpha_bar[0])
   return _schedule(np.append(times, 0), np.sqrt(alpha_bar), np.sqrt(1.0 - alpha_bar))
@@ -158,6 +162,14 @@ def alphas_cumprod(
   `diffusion_schedule`.
   """
   return np.cumprod(1.0 - _betas(num_train_timesteps, beta_start, beta_end, beta_schedule))
+
+
+def zero_terminal_snr(alpha_bar: np.ndarray) -> np.ndarray:
+  """Shifts and scales sqrt(alpha_bar) so that its last value is 0 and its first stays (arXiv
+  2305.08891, algorithm 1).
+  """
+  alpha = np.sqrt(alpha_bar)
+  return np.square((alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1]))
 
 
 def _training_times(

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dancegrpo_jax import published
 from dancegrpo_jax.conversion.tables import flux as tables
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.models import autoencoder, clip, t5
@@ -44,16 +45,28 @@ FILES = {
   "text_encoder_2": "text_encoder_2/config.json",
   "scheduler": "scheduler/scheduler_config.json",
 }
-# Keys of the scheduler's config that would change the grid of times, each with the value under
-# which it doesn't.
-_NEUTRAL = {
-  "shift_terminal": None,
-  "invert_sigmas": False,
-  "use_karras_sigmas": False,
-  "use_exponential_sigmas": False,
-  "use_beta_sigmas": False,
-  "stochastic_sampling": False,
-}
+# The grid is that of diffusers' FlowMatchEulerDiscreteScheduler, and so are the defaults.
+SCHEDULER = published.Keys(
+  used={
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+    "base_image_seq_len": 256,
+    "max_image_seq_len": 4096,
+    "base_shift": 0.5,
+    "max_shift": 1.15,
+    "time_shift_type": "exponential",
+  },
+  neutral={
+    "shift_terminal": (None, False),
+    "invert_sigmas": (False, None),
+    "use_karras_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "stochastic_sampling": (False, None),
+  },
+)
 
 
 class Networks(NamedTuple):
@@ -90,13 +103,14 @@ def build(
   networks = _networks(jsons, settings)
   _check_widths(networks)
   latents = latent_shape(networks.decoder, settings.size, multiple=2)
-  shift = scheduler_shift(jsons["scheduler"], tokens=latents[0] // 2 * (latents[1] // 2))
+  scheduler = read_scheduler(jsons["scheduler"])
+  shift = scheduler_shift(scheduler, tokens=latents[0] // 2 * (latents[1] // 2))
   pipeline = Pipeline(
     prepare=text_inputs(partial(_tokenize, tokenizers, text_length)),
     encode=partial(_encode, networks),
     denoise=partial(_denoise, networks.denoiser, settings.lora, guidance),
     decode=partial(decode_images, networks.decoder),
-    schedule=partial(_schedule, jsons["scheduler"], shift),
+    schedule=partial(_schedule, scheduler, shift),
     prediction="velocity",
     latent_shape=latents,
     sample_shape=(*settings.size, networks.decoder.out_channels),
@@ -187,35 +201,43 @@ def _schedule(
   config: dict, checkpoint_shift: float, steps: int, shift: float
 ) -> schedules.Schedule:
   """The schedule with a time shift, or with the checkpoint's own where `shift` is 0."""
-  return schedules.flow_schedule(
-    steps, shift or checkpoint_shift, config.get("num_train_timesteps", 1000)
-  )
+  return schedules.flow_schedule(steps, shift or checkpoint_shift, config["num_train_timesteps"])
+
+
+def read_scheduler(given: dict) -> dict:
+  """The values of a scheduler_config.json that the grid is made of.
+
+  Raises:
+    ValueError: a key or a value that is not implemented.
+  """
+  scheduler = published.read(FILES["scheduler"], given, SCHEDULER)
+  if not scheduler["_class_name"].startswith("FlowMatch"):
+    raise ValueError(
+      f"{FILES['scheduler']}: {scheduler['_class_name']} is of a diffusion model; this family is a"
+      " rectified flow, whose scheduler is FlowMatchEulerDiscreteScheduler"
+    )
+  return scheduler
 
 
 def scheduler_shift(config: dict, tokens: int) -> float:
   """The time shift of a FlowMatchEulerDiscreteScheduler, which is constant or dynamic.
 
   Args:
-    config: its config.
+    config: of `read_scheduler`.
     tokens: the number of a sample's image tokens, which a dynamic shift depends on.
 
   Raises:
-    ValueError: a key has a value that is not implemented.
+    ValueError: an unknown kind of shift.
   """
-  wrong = [
-    f"{key} = {config[key]!r}" for key, value in _NEUTRAL.items() if config.get(key, value) != value
-  ]
-  if wrong:
-    raise ValueError(f"scheduler: {', '.join(wrong)} is not implemented")
-  if not config.get("use_dynamic_shifting", False):
-    return config.get("shift", 1.0)
+  if not config["use_dynamic_shifting"]:
+    return config["shift"]
   return schedules.resolution_shift(
     tokens,
-    base_tokens=config.get("base_image_seq_len", 256),
-    max_tokens=config.get("max_image_seq_len", 4096),
-    base_shift=config.get("base_shift", 0.5),
-    max_shift=config.get("max_shift", 1.15),
-    kind=config.get("time_shift_type", "exponential"),
+    base_tokens=config["base_image_seq_len"],
+    max_tokens=config["max_image_seq_len"],
+    base_shift=config["base_shift"],
+    max_shift=config["max_shift"],
+    kind=config["time_shift_type"],
   )
 
 

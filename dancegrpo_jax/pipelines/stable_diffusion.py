@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from dancegrpo_jax import published
 from dancegrpo_jax.conversion.tables import stable_diffusion as tables
 from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.models import autoencoder, clip, unet
@@ -38,6 +39,65 @@ FILES = {
   "scheduler": "scheduler/scheduler_config.json",
 }
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
+_SOLVER = "how a step is taken is the config's sampler"
+# The grid is that of diffusers' DDIMScheduler, and so are the defaults. The file may be of another
+# class with the same chain, as PNDMScheduler or EulerDiscreteScheduler.
+SCHEDULER = published.Keys(
+  used={
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.0001,
+    "beta_end": 0.02,
+    "beta_schedule": "linear",
+    "prediction_type": "epsilon",
+    "timestep_spacing": "leading",
+    "steps_offset": 0,
+    "set_alpha_to_one": True,
+    "rescale_betas_zero_snr": False,
+  },
+  neutral={
+    "trained_betas": (None,),
+    "thresholding": (False,),
+    "use_karras_sigmas": (False, None),
+    "use_exponential_sigmas": (False, None),
+    "use_beta_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "use_flow_sigmas": (False, None),
+    "use_dynamic_shifting": (False, None),
+    "interpolation_type": ("linear",),
+    "timestep_type": ("discrete",),
+    "final_sigmas_type": ("zero",),
+    "sigma_min": (None,),
+    "sigma_max": (None,),
+    "shift_terminal": (None,),
+    "variance_type": (None, "fixed_small", "fixed_large", "fixed_small_log", "fixed_large_log"),
+  },
+  harmless={
+    "clip_sample": "diffusers' pipeline switches it off for latents",
+    "clip_sample_range": "of clip_sample",
+    "sample_max_value": "of thresholding",
+    "dynamic_thresholding_ratio": "of thresholding",
+    "flow_shift": "of use_flow_sigmas",
+    "time_shift_type": "of use_dynamic_shifting",
+    "lambda_min_clipped": "of DPM-Solver with a learned variance",
+    "original_inference_steps": "of LCM's own grid, which distilled checkpoints sample with",
+    "timestep_scaling": "of LCM's boundary condition, which DDIM does not have",
+  }
+  | dict.fromkeys(
+    (
+      "skip_prk_steps",
+      "solver_order",
+      "solver_type",
+      "solver_p",
+      "algorithm_type",
+      "lower_order_final",
+      "euler_at_final",
+      "predict_x0",
+      "disable_corrector",
+    ),
+    _SOLVER,
+  ),
+)
 
 
 class Networks(NamedTuple):
@@ -64,7 +124,7 @@ def build(
     ValueError: the height or width doesn't fit the networks, the adapters match no layer, or a
       config.json has a value that is not implemented.
   """
-  networks = _networks(jsons, settings)
+  networks, scheduler = _networks(jsons, settings), read_scheduler(jsons["scheduler"])
   halvings = len(networks.denoiser.block_out_channels) - 1
   latents = latent_shape(networks.decoder, settings.size, multiple=2**halvings)
   pipeline = Pipeline(
@@ -72,8 +132,8 @@ def build(
     encode=partial(_encode, networks.text_encoder),
     denoise=partial(_denoise, networks.denoiser, settings.lora),
     decode=partial(decode_images, networks.decoder),
-    schedule=partial(_schedule, jsons["scheduler"]),
-    prediction=_prediction(jsons["scheduler"]),
+    schedule=partial(_schedule, scheduler),
+    prediction=_PREDICTIONS[scheduler["prediction_type"]],
     latent_shape=latents,
     sample_shape=(*settings.size, networks.decoder.out_channels),
     components=_components(networks, latents, settings.size),
@@ -100,12 +160,27 @@ def _networks(jsons: dict[str, dict], settings: ModelSettings) -> Networks:
   )
 
 
-def _prediction(scheduler: dict) -> str:
-  """What the denoiser predicts, as `Pipeline.prediction` names it."""
-  kind = scheduler.get("prediction_type", "epsilon")
+def read_scheduler(given: dict) -> dict:
+  """The values of a scheduler_config.json that the grid is made of.
+
+  Raises:
+    ValueError: a key or a value that is not implemented.
+  """
+  file = FILES["scheduler"]
+  scheduler = published.read(file, given, SCHEDULER)
+  kind = scheduler["prediction_type"]
   if kind not in _PREDICTIONS:
-    raise ValueError(f"scheduler: prediction_type {kind!r} is not one of {', '.join(_PREDICTIONS)}")
-  return _PREDICTIONS[kind]
+    raise ValueError(f"{file}: prediction_type {kind!r} is not one of {', '.join(_PREDICTIONS)}")
+  if scheduler["rescale_betas_zero_snr"] and kind == "epsilon":
+    raise ValueError(
+      f"{file}: rescale_betas_zero_snr needs prediction_type 'v_prediction': the first step starts"
+      " from pure noise, in which an epsilon network sees no sample"
+    )
+  if scheduler["_class_name"].startswith("FlowMatch"):
+    raise ValueError(
+      f"{file}: {scheduler['_class_name']} is of a rectified-flow model, which this family is not"
+    )
+  return scheduler
 
 
 def _encode(
@@ -128,7 +203,7 @@ def _denoise(
 
 
 def _schedule(scheduler: dict, steps: int, shift: float) -> schedules.Schedule:
-  """The schedule of the scheduler's config."""
+  """The schedule of a scheduler that `read_scheduler` has read."""
   del shift  # for rectified flow only
   return schedules.diffusion_schedule(
     steps,
@@ -136,9 +211,10 @@ def _schedule(scheduler: dict, steps: int, shift: float) -> schedules.Schedule:
     beta_start=scheduler["beta_start"],
     beta_end=scheduler["beta_end"],
     beta_schedule=scheduler["beta_schedule"],
-    spacing=scheduler.get("timestep_spacing", "leading"),
-    steps_offset=scheduler.get("steps_offset", 0),
-    set_alpha_to_one=scheduler.get("set_alpha_to_one", True),
+    spacing=scheduler["timestep_spacing"],
+    steps_offset=scheduler["steps_offset"],
+    set_alpha_to_one=scheduler["set_alpha_to_one"],
+    rescale_betas_zero_snr=scheduler["rescale_betas_zero_snr"],
   )
 
 

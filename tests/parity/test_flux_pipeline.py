@@ -155,7 +155,7 @@ def test_shift_by_resolution(size, kind):
   config, tokens = FLOW | {"time_shift_type": kind}, size[0] // 16 * (size[1] // 16)
   theirs = FlowMatchEulerDiscreteScheduler.from_config(config)
   theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / 50, 50), mu=calculate_shift(tokens))
-  k = flux.scheduler_shift(config, tokens)
+  k = flux.scheduler_shift(flux.read_scheduler(config), tokens)
   ours = flux.schedules.flow_schedule(50, k)
   np.testing.assert_allclose(ours.sigma, theirs.sigmas.numpy(), atol=1e-6)
   np.testing.assert_allclose(ours.model_time[:-1], theirs.timesteps.numpy(), rtol=1e-6)
