@@ -195,7 +195,7 @@ def test_mistakes_of_the_config(dev, changes, message):
     (
       "scheduler/scheduler_config.json",
       {"use_karras_sigmas": True},
-      "scheduler: use_karras_sigmas = True is not implemented",
+      "has what is not implemented: use_karras_sigmas = True",
     ),
     ("scheduler/scheduler_config.json", {"time_shift_type": "cubic"}, "time_shift_type is 'cubic'"),
   ],
