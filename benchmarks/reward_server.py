@@ -10,6 +10,7 @@ import base64
 import importlib
 import io
 import json
+import math
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -35,7 +36,10 @@ class Handler(BaseHTTPRequestHandler):
       scores = self.server.function(
         pixels.astype(np.float32) / 255, request["prompts"], request["metadata"]
       )
-      status, answer = 200, {"scores": [None if x is None or x != x else float(x) for x in scores]}
+      status, answer = (
+        200,
+        {"scores": [float(x) if x is not None and math.isfinite(x) else None for x in scores]},
+      )
     except Exception as error:  # any exception of the function is answered to the client
       status, answer = 500, {"error": f"{type(error).__name__}: {error}"}
     self.send_response(status)

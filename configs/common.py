@@ -162,8 +162,15 @@ def get_config() -> ConfigDict:
       # Terms that become binary, as (term, value) pairs: the reward is 1 where the score is above
       # the value and 0 elsewhere.
       "thresholds": (),
-      # The largest share of failed (NaN) rewards of an iteration. A larger share stops the run.
+      # The largest share of failed (NaN) rewards of an iteration. A larger share in each of
+      # `failed_iterations` iterations in a row stops the run.
       "max_failed": 0.5,
+      # Iterations in a row with more failed rewards than `max_failed` that stop the run; in a
+      # shorter run, all of its iterations.
+      "failed_iterations": 3,
+      # Samples that one call of a reward on the host gets. A call that raises is repeated once, and
+      # then costs the scores of these samples alone. 0 is all samples of a chunk.
+      "slice": 16,
       # The cosine similarity of CLIP's embeddings of image and prompt.
       "clip": ConfigDict(
         {

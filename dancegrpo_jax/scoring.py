@@ -4,6 +4,7 @@ threads during training, and every process scores the samples on its own devices
 
 from collections.abc import Callable
 from concurrent.futures import Future
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,8 @@ from jaxtyping import Int
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.rewards import failures as host_failures
+from dancegrpo_jax.rewards import host
 from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.rewards.kinds import reward_of
 from dancegrpo_jax.types import Example, Media, PyTree
@@ -83,21 +86,30 @@ def reward_features(
 
 
 def host_scores(
-  reward: Reward, media: Media, examples: list[Example], warn: Warn
+  reward: Reward,
+  media: Media,
+  examples: list[Example],
+  warn: Warn,
+  size: int = 0,
+  errors: Path | None = None,
 ) -> dict[str, np.ndarray]:
-  """Scores of samples by a host reward. If it fails, `warn` gets a line and all terms are NaN."""
-  try:
-    return reward.score(media, examples)
-  # The user's own function: whatever it raises must not end the run.
-  except Exception as error:
-    failure = f"{type(error).__name__}: {error}"
-    warn(f"reward {reward.name} failed for {len(examples)} samples: {failure}")
-    return failed_scores(reward, len(examples))
+  """Scores of samples by a host reward, which is called for a slice of them at a time.
 
+  Args:
+    reward: on the host.
+    media: n samples, on the host.
+    examples: one for each sample.
+    warn: gets a line for each different error of the slices that failed twice.
+    size: samples of a slice; 0 is all of them.
+    errors: the file to which tracebacks are appended; None for no file.
 
-def failed_scores(reward: Reward, count: int) -> dict[str, np.ndarray]:
-  """NaN for every term of a reward and every sample."""
-  return {term: np.full(count, np.nan, np.float32) for term in reward.terms}
+  Returns:
+    `{term: f32[n]}`, NaN for the samples of a slice that failed.
+  """
+  scores, failures = host.sliced(reward, media, examples, size)
+  for line in host_failures.report(reward.name, failures, errors):
+    warn(line)
+  return scores
 
 
 def local_scores(
@@ -106,6 +118,8 @@ def local_scores(
   fps: float | None,
   examples: list[Example],
   warn: Warn,
+  size: int = 0,
+  errors: Path | None = None,
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
   """Scores, by a host reward, of the rows of a chunk that lie on this process's devices.
 
@@ -116,7 +130,7 @@ def local_scores(
     shards: this process's rows of the chunk's pixels.
     fps: frames per second of the samples, None for images.
     examples: one for each row of the chunk.
-    warn: gets a line where the reward fails.
+    warn, size, errors: as for `host_scores`.
 
   Returns:
     (which rows of the chunk these are, their scores by term).
@@ -125,7 +139,7 @@ def local_scores(
     return shards.numbers, {}
   rows = Media(np.concatenate([np.asarray(part) for part in shards.parts]), fps)
   local = [examples[number] for number in shards.numbers]
-  return shards.numbers, host_scores(reward, rows, local, warn)
+  return shards.numbers, host_scores(reward, rows, local, warn, size, errors)
 
 
 def gather_host_scores(
@@ -180,6 +194,8 @@ def score_all(
   examples: list[Example],
   rows: Int[np.ndarray, "calls size"],
   warn: Warn = print,
+  size: int = 0,
+  errors: Path | None = None,
 ) -> dict[str, np.ndarray]:
   """Scores of samples that are all there already, by every reward.
 
@@ -191,7 +207,7 @@ def score_all(
     owners: for each sample, the row of its prompt in `scorers.features` and `examples`.
     examples: the prompts.
     rows: `chunks(n, ...)`, the samples of each call of a device reward.
-    warn: gets a line where a host reward fails.
+    warn, size, errors: as for `host_scores`.
 
   Returns:
     `{term: f32[n]}`, NaN where a reward failed. All processes have the same samples, so process 0
@@ -200,9 +216,10 @@ def score_all(
   result, count = {}, len(media.pixels)
   for name, reward in scorers.rewards.items():
     if reward.kind == "host" and jax.process_index() > 0:
-      result |= failed_scores(reward, count)
+      result |= host.failed(reward, count)
     elif reward.kind == "host":
-      result |= host_scores(reward, media, [examples[owner] for owner in owners], warn)
+      shown = [examples[owner] for owner in owners]
+      result |= host_scores(reward, media, shown, warn, size, errors)
     else:
       params, features = scorers.params[name], scorers.features[name]
       score = scorers.compute[name]
@@ -212,3 +229,9 @@ def score_all(
       for term in parts[0]:
         result[term] = np.concatenate([np.asarray(part[term]) for part in parts])[:count]
   return result
+
+
+def mean_of_finite(values: np.ndarray) -> float:
+  """The mean of the scores that did not fail; NaN where all did."""
+  finite = values[np.isfinite(values)]
+  return float(np.mean(finite)) if len(finite) else float("nan")

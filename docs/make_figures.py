@@ -43,6 +43,8 @@ NOTES = {  # room -> what is in it, in two or three words
   "types": "what crosses rooms",
   "errors": "mistakes of the user",
   "installation": "where configs and assets are",
+  "published": "keys of other tools' files",
+  "strict_json": "JSON without NaN",
 }
 
 

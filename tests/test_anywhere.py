@@ -417,6 +417,7 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
     "environment.json",
     "metrics.jsonl",
     "report.html",
+    "reward_errors.txt",
     "samples",
     "tensorboard",
   }

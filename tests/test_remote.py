@@ -9,8 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny_checkpoint import toy_pipeline
 
 from dancegrpo_jax import scoring
+from dancegrpo_jax.assembly import reward_trial
+from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.rewards import remote
 from dancegrpo_jax.types import Example, Media
 
@@ -215,6 +218,36 @@ def test_a_server_that_is_not_there():
       remote.RemoteError, match="http://127.0.0.1:.*ConnectionRefusedError.*attempts: 3"
     ):
       ask(reward(f"http://127.0.0.1:{held.getsockname()[1]}/", retries=2))
+
+
+@pytest.mark.parametrize(
+  "function, words",
+  [
+    ("broken", "RemoteError: .*status 500: .*no model"),
+    ("short", "RemoteError: .*: 1 scores for 2 samples"),
+  ],
+)
+def test_the_trial_before_a_run_tells_a_mistake(tmp_path, function, words):
+  examples, pipeline = [Example(0, "a"), Example(1, "b")], toy_pipeline()
+  with (
+    reference(tmp_path, function) as (url, _),
+    pytest.raises(ConfigError, match=f"config.reward.terms = 'remote': .*{words}"),
+  ):
+    reward_trial.require_usable({"remote": reward(url)}, pipeline, examples)
+
+
+def test_the_trial_before_a_run_passes_a_server_that_scores(tmp_path):
+  said = []
+  with reference(tmp_path, "nulls") as (url, _):
+    reward_trial.require_usable(
+      {"remote": reward(url)}, toy_pipeline(), [Example(0, "a"), Example(1, "bad")], said.append
+    )
+  with rude("fails first") as (url, _):  # 503, as a server that is still loading
+    reward_trial.require_usable(
+      {"remote": reward(url)}, toy_pipeline(), [Example(0, "a"), Example(1, "b")], said.append
+    )
+  (line,) = said
+  assert line.startswith("reward remote isn't ready yet: ServerDownError: ") and "503" in line
 
 
 def test_a_server_that_dies(tmp_path):

@@ -541,7 +541,8 @@ def score(pixels, prompts, metadata):
   """By iteration: constant; one sample of each chunk fails; an exception."""
   with lock:
     calls.append((pixels, prompts, metadata))
-    iteration = (len(calls) - 2) // CHUNKS  # the first call is for the report's fixed prompts
+    # The first calls are the trial and the report's fixed prompts.
+    iteration = (len(calls) - 3) // CHUNKS
   if iteration < 1:
     return [0.3] * len(prompts)
   if iteration == 1:
@@ -586,14 +587,15 @@ def test_a_reward_of_ones_own_gets_pixels_prompts_and_metadata(host):
     assert pixels.min() >= 0 and pixels.max() <= 1
     assert all(isinstance(text, str) for text in texts) and metadata == [None] * len(texts)
   assert [len(texts) for _, texts, _ in calls[:-1]] == [
+    2,
     4,
-    *[CHUNK] * (len(calls) - 2),
-  ]  # first the 2 + 2 fixed prompts
+    *[CHUNK] * (len(calls) - 3),
+  ]  # first the trial and the 2 + 2 fixed prompts
   for _, texts, _ in calls[
-    1 : 1 + SAMPLES // CHUNK
+    2 : 2 + SAMPLES // CHUNK
   ]:  # a chunk takes a sample from each of 8 lanes, two of which are a group
     assert len(set(texts)) == PROMPTS and texts[::2] == texts[1::2]
-  second = calls[1 + SAMPLES // CHUNK : 1 + 2 * SAMPLES // CHUNK]
+  second = calls[2 + SAMPLES // CHUNK : 2 + 2 * SAMPLES // CHUNK]
   kept = np.concatenate([np.delete(pixels.mean((1, 2, 3)), 3) for pixels, _, _ in second])
   for name in ("mean", "min", "max"):
     np.testing.assert_allclose(run.rows[1][f"reward/{name}"], getattr(kept, name)(), rtol=1e-5)
@@ -619,14 +621,20 @@ def test_some_failed_rewards_do_not_stop_a_run(host):
 
 def test_too_many_failed_rewards_do(host):
   run, _, output, errors = host
-  assert run.code == 2 and len(run.rows) == 3 and run.rows[2]["reward/failed"] == 1
-  assert "ConnectionError: the scorer is down" in output
+  assert run.code == 2 and [row["reward/failed"] for row in run.rows[2:]] == [1, 1, 1]
+  assert "ConnectionError: the scorer is down (" in output and "scorer_of_a_run.py:16)" in output
+  file = run.workdir / "reward_errors.txt"
+  assert f"traceback: {file}" in output and "the scorer is down" in file.read_text()
   (line,) = errors.splitlines()
   assert line.startswith("error: ") and "reward.max_failed = 0.5" in line
-  assert (
-    store.latest(run.workdir / "checkpoints") == 2
-  )  # saved after the second iteration, before the third
-  assert re.search(r"last good checkpoint is that of iteration 2\b", line), line
+  assert "each of the last 3 iterations (reward.failed_iterations = 3)" in line
+  assert store.latest(run.workdir / "checkpoints") == 4  # before the iteration that ended the run
+  assert re.search(r"last good checkpoint is that of iteration 4\b", line), line
+
+
+def test_rewards_without_a_spread_are_said_once(host):
+  (line,) = [line for line in host[2].splitlines() if "no group had a spread" in line]
+  assert line.startswith("note: in iteration 1 ") and "scorer_of_a_run:score" in line
 
 
 def test_failed_rewards_are_no_number(host):
@@ -660,8 +668,8 @@ calls, lock = [], threading.Lock()
 def score(pixels, prompts, metadata):
   with lock:
     calls.append(prompts)
-    # The first call is for the report's fixed prompts.
-    if len(calls) == {1 + 2 * SAMPLES // CHUNK + 1}:
+    # The first calls are the trial and the report's fixed prompts.
+    if len(calls) == {2 + 2 * SAMPLES // CHUNK + 1}:
       os.kill(os.getpid(), signal.SIGTERM)
   return pixels.mean((1, 2, 3))
 """
@@ -726,6 +734,25 @@ def test_sigterm_while_the_devices_finish_a_rollout_comes_before_the_update(
   assert run.code == 0 and "stopped by SIGTERM: 2 iterations are saved" in capsys.readouterr().out
   assert len(times) == 3 and updates(run) == 2
   assert [call.name for call in run.calls].count("update deal") == 2
+
+
+def test_a_flat_iteration_is_said_again_after_another(tmp_path):
+  config, stream = tiny_config(), io.StringIO()
+  values = {"reward/mean": 0.5, "optimizer/skipped_total": 0.0}
+  progress = metrics.Progress(9, stream=stream)
+  with metrics.Writer(tmp_path, config) as writer, ThreadPoolExecutor(1) as pool:
+    clock = Clock(pool)
+    clock.phase("update", jnp.zeros(()))
+    numbers = outcome.Numbers(config, tmp_path, writer, progress)
+    # The last iteration has failed as a whole, which is something else.
+    shares = [(1.0, 0.0), (1.0, 0.0), (0.75, 0.0), (1.0, 0.25), (1.0, 0.0), (0.5, 0.0), (1.0, 1.0)]
+    for iteration, (flat, failed) in enumerate(shares):
+      row = values | {"group/zero_variance": flat, "reward/failed": failed}
+      numbers.add(outcome.Pending(iteration, row, clock))
+      numbers.read()
+  said = [line for line in stream.getvalue().splitlines() if line.startswith("note: ")]
+  assert [line.split()[3] for line in said] == ["1", "4"]
+  assert all("clip" in line and "advantage.min_spread = 1e-06" in line for line in said)
 
 
 def test_too_many_skipped_steps_stop_a_run(tmp_path):

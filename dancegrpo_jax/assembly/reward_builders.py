@@ -79,6 +79,9 @@ def build_rewards(config: ConfigDict, files: Files = FILES) -> dict[str, Reward]
       ) from error
     except (ValueError, FileNotFoundError) as error:
       raise ConfigError(str(error)) from error
+    if rewards[name].any_part:
+      asked = [term for term, _ in config.reward.terms if kinds.reward_of(term) == name]
+      rewards[name] = rewards[name]._replace(terms=tuple(asked))
     _require_terms(config, rewards[name])
   return rewards
 

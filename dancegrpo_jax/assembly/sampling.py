@@ -1,7 +1,7 @@
 """A model that is loaded to draw samples from it, for sample.py and evaluate.py."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dancegrpo_jax import programs, scoring
-from dancegrpo_jax.assembly import encoding, loading, reward_builders
+from dancegrpo_jax.assembly import encoding, loading, reward_builders, reward_trial
 from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.checkpoints import components, store
 from dancegrpo_jax.devices import out_of_memory, program_cache, sharding
@@ -35,16 +35,18 @@ class Opened(NamedTuple):
 
 
 @contextlib.contextmanager
-def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
+def opened(config: ConfigDict, name: str, tried: Sequence[Example] = ()) -> Iterator[Opened]:
   """Loads the model of a config, and the weights of a checkpoint. Inside, the mesh is entered.
 
   Args:
     config: validated.
     name: a workdir, a folder of checkpoints, or "base" for the weights that training starts from,
       which includes the adapters of config.lora.checkpoint.
+    tried: prompts with which host rewards are tried before anything is loaded; () tries none.
 
   Raises:
-    ConfigError: a checkpoint that is missing or damaged, or has other adapters.
+    ConfigError: a checkpoint that is missing or damaged, or has other adapters; a host reward that
+      can't be used.
     OutOfMemory: the model, or what is done with it inside, is too large for the devices.
   """
   if name != "base":
@@ -53,6 +55,8 @@ def opened(config: ConfigDict, name: str) -> Iterator[Opened]:
   mesh = sharding.make_mesh(config.mesh)
   with out_of_memory.explained(config), jax.set_mesh(mesh):
     pipeline, rewards = loading.build_pipeline(config), reward_builders.build_rewards(config)
+    if tried:
+      reward_trial.require_usable(rewards, pipeline, tried)
     with out_of_memory.named("loading"):
       model = loading.load(config, pipeline, rewards, mesh)
       weights = model.trainable if name == "base" else restore(config, model, name)

@@ -1,6 +1,5 @@
 """Compares samples of a checkpoint with those that its base model makes of the same noise."""
 
-import json
 from pathlib import Path
 
 import jax
@@ -8,12 +7,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from dancegrpo_jax import strict_json
 from dancegrpo_jax.assembly import sampling
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import accelerator
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.evaluation.measures import compare, measure
 from dancegrpo_jax.report import images
+from dancegrpo_jax.rewards import failures
 from dancegrpo_jax.settings import checks
 from dancegrpo_jax.types import Example
 
@@ -22,7 +23,7 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
   """Samples base model and checkpoint on each prompt file, and writes scores and images.
 
   For `out` = x.json there are x/<prompts>.png, a grid with the base model above the checkpoint, and
-  x/<prompts>/{base,checkpoint}/000.png ...
+  x/<prompts>/{base,checkpoint}/000.png ..., and x/reward_errors.txt where a reward has failed.
 
   Args:
     config: of the run.
@@ -34,7 +35,7 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
     `measures.compare` by the name of the prompt file.
 
   Raises:
-    ConfigError: a mistake in the config, or a checkpoint or prompt file that can't be used.
+    ConfigError: a mistake in the config, or a checkpoint, prompt file or reward that can't be used.
   """
   device = jax.devices()[0]
   checks.validate(config, num_devices=jax.device_count(), **checks.device_facts(device))
@@ -49,10 +50,11 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
   results: dict[str, dict] = {}
   rows: dict[str, dict[str, list[dict]]] = {}
   folder = out.with_suffix("")
-  with sampling.opened(config, checkpoint) as opened:
+  errors = folder / failures.FILE
+  with sampling.opened(config, checkpoint, tried=sum(lists.values(), [])) as opened:
     for file, examples in lists.items():
-      base, before = measure(opened, opened.model.trainable, examples, pool)
-      tuned, after = measure(opened, opened.weights, examples, pool)
+      base, before = measure(opened, opened.model.trainable, examples, pool, errors)
+      tuned, after = measure(opened, opened.weights, examples, pool, errors)
       name = Path(file).stem
       results[name] = compare(base, tuned)
       images.save(folder / f"{name}.png", side_by_side(before, after, examples))
@@ -61,7 +63,7 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
         "checkpoint": save_samples(folder / name / "checkpoint", examples, tuned, after),
       }
   content = {"checkpoint": checkpoint, "results": results, "samples": rows}
-  out.write_text(json.dumps(content, indent=1) + "\n")
+  out.write_text(strict_json.dumps(content, indent=1) + "\n")
   print(table(results))
   return results
 
@@ -101,9 +103,10 @@ def table(results: dict) -> str:
   for name, rows in results.items():
     for term, row in rows.items():
       interval = f"[{row['low']:+.4f}, {row['high']:+.4f}]" if "low" in row else ""
+      failed = f"   {row['failed']} failed" if row.get("failed") else ""
       lines.append(
         f"{name:<28} {term:<16} {row['base']:8.4f} {row['checkpoint']:8.4f}"
-        f" {row['difference']:+8.4f}   {interval}"
+        f" {row['difference']:+8.4f}   {interval}{failed}"
       )
   return "\n".join(lines)
 

@@ -1,5 +1,6 @@
 """Measures samples of a model: scores, retrieval, diversity, and the difference of two models."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,13 +17,16 @@ def bootstrap(values: np.ndarray, draws: int = 2000, seed: int = 0) -> tuple[flo
   Prompts are resampled, because samples of one prompt are not independent.
 
   Args:
-    values: `[prompts, samples]`; NaN is left out.
+    values: `[prompts, samples]`; NaN is left out, and with it a prompt that has nothing else.
     draws: number of resamples.
     seed: of the resampling.
 
   Returns:
-    The ends of the interval.
+    The ends of the interval; NaN where every value is.
   """
+  values = values[np.isfinite(values).any(axis=1)]
+  if not len(values):
+    return float("nan"), float("nan")
   rows = np.nanmean(values, axis=1)
   picks = np.random.default_rng(seed).integers(len(rows), size=(draws, len(rows)))
   low, high = np.nanpercentile(rows[picks].mean(1), [2.5, 97.5])
@@ -65,7 +69,11 @@ def candidate_prompts(prompts: list[Example], pool: list[Example], count: int) -
 
 
 def measure(
-  opened: sampling.Opened, weights: PyTree, examples: list[Example], pool: list[Example]
+  opened: sampling.Opened,
+  weights: PyTree,
+  examples: list[Example],
+  pool: list[Example],
+  errors: Path | None = None,
 ) -> tuple[dict, np.ndarray]:
   """Draws samples with one set of weights, and scores them.
 
@@ -74,6 +82,7 @@ def measure(
     weights: the trainable tree.
     examples: prompts.
     pool: prompts among which retrieval looks for a sample's own.
+    errors: the file to which tracebacks of rewards are appended; None for no file.
 
   Returns:
     Scores by term, `[prompts, samples]`, and pixels. For a reward that embeds samples there are
@@ -94,6 +103,8 @@ def measure(
     owners=np.arange(count, dtype=np.int32) // samples,
     examples=examples,
     rows=rows,
+    size=config.reward.slice,
+    errors=errors,
   )
   result: dict[str, Any] = {
     term: values.reshape(len(examples), samples) for term, values in scores.items()
@@ -114,9 +125,13 @@ def measure(
 def compare(base: dict, tuned: dict) -> dict:
   """Compares what `measure` returns for the base model and for a checkpoint.
 
+  A sample whose score failed on one side is left out on both, so that the difference of the means
+  is the mean of the differences.
+
   Returns:
     By term, the means "base", "checkpoint" and "difference", and for values of samples the ends
-    "low" and "high" of the difference's interval.
+    "low" and "high" of the difference's interval, and the number "failed" of those left out. What
+    can't be computed, because all failed, is NaN.
   """
   rows: dict[str, dict[str, float]] = {}
   for term, before in base.items():
@@ -124,12 +139,15 @@ def compare(base: dict, tuned: dict) -> dict:
     if np.ndim(before) == 0:
       rows[term] = {"base": before, "checkpoint": after, "difference": after - before}
       continue
-    low, high = bootstrap(after - before)
+    both = np.isfinite(before) & np.isfinite(after)
+    difference = np.where(both, after, np.nan) - np.where(both, before, np.nan)
+    low, high = bootstrap(difference)
     rows[term] = {
-      "base": float(np.nanmean(before)),
-      "checkpoint": float(np.nanmean(after)),
-      "difference": float(np.nanmean(after - before)),
+      "base": scoring.mean_of_finite(before[both]),
+      "checkpoint": scoring.mean_of_finite(after[both]),
+      "difference": scoring.mean_of_finite(difference),
       "low": low,
       "high": high,
+      "failed": int((~both).sum()),
     }
   return rows

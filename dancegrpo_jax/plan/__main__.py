@@ -14,11 +14,11 @@ times kernels on the card while it compiles, so no other program should use it m
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from dancegrpo_jax import strict_json
 from dancegrpo_jax.devices import accelerator
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.plan import table
@@ -80,7 +80,7 @@ def run(
     if out and result["rows"]:
       file.parent.mkdir(parents=True, exist_ok=True)
       partial = file.with_suffix(".tmp")
-      partial.write_text(json.dumps(result, indent=1) + "\n")
+      partial.write_text(strict_json.dumps(result, indent=1) + "\n")
       partial.replace(file)
   print(table.report(result))
   return 1 if result["problems"] else 0

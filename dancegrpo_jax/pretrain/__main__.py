@@ -9,7 +9,6 @@ stage that was interrupted continues from its last checkpoint when the command i
 """
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -21,7 +20,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import errors, programs
+from dancegrpo_jax import errors, programs, strict_json
 from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.data import emoji, emoji_dataset, tokenizer
 from dancegrpo_jax.devices import accelerator, out_of_memory
@@ -74,7 +73,7 @@ def fit(stage: Stage, config: ConfigDict, workdir: Path, save_every: int = 400) 
         row |= {name: float(value) for name, value in metrics.items()}
         text = "  ".join(f"{name} {value:.5g}" for name, value in row.items())
         print(f"{stage.name}: {text}", flush=True)
-        print(json.dumps(row), file=log, flush=True)
+        print(strict_json.dumps(row), file=log, flush=True)
       if (step + 1) % save_every == 0 or step == settings.steps - 1:
         saver.save(step + 1, dict(zip(FIELDS, state)), {"stage": stage.name})
   return dict(zip(FIELDS, state))["ema"]

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import programs
+from dancegrpo_jax import programs, strict_json
 from dancegrpo_jax.checkpoints import weights
 from dancegrpo_jax.data import emoji, tokenizer
 from dancegrpo_jax.types import PyTree
@@ -107,7 +107,7 @@ def write_tokenizer_files(folder: Path) -> None:
 def write_json(path: Path, value: dict) -> None:
   """Writes a JSON file, and makes the folder that it lies in."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")
+  path.write_text(strict_json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def save_component(folder: Path, config_json: dict, params: PyTree) -> None:

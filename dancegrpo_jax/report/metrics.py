@@ -20,6 +20,7 @@ import rich.progress
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from dancegrpo_jax import strict_json
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.settings import stored_config
 
@@ -56,8 +57,7 @@ def drop_from(workdir: str | os.PathLike, iteration: int) -> None:
 
 
 def _line(row: Row) -> str:
-  values = {key: value if math.isfinite(value) else None for key, value in row.items()}
-  return json.dumps(values) + "\n"
+  return strict_json.dumps(row) + "\n"
 
 
 # The writer

@@ -25,6 +25,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from dancegrpo_jax import strict_json
 from dancegrpo_jax.report import images, metrics
 from dancegrpo_jax.report.charts import Band, Series, chart, number
 from dancegrpo_jax.settings import stored_config
@@ -94,7 +95,7 @@ def save_environment(workdir: Workdir) -> None:
     "processes": jax.process_count(),
     "processors of this host": os.cpu_count(),
   }
-  _write_text(Path(workdir) / "environment.json", json.dumps(values, indent=2))
+  _write_text(Path(workdir) / "environment.json", strict_json.dumps(values, indent=2))
 
 
 def save_samples(
@@ -126,7 +127,7 @@ def save_samples(
     "held_out": list(map(_json, held_out)),
   }
   # Written last: a folder that has this file is complete.
-  _write_text(folder / "prompts.json", json.dumps(values))
+  _write_text(folder / "prompts.json", strict_json.dumps(values))
   return folder
 
 
@@ -148,7 +149,7 @@ def save_extremes(
   images.save(folder / "best.png", best)
   images.save(folder / "worst.png", worst)
   scores = {"prompt": prompt, "best": _json(best_score), "worst": _json(worst_score)}
-  _write_text(folder / "scores.json", json.dumps(scores))
+  _write_text(folder / "scores.json", strict_json.dumps(scores))
   return folder
 
 

@@ -31,6 +31,8 @@ class Reward(NamedTuple):
       whole location here.
     embed: `(params, media) -> f32[b, d]`, embeddings of length 1, or None. `evaluate` measures
       retrieval and diversity with them.
+    any_part: whether its terms are known only when it's called. `build_rewards` then takes for
+      `terms` those that the config asks for.
   """
 
   name: str
@@ -41,6 +43,7 @@ class Reward(NamedTuple):
   features: Callable | None = None
   components: dict[str, Component] = {}
   embed: Callable | None = None
+  any_part: bool = False
 
 
 class Files(NamedTuple):

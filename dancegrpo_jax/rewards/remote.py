@@ -25,7 +25,9 @@ from urllib.parse import SplitResult, urlsplit
 import numpy as np
 from PIL import Image
 
+from dancegrpo_jax import strict_json
 from dancegrpo_jax.rewards.base import Reward, RewardKind
+from dancegrpo_jax.rewards.failures import NotReadyError
 from dancegrpo_jax.types import Example, Media
 
 FORMATS = ("png", "npz")
@@ -39,8 +41,20 @@ class RemoteError(RuntimeError):
   """A batch could not be scored. The message has the address, the reason and the attempts."""
 
 
+class ServerDownError(RemoteError, NotReadyError):
+  """No attempt reached a server that is up: no connection, a timeout, status 429 or above 500."""
+
+
 class TransientError(Exception):
-  """An attempt failed, and another one may not: no connection, a timeout, status 429 or 5xx."""
+  """An attempt failed, and another one may not: no connection, a timeout, status 429 or 5xx.
+
+  Attributes:
+    status: of the answer, 0 where there was none.
+  """
+
+  def __init__(self, message: str, status: int = 0):
+    super().__init__(message)
+    self.status = status
 
 
 def build(
@@ -49,8 +63,9 @@ def build(
   """The reward "remote".
 
   `score` raises RemoteError where the whole batch failed. As for any host reward, the loop reports
-  this and makes all scores NaN. A sample alone is NaN if its score is null or not finite, or if its
-  pixels are not finite.
+  this and makes all scores NaN. Before a run, a server that is not up is a notice, and one that
+  answers with an error or with something else than scores is a mistake. A sample alone is NaN if
+  its score is null or not finite, or if its pixels are not finite.
 
   Args:
     url: the address of the scorer, http:// or https://.
@@ -124,13 +139,15 @@ def _as_png(pixels: np.ndarray, request: dict[str, Any]) -> tuple[bytes, str]:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG", compress_level=1)
     images.append(base64.b64encode(buffer.getvalue()).decode())
-  return json.dumps({"images": images, **request}).encode(), "application/json"
+  return strict_json.dumps({"images": images, **request}).encode(), "application/json"
 
 
 def _as_npz(pixels: np.ndarray, request: dict[str, Any]) -> tuple[bytes, str]:
   """Body and content type of a request in numpy's format."""
   buffer = io.BytesIO()
-  np.savez(buffer, pixels=pixels, request=np.frombuffer(json.dumps(request).encode(), np.uint8))
+  np.savez(
+    buffer, pixels=pixels, request=np.frombuffer(strict_json.dumps(request).encode(), np.uint8)
+  )
   return buffer.getvalue(), "application/octet-stream"
 
 
@@ -141,14 +158,16 @@ def with_retries(
 
   Raises:
     RemoteError: no attempt succeeded, or one raised RemoteError, which another attempt would raise
-      again.
+      again. It is a ServerDownError where no server is up.
   """
   for number in range(retries + 1):
     try:
       return attempt()
     except TransientError as error:
       if number == retries:
-        raise RemoteError(f"{url}: {error}; attempts: {number + 1}") from error
+        # Status 500 is what an exception in the scorer itself becomes.
+        kind = RemoteError if error.status == 500 else ServerDownError
+        raise kind(f"{url}: {error}; attempts: {number + 1}") from error
       pause(min(_FIRST_PAUSE * 2**number, _LONGEST_PAUSE))
     except RemoteError as error:
       raise RemoteError(f"{url}: {error}") from error
@@ -182,7 +201,7 @@ def _post(address: SplitResult, body: bytes, content_type: str, timeout: float) 
     text = " ".join(answer[:200].decode(errors="replace").split())
     is_transient = response.status == 429 or response.status >= 500
     message = f"status {response.status}: {text or response.reason}"
-    raise TransientError(message) if is_transient else RemoteError(message)
+    raise TransientError(message, response.status) if is_transient else RemoteError(message)
   return answer
 
 

@@ -7,12 +7,16 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-# What a resumed run may change: where and how fast it computes, and what it writes, but never what
-# it computes.
+from dancegrpo_jax import strict_json
+
+# What a resumed run may change: where and how fast it computes, when it gives up, and what it
+# writes, but never what it computes.
 RESUMABLE = (
   "iterations",
   "mesh",
   "rollout.chunk",
+  "reward.slice",
+  "reward.failed_iterations",
   "optimizer.microbatch",
   "optimizer.microbatches_per_call",
   "logging",
@@ -42,6 +46,8 @@ ADDED = {
   "objective.kind": Added("0.2.0", "grpo"),
   "objective.dppo.tau": Added("0.2.0", 1e-4),
   "optimizer.microbatches_per_call": Added("0.2.0", 0),
+  "reward.failed_iterations": Added("0.2.0", 3),
+  "reward.slice": Added("0.2.0", 16),
 }
 
 
@@ -73,13 +79,14 @@ def tuples(value: Any) -> Any:
 
 
 def to_json(config: ConfigDict | dict) -> str:
-  """JSON with sorted keys: equal configs have equal texts."""
+  """JSON with sorted keys: equal configs have equal texts. Infinity is the text "inf"."""
   values = config.to_dict() if isinstance(config, ConfigDict) else config
-  return json.dumps(values, indent=2, sort_keys=True)
+  values = strict_json.finite(values, instead=str)
+  return json.dumps(values, indent=2, sort_keys=True, allow_nan=False)
 
 
 def from_json(text: str) -> ConfigDict:
-  """The inverse of `to_json`: lists become tuples again."""
+  """The inverse of `to_json`: lists become tuples again. Infinity stays a text."""
   return ConfigDict(tuples(json.loads(text))).lock()
 
 

@@ -11,6 +11,7 @@ from dancegrpo_jax import scoring
 from dancegrpo_jax.assembly import encoding
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.report.clock import Clock
+from dancegrpo_jax.rewards import failures
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.rl.rollout import Rollout
 from dancegrpo_jax.training.session import Session
@@ -94,7 +95,10 @@ def collect(
           scores.setdefault(term, []).append(part)
       else:
         examples = [batch[owner] for owner in owners]
-        result = threads.submit(scoring.local_scores, reward, shards, media.fps, examples, warn)
+        size, errors = config.reward.slice, session.workdir / failures.FILE
+        result = threads.submit(
+          scoring.local_scores, reward, shards, media.fps, examples, warn, size, errors
+        )
         started.append(scoring.HostScores(reward=name, chunk=chunk, result=result))
     rollouts.append(rollout)
     if keep_pixels and chunk.min() < group:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dancegrpo_jax import programs, scoring
-from dancegrpo_jax.assembly import encoding, loading, resident, reward_builders
+from dancegrpo_jax.assembly import encoding, loading, resident, reward_builders, reward_trial
 from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.compilation import ahead, calls
@@ -98,9 +98,11 @@ def load_and_compile(
     progress: shows what is being compiled.
 
   Raises:
-    ConfigError: a checkpoint that can't be used, or a model that is too large for the devices.
+    ConfigError: a checkpoint or a reward that can't be used, or a model that is too large for the
+      devices.
   """
   pipeline, rewards = loading.build_pipeline(config), reward_builders.build_rewards(config)
+  reward_trial.require_usable(rewards, pipeline, examples, progress.warning)
   without = pipeline.encoders if config.data.cache_embeddings else ()
   outline = loading.outline(config, pipeline, rewards, mesh)
   state = loading.abstract_state(config, outline, mesh, len(examples))

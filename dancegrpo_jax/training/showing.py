@@ -7,6 +7,7 @@ from dancegrpo_jax import scoring
 from dancegrpo_jax.assembly import encoding
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.report import page
+from dancegrpo_jax.rewards import failures
 from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.training.collecting import Experience
 from dancegrpo_jax.training.session import Session
@@ -26,8 +27,9 @@ def show(
     warn: gets a line where a reward fails.
 
   Returns:
-    Metrics: the mean score of the training prompts. Where there are held-out prompts, also their
-    mean score and the gap, by which the training prompts are ahead.
+    Metrics: the mean score of the training prompts, and the share of samples that a reward failed,
+    which no mean counts. Where there are held-out prompts, also their mean score and the gap, by
+    which the training prompts are ahead.
   """
   config, model, compiled = session.config, session.model, session.shown_programs
   examples = [*session.shown[0], *session.shown[1]]
@@ -53,6 +55,8 @@ def show(
     examples=examples,
     rows=rows,
     warn=warn,
+    size=config.reward.slice,
+    errors=session.workdir / failures.FILE,
   )
   total = sum(weight * scores[term] for term, weight in config.reward.terms)
   trained, held_out = np.split(total, [len(session.shown[0])])
@@ -60,9 +64,12 @@ def show(
     texts = [example.prompt for example in session.shown[0]]
     page.save_samples(session.workdir, iteration, pixels[: len(trained)], texts, trained, held_out)
     page.write(session.workdir)
-  result = {"evaluation/score": float(np.mean(trained))}
+  result = {
+    "evaluation/score": scoring.mean_of_finite(trained),
+    "evaluation/failed": float(np.mean(~np.isfinite(total))),
+  }
   if len(held_out):
-    result["evaluation/held_out"] = float(np.mean(held_out))
+    result["evaluation/held_out"] = scoring.mean_of_finite(held_out)
     result["evaluation/gap"] = result["evaluation/score"] - result["evaluation/held_out"]
   return result
 

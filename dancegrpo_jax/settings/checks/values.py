@@ -80,6 +80,8 @@ LIMITS = {
   ),
   "rollout.chunk": _at_least(1),
   "reward.max_failed": Limit(lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
+  "reward.failed_iterations": _at_least(1),
+  "reward.slice": _at_least(0),
   "advantage.eps": _at_least(0),
   "advantage.clamp": _above(0),
   "advantage.min_spread": _at_least(0),
