@@ -70,7 +70,8 @@ def get_config() -> ConfigDict:
   # The prompts.
   config.data = ConfigDict(
     {
-      # The training prompts: a text file with one prompt a line, a .json list, or `tfds:NAME`.
+      # The training prompts: a .txt file with one prompt a line, a .json, .jsonl, .csv or .tsv
+      # file, or `tfds:NAME`.
       "prompts": "assets/prompts/emoji_run.txt",
       # Prompts that are never trained on. Training scores a few of them now and then, and
       # `evaluate` scores all of them. Empty means none.

@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
     OutOfMemory: a program, or the model itself, is too large for the devices.
   """
   config = resumed_config(config, workdir, given)
-  examples, first = checked(config, workdir)
+  found, first = checked(config, workdir)
   if first >= config.iterations:
     summary = metrics.last_line(workdir, workdir / page.FILE)
     print(f"{workdir}: already finished, {first} iterations; {summary}")
@@ -59,14 +59,16 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
     preemption = enter(Preemption(mesh))
     clock_thread, reward_threads = enter(ThreadPoolExecutor(1)), enter(ThreadPoolExecutor(8))
     progress = enter(metrics.Progress(config.iterations, first))
-    session, state = prepare(config, workdir, examples, mesh, first, progress)
+    session, state = prepare(
+      config, workdir, found.examples, mesh, first, progress, found.summaries
+    )
     saver = enter(store.Saver(workdir / "checkpoints", config.checkpoint.keep))
     writer = enter(metrics.Writer(workdir, config, first))
     if config.logging.profile_steps:
       stack.callback(tracing.end_trace)
     behaviour = algorithms.kind_of(config).behaviour
     numbers, clock = Numbers(config, workdir, writer, progress), None
-    meta = {"config": config.to_dict()}
+    meta = {"config": config.to_dict(), "prompts": found.identity}
     if first == 0:
       show(session, 0, state, progress.warning)
 

@@ -206,6 +206,42 @@ def test_different_configs_stop_all_processes(tiny_models, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+ELSEWHERE = """
+import os
+import sys
+from dancegrpo_jax import main
+
+sys.path[0] = os.getcwd()  # where the package is
+os.chdir(os.environ["HOST"])
+sys.exit(main.main(sys.argv[1:]))
+"""
+
+
+def test_different_prompts_stop_all_processes(tiny_models, tmp_path):
+  """Each host has a prompts.txt of its own."""
+  flags, texts = together(free_port(), 2), tiny_models.prompts.read_text()
+  for i in range(2):
+    (tmp_path / str(i)).mkdir()
+    (tmp_path / str(i) / "prompts.txt").write_text(f"{texts}number {i}\n")
+  hosts = [{"HOST": str(tmp_path / str(i))} for i in range(2)]
+  processes = [
+    start(
+      tiny_models,
+      tmp_path / "run",
+      *flags[i],
+      environment=hosts[i],
+      source=ELSEWHERE,
+      data__prompts="prompts.txt",
+    )
+    for i in range(2)
+  ]
+  for code, _, errors in finish(processes):
+    (line,) = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2 and "Traceback" not in errors
+    assert "different prompts" in line and "on process 0" in line and "on process 1" in line
+  assert not (tmp_path / "run").exists()
+
+
 def test_sigterm_saves_and_a_resumed_run_goes_on(tiny_models, tmp_path):
   workdir, most = tmp_path / "run", 1000
   settings = {

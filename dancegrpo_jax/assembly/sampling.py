@@ -10,7 +10,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dancegrpo_jax import programs, scoring
-from dancegrpo_jax.assembly import encoding, loading, reward_builders, reward_trial
+from dancegrpo_jax.assembly import cut_prompts, encoding, loading, reward_builders, reward_trial
 from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.checkpoints import components, store
 from dancegrpo_jax.devices import out_of_memory, program_cache, sharding
@@ -26,12 +26,14 @@ class Opened(NamedTuple):
     model: with the weights that training starts from.
     programs: compiled functions.
     weights: the trained weights of the checkpoint, averaged ones where it has an average.
+    limits: tokenizers by name, with the number of tokens that they cut texts to.
   """
 
   config: ConfigDict
   model: Model
   programs: programs.Programs
   weights: PyTree
+  limits: dict[str, cut_prompts.Limit]
 
 
 @contextlib.contextmanager
@@ -54,7 +56,9 @@ def opened(config: ConfigDict, name: str, tried: Sequence[Example] = ()) -> Iter
   program_cache.use(config.logging.compilation_cache)
   mesh = sharding.make_mesh(config.mesh)
   with out_of_memory.explained(config), jax.set_mesh(mesh):
-    pipeline, rewards = loading.build_pipeline(config), reward_builders.build_rewards(config)
+    limits = cut_prompts.of_model(config)
+    pipeline = loading.build_pipeline(config)
+    rewards = reward_builders.build_rewards(config, cut_prompts.noting_files(limits))
     if tried:
       reward_trial.require_usable(rewards, pipeline, tried)
     with out_of_memory.named("loading"):
@@ -62,7 +66,7 @@ def opened(config: ConfigDict, name: str, tried: Sequence[Example] = ()) -> Iter
       weights = model.trainable if name == "base" else restore(config, model, name)
     shardings = loading.state_shardings(config, model, 1, mesh)
     compiled = out_of_memory.guarded(programs.build(config, pipeline, rewards, mesh, shardings))
-    yield Opened(config, model, compiled, weights)
+    yield Opened(config, model, compiled, weights, limits)
 
 
 def restore(config: ConfigDict, model: Model, name: str) -> PyTree:

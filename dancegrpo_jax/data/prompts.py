@@ -1,18 +1,20 @@
-"""Prompts: read from a text file, a JSON list or a TFDS data set, and dealt out in batches by the
-number of the iteration.
+"""Prompts: read from a file or a TFDS data set, and dealt out in batches by the number of the
+iteration.
 """
 
+import hashlib
 import importlib
 import json
 import os
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import installation
+from dancegrpo_jax.data import prompt_files
+from dancegrpo_jax.data.prompt_files import METADATA, NEGATIVE, Content, Row, plain, prompt_name
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.types import Example
 
-FIELDS = ("prompt", "negative_prompt", "metadata")  # of an object in a .json list
 TFDS_FIELDS = ("prompt", "caption")  # the first of these that a data set has is read
 # The module that makes each TFDS data set of this project; its `builder` registers the name.
 BUILDERS = {
@@ -21,111 +23,109 @@ BUILDERS = {
 }
 
 
-def read_prompts(path: str, negative_prompt: str = "") -> list[Example]:
+class Prompts(NamedTuple):
+  """The prompts of one source.
+
+  Attributes:
+    examples: in the order of the source, numbered from 0.
+    summary: one line for the user: how many, from where, and what was left out.
+  """
+
+  examples: list[Example]
+  summary: str
+
+
+def read(path: str, negative_prompt: str = "") -> Prompts:
   """Reads a list of prompts.
 
   Args:
     path: one of
-      - a text file in UTF-8 with one prompt on each line; blank lines and lines that start with "#"
-        are skipped;
-      - a .json file: a list of strings, or of objects with prompt, negative_prompt (optional) and
-        metadata (optional);
+      - a .txt file with one prompt on each line;
+      - a .json file: a list of strings or of objects;
+      - a .jsonl file: a string or an object on each line;
+      - a .csv or .tsv file, whose first line names the columns;
       - "tfds:NAME[/CONFIG][#SPLIT]": the prompt or caption feature of a prepared TFDS data set in
         ArrayRecord format. Repeated texts are taken once, since a data set of pictures has several
         of each. The split is train unless it is named.
+      The prompt of an object or a row has a name of `prompt_files.NAMES`. `negative_prompt` is
+      optional. All other keys or columns are the metadata, and so is what an object `metadata`
+      holds.
     negative_prompt: for prompts that have none.
-
-  Returns:
-    Examples in the order of the file, numbered from 0.
 
   Raises:
     ValueError: the source can't be used; one line that names it and what to do.
   """
-  rows: list[dict]
-  if path.startswith("tfds:"):
-    rows = [{"prompt": text} for text in _read_tfds(path)]
-  elif path.endswith(".json"):
-    rows = _read_json(path)
-  else:
-    lines = (line.strip() for line in _read_text(path).split("\n"))
-    rows = [{"prompt": line} for line in lines if line and not line.startswith("#")]
-  if not rows:
-    raise ValueError(
-      f"prompts file {path} has no prompts: write one a line (lines that start with # are comments)"
-    )
-  return [
-    Example(
-      id=number,
-      prompt=row["prompt"],
-      negative_prompt=row.get("negative_prompt", negative_prompt),
-      metadata=row.get("metadata"),
-    )
-    for number, row in enumerate(rows)
-  ]
+  content = _read_tfds(path) if path.startswith("tfds:") else prompt_files.read(path)
+  examples = [_example(i, row, negative_prompt) for i, row in enumerate(content.rows)]
+  return Prompts(examples, f"{len(examples)} of {path}{_remarks(content, examples)}")
 
 
-def _read_text(path: str) -> str:
-  try:
-    # "-sig" skips the byte-order mark that editors on Windows write.
-    return installation.find(path).read_text(encoding="utf-8-sig")
-  except (FileNotFoundError, NotADirectoryError) as error:
-    raise ValueError(
-      f"prompts file not found: {path} (from {os.getcwd()}); set data.prompts to an existing file"
-    ) from error
-  except IsADirectoryError as error:
-    raise ValueError(
-      f"prompts file {path} is a folder; set data.prompts to a text or .json file"
-    ) from error
-  except PermissionError as error:
-    raise ValueError(
-      f"prompts file {path} can't be read: no permission; chmod it or name another"
-    ) from error
-  except UnicodeDecodeError as error:
-    raise ValueError(
-      f"prompts file {path} is not UTF-8 (byte {error.start}); convert it, e.g. with iconv -t UTF-8"
-    ) from error
+def read_prompts(path: str, negative_prompt: str = "") -> list[Example]:
+  """The examples of `read`, whose arguments and errors it has."""
+  return read(path, negative_prompt).examples
 
 
-def _read_json(path: str) -> list[dict]:
-  try:
-    rows = json.loads(_read_text(path) or "[]")
-  except json.JSONDecodeError as error:
-    raise ValueError(
-      f"prompts file {path} is not valid JSON: {error.msg} at line {error.lineno},"
-      f" column {error.colno}; correct it, or use a .txt file"
-    ) from error
-  if not isinstance(rows, list):
-    raise ValueError(
-      f"prompts file {path} holds a {type(rows).__name__}; it must be a list of strings or of"
-      " objects"
-    )
-  return [_check_row(path, i, row) for i, row in enumerate(rows)]
-
-
-def _check_row(path: str, i: int, row) -> dict:
-  """One entry of a .json list as an object, checked."""
-  row = {"prompt": row} if isinstance(row, str) else row
-  where = f"prompts file {path}, entry {i}"
-  if not isinstance(row, dict):
-    raise ValueError(
-      f"{where} is a {type(row).__name__}; it must be a string or an object with a prompt"
-    )
-  unknown = sorted(set(row) - set(FIELDS))
-  if unknown:
-    raise ValueError(
-      f"{where} has unknown fields {', '.join(unknown)}; known are {', '.join(FIELDS)}"
-    )
-  for field, missing in (("prompt", None), ("negative_prompt", "")):
-    if not isinstance(row.get(field, missing), str):
-      raise ValueError(f"{where}: {field} must be a string, not {row.get(field)!r}")
-  if not row["prompt"].strip():
+def _example(number: int, row: Row, negative_prompt: str) -> Example:
+  """The example of a row, with this id. ValueError: a value can't be used."""
+  where, fields = row.where, dict(row.fields)
+  prompt = _text(where, fields, prompt_name(where, list(fields)))
+  if not prompt.strip():
     raise ValueError(f"{where}: prompt is empty; remove the entry")
-  if not isinstance(row.get("metadata", {}), dict | None):
-    raise ValueError(f"{where}: metadata must be an object, not {row['metadata']!r}")
-  return row
+  negative = [name for name in fields if plain(name) == NEGATIVE]
+  if len(negative) > 1:
+    raise ValueError(f"{where} has the keys {' and '.join(map(repr, negative))}; remove one")
+  if negative:
+    negative_prompt = _text(where, fields, negative[0])
+  return Example(
+    id=number,
+    prompt=prompt,
+    negative_prompt=negative_prompt,
+    metadata=_metadata(where, fields),
+  )
 
 
-def _read_tfds(source: str) -> list[str]:
+def _text(where: str, fields: dict[str, Any], name: str) -> str:
+  """Takes the text of a key out of `fields`. ValueError: it is no text."""
+  value = fields.pop(name)
+  if not isinstance(value, str):
+    raise ValueError(f"{where}: {name} must be a string, not {value!r}")
+  try:
+    value.encode()
+  except UnicodeEncodeError as error:  # JSON can write half of a character, as "\ud83d"
+    raise ValueError(f"{where}: {name} {value!r} holds half of a character; correct it") from error
+  return value
+
+
+def _metadata(where: str, fields: dict[str, Any]) -> dict[str, Any] | None:
+  """The keys that are left and what an object `metadata` holds. None where there is nothing."""
+  if METADATA not in fields or isinstance(fields[METADATA], str):  # a column of that name is text
+    return fields or None
+  inner = fields.pop(METADATA)
+  if not isinstance(inner, dict | None):
+    raise ValueError(f"{where}: metadata must be an object, not {inner!r}")
+  if both := fields.keys() & (inner or {}).keys():
+    raise ValueError(f"{where} has {min(both)!r} twice, inside of metadata too; rename one")
+  return fields | (inner or {}) if fields else inner
+
+
+def _remarks(content: Content, examples: list[Example]) -> str:
+  """What was left out and what the user should know, in brackets; "" where there is nothing."""
+  left_out = [f"{n} {what}{'s' * (n > 1)}" for what, n in content.left_out.items() if n]
+  remarks = [f"{' and '.join(left_out)} left out"] if left_out else []
+  again = len(examples) - len({example.prompt for example in examples})
+  if again:
+    remarks.append(f"{again} with the text of an earlier one, kept")
+  remarks += content.notes
+  return f" ({'; '.join(remarks)})" if remarks else ""
+
+
+def digest(examples: list[Example]) -> str:
+  """16 hexadecimal digits that identify the examples: ids, texts and metadata, in order."""
+  rows = json.dumps([example._asdict() for example in examples], sort_keys=True, default=repr)
+  return hashlib.sha256(rows.encode()).hexdigest()[:16]
+
+
+def _read_tfds(source: str) -> Content:
   """The different texts of a TFDS split, in the order of their first appearance."""
   # Imported here because it is slow to import, and other sources don't need it.
   import tensorflow_datasets as tfds
@@ -156,7 +156,9 @@ def _read_tfds(source: str) -> list[str]:
       " another"
     )
   texts = (data[i][field] for i in range(len(data)))
-  return list(dict.fromkeys(text.decode() if isinstance(text, bytes) else text for text in texts))
+  different = dict.fromkeys(text.decode() if isinstance(text, bytes) else text for text in texts)
+  rows = [Row(f"prompts source {source}, {text!r}", {"prompt": text}) for text in different]
+  return Content(rows, {"repeated text": len(data) - len(rows)})
 
 
 def prompt_batches(examples: list[Example], prompts_per_iteration: int, seed: int, shuffle: bool):
@@ -196,19 +198,26 @@ def prompt_batches(examples: list[Example], prompts_per_iteration: int, seed: in
   return dataset.repeat().batch(prompts_per_iteration, batch_fn=list)
 
 
-def read_examples(config: ConfigDict) -> list[Example]:
-  """The training prompts. ConfigError as the ValueError of `read_prompts`."""
+def read_field(config: ConfigDict, field: str) -> Prompts:
+  """The prompts of `config.data.<field>`: "prompts", or "held_out", which may be "" for none.
+
+  Raises:
+    ConfigError: as the ValueError of `read`.
+  """
+  path = config.data[field]
+  if field == "held_out" and not path:
+    return Prompts([], "")
   try:
-    return read_prompts(config.data.prompts, config.data.negative_prompt)
+    return read(path, config.data.negative_prompt)
   except ValueError as error:
     raise ConfigError(str(error)) from error
+
+
+def read_examples(config: ConfigDict) -> list[Example]:
+  """The training prompts. ConfigError as `read_field`."""
+  return read_field(config, "prompts").examples
 
 
 def read_held_out(config: ConfigDict) -> list[Example]:
-  """The prompts of data.held_out; [] where it is "". ConfigError as `read_examples`."""
-  if not config.data.held_out:
-    return []
-  try:
-    return read_prompts(config.data.held_out, config.data.negative_prompt)
-  except ValueError as error:
-    raise ConfigError(str(error)) from error
+  """The prompts of data.held_out; [] where it is "". ConfigError as `read_field`."""
+  return read_field(config, "held_out").examples

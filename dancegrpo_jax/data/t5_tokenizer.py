@@ -9,9 +9,10 @@ embedded models, which have few captions.
 import collections
 import math
 import os
-from collections.abc import Callable
 
 import numpy as np
+
+from dancegrpo_jax.data.cut_texts import Tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
 PAD, EOS, UNKNOWN, SPACE = "<pad>", "</s>", "<unk>", "▁"
@@ -60,7 +61,7 @@ def write_t5_tokenizer(captions: list[str], folder: str, length: int) -> None:
   tokenizer.save_pretrained(folder)
 
 
-def load_t5_tokenizer(folder: str) -> Callable[[list[str], int], np.ndarray]:
+def load_t5_tokenizer(folder: str) -> Tokenizer:
   """The tokenizer of a T5Tokenizer folder, of this project or of FLUX, through transformers.
 
   Returns:
@@ -86,4 +87,7 @@ def load_t5_tokenizer(folder: str) -> Callable[[list[str], int], np.ndarray]:
     )
     return rows["input_ids"].astype(np.int32)
 
-  return encode
+  def lengths(texts: list[str]) -> list[int]:
+    return list(map(len, tokenizer(list(texts), verbose=False)["input_ids"]))
+
+  return Tokenizer("T5", encode, lengths)

@@ -8,9 +8,10 @@ and nothing becomes the unknown token. Stable Diffusion's tokenizer folder can b
 
 import json
 import os
-from collections.abc import Callable
 
 import numpy as np
+
+from dancegrpo_jax.data.cut_texts import Tokenizer
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -165,7 +166,7 @@ def _write_json(path: str, value) -> None:
     file.write("\n")
 
 
-def load_tokenizer(folder: str) -> Callable[[list[str]], np.ndarray]:
+def load_tokenizer(folder: str) -> Tokenizer:
   """The tokenizer of a CLIPTokenizer folder, of this project or of Stable Diffusion, through
   transformers.
 
@@ -200,4 +201,7 @@ def load_tokenizer(folder: str) -> Callable[[list[str]], np.ndarray]:
     )
     return rows["input_ids"].astype(np.int32)
 
-  return encode
+  def lengths(texts: list[str]) -> list[int]:
+    return list(map(len, tokenizer(list(texts), verbose=False)["input_ids"]))
+
+  return Tokenizer("CLIP", encode, lengths)

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dancegrpo_jax import strict_json
-from dancegrpo_jax.assembly import sampling
+from dancegrpo_jax.assembly import cut_prompts, sampling
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import accelerator
 from dancegrpo_jax.errors import ConfigError
@@ -41,17 +41,24 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
   checks.validate(config, num_devices=jax.device_count(), **checks.device_facts(device))
   accelerator.say_share(device.platform)
   try:
-    lists = {file: prompts.read_prompts(file, config.data.negative_prompt) for file in files}
-    pool = sum(lists.values(), [])
-    if config.evaluation.distractors:
-      pool = prompts.read_prompts(config.evaluation.distractors)
+    found = {file: prompts.read(file, config.data.negative_prompt) for file in files}
+    distractors = config.evaluation.distractors
+    others = {distractors: prompts.read(distractors)} if distractors else {}
   except ValueError as error:
     raise ConfigError(str(error)) from error
+  lists = {file: each.examples for file, each in found.items()}
+  pool = [example for each in (others or found).values() for example in each.examples]
+  for what, sources in (("prompts", found), ("prompts of other pictures", others)):
+    for each in sources.values():
+      print(f"{what}: {each.summary}")
   results: dict[str, dict] = {}
   rows: dict[str, dict[str, list[dict]]] = {}
   folder = out.with_suffix("")
   errors = folder / failures.FILE
   with sampling.opened(config, checkpoint, tried=sum(lists.values(), [])) as opened:
+    groups = {f"prompts of {file}": examples for file, examples in lists.items()}
+    for line in cut_prompts.lines(config, opened.limits, groups):
+      print(line)
     for file, examples in lists.items():
       base, before = measure(opened, opened.model.trainable, examples, pool, errors)
       tuned, after = measure(opened, opened.weights, examples, pool, errors)

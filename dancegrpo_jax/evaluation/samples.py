@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.assembly import sampling
+from dancegrpo_jax.assembly import cut_prompts, sampling
 from dancegrpo_jax.devices import accelerator
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.report import images
@@ -37,6 +37,8 @@ def run(
   accelerator.say_share(device.platform)
   examples = [Example(i, text, config.data.negative_prompt) for i, text in enumerate(prompts)]
   with sampling.opened(config, checkpoint) as opened:
+    for line in cut_prompts.lines(config, opened.limits, {"prompts": examples}):
+      print(line)
     media = sampling.draw(opened, opened.weights, examples, samples, seed)
   pixels = np.asarray(media.pixels)
   for p, row in enumerate(pixels):

@@ -1,6 +1,6 @@
 """What stays the same during a run: models, programs and data. It is loaded and compiled here."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,17 +9,25 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dancegrpo_jax import programs, scoring
-from dancegrpo_jax.assembly import encoding, loading, resident, reward_builders, reward_trial
+from dancegrpo_jax.assembly import (
+  cut_prompts,
+  encoding,
+  loading,
+  resident,
+  reward_builders,
+  reward_trial,
+)
 from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.compilation import ahead, calls
 from dancegrpo_jax.data import prompts
-from dancegrpo_jax.data.prompts import read_examples, read_held_out
+from dancegrpo_jax.data.prompts import read_held_out
 from dancegrpo_jax.devices import out_of_memory, processes, program_cache
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.report import metrics, page
 from dancegrpo_jax.rl.state import TrainState, init_state
 from dancegrpo_jax.settings import checks, command_line, stored_config
+from dancegrpo_jax.training import run_prompts
 from dancegrpo_jax.types import Example, PyTree
 
 
@@ -84,6 +92,7 @@ def load_and_compile(
   held_out: list[Example],
   mesh: jax.sharding.Mesh,
   progress: metrics.Progress,
+  summaries: Sequence[str] = (),
 ) -> Loaded:
   """Reads the weights, and compiles the programs in threads meanwhile.
 
@@ -96,17 +105,24 @@ def load_and_compile(
     held_out: prompts that are evaluated and not trained on.
     mesh: the devices; the caller has entered it.
     progress: shows what is being compiled.
+    summaries: lines about the prompts. They are printed, with those about prompts that are cut,
+      when the files of the models have been found.
 
   Raises:
     ConfigError: a checkpoint or a reward that can't be used, or a model that is too large for the
       devices.
   """
-  pipeline, rewards = loading.build_pipeline(config), reward_builders.build_rewards(config)
+  limits = cut_prompts.of_model(config)
+  pipeline = loading.build_pipeline(config)
+  rewards = reward_builders.build_rewards(config, cut_prompts.noting_files(limits))
   reward_trial.require_usable(rewards, pipeline, examples, progress.warning)
   without = pipeline.encoders if config.data.cache_embeddings else ()
   outline = loading.outline(config, pipeline, rewards, mesh)
   state = loading.abstract_state(config, outline, mesh, len(examples))
   resident.require_room(config, mesh, outline, state, without)
+  groups = {"prompts": examples, "held-out prompts": held_out}
+  for line in (*summaries, *cut_prompts.lines(config, limits, groups)):
+    progress.message(line)
   cached = None
   if config.data.cache_embeddings:
     cached = encoding.cached_encoder(config, workdir, pipeline, examples + held_out, mesh)
@@ -136,6 +152,7 @@ def prepare(
   mesh: jax.sharding.Mesh,
   first: int,
   progress: metrics.Progress,
+  summaries: Sequence[str] = (),
 ) -> tuple[Session, TrainState]:
   """Loads and compiles what the iterations need. Then writes config.json and environment.json.
 
@@ -146,6 +163,7 @@ def prepare(
     mesh: the devices; the caller has entered it.
     first: number of iterations that are done already.
     progress: shows what is being compiled.
+    summaries: lines about the prompts, as for `load_and_compile`.
 
   Returns:
     The session, and the state before iteration `first`.
@@ -155,7 +173,7 @@ def prepare(
   """
   program_cache.use(config.logging.compilation_cache)
   held_out = read_held_out(config)
-  loaded = load_and_compile(config, workdir, examples, held_out, mesh, progress)
+  loaded = load_and_compile(config, workdir, examples, held_out, mesh, progress, summaries)
   model, compiled = loaded.model, loaded.programs
   reference = reference_of(config, model)
   if first:
@@ -214,25 +232,31 @@ def resumed_config(config: ConfigDict, workdir: Path, given: Collection[str]) ->
   return resumed
 
 
-def checked(config: ConfigDict, workdir: Path) -> tuple[list[Example], int]:
+def checked(config: ConfigDict, workdir: Path) -> tuple[run_prompts.RunPrompts, int]:
   """Checks all that can be checked before anything is loaded.
 
   Returns:
-    The prompt data set, and the number of iterations that are done already.
+    The prompts, and the number of iterations that are done already.
 
   Raises:
     ConfigError: a mistake in the config, the prompts or the workdir.
   """
-  examples = read_examples(config)
+  found = run_prompts.read(config)
   facts = checks.device_facts(jax.devices()[0])
-  checks.validate(config, num_devices=jax.device_count(), num_examples=len(examples), **facts)
+  checks.validate(config, num_devices=jax.device_count(), num_examples=len(found.examples), **facts)
   command_line.require_writable(f"--workdir={workdir}", workdir)
   done = iterations_done(config, workdir)
+  run_prompts.require_unchanged(config, workdir, found.identity)
   processes.require_same(
     done, f"--workdir={workdir}: iterations done differ", "all hosts must see the same folder"
   )
+  processes.require_same(
+    prompts.digest([*found.examples, *found.held_out]),
+    "the processes read different prompts",
+    "all hosts must have the same prompts files",
+  )
   processes.require_shared(workdir)
-  return examples, done
+  return found, done
 
 
 def iterations_done(config: ConfigDict, workdir: Path) -> int:

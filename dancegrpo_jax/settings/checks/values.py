@@ -61,7 +61,7 @@ LIMITS = {
     "must be (height, width) in pixels, as (512, 512)",
   ),
   "model.text_length": _at_least(1),
-  "data.prompts": Limit(bool, "must name a text file with one prompt a line, or a .json list"),
+  "data.prompts": Limit(bool, "must name a prompts file: .txt, .json, .jsonl, .csv or .tsv"),
   "data.prompts_per_iteration": _at_least(1),
   "sampler.steps": _at_least(1),
   "sampler.shift": Limit(
