@@ -350,8 +350,8 @@ def get_config() -> ConfigDict:
       # A regular expression that matches the whole path of each dense kernel to adapt, for example
       # `.*attn.*/to_(q|k|v|out_0)/kernel`.
       "targets": "",
-      # Adapters to start from, in PEFT's or diffusers' layout: a file or its folder. Empty means
-      # new ones.
+      # Adapters to start from, in the layout of diffusers, PEFT or kohya: a file or its folder.
+      # Empty means new ones.
       "checkpoint": "",
     }
   )

@@ -14,7 +14,6 @@ from dancegrpo_jax.assembly import reward_builders
 from dancegrpo_jax.checkpoints import components, hub, weights
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.models import lora
 from dancegrpo_jax.models.lora import Lora
 from dancegrpo_jax.pipelines import families
 from dancegrpo_jax.pipelines.base import Family, ModelSettings, Pipeline
@@ -235,7 +234,7 @@ def load_adapters(config: ConfigDict, pipeline: Pipeline, shardings: PyTree) -> 
   """The adapters that training starts from: new ones, or those of config.lora.checkpoint.
 
   The latter are rescaled, so that with the alpha of this config they change the model as much as
-  with their own.
+  with their own. What is left out or changed of them is said in a line each.
 
   Raises:
     ConfigError: config.lora.checkpoint has no adapters, or not those that this config asks for.
@@ -243,15 +242,17 @@ def load_adapters(config: ConfigDict, pipeline: Pipeline, shardings: PyTree) -> 
   component, name = pipeline.components["denoiser"], config.lora.checkpoint
   if not name:
     return programs.init_adapters(config, pipeline.adapters, shardings)
-  everywhere = lora.abstract(component.abstract, Lora(1, 1.0, ".*"))
+  settings = Lora(config.lora.rank, config.lora.alpha, config.lora.targets)
   try:
-    adapters, scale = weights.load_lora(
-      name, component.table, pipeline.adapters, everywhere, shardings
+    adapters, notes = weights.load_lora(
+      name, component.table, pipeline.adapters, component.abstract, settings.scale, shardings
     )
   except weights.ConversionError as error:
     raise ConfigError(f"config.lora.checkpoint = {name!r}: {error}") from error
-  settings = Lora(config.lora.rank, config.lora.alpha, config.lora.targets)
-  return lora.scaled(adapters, scale / settings.scale)
+  if jax.process_index() == 0:
+    for note in notes:
+      print(f"note: config.lora.checkpoint = {name!r}: {note}")
+  return adapters
 
 
 def outline(

@@ -1,31 +1,70 @@
-"""LoRA files in the layouts of diffusers and peft: a table that reads them, the strength of their
-adapters, and whether they fit a run.
+"""LoRA files in the layouts of diffusers, peft and kohya: the adapters in them.
 
-A file holds `<network>.<module>.lora_A.weight [rank, in]` and `.lora_B.weight [out, rank]`, as
-diffusers' `save_lora_weights` writes them; the network is "unet" or "transformer". peft's own names
-(`base_model.model.<module>...`), names without a prefix, and the older `lora.down` and `lora.up`
-are read too. How strongly the product counts is written in one of four places; see `scale_of`.
+lora_names.py says which layer a tensor is for, and lora_strength.py how strongly it counts. Here
+both are read into one `Adapter` for each layer of the network. lora_run.py makes them those of a
+run, and lora_merging.py adds them to the weights.
 """
 
-import json
-import re
 from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
 
 from dancegrpo_jax import installation
-from dancegrpo_jax.checkpoints.safetensors_io import Reader, metadata
+from dancegrpo_jax.checkpoints import lora_names, lora_strength
+from dancegrpo_jax.checkpoints.lora_names import Layers, Name, Piece, Shape, listed
+from dancegrpo_jax.checkpoints.safetensors_io import Reader
 from dancegrpo_jax.conversion.table import Row, Spec, Table
 from dancegrpo_jax.errors import ConversionError
 
 FILE = "pytorch_lora_weights"
 _FILES = (f"{FILE}.safetensors", "adapter_model.safetensors")
-_FACTORS = {"lora_A": "lora_A", "lora_B": "lora_B", "lora.down": "lora_A", "lora.up": "lora_B"}
-_RANK_AXIS = {"lora_A": 0, "lora_B": 1}
-_METADATA = "lora_adapter_metadata"  # diffusers' key
-_NOT_IMPLEMENTED = ("use_dora", "alpha_pattern", "rank_pattern", "lora_bias")  # peft's settings
+
+
+class Adapter(NamedTuple):
+  """The adapter of one layer of the network.
+
+  Attributes:
+    piece: the layer, and which outputs of the file's layer it is.
+    down: the name of the tensor A `[rank, in]`, or `[rank, in, height, width]` of a convolution.
+    up: the name of the tensor B `[out, rank]`.
+    rank: of both.
+    scale: the factor of the product B A.
+  """
+
+  piece: Piece
+  down: str
+  up: str
+  rank: int
+  scale: float
+
+
+class LoraFile(NamedTuple):
+  """What a LoRA file holds.
+
+  Attributes:
+    adapters: by the layer of the network.
+    notes: lines for the user: what was left out, and where alpha is from.
+  """
+
+  adapters: dict[str, Adapter]
+  notes: tuple[str, ...]
+
+
+class _Group(NamedTuple):
+  """The names of the tensors of one layer of the file."""
+
+  down: str | None = None
+  up: str | None = None
+  alpha: str | None = None
 
 
 def table_for(network: Table) -> Table:
-  """The table of adapters of every dense layer that a network's table has."""
+  """The table of adapters of every dense layer that a network's table has, under the names that
+  diffusers' `save_lora_weights` writes: `<network>.<module>.lora_A.weight [rank, in]` and
+  `.lora_B.weight [out, rank]`.
+  """
   rows, prefix = [], network.lora_prefix
   for row in network.rows:
     left, right = (side.split() for side in row.axes.split("->"))
@@ -37,7 +76,7 @@ def table_for(network: Table) -> Table:
         Row(f"{prefix}.{module}.lora_A.weight", f"{path}/a", f"r i -> {stack} i r"),
         Row(f"{prefix}.{module}.lora_B.weight", f"{path}/b", f"o r -> {stack} r o"),
       ]
-  return Table(f"adapters of {network.name}", tuple(rows), others=("{*}.alpha",), file=FILE)
+  return Table(f"adapters of {network.name}", tuple(rows), file=FILE)
 
 
 def find(path: str | Path) -> Path:
@@ -53,7 +92,7 @@ def find(path: str | Path) -> Path:
     content, names = f"no such folder or .safetensors file (from {Path.cwd()})", []
   else:
     entries = sorted(entry.name for entry in path.iterdir())
-    content = f"the folder holds {', '.join(entries) or 'nothing'}"
+    content = f"the folder holds {listed(entries, 6) or 'nothing'}"
     weight_files = [name for name in entries if name.endswith(".safetensors")]
     names = [name for name in _FILES if name in entries]
     if not names and len(weight_files) == 1:
@@ -65,151 +104,152 @@ def find(path: str | Path) -> Path:
   return path / names[0]
 
 
-def canonical_name(network: Table, name: str) -> str | None:
-  """A tensor's name as the rows spell it; None where it is no factor of an adapter."""
-  prefix = network.lora_prefix
-  factors = "|".join(map(re.escape, _FACTORS))
-  parts = re.fullmatch(
-    rf"(?:base_model\.model\.)?(?:{prefix}\.)?(.+?)\.({factors})(?:\.\w+)?\.weight", name
-  )
-  return f"{prefix}.{parts[1]}.{_FACTORS[parts[2]]}.weight" if parts else None
+# ---- Reading
 
 
-def scale_of(file: Path, network: Table, reader: Reader, rank: int) -> float:
-  """The factor of the product B A: alpha / rank, or 1 where the file doesn't give alpha.
-
-  alpha is looked for in `<module>.alpha` tensors, in diffusers' metadata of the file, and in peft's
-  adapter_config.json beside it.
+def read(file: Path, layers: Layers, reader: Reader) -> LoraFile:
+  """The adapters in a file.
 
   Args:
     file: the weight file.
-    network: the adapted network's table.
+    layers: of the network.
     reader: of the file.
-    rank: of the adapters.
 
   Raises:
-    ConversionError: alpha is not the same for all modules, or the adapters are of a kind that is
-      not implemented.
+    ConversionError: one line: the file holds no adapters, those of another model, or adapters of a
+      kind that is not implemented.
   """
-  scalars = {name: spec for name, spec in reader.specs.items() if name.endswith(".alpha")}
-  alphas = {
-    float(reader.read(name, (slice(None),) * len(spec.shape)).reshape(-1)[0])
-    for name, spec in scalars.items()
-  }
-  if len(alphas) > 1:
-    raise ConversionError(
-      f"its modules have different alphas ({', '.join(map(str, sorted(alphas)))}), which is not"
-      " implemented"
+  names = {tensor: lora_names.parse(layers, tensor) for tensor in reader.specs}
+  text = [tensor for tensor, name in names.items() if name.role == "text"]
+  names = {tensor: name for tensor, name in names.items() if name.role != "text"}
+  _check_kind(layers, names, text)
+  settings = lora_strength.settings_of(file, layers.table.lora_prefix)
+  groups = _groups(names)
+  _check_model(layers, groups, reader.specs)
+  adapters: dict[str, Adapter] = {}
+  has_alphas = False
+  for layer, (down, up, alpha) in groups.items():
+    assert down is not None and up is not None  # as _check_model has found
+    rank, value = reader.specs[down].shape[0], _scalar(reader, alpha)
+    has_alphas = has_alphas or value is not None
+    scale = lora_strength.scale_of(settings, value, layer, rank)
+    for piece in lora_names.pieces(layers, layer):
+      if piece.module in adapters:
+        other = adapters[piece.module].down
+        raise ConversionError(f"it holds two adapters of one layer: {other} and {down}")
+      adapters[piece.module] = Adapter(piece=piece, down=down, up=up, rank=rank, scale=scale)
+  notes = []
+  if text:
+    notes.append(
+      f"its adapters of text encoders are left out, because only the {layers.table.name} is"
+      f" adapted: {listed(text)}"
     )
-  if alphas:
-    return alphas.pop() / rank
-  prefix, peft_config = network.lora_prefix, file.parent / "adapter_config.json"
-  if _METADATA in metadata(file):
-    settings = json.loads(metadata(file)[_METADATA])
-    settings = {key.removeprefix(f"{prefix}."): value for key, value in settings.items()}
-  else:
-    settings = json.loads(peft_config.read_text()) if peft_config.is_file() else {}
-  refused = [key for key in _NOT_IMPLEMENTED if settings.get(key)]
-  if refused:
-    raise ConversionError(f"it was made with {', '.join(refused)}, which is not implemented")
-  return settings.get("lora_alpha", rank) / (rank**0.5 if settings.get("use_rslora") else rank)
+  if settings.source.endswith(".json") and not has_alphas:
+    notes.append(f"its alpha is that of {settings.source} beside it")
+  return LoraFile(adapters=adapters, notes=tuple(notes))
 
 
-def table_of_file(
-  network: Table,
-  tensors: dict[str, Spec],
-  expected: dict[str, Spec],
-  every_layer: dict[str, Spec],
-  rank: int,
-) -> Table:
-  """The table that reads a file, once the file is known to fit the run.
-
-  Args:
-    network: the adapted network's table.
-    tensors: of the file.
-    expected: what the file would hold if the run had written it.
-    every_layer: the same for adapters of rank 1 on every dense layer.
-    rank: of the run.
-
-  Raises:
-    ConversionError: one line: the file holds no adapters, those of another model, another rank, or
-      those of other layers.
-  """
-  names = _canonical_names(network, tensors, next(iter(expected)))
-  specs = {canonical: tensors[name] for name, canonical in names.items()}
-  _check_model(network, specs, every_layer)
-  _check_rank(specs, rank)
-  _check_layers(specs, expected)
-  aliases = tuple((name, canonical) for name, canonical in names.items() if name != canonical)
-  return table_for(network)._replace(aliases=aliases)
+def _scalar(reader: Reader, name: str | None) -> float | None:
+  """The only element of a tensor; None where there is no such tensor."""
+  if name is None:
+    return None
+  value = reader.read(name, (slice(None),) * len(reader.specs[name].shape))
+  if value.size != 1:
+    raise ConversionError(f"{name} has {value.size} elements; expected one number")
+  return float(value.reshape(-1)[0])
 
 
-def _canonical_names(network: Table, tensors: dict[str, Spec], example: str) -> dict[str, str]:
-  """The tensors' names as the rows spell them. ConversionError: not all are factors of adapters."""
-  names, others = {}, []
-  for name in tensors:
-    canonical = canonical_name(network, name)
-    if canonical is not None:
-      names[name] = canonical
-    elif not name.endswith(".alpha"):
-      others.append(name)
-  if others or not names:
+def _check_kind(layers: Layers, names: dict[str, Name], text: list[str]) -> None:
+  """ConversionError: not all tensors are parts of adapters, or they are of another kind."""
+  kinds = {tensor: lora_names.other_kind(tensor) for tensor in names}
+  other = [tensor for tensor, kind in kinds.items() if kind]
+  if other:
     raise ConversionError(
-      "not a LoRA in diffusers' or peft's layout: it holds"
-      f" {others[0] if others else 'nothing'}; expected {example}"
+      f"it holds {kinds[other[0]]}, which is not implemented: {listed(other)}; save it as a plain"
+      " LoRA"
     )
-  return names
+  unknown = [tensor for tensor, name in names.items() if not name.role]
+  if unknown or not names:
+    if text and not unknown:
+      raise ConversionError(
+        f"it holds adapters of text encoders alone ({listed(text)}), and only the"
+        f" {layers.table.name} is adapted"
+      )
+    example = f"{layers.table.lora_prefix}.{next(iter(layers.shapes), '<layer>')}.lora_A.weight"
+    raise ConversionError(
+      "not a LoRA in the layout of diffusers, peft or kohya: it holds"
+      f" {listed(unknown) or 'nothing'}; expected names as {example}"
+    )
 
 
-def _factor(name: str) -> str:
-  """Which factor, "lora_A" or "lora_B", the tensor of a canonical name is."""
-  return name.split(".")[-2]
+def _groups(names: dict[str, Name]) -> dict[str, _Group]:
+  """The tensors by the file's layer. ConversionError: a factor is missing, or is there twice."""
+  groups: dict[str, _Group] = {}
+  for tensor, name in names.items():
+    group = groups.get(name.layer, _Group())
+    present = getattr(group, name.role)
+    if present is not None:
+      raise ConversionError(f"it holds two adapters of one layer: {present} and {tensor}")
+    groups[name.layer] = group._replace(**{name.role: tensor})
+  incomplete = [group for group in groups.values() if group.down is None or group.up is None]
+  if incomplete:
+    names_there = [str(group.down or group.up or group.alpha) for group in incomplete]
+    raise ConversionError(f"it lacks a factor that belongs to {listed(names_there)}")
+  return groups
 
 
-def _fits(name: str, spec: Spec, layer: Spec) -> bool:
-  """Whether a factor has the width of its layer; the rank is another matter."""
-  width_axis = 1 - _RANK_AXIS[_factor(name)]
-  return len(spec.shape) == 2 and spec.shape[width_axis] == layer.shape[width_axis]
-
-
-def _check_model(network: Table, specs: dict[str, Spec], every_layer: dict[str, Spec]) -> None:
-  """ConversionError where factors fit no layer of the network."""
-  foreign = [
+def _check_model(layers: Layers, groups: dict[str, _Group], specs: dict[str, Spec]) -> None:
+  """ConversionError where factors fit no layer of the network, or are no floating-point numbers."""
+  whole = [
     name
-    for name, spec in specs.items()
-    if name not in every_layer or not _fits(name, spec, every_layer[name])
+    for group in groups.values()
+    for name in (str(group.down), str(group.up))
+    if not jnp.issubdtype(specs[name].dtype, jnp.floating)
+  ]
+  if whole:
+    raise ConversionError(
+      f"its factors are {specs[whole[0]].dtype}, and quantised ones are not implemented:"
+      f" {listed(whole)}; save them in float16 or float32"
+    )
+  foreign = [
+    str(group.down)
+    for layer, group in groups.items()
+    if not _fits(layers, layer, specs[str(group.down)].shape, specs[str(group.up)].shape)
   ]
   if foreign:
-    example = f"{foreign[0]} {list(specs[foreign[0]].shape)}"
     raise ConversionError(
-      f"of another model: {len(foreign)} of its {len(specs)} tensors fit no dense layer of the"
-      f" {network.name}, as {example}"
+      f"of another model: the adapters of {len(foreign)} of its {len(groups)} layers fit no layer"
+      f" of the {layers.table.name}, as {foreign[0]} {list(specs[foreign[0]].shape)}"
     )
 
 
-def _check_rank(specs: dict[str, Spec], rank: int) -> None:
-  """ConversionError where the adapters have another rank."""
-  ranks = sorted({spec.shape[_RANK_AXIS[_factor(name)]] for name, spec in specs.items()})
-  if ranks != [rank]:
-    remedy = "one rank is needed"
-    if len(ranks) == 1:
-      remedy = f"set --config.lora.rank={ranks[0]} and an alpha of your choice"
-    raise ConversionError(
-      f"its rank is {', '.join(map(str, ranks))}, not config.lora.rank = {rank}; {remedy}"
-    )
+def _fits(layers: Layers, layer: str, down: Shape, up: Shape) -> bool:
+  """Whether factors of these shapes belong to a layer of the network, whatever their rank."""
+  found = lora_names.pieces(layers, layer)
+  if not found or len(down) < 2 or len(up) < 2 or not down[0]:
+    return False
+  weight = layers.shapes[found[0].module]
+  # A convolution of one pixel and a dense layer are the same; their factors are spelt either way.
+  kernel = [size for size in down[2:] if size != 1] == [size for size in weight[2:] if size != 1]
+  return (
+    kernel
+    and down[1] == weight[1]
+    and up[0] == found[-1].stop
+    and up[1] == down[0]
+    and set(up[2:]) <= {1}
+  )
 
 
-def _check_layers(specs: dict[str, Spec], expected: dict[str, Spec]) -> None:
-  """ConversionError where the file adapts other layers than the run."""
-  differences = []
-  for names, what in (
-    (sorted(specs.keys() - expected), "isn't matched"),
-    (sorted(expected.keys() - specs), "isn't in the file"),
-  ):
-    if names:
-      differences.append(f"{names[0]} {what} ({len(names)} in all)")
-  if differences:
-    raise ConversionError(
-      f"it adapts other layers than config.lora.targets: {', '.join(differences)}; set those that"
-      " it was made with"
-    )
+def factors(reader: Reader, adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
+  """A `[rank, in]` and B `[out, rank]` of a layer of the network, float32 and without the scale. Of
+  a convolution, "in" counts the elements of its window.
+  """
+  down, up = (
+    np.asarray(reader.read(name, (slice(None),) * len(reader.specs[name].shape)), np.float32)
+    for name in (adapter.down, adapter.up)
+  )
+  piece = adapter.piece
+  up = up.reshape(len(up), adapter.rank)[piece.start : piece.stop]
+  if piece.halves_swapped:
+    up = np.roll(up, len(up) // 2, axis=0)
+  return down.reshape(adapter.rank, -1), up

@@ -18,7 +18,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
-from dancegrpo_jax.checkpoints import lora_files, pickled
+from dancegrpo_jax.checkpoints import lora_files, lora_names, lora_run, pickled
 from dancegrpo_jax.checkpoints.networks import table_of
 from dancegrpo_jax.checkpoints.safetensors_io import HOW, Reader, find_files, write
 from dancegrpo_jax.conversion.mapping import Mapping, plan
@@ -195,34 +195,46 @@ def load_lora(
   path: str | Path,
   table: Table | str,
   adapters: PyTree,
-  everywhere: PyTree,
+  network_params: PyTree,
+  scale: float,
   shardings: PyTree | Sharding | None = None,
-) -> tuple[PyTree, float]:
-  """Reads adapters of a network in diffusers' or peft's layout.
+) -> tuple[PyTree, tuple[str, ...]]:
+  """Reads adapters of a network in the layout of diffusers, peft or kohya, so that a run can train
+  them further.
 
   Args:
     path: a file, or its folder.
     table: the adapted network's table, or its name.
     adapters: abstract tree of the adapters of the run (models/lora.py).
-    everywhere: the same for adapters of rank 1 on every dense layer.
+    network_params: abstract tree of the network's parameters.
+    scale: the factor of the product of the matrices in the run. The adapters are rescaled, so that
+      they change the network as much as with the factors of the file.
     shardings: as in `load`.
 
   Returns:
-    The tree of arrays, and the factor of the product of its matrices in the file.
+    The tree of arrays, and lines for the user: what was left out, and what was changed.
 
   Raises:
-    ConversionError: one line: the file holds no adapters, those of another model, another rank, or
-      those of other layers.
+    ConversionError: one line: the file holds no adapters, those of another model, of another kind,
+      of a higher rank, or of other layers.
   """
   network, file = table_of(table), lora_files.find(path)
-  adapter_table = lora_files.table_for(network)
-  expected = expected_sources(adapter_table, specs(adapters))
-  every_layer = expected_sources(adapter_table, specs(everywhere))
+  adapter_table, targets = lora_files.table_for(network), specs(adapters)
+  expected = expected_sources(adapter_table, targets)
   rank = next(spec.shape[0] for name, spec in expected.items() if name.endswith("lora_A.weight"))
+  modules = {name.rsplit(".", 2)[0].removeprefix(f"{network.lora_prefix}.") for name in expected}
+  layers = lora_names.layers_of(network, specs(network_params))
   with Reader([file]) as reader:
-    file_table = lora_files.table_of_file(network, reader.specs, expected, every_layer, rank)
-    scale = lora_files.scale_of(file, network, reader, rank)
-  return load(file, file_table, adapters, shardings), scale
+    content = lora_files.read(file, layers, reader)
+    lora_run.check_run(content, layers, modules, rank)
+    factors = lora_run.Factors(reader, content.adapters, layers, rank, scale)
+    mapping, by_path = plan(adapter_table, factors.specs, targets), _by_path(shardings, targets)
+    arrays = {
+      target: _place(mapping, target, spec, factors, by_path[target])
+      for target, spec in targets.items()
+    }
+  notes = content.notes + lora_run.fitting_note(content, rank)
+  return unflatten_dict(arrays, sep="/"), notes
 
 
 def _by_path(
@@ -298,7 +310,11 @@ def _cast(tensors: dict[str, Spec], dtype: Any) -> dict[str, Spec]:
 
 
 def _place(
-  mapping: Mapping, path: str, spec: Spec, reader: AnyReader, sharding: Sharding | None
+  mapping: Mapping,
+  path: str,
+  spec: Spec,
+  reader: AnyReader | lora_run.Factors,
+  sharding: Sharding | None,
 ) -> jax.Array:
   """One parameter on its devices. Slices that several devices hold are read once."""
   shape, values = spec.shape, {}

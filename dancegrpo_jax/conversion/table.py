@@ -63,6 +63,22 @@ class Buffer(NamedTuple):
   make: str
 
 
+class LoraName(NamedTuple):
+  """What LoRA files of another program call a layer, or several layers that it holds as one.
+
+  Attributes:
+    source: the layer's name; `{i}` stands for an index. "." and "_" are the same here, because some
+      programs write every "." as "_".
+    modules: the layers of the rows, without ".weight". Their outputs lie one after another in the
+      output of `source`.
+    halves_swapped: whether the first half of the output is the second half in the rows' layer.
+  """
+
+  source: str
+  modules: tuple[str, ...]
+  halves_swapped: bool = False
+
+
 class Table(NamedTuple):
   """All rows of one network.
 
@@ -83,6 +99,7 @@ class Table(NamedTuple):
     others: tensors of other networks in the same file. They are left out.
     file: stem of the weight file in this layout.
     lora_prefix: what the network is called in LoRA files of its pipeline.
+    lora_names: what LoRA files of other programs call its layers.
   """
 
   name: str
@@ -93,6 +110,7 @@ class Table(NamedTuple):
   others: tuple[str, ...] = ()
   file: str = "model"
   lora_prefix: str = "transformer"
+  lora_names: tuple[LoraName, ...] = ()
 
 
 # ---- Patterns

@@ -3,6 +3,8 @@
     python -m dancegrpo_jax.convert inspect FOLDER [--config=...]
     python -m dancegrpo_jax.convert export --config=... --checkpoint=runs/x --out=DIR
         [--part=denoiser|lora] [--weights=ema|raw] [--dtype=bfloat16]
+    python -m dancegrpo_jax.convert merge --config=... --lora=FILE --out=DIR
+        [--part=denoiser] [--strength=1.0] [--dtype=bfloat16]
     python -m dancegrpo_jax.convert import --config=... --out=DIR
 
 `inspect` prints every tensor's name, shape, dtype and parameter, and whatever does not fit. FOLDER
@@ -12,6 +14,9 @@ names as module:object.
 
 `export` writes a trained model in its base's layout, which for the families of this package is
 diffusers', or its adapters as a LoRA file.
+
+`merge` adds a LoRA file to the weights of the config's base model, and writes the result as a
+folder in the base's layout.
 
 `import` writes the config's base model as an Orbax tree, which is faster to start from. The new
 folder can be used as `config.model.checkpoint`.
@@ -160,13 +165,7 @@ def export(argv: Sequence[str]) -> None:
       choices=("", "ema", "raw"),
       help="default: the averaged weights where the checkpoint has them",
     )
-    parser.add_argument(
-      "--dtype",
-      default="float32",
-      choices=("float32", "bfloat16", "float16"),
-      help="of all networks of the folder (default float32); diffusers loads a folder in another"
-      " one with torch_dtype=",
-    )
+    _add_dtype(parser)
 
   line = command_line.parse_argv(
     argv, "Write a trained model as a folder in its base's layout.", add_flags
@@ -184,6 +183,54 @@ def export(argv: Sequence[str]) -> None:
       kind=flags.weights,
       dtype=flags.dtype,
     )
+  )
+
+
+def merge(argv: Sequence[str]) -> None:
+  """Reads the flags of `merge` and runs it. ConfigError as `folders.merge`."""
+
+  def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+      "--lora", required=True, help="a LoRA file of diffusers, peft or kohya, or its folder"
+    )
+    parser.add_argument("--out", required=True, help="folder to write; must not exist")
+    parser.add_argument(
+      "--part",
+      default="pipeline",
+      choices=("pipeline", "denoiser"),
+      help="the whole pipeline (the default), or the adapted network alone",
+    )
+    parser.add_argument(
+      "--strength",
+      default=1.0,
+      type=float,
+      help="default: 1, the strength at which the adapters were trained",
+    )
+    _add_dtype(parser)
+
+  line = command_line.parse_argv(argv, "Add a LoRA file to a base model's weights.", add_flags)
+  from dancegrpo_jax.convert import folders  # late, as in `export`
+
+  flags = line.flags
+  _converted(
+    lambda: folders.merge(
+      line.config,
+      flags.lora,
+      Path(flags.out),
+      part=flags.part,
+      strength=flags.strength,
+      dtype=flags.dtype,
+    )
+  )
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--dtype",
+    default="float32",
+    choices=("float32", "bfloat16", "float16"),
+    help="of all networks of the folder (default float32); diffusers loads a folder in another one"
+    " with torch_dtype=",
   )
 
 
@@ -207,7 +254,7 @@ def _converted(run: Callable[[], None]) -> None:
     raise errors.ConfigError(str(error)) from error
 
 
-WITH_CONFIG = {"export": export, "import": import_checkpoint}
+WITH_CONFIG = {"export": export, "merge": merge, "import": import_checkpoint}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -220,6 +267,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   commands = parser.add_subparsers(required=True, metavar="COMMAND")
   commands.add_parser("export", help="a trained model as a folder; see export --help")
+  commands.add_parser(
+    "merge", help="a base model with a LoRA file added to its weights; see merge --help"
+  )
   commands.add_parser(
     "import", help="a base model as an Orbax tree, for repeated starts; see import --help"
   )

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.assembly import loading, sampling
-from dancegrpo_jax.checkpoints import components, hub, store, weights
+from dancegrpo_jax.checkpoints import components, hub, lora_merging, store, weights
 from dancegrpo_jax.devices import sharding
-from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.errors import ConfigError, ConversionError
 from dancegrpo_jax.models import lora
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.pipelines.layout import Component, is_random
@@ -61,11 +61,8 @@ def export(
       "--part=lora: this config trains every weight (lora.rank = 0); use pipeline or denoiser"
     )
   sampling.check_lora(config, name)
-  base, index = loading.checkpoint_folder(config), loading.family_of(config).index_file
-  if part == "pipeline" and index and not (base / index).is_file():
-    raise ConfigError(
-      f"{base}: has no {index}, so the pipeline's class is unknown; export it with --part=denoiser"
-    )
+  if part == "pipeline":
+    _check_index(config)
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   if part == "pipeline":
     _check_folders(pipeline)
@@ -77,21 +74,88 @@ def export(
     if part == "lora":
       weights.save_lora(folder, component.table, lora.scaled(trained, _scale(config)))
     else:
-      weights.save(
-        folder if part == "denoiser" else folder / component.folder,
-        component.table,
-        _whole(config, pipeline, trained, shardings),
-        config_json=weights.config_in(dtype, weights.read_config(base / component.folder)),
-        dtype=jnp.dtype(dtype),
-      )
-    if part == "pipeline":
-      _copy_files(config, base, folder)
-      for key, other in pipeline.components.items():
-        if key != "denoiser":
-          _copy_network(config, base, other, shardings[key], folder / other.folder, dtype)
-      if index:
-        _write_index(base, folder, index)
+      whole = _whole(config, pipeline, trained, shardings)
+      _write(config, pipeline, shardings, folder, part, whole, dtype)
   print(f"{part} of {name}: {out}")
+
+
+def merge(
+  config: ConfigDict, file: str, out: Path, part: str, strength: float, dtype: str = "float32"
+) -> None:
+  """Adds a LoRA file to the config's base model, and writes the result as a folder in the base's
+  layout.
+
+  Args:
+    config: its `model` section names the base.
+    file: the LoRA file, or its folder.
+    out: where to write; must not exist, or be empty.
+    part: "pipeline" or "denoiser", as in `export`.
+    strength: 1 is the strength at which the adapters were trained.
+    dtype: of all weights, as in `export`.
+
+  Raises:
+    ConfigError: `out` exists already, or the base can't be used.
+    ConversionError: the file can't be used; the message names it.
+  """
+  check_free(out)
+  checks.validate(config, num_devices=jax.device_count())
+  if part == "pipeline":
+    _check_index(config)
+  pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
+  if part == "pipeline":
+    _check_folders(pipeline)
+  component = pipeline.components["denoiser"]
+  shardings = loading.shardings_of(config, pipeline, mesh)
+  with jax.set_mesh(mesh), written(out) as folder:
+    base = _read(config, component, shardings["denoiser"])
+    try:
+      whole, notes = lora_merging.merged(base, component.table, file, strength)
+    except ConversionError as error:
+      raise ConversionError(f"--lora={file}: {error}") from error
+    _write(config, pipeline, shardings, folder, part, whole, dtype)
+  for note in notes:
+    print(f"note: --lora={file}: {note}")
+  print(f"{part} of {config.model.checkpoint} with {file}: {out}")
+
+
+def _check_index(config: ConfigDict) -> None:
+  """Raises ConfigError where the base lacks the file that names its pipeline's class."""
+  base, index = loading.checkpoint_folder(config), loading.family_of(config).index_file
+  if index and not (base / index).is_file():
+    raise ConfigError(
+      f"{base}: has no {index}, so the pipeline's class is unknown; export it with --part=denoiser"
+    )
+
+
+def _write(
+  config: ConfigDict,
+  pipeline: Pipeline,
+  shardings: dict[str, PyTree],
+  folder: Path,
+  part: str,
+  denoiser: PyTree,
+  dtype: str,
+) -> None:
+  """Writes the part "pipeline" or "denoiser" of a model with these parameters of the denoiser, all
+  in this dtype.
+  """
+  base, index = loading.checkpoint_folder(config), loading.family_of(config).index_file
+  component = pipeline.components["denoiser"]
+  weights.save(
+    folder if part == "denoiser" else folder / component.folder,
+    component.table,
+    denoiser,
+    config_json=weights.config_in(dtype, weights.read_config(base / component.folder)),
+    dtype=jnp.dtype(dtype),
+  )
+  if part == "denoiser":
+    return
+  _copy_files(config, base, folder)
+  for key, other in pipeline.components.items():
+    if key != "denoiser":
+      _copy_network(config, base, other, shardings[key], folder / other.folder, dtype)
+  if index:
+    _write_index(base, folder, index)
 
 
 def _restore(name: str, pipeline: Pipeline, shardings: dict[str, PyTree], kind: str) -> PyTree:

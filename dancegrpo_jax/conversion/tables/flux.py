@@ -4,6 +4,7 @@ The names are checked against inventories of the published files (tests/fixtures
 """
 
 from dancegrpo_jax.conversion.table import Row, Table
+from dancegrpo_jax.conversion.tables.flux_lora import FLUX_LORA_NAMES
 from dancegrpo_jax.conversion.tables.rows import dense, embedding, join, layers, scale, under
 
 # ---- FLUX
@@ -49,6 +50,7 @@ FLUX = Table(
     dense("proj_out"),
   ),
   file="diffusion_pytorch_model",
+  lora_names=FLUX_LORA_NAMES,
 )
 
 # ---- T5

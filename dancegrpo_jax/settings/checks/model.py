@@ -73,4 +73,6 @@ def lora(config: ConfigDict) -> Iterator[str]:
     for name in ("alpha", "targets", "checkpoint"):
       if section[name]:
         remedy = "needs lora.rank above 0; with rank 0 every weight is trained"
+        if name == "checkpoint":
+          remedy += " (to start from the file's weights, `convert merge` adds it to the base)"
         yield problem(f"lora.{name}", section[name], remedy)
