@@ -3,6 +3,8 @@
 Sizes are square, not square, larger, smaller and odd.
 """
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -197,10 +199,37 @@ def test_published_files_are_read():
 
 
 @pytest.mark.parametrize(
+  "changed",
+  [
+    {},
+    {"do_normalize": False},
+    {"image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]},
+    {"size": {"height": 224, "width": 224}, "do_center_crop": False},
+  ],
+)
+def test_what_transformers_save_is_read_and_means_the_same(changed, tmp_path):
+  processor = transformers.CLIPImageProcessor(**changed)
+  processor.save_pretrained(tmp_path)
+  how = p.from_transformers(json.loads((tmp_path / "preprocessor_config.json").read_text()), 224)
+  pixels = pictures(300, 260)[1]  # noise would leave [0, 1], which 8-bit images can't
+  theirs = processor(images=pixels, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+  mine = ours(pixels[None] / 255, how)[0]
+  # transformers resize 8-bit images, which are rounded after each of two passes.
+  scale = 1 / min(how.std)
+  np.testing.assert_allclose(mine, theirs, atol=2.01 * scale / 255)
+  assert np.abs(mine - theirs).mean() < 0.3 * scale / 255
+
+
+@pytest.mark.parametrize(
   "config, message",
   [
     ({"size": 256, "crop_size": 224}, "must be the tower's image_size, 224"),
-    ({"size": 224, "resample": 2}, "resample = 2 is not supported"),
+    ({"size": 224, "resample": 2}, r"resample = 2 \(implemented: 3\)"),
+    ({"do_rescale": False}, r"do_rescale = False \(implemented: True\)"),
+    ({"do_center_crop": False}, "do_center_crop = False leaves pictures that are not square"),
+    ({"image_processor_type": "ViTImageProcessor"}, "image_processor_type = 'ViTImageProcessor'"),
+    ({"image_mean": [0.5]}, "image_mean = .0.5. must have three numbers"),
+    ({"sharpen": 1}, "sharpen = 1 .an unknown key."),
   ],
 )
 def test_other_preprocessing_is_refused(config, message):

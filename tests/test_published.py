@@ -35,16 +35,16 @@ CLASSES = (
 
 
 def test_reading():
+  with pytest.raises(ValueError, match="^file lacks b, c$"):
+    published.read("file", {"a": 1}, published.Keys(used=dict.fromkeys("abc", published.REQUIRED)))
   assert published.read("file", {"b": None, "c": 5, "_note": 1}, KEYS) == {"a": 1, "_kind": "x"}
-  assert published.read("file", {"a": None, "_kind": "y", "b": 2}, KEYS) == {
-    "a": None,
-    "_kind": "y",
-  }
+  assert published.read("file", {"a": 3, "_kind": "y", "b": 2}, KEYS) == {"a": 3, "_kind": "y"}
+  assert published.read("file", {"off": None}, KEYS) == {"a": 1, "_kind": "x"}
   with pytest.raises(ValueError) as caught:
-    published.read("folder/file.json", {"a": 2, "b": 3, "d": [1], "c": 0}, KEYS)
+    published.read("folder/file.json", {"a": True, "b": 3, "d": [1], "c": 0}, KEYS)
   assert str(caught.value) == (
-    "folder/file.json has what is not implemented: b = 3 (implemented: None or 2); d = [1] (an"
-    " unknown key)"
+    "folder/file.json has what is not implemented: a = True (implemented: an integer); b = 3"
+    " (implemented: None or 2); d = [1] (an unknown key)"
   )
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from dancegrpo_jax import programs
 from dancegrpo_jax.assembly import reward_builders
 from dancegrpo_jax.checkpoints import components, hub, weights
+from dancegrpo_jax.data import cut_texts
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.models.lora import Lora
@@ -79,7 +80,14 @@ def build_pipeline(config: ConfigDict) -> Pipeline:
   folder, layout = checkpoint_folder(config), family_of(config).layout
   try:
     jsons = components.read_jsons(folder, layout)
-    return pipeline_of(config, jsons, components.read_tokenizers(folder, layout))
+    tokenizers = components.read_tokenizers(folder, layout)
+    for place, tokenizer in tokenizers.items():
+      # diffusers name the folders of a tokenizer and its encoder alike, but for this word.
+      network = jsons.get(place.replace("tokenizer", "text_encoder"), {})
+      cut_texts.require_fit(
+        f"{folder / place}", tokenizer, network, length=layout.tokenizers[place] == "clip"
+      )
+    return pipeline_of(config, jsons, tokenizers)
   except (ValueError, FileNotFoundError) as error:
     raise ConfigError(str(error)) from error
 

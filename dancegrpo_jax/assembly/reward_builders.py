@@ -8,6 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.checkpoints import components, hub, weights
+from dancegrpo_jax.data import cut_texts
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.pipelines.layout import Layout, local_path, without_mark
 from dancegrpo_jax.rewards import kinds
@@ -16,11 +17,17 @@ from dancegrpo_jax.types import PyTree
 
 
 def load_tokenizer(field: str, source: str, network: dict[str, Any]) -> Callable:
-  """The CLIP tokenizer of a folder or a hub id, for `Files.tokenizer`."""
-  del network  # the tokenizer's own files say how many tokens the network takes
+  """The CLIP tokenizer of a folder or a hub id, for `Files.tokenizer`.
+
+  Raises:
+    ConfigError: a file is missing.
+    ValueError: the tokenizer is of another kind, or doesn't fit the network.
+  """
   layout = Layout(files={}, tokenizers={"": "clip"}, networks=())
   folder = hub.folder(field, without_mark(source), layout)
-  return components.read_tokenizers(folder, layout)[""]
+  tokenizer = components.read_tokenizers(folder, layout)[""]
+  cut_texts.require_fit(f"{folder}", tokenizer, network.get("text_config", {}), length=True)
+  return tokenizer
 
 
 def weight_file(field: str, source: str) -> Path:

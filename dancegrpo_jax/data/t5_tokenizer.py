@@ -12,7 +12,7 @@ import os
 
 import numpy as np
 
-from dancegrpo_jax.data.cut_texts import Tokenizer
+from dancegrpo_jax.data.cut_texts import Tokenizer, require_class
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
 PAD, EOS, UNKNOWN, SPACE = "<pad>", "</s>", "<unk>", "▁"
@@ -79,6 +79,7 @@ def load_t5_tokenizer(folder: str) -> Tokenizer:
         f"tokenizer file not found: {os.path.join(folder, name)}; a T5 tokenizer folder has"
         f" {' and '.join(FILES)}"
       )
+  require_class(folder, "T5Tokenizer", "T5TokenizerFast")
   tokenizer = T5Tokenizer.from_pretrained(folder)
 
   def encode(texts: list[str], length: int) -> np.ndarray:
@@ -90,4 +91,5 @@ def load_t5_tokenizer(folder: str) -> Tokenizer:
   def lengths(texts: list[str]) -> list[int]:
     return list(map(len, tokenizer(list(texts), verbose=False)["input_ids"]))
 
-  return Tokenizer("T5", encode, lengths)
+  ids = max(tokenizer.get_vocab().values()) + 1
+  return Tokenizer(kind="T5", encode=encode, lengths=lengths, ids=ids)

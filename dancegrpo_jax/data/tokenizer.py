@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from dancegrpo_jax.data.cut_texts import Tokenizer
+from dancegrpo_jax.data.cut_texts import Tokenizer, require_class
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -187,6 +187,7 @@ def load_tokenizer(folder: str) -> Tokenizer:
           f"tokenizer file not found: {os.path.join(folder, name)}; a CLIP tokenizer folder has"
           " tokenizer_config.json, and vocab.json with merges.txt or tokenizer.json"
         )
+  require_class(folder, "CLIPTokenizer", "CLIPTokenizerFast")
   tokenizer = CLIPTokenizer.from_pretrained(folder)
   length = tokenizer.model_max_length
   if not 0 < length <= 10_000:
@@ -204,4 +205,5 @@ def load_tokenizer(folder: str) -> Tokenizer:
   def lengths(texts: list[str]) -> list[int]:
     return list(map(len, tokenizer(list(texts), verbose=False)["input_ids"]))
 
-  return Tokenizer("CLIP", encode, lengths)
+  ids = max(tokenizer.get_vocab().values()) + 1
+  return Tokenizer(kind="CLIP", encode=encode, lengths=lengths, ids=ids)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dancegrpo_jax.models.attention import attention
-from dancegrpo_jax.models.config import from_config
+from dancegrpo_jax.models.config import from_config, keys_of, require_lengths
 from dancegrpo_jax.models.layers import (
   Conv,
   Dense,
@@ -17,7 +17,6 @@ from dancegrpo_jax.models.layers import (
 )
 from dancegrpo_jax.types import PyTree
 
-_NEUTRAL = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 _EPSILON = 1e-6  # every norm of the autoencoder
 
 
@@ -163,7 +162,7 @@ class AutoencoderKL(nn.Module):
   latent_channels: int = 4
   norm_num_groups: int = 32
   scaling_factor: float = 0.18215
-  shift_factor: float = 0.0
+  shift_factor: float | None = None
   use_quant_conv: bool = True
   use_post_quant_conv: bool = True
   mid_block_add_attention: bool = True
@@ -203,9 +202,20 @@ def pixels_of(
   network: AutoencoderKL, params: PyTree, latents: Float[Array, "b h w z"]
 ) -> Float[Array, "b h2 w2 c"]:
   """Pixels in [0, 1], float32, from latents with the denoiser's scale and shift."""
-  unscaled = latents / network.scaling_factor + network.shift_factor
+  unscaled = latents / network.scaling_factor + (network.shift_factor or 0.0)
   pixels = network.apply({"params": params}, unscaled.astype(network.dtype), method="decode")
   return jnp.clip(pixels.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+KEYS = keys_of(
+  AutoencoderKL,
+  neutral={"act_fn": ("silu",), "latents_mean": (None,), "latents_std": (None,)},
+  harmless={
+    "force_upcast": "the dtype is config.model.frozen_dtype",
+    "sample_size": "is the size of tiles, and nothing is tiled here",
+  },
+  types={"shift_factor": (int, float, type(None))},
+)
 
 
 def from_json(
@@ -216,9 +226,11 @@ def from_json(
   Raises:
     ValueError: a key has a value that is not implemented.
   """
+  network = from_config(AutoencoderKL, KEYS, config_json, dtype=dtype, param_dtype=param_dtype)
   kinds = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
   for key, kind in kinds.items():
-    other = set(config_json.get(key, (kind,))) - {kind}
+    other = set(getattr(network, key)) - {kind}
     if other:
       raise ValueError(f"AutoencoderKL: {key} holds {sorted(other)}; only {kind} is implemented")
-  return from_config(AutoencoderKL, config_json, _NEUTRAL, dtype=dtype, param_dtype=param_dtype)
+  require_lengths(network, "block_out_channels", *kinds)
+  return network

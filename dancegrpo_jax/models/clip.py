@@ -7,7 +7,6 @@ transformers' config classes, because published files leave them out. Activation
 tokens, width]`. Attention weights and norms are computed in float32 whatever `dtype` is.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dancegrpo_jax import published
 from dancegrpo_jax.models.attention import attention
+from dancegrpo_jax.models.config import (
+  TRANSFORMERS_HARMLESS,
+  TRANSFORMERS_NEUTRAL,
+  from_config,
+  keys_of,
+)
 from dancegrpo_jax.models.layers import Dense, Dtype
 
 
@@ -36,15 +42,6 @@ def activation(name: str) -> Callable:
   if name not in known:
     raise ValueError(f"CLIP: hidden_act = {name!r} is not supported; known: {', '.join(known)}")
   return known[name]
-
-
-def _fields(cls: type[nn.Module], config: dict) -> dict:
-  """The entries of a config.json that are fields of a module class.
-
-  The other entries (dropout, initialisers and so on) don't change the network's output.
-  """
-  names = {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}
-  return {key: value for key, value in config.items() if key in names}
 
 
 def _normalise(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
@@ -282,8 +279,11 @@ class ClipText(nn.Module):
     Args:
       config: the parsed file.
       options: dtype, param_dtype, scan_layers, remat and impl.
+
+    Raises:
+      ValueError: a key has a value that is not implemented.
     """
-    return cls(**(_fields(cls, config) | options))
+    return from_config(cls, TEXT_KEYS, config, **options)
 
   @nn.compact
   def __call__(
@@ -324,7 +324,6 @@ class ClipVision(nn.Module):
 
   image_size: int = 224
   patch_size: int = 32
-  num_channels: int = 3
   hidden_size: int = 768
   intermediate_size: int = 3072
   num_hidden_layers: int = 12
@@ -344,8 +343,11 @@ class ClipVision(nn.Module):
     Args:
       config: the parsed file.
       options: dtype, param_dtype, scan_layers, remat and impl.
+
+    Raises:
+      ValueError: a key has a value that is not implemented.
     """
-    return cls(**(_fields(cls, config) | options))
+    return from_config(cls, VISION_KEYS, config, **options)
 
   @nn.compact
   def __call__(
@@ -354,7 +356,7 @@ class ClipVision(nn.Module):
     """Hidden states, without a final norm as in transformers, and the normed class token.
 
     Args:
-      pixels: `[batch, image_size, image_size, num_channels]`, normalised with the mean and the
+      pixels: `[batch, image_size, image_size, 3]`, normalised with the mean and the
         standard deviation of the checkpoint.
       layer: the layer whose result is returned and pooled; -2 is the penultimate one.
     """
@@ -406,10 +408,23 @@ class Clip(nn.Module):
     Args:
       config: the parsed file.
       options: dtype, param_dtype, scan_layers, remat and impl, for both towers.
+
+    Raises:
+      ValueError: a key has a value that is not implemented.
     """
-    text = ClipText.from_json(config["text_config"], **options)
-    vision = ClipVision.from_json(config["vision_config"], **options)
-    return cls(text_model=text, vision_model=vision, **_fields(cls, config))
+    fields = published.read("CLIPModel's config.json", config, KEYS)
+    # transformers take the older sections, which files of 2022 have beside the newer ones.
+    text, vision = (
+      fields.pop(f"{tower}_config") if older is None else older
+      for tower in ("text", "vision")
+      for older in (fields.pop(f"{tower}_config_dict"),)
+    )
+    return cls(
+      text_model=ClipText.from_json(text, **options),
+      vision_model=ClipVision.from_json(vision, **options),
+      projection_dim=fields["projection_dim"],
+      logit_scale_init_value=fields["logit_scale_init_value"],
+    )
 
   def setup(self):
     def projection() -> Dense:
@@ -442,3 +457,35 @@ class Clip(nn.Module):
     text = _normalise(self.text_features(input_ids))
     image = _normalise(self.image_features(pixels))
     return text, image, jnp.exp(self.logit_scale.astype(jnp.float32))
+
+
+_TOWER_HARMLESS = {
+  **TRANSFORMERS_HARMLESS,
+  "projection_dim": "the projections belong to the CLIPModel",
+}
+TEXT_KEYS = keys_of(
+  ClipText,
+  neutral={**TRANSFORMERS_NEUTRAL, "model_type": ("clip_text_model", "clip")},
+  harmless=_TOWER_HARMLESS,
+)
+VISION_KEYS = keys_of(
+  ClipVision,
+  neutral={
+    **TRANSFORMERS_NEUTRAL,
+    "model_type": ("clip_vision_model", "clip"),
+    "num_channels": (3,),
+  },
+  harmless={**_TOWER_HARMLESS, "eos_token_id": "pictures have no tokens"},
+)
+KEYS = published.Keys(
+  used={
+    "projection_dim": Clip.projection_dim,
+    "logit_scale_init_value": Clip.logit_scale_init_value,
+    "text_config": {},
+    "vision_config": {},
+    "text_config_dict": None,
+    "vision_config_dict": None,
+  },
+  neutral={**TRANSFORMERS_NEUTRAL, "model_type": ("clip",)},
+  harmless={**TRANSFORMERS_HARMLESS, "eos_token_id": "stands in text_config"},
+)

@@ -17,11 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dancegrpo_jax.models.attention import Projection, attention
-from dancegrpo_jax.models.config import from_config
+from dancegrpo_jax.models.config import from_config, keys_of
 from dancegrpo_jax.models.embeddings import TimeEmbedding, sinusoid
 from dancegrpo_jax.models.layers import Dense, Dtype, RMSNorm, standardise
 
-_NEUTRAL = {"patch_size": 1}
 _EPSILON = 1e-6  # of every norm of the network
 _THETA = 10000.0  # the base of the rotations' frequencies
 _SINUSOIDS = 256  # the number of sinusoids of time and guidance
@@ -353,6 +352,14 @@ class FluxTransformer2DModel(nn.Module):
     return unpack(y, height, columns)
 
 
+KEYS = keys_of(
+  FluxTransformer2DModel,
+  neutral={"patch_size": (1,)},
+  harmless={},
+  types={"out_channels": (int, type(None))},
+)
+
+
 def from_json(
   config_json: dict,
   dtype: Dtype = jnp.float32,
@@ -368,8 +375,8 @@ def from_json(
   """
   network = from_config(
     FluxTransformer2DModel,
+    KEYS,
     config_json,
-    _NEUTRAL,
     dtype=dtype,
     param_dtype=param_dtype,
     scan_blocks=scan_blocks,

@@ -7,7 +7,6 @@ config.json. Norms, logits and softmax are computed in float32 whatever `dtype` 
 overflows float16.
 """
 
-import dataclasses
 import math
 
 import flax.linen as nn
@@ -17,6 +16,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dancegrpo_jax.models.attention import attention
+from dancegrpo_jax.models.config import (
+  TRANSFORMERS_HARMLESS,
+  TRANSFORMERS_NEUTRAL,
+  from_config,
+  keys_of,
+)
 from dancegrpo_jax.models.layers import Dense, Dtype, RMSNorm
 
 
@@ -212,6 +217,26 @@ class T5Encoder(nn.Module):
     return encoder(embed(input_ids))
 
 
+# T5 v1.1 and mT5 have the same encoder. UMT5 has a position table in every layer.
+KEYS = keys_of(
+  T5Encoder,
+  neutral={
+    **TRANSFORMERS_NEUTRAL,
+    "feed_forward_proj": ("gated-gelu",),
+    "model_type": ("t5", "mt5"),
+  },
+  harmless={
+    **TRANSFORMERS_HARMLESS,
+    "dense_act_fn": "follows from feed_forward_proj",
+    "eos_token_id": "is the tokenizer's business",
+    "is_gated_act": "follows from feed_forward_proj",
+    "n_positions": "positions are relative, and have no end",
+    "num_decoder_layers": "the decoder is not built here",
+    "scale_decoder_outputs": "the decoder is not built here",
+  },
+)
+
+
 def from_json(
   config_json: dict,
   dtype: Dtype = jnp.float32,
@@ -220,16 +245,19 @@ def from_json(
 ) -> T5Encoder:
   """The encoder that a T5 config.json describes.
 
-  Keys of the dropout, the decoder and the output heads are ignored.
-
   Raises:
-    ValueError: the feed-forward is not v1.1's.
+    ValueError: a key has a value that is not implemented, or the feed-forward is not v1.1's.
   """
-  kind = config_json.get("feed_forward_proj", "relu")
-  if kind != "gated-gelu":
-    raise ValueError(f"T5: feed_forward_proj = {kind!r} is not implemented; v1.1's 'gated-gelu' is")
-  names = {field.name for field in dataclasses.fields(T5Encoder)} - {"parent", "name"}
-  known = {key: value for key, value in config_json.items() if key in names}
-  # The arguments override the file, because newer files have a key "dtype", that of the weights.
-  options = {"dtype": dtype, "param_dtype": param_dtype, "scan_blocks": scan_blocks}
-  return T5Encoder(**(known | options))
+  if "feed_forward_proj" not in config_json:
+    raise ValueError(
+      "T5Encoder's config.json has no feed_forward_proj, which is then 'relu'; only"
+      " 'gated-gelu', that of version 1.1, is implemented"
+    )
+  return from_config(
+    T5Encoder,
+    KEYS,
+    config_json,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    scan_blocks=scan_blocks,
+  )

@@ -7,31 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dancegrpo_jax.models.attention import Transformer2D
-from dancegrpo_jax.models.config import from_config
+from dancegrpo_jax.models.config import from_config, keys_of, require_lengths
 from dancegrpo_jax.models.embeddings import TimeEmbedding, sinusoid
 from dancegrpo_jax.models.layers import Conv, Downsample, Dtype, GroupNorm, ResnetBlock, Upsample
 
 # Keys of config.json that are not fields. Of each, only this value is implemented, which is
 # diffusers' default.
-_NEUTRAL = {
-  "act_fn": "silu",
-  "center_input_sample": False,
-  "downsample_padding": 1,
-  "mid_block_scale_factor": 1,
-  "mid_block_type": "UNetMidBlock2DCrossAttn",
-  "only_cross_attention": False,
-  "dropout": 0.0,
-  "dual_cross_attention": False,
-  "resnet_time_scale_shift": "default",
-  "resnet_skip_time_act": False,
-  "resnet_out_scale_factor": 1.0,
-  "time_embedding_type": "positional",
-  "conv_in_kernel": 3,
-  "conv_out_kernel": 3,
-  "attention_type": "default",
-  "class_embeddings_concat": False,
-  "addition_embed_type_num_heads": 64,
-}
 # {kind of block: whether it has attention}.
 _DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 _UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
@@ -209,6 +190,55 @@ def _per_stage(value: int | tuple[int, ...], stages: int) -> tuple[int, ...]:
   return (value,) * stages if isinstance(value, int) else tuple(value)
 
 
+_NUMBER_A_STAGE = (int, list, tuple)
+KEYS = keys_of(
+  UNet2DConditionModel,
+  neutral={
+    "act_fn": ("silu",),
+    "addition_embed_type": (None,),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False, [False] * 4),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+  },
+  harmless={
+    "addition_embed_type_num_heads": "belongs to addition_embed_type, which is refused",
+    "addition_time_embed_dim": "belongs to addition_embed_type",
+    "class_embeddings_concat": "belongs to class_embed_type, which is refused",
+    "dropout": "is off here, as in diffusers' pipelines",
+    "projection_class_embeddings_input_dim": "belongs to class_embed_type",
+    "sample_size": "the size of the pictures is config.model.size",
+    "upcast_attention": "attention weights are computed in float32 here",
+  },
+  types={
+    "attention_head_dim": _NUMBER_A_STAGE,
+    "freq_shift": (int, float),
+    "num_attention_heads": (*_NUMBER_A_STAGE, type(None)),
+    "transformer_layers_per_block": _NUMBER_A_STAGE,
+  },
+)
+
+
 def from_json(
   config_json: dict,
   dtype: Dtype = jnp.float32,
@@ -221,18 +251,28 @@ def from_json(
   Raises:
     ValueError: a key has a value that is not implemented.
   """
-  for key, known in {"down_block_types": _DOWN, "up_block_types": _UP}.items():
-    other = set(config_json.get(key, ())) - set(known)
-    if other:
-      raise ValueError(
-        f"UNet2DConditionModel: {key} holds {sorted(other)}; implemented are {sorted(known)}"
-      )
-  return from_config(
+  network = from_config(
     UNet2DConditionModel,
+    KEYS,
     config_json,
-    _NEUTRAL,
     dtype=dtype,
     param_dtype=param_dtype,
     remat=remat,
     impl=impl,
   )
+  for key, known in {"down_block_types": _DOWN, "up_block_types": _UP}.items():
+    other = set(getattr(network, key)) - set(known)
+    if other:
+      raise ValueError(
+        f"UNet2DConditionModel: {key} holds {sorted(other)}; implemented are {sorted(known)}"
+      )
+  require_lengths(
+    network,
+    "block_out_channels",
+    "down_block_types",
+    "up_block_types",
+    "attention_head_dim",
+    "num_attention_heads",
+    "transformer_layers_per_block",
+  )
+  return network

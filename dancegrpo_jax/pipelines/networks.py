@@ -59,7 +59,7 @@ def decode_images(
 
 
 def _pixels(tower: clip.ClipVision) -> jax.ShapeDtypeStruct:
-  shape = (1, tower.image_size, tower.image_size, tower.num_channels)
+  shape = (1, tower.image_size, tower.image_size, 3)
   return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 

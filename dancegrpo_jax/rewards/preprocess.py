@@ -17,10 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from dancegrpo_jax import published
+
 # The values of openai/CLIP, which open_clip, HPS-v2 and PickScore use too.
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 _BICUBIC = 3  # PIL's number
+_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
 
 
 class Preprocessing(NamedTuple):
@@ -104,6 +107,51 @@ def preprocess(
   return (square - mean) / std
 
 
+# The keys of a preprocessor_config.json, with transformers' defaults.
+TRANSFORMERS = published.Keys(
+  used={
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+    "do_normalize": True,
+    "image_mean": MEAN,
+    "image_std": STD,
+    "size": {"shortest_edge": 224},
+  },
+  neutral={
+    "default_to_square": (False, None),
+    "do_pad": (False, None),
+    "do_rescale": (True,),
+    "do_resize": (True,),
+    "feature_extractor_type": (*_PROCESSORS, "CLIPFeatureExtractor"),
+    "image_processor_type": _PROCESSORS,
+    "resample": (_BICUBIC,),
+    "rescale_factor": (1 / 255,),
+    "use_square_size": (False, None),
+  },
+  harmless={
+    "data_format": "is the order of axes in PyTorch",
+    "device": "is where PyTorch computes",
+    "disable_grouping": "says how it is computed, but not its values",
+    "do_convert_rgb": "samples have three channels",
+    "input_data_format": "is the order of axes in PyTorch",
+    "processor_class": "describes the file",
+    "return_tensors": "says what a call returns",
+  },
+  types={"crop_size": (int, dict), "size": (int, dict)},
+)
+# The keys of `preprocess_cfg` in an open_clip_config.json, with open_clip's defaults.
+OPEN_CLIP = published.Keys(
+  used={
+    "interpolation": "bicubic",
+    "mean": MEAN,
+    "resize_mode": "shortest",
+    "size": None,
+    "std": STD,
+  },
+  neutral={"fill_color": (0, None), "mode": ("RGB", None)},
+)
+
+
 def from_transformers(config: dict[str, Any], size: int) -> Preprocessing:
   """The preprocessing of a preprocessor_config.json (CLIPImageProcessor).
 
@@ -112,48 +160,67 @@ def from_transformers(config: dict[str, Any], size: int) -> Preprocessing:
     size: the side of the tower's input, in pixels.
 
   Raises:
-    ValueError: a value is not implemented or does not fit the tower.
+    ValueError: a key is unknown, or its value is not implemented or does not fit the tower.
   """
-  resized, crop = config.get("size", size), config.get("crop_size", size)
+  fields = published.read("preprocessor_config.json", config, TRANSFORMERS)
+  resized, crop = fields["size"], fields["crop_size"]
   resized = {"shortest_edge": resized} if isinstance(resized, int) else dict(resized)
   crop = {"height": crop, "width": crop} if isinstance(crop, int) else dict(crop)
-  if config.get("resample", _BICUBIC) != _BICUBIC:
-    raise ValueError(
-      f"preprocessor_config.json: resample = {config['resample']!r} is not supported; 3"
-      " (bicubic) is"
-    )
   mode = "shortest" if "shortest_edge" in resized else "squash"
   if set(resized.values()) != {size} or (mode == "shortest" and set(crop.values()) != {size}):
     raise ValueError(
       f"preprocessor_config.json: size {resized} and crop_size {crop} must be the tower's"
       f" image_size, {size}"
     )
+  if mode == "shortest" and not fields["do_center_crop"]:
+    raise ValueError(
+      "preprocessor_config.json: do_center_crop = False leaves pictures that are not square, which"
+      " the tower can't take; set it to true"
+    )
+  normalizes = fields["do_normalize"]
   return Preprocessing(
     size=size,
     mode=mode,
-    mean=tuple(config.get("image_mean", MEAN)),
-    std=tuple(config.get("image_std", STD)),
+    mean=_channels("preprocessor_config.json: image_mean", fields["image_mean"])
+    if normalizes
+    else (0.0,) * 3,
+    std=_channels("preprocessor_config.json: image_std", fields["image_std"])
+    if normalizes
+    else (1.0,) * 3,
   )
+
+
+def _channels(where: str, values: Any) -> tuple[float, ...]:
+  """One number a channel. ValueError: there are not three."""
+  if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
+    raise ValueError(f"{where} = {values!r} must have three numbers")
+  return tuple(values)
 
 
 def from_open_clip(config: dict[str, Any]) -> Preprocessing:
   """The preprocessing of an open_clip_config.json.
 
   Raises:
-    ValueError: a value is not implemented.
+    ValueError: a key is unknown, or its value is not implemented.
   """
-  section = config.get("preprocess_cfg", {})
-  mode = section.get("resize_mode") or "shortest"
-  interpolation = section.get("interpolation") or "bicubic"
+  section = {key: v for key, v in config.get("preprocess_cfg", {}).items() if v is not None}
+  fields = published.read("open_clip_config.json, preprocess_cfg", section, OPEN_CLIP)
+  mode, interpolation = fields["resize_mode"], fields["interpolation"]
   if mode not in MODES or interpolation != "bicubic":
     raise ValueError(
       f"open_clip_config.json: resize_mode = {mode!r}, interpolation = {interpolation!r} are not"
       f" supported; {', '.join(MODES)} with bicubic are"
     )
+  size = config["model_cfg"]["vision_cfg"]["image_size"]
+  if fields["size"] not in (None, size, [size, size]):
+    raise ValueError(
+      f"open_clip_config.json: preprocess_cfg's size {fields['size']} must be the tower's"
+      f" image_size, {size}"
+    )
   return Preprocessing(
-    size=config["model_cfg"]["vision_cfg"]["image_size"],
+    size=size,
     mode=mode,
     crop="round",
-    mean=tuple(section.get("mean") or MEAN),
-    std=tuple(section.get("std") or STD),
+    mean=_channels("open_clip_config.json: mean", fields["mean"]),
+    std=_channels("open_clip_config.json: std", fields["std"]),
   )

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dancegrpo_jax.models.config import from_config
+from dancegrpo_jax.models.config import from_config, keys_of
 from dancegrpo_jax.models.embeddings import sinusoid
 from dancegrpo_jax.models.layers import Dense, Dtype, standardise
 
@@ -147,7 +147,7 @@ def mixer_from_json(config: dict[str, Any], **extra: Any) -> Mixer:
   """The denoiser of a config.json. ValueError: a key that is not implemented, or a patch that does
   not divide the size.
   """
-  network = from_config(Mixer, config, neutral={}, **extra)
+  network = from_config(Mixer, keys_of(Mixer), config, **extra)
   if network.size % network.patch:
     raise ValueError(f"patch = {network.patch} does not divide size = {network.size}")
   return network
@@ -155,4 +155,4 @@ def mixer_from_json(config: dict[str, Any], **extra: Any) -> Mixer:
 
 def words_from_json(config: dict[str, Any], **extra: Any) -> Words:
   """The text encoder of a config.json. ValueError: a key that is not implemented."""
-  return from_config(Words, config, neutral={}, **extra)
+  return from_config(Words, keys_of(Words), config, **extra)

@@ -142,7 +142,7 @@ def test_transformer(linear, scale):
 def test_unknown_blocks_and_keys_are_refused():
   with pytest.raises(ValueError, match="AttnDownBlock2D"):
     unet.from_json(SD1 | {"down_block_types": ["AttnDownBlock2D"]})
-  with pytest.raises(ValueError, match="class_embed_type='timestep'"):
+  with pytest.raises(ValueError, match="class_embed_type = 'timestep'"):
     unet.from_json(SD1 | {"class_embed_type": "timestep"})
 
 
