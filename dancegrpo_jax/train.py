@@ -16,13 +16,14 @@ from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.devices import accelerator, out_of_memory, sharding
 from dancegrpo_jax.devices.preemption import Preemption
 from dancegrpo_jax.programs import update_calls
-from dancegrpo_jax.report import metrics, page
+from dancegrpo_jax.report import metrics, page, status
 from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl import algorithms
 from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.training import tracing
 from dancegrpo_jax.training.collecting import Experience, collect
 from dancegrpo_jax.training.outcome import Numbers, Pending, give_up, what_is_left
+from dancegrpo_jax.training.recording import recorded
 from dancegrpo_jax.training.session import Session, checked, prepare, resumed_config
 from dancegrpo_jax.training.showing import save_extremes, show
 
@@ -54,6 +55,7 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
   mesh = sharding.make_mesh(config.mesh)
   with contextlib.ExitStack() as stack:
     enter = stack.enter_context
+    enter(recorded(workdir))
     enter(out_of_memory.explained(config, lambda: what_is_left(workdir)))
     enter(jax.set_mesh(mesh))
     preemption = enter(Preemption(mesh))
@@ -62,6 +64,7 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
     session, state = prepare(
       config, workdir, found.examples, mesh, first, progress, found.summaries
     )
+    status.begin(workdir, config)
     saver = enter(store.Saver(workdir / "checkpoints", config.checkpoint.keep))
     writer = enter(metrics.Writer(workdir, config, first))
     if config.logging.profile_steps:
@@ -77,6 +80,7 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
       is_last = done == config.iterations
       saves = is_last or is_due(done, config.checkpoint.every)
       shows = is_last or is_due(done, config.evaluation.every)
+      keeps = shows or done == 1  # with which the report compares later samples
       clock = Clock(clock_thread, before=clock)
       tracing.start_profile(config, workdir, iteration)
 
@@ -88,7 +92,7 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
         clock=clock,
         threads=reward_threads,
         warn=progress.warning,
-        keep_pixels=shows,
+        keep_pixels=keeps,
         stop=preemption.reached,
       )
       # This iteration is queued on the devices by now, so there is time to read the numbers of the
@@ -109,13 +113,13 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
       tracing.stop_profile(config, iteration, values)
 
       shown = show(session, done, state, progress.warning) if shows else {}
-      numbers.add(Pending(iteration=iteration, values=values | shown, clock=clock))
+      numbers.add(Pending(iteration=iteration, values=values | shown | seen.metrics, clock=clock))
       # A state is saved only after its numbers have been read: `read` raises where they are bad.
       if saves or shows:
         numbers.read()
       if saves:
         saver.save(done, state, meta | {"iteration": done})
-      if shows:
+      if keeps:
         save_extremes(session, done, seen)
   if jax.process_index() == 0:
     print(metrics.last_line(workdir, page.write(workdir)))

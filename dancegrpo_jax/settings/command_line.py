@@ -82,7 +82,7 @@ def parse_argv(
     add_flags(parser)
   wants_help = any(flag in argv for flag in ("-h", "--help"))
   if wants_help:  # not parsed, because a required flag may be missing
-    flags, rest = argparse.Namespace(config=_config_flag(argv)), list(argv)
+    flags, rest = argparse.Namespace(config=config_flag(argv)), list(argv)
   else:
     flags, rest = parser.parse_known_args(argv)
   overrides, unknown = _split_overrides(rest)
@@ -143,7 +143,7 @@ def require_writable(flag: str, folder: Path) -> None:
     raise ConfigError(f"{flag}: no permission to write into {place}; use another folder")
 
 
-def _config_flag(argv: Sequence[str]) -> str:
+def config_flag(argv: Sequence[str]) -> str:
   """The value of --config, "" where it is not given."""
   for i, word in enumerate(argv):
     if word.startswith("--config="):

@@ -14,6 +14,7 @@ from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rewards import failures
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.rl.rollout import Rollout
+from dancegrpo_jax.training import diversity
 from dancegrpo_jax.training.session import Session
 from dancegrpo_jax.types import Conditioning, PyTree
 
@@ -27,6 +28,7 @@ class Experience(NamedTuple):
     rollouts: one for each chunk; the update empties this list.
     scores: `{term: f32[P, G]}`, NaN where a reward failed.
     pixels: samples of the first prompt, on the host; None where they were not asked for.
+    metrics: of the pixels; {} where they were not asked for.
   """
 
   ids: np.ndarray
@@ -34,6 +36,7 @@ class Experience(NamedTuple):
   rollouts: list[Rollout]
   scores: dict[str, jax.Array]
   pixels: np.ndarray | None
+  metrics: dict[str, float]
 
 
 def collect(
@@ -58,7 +61,8 @@ def collect(
     clock: of the iteration.
     threads: in which host rewards run.
     warn: gets a line where a reward fails.
-    keep_pixels: whether the samples of the first prompt are returned.
+    keep_pixels: whether the samples of the first prompt are returned, and the diversity of those
+      that are read with them.
     stop: asked before each chunk; True gives the iteration up.
 
   Returns:
@@ -71,7 +75,7 @@ def collect(
   clock.phase("encode", conditioning)
   features = {name: jax.tree.map(lambda x: x[ids], rows) for name, rows in session.features.items()}
 
-  rollouts, scores, started, pixels = [], {}, [], {}
+  rollouts, scores, started, pixels, small = [], {}, [], {}, {}
   chunks = lanes.deal(len(batch) * group, config.rollout.chunk, config.mesh.lanes)
   for chunk in chunks:
     # At most two chunks are queued on the devices, so that the pixels of no more are in memory.
@@ -104,6 +108,7 @@ def collect(
     if keep_pixels and chunk.min() < group:
       rows = sharding.to_host(media.pixels)
       pixels |= {number: rows[i] for i, number in enumerate(chunk.tolist()) if number < group}
+      small |= dict(zip(chunk.tolist(), diversity.reduced(rows)))
 
   scores |= scoring.gather_host_scores(config, started, chunks)
   order = np.argsort(chunks.reshape(-1)).astype(np.int32)
@@ -113,4 +118,5 @@ def collect(
     rollouts=rollouts,
     scores=compiled.join(scores, order),
     pixels=np.stack([pixels[number] for number in range(group)]) if pixels else None,
+    metrics={diversity.METRIC: diversity.within_groups(small, group)} if small else {},
   )

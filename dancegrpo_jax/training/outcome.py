@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.report import metrics
+from dancegrpo_jax.report import metrics, status
 from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl.state import TrainState
 
@@ -178,4 +178,5 @@ def give_up(
     saver.save(iteration, state, meta | {"iteration": iteration})
     saver.wait()
   message = f"stopped by SIGTERM: {iteration} iterations are saved in {workdir}"
+  status.end(workdir, status.STOPPED, message)
   progress.message(f"{message}; the same command goes on from there")

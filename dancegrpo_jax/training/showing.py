@@ -75,7 +75,7 @@ def show(
 
 
 def save_extremes(session: Session, iteration: int, seen: Experience) -> None:
-  """Saves the best and the worst sample of the first prompt for the report.
+  """Saves the best and the worst sample of the first prompt, and all rewards, for the report.
 
   Args:
     session: of the run.
@@ -83,7 +83,8 @@ def save_extremes(session: Session, iteration: int, seen: Experience) -> None:
     seen: what the last one collected; nothing is saved where it has no pixels, or no score.
   """
   terms = session.config.reward.terms
-  total = sum(weight * np.asarray(seen.scores[term])[0] for term, weight in terms)
+  rewards = sum(weight * np.asarray(seen.scores[term]) for term, weight in terms)
+  total = rewards[0]
   if jax.process_index() == 0 and seen.pixels is not None and np.isfinite(total).any():
     best, worst = int(np.nanargmax(total)), int(np.nanargmin(total))
     page.save_extremes(
@@ -94,4 +95,5 @@ def save_extremes(session: Session, iteration: int, seen: Experience) -> None:
       prompt=session.examples[int(seen.ids[0])].prompt,
       best_score=float(total[best]),
       worst_score=float(total[worst]),
+      rewards=rewards.reshape(-1),
     )

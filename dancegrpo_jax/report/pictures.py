@@ -1,0 +1,159 @@
+"""The pictures of the page: before and after, over training, best and worst.
+
+A picture is embedded, so that the page can be moved: a small one as it is, a larger one as a
+thumbnail in JPEG. It links to the PNG file beside the page.
+"""
+
+import base64
+import functools
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from dancegrpo_jax.report.charts import number_text
+from dancegrpo_jax.report.samples import Evaluation, Extremes
+
+_THUMBNAIL = 256  # pixels of the width of a thumbnail
+_AS_IT_IS = 24_000  # bytes of a file that is embedded unchanged
+_MOST_PAIRS = 16  # prompts before and after
+_MOST_ROWS, _MOST_COLUMNS = 6, 7  # prompts and iterations, over training
+_MOST_EXTREMES = 4
+_LONGEST = 160  # characters of a prompt beside a picture
+
+
+class Embedded(NamedTuple):
+  """A picture as a data URI, the size of its file, and whether the page enlarges its pixels."""
+
+  uri: str
+  width: int
+  height: int
+  is_small: bool
+
+
+def before_after(evaluations: Sequence[Evaluation], workdir: Path) -> dict[str, Any]:
+  """The first evaluation and the last one: "names" of both, "pairs" of pictures, and "left_out",
+  the number of prompts for which there is no room.
+  """
+  if not evaluations:
+    return {"names": [], "pairs": [], "left_out": 0}
+  shown = [evaluations[0], evaluations[-1]] if len(evaluations) > 1 else [evaluations[0]]
+  prompts = [p for p in evaluations[0].prompts if all(p in each.prompts for each in shown)]
+  prompts = list(dict.fromkeys(prompts))
+  pairs = []
+  for prompt in _spaced(prompts, _MOST_PAIRS):
+    sides = [_side(each, prompt, workdir) for each in shown]
+    pairs.append({**_texts(prompt), "sides": sides, "gain": _gain(shown, prompt)})
+  return {
+    "names": [name(each.iteration) for each in shown],
+    "pairs": pairs,
+    "left_out": len(prompts) - len(pairs),
+  }
+
+
+def over_training(evaluations: Sequence[Evaluation], workdir: Path) -> dict[str, Any]:
+  """A row for some of the prompts, and a column for the first evaluation, the last one and some
+  between; nothing where there are only two.
+  """
+  if len(evaluations) < 3:
+    return {"columns": [], "rows": []}
+  shown = _spaced(evaluations, _MOST_COLUMNS)
+  rows = [
+    {**_texts(prompt), "cells": [_side(each, prompt, workdir) for each in shown]}
+    for prompt in _spaced(list(dict.fromkeys(shown[0].prompts)), _MOST_ROWS)
+  ]
+  return {"columns": [name(each.iteration) for each in shown], "rows": rows}
+
+
+def best_and_worst(pairs: Sequence[Extremes], workdir: Path) -> list[dict[str, Any]]:
+  """Pairs of a best and a worst sample."""
+  result = []
+  for pair in _spaced(pairs, _MOST_EXTREMES):
+    sides = [
+      _picture(
+        file=pair.folder / f"{side}.png",
+        score=pair.scores[side],
+        caption=f"{side} of iteration {pair.iteration}",
+        prompt=pair.prompt,
+        workdir=workdir,
+      )
+      for side in ("best", "worst")
+    ]
+    result.append({"title": f"iteration {pair.iteration}", **_texts(pair.prompt), "sides": sides})
+  return result
+
+
+def name(iteration: int) -> str:
+  """What a column is called."""
+  return "base" if iteration == 0 else f"iteration {iteration}"
+
+
+def short(prompt: str) -> str:
+  """A prompt as it stands beside a picture."""
+  return prompt if len(prompt) <= _LONGEST else f"{prompt[: _LONGEST - 1].rstrip()}…"
+
+
+def _texts(prompt: str) -> dict[str, Any]:
+  return {"prompt": short(prompt), "is_cut": len(prompt) > _LONGEST}
+
+
+def _gain(shown: Sequence[Evaluation], prompt: str) -> str:
+  """How the score of a prompt has changed; "" where there is only one, or it failed."""
+  scores = [each.scores[each.prompts.index(prompt)] for each in shown]
+  if len(scores) < 2 or scores[0] is None or scores[-1] is None:
+    return ""
+  return f"{scores[-1] - scores[0]:+.3f}"
+
+
+def _side(evaluation: Evaluation, prompt: str, workdir: Path) -> dict[str, Any]:
+  """A picture of an evaluation. A resumed run may have other prompts than before, because
+  evaluation.prompts may change: without the prompt there is no picture.
+  """
+  caption = name(evaluation.iteration)
+  if prompt not in evaluation.prompts:
+    return {"image": None, "name": caption}
+  index = evaluation.prompts.index(prompt)
+  if index >= len(evaluation.pictures):
+    return {"image": None, "name": caption}
+  score = evaluation.scores[index]
+  return _picture(evaluation.pictures[index], score, caption, prompt, workdir)
+
+
+def _picture(
+  file: Path, score: float | None, caption: str, prompt: str, workdir: Path
+) -> dict[str, Any]:
+  if not file.exists():
+    return {"image": None, "name": caption}
+  return {
+    "image": _embedded(file, file.stat().st_mtime_ns),
+    "name": caption,
+    "file": file.relative_to(workdir).as_posix(),
+    "alt": f"{caption}: {short(prompt)}",
+    "score": "failed" if score is None else number_text(score),
+  }
+
+
+def _spaced(items: Sequence[Any], most: int) -> list[Any]:
+  """At most `most` of the items, evenly spaced, with the first and the last."""
+  if len(items) <= most:
+    return list(items)
+  return [items[round(index * (len(items) - 1) / (most - 1))] for index in range(most)]
+
+
+@functools.lru_cache(maxsize=512)
+def _embedded(file: Path, changed: int) -> Embedded:
+  """A picture. It is kept until its file changes, as the page is written after each evaluation."""
+  del changed  # for the cache alone
+  with Image.open(file) as image:
+    width, height = image.size
+    if width <= _THUMBNAIL and file.stat().st_size <= _AS_IT_IS:
+      content, kind = file.read_bytes(), "png"
+    else:
+      small, buffer = image.convert("RGB"), io.BytesIO()
+      small.thumbnail((_THUMBNAIL, 2 * _THUMBNAIL))
+      small.save(buffer, "JPEG", quality=85)
+      content, kind = buffer.getvalue(), "jpeg"
+  uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+  return Embedded(uri=uri, width=width, height=height, is_small=width < 100)
