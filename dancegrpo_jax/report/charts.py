@@ -15,8 +15,10 @@ import numpy as np
 
 _SIDE = 1000  # of the square that the SVG stretches over the chart
 _MAX_POINTS = 60  # points of a line that show their value under the pointer
+_MAX_DOTS = 40  # of a line; with more of them the line is drawn alone
 _MOST = 200  # points of a line; a longer one is drawn as means of its neighbours
 _OUTLIERS = 0.02  # share of the values at either end that may lie outside of a chart
+_MAX_BARS = 24  # of a histogram
 _FAR = 2.5  # how much longer an axis must be for the outliers' sake, so that they are left outside
 
 Values = Sequence[float | int]  # NaN is a gap
@@ -47,9 +49,9 @@ class Band(NamedTuple):
 class Axis(NamedTuple):
   """An axis: its ends, its ticks, and what stands at them."""
 
-  low: float
-  high: float
-  ticks: Sequence[float]
+  low: float | int
+  high: float | int
+  ticks: Values
   texts: Sequence[str]
 
   def place(self, value: float | int) -> float:
@@ -63,6 +65,7 @@ def chart(
   lines: Sequence[Series],
   bands: Sequence[Band] = (),
   x_label: str = "iterations",
+  from_zero: bool = False,
 ) -> str:
   """A figure with title, unit, legend, axes and curves, as HTML; "" where no value is finite.
 
@@ -75,7 +78,9 @@ def chart(
     lines: the curves.
     bands: areas below the curves.
     x_label: of the x axis.
+    from_zero: whether the y axis begins at 0.
   """
+  places = [position for line in lines for position in line.x]
   lines = [_shorter(line) for line in lines]
   bands = [_shorter_band(band) for band in bands]
   curves = [line.values for line in lines]
@@ -84,17 +89,16 @@ def chart(
   if not finite:
     return ""
   low, high = _bulk(finite)
-  y = _axis(low, high)
-  places = [position for line in lines for position in line.x]
+  y = _axis(min(0.0, low) if from_zero else low, high)
   first, last = min(places), max(max(places), min(places) + 1)
   marks = [tick for tick in ticks(first, last) if tick == int(tick) and first <= tick <= last]
   x = Axis(first, last, marks, [f"{int(tick)}" for tick in marks])
-  outside = sum(not low <= v <= high for line in lines for v in line.values if math.isfinite(v))
+  outside = sum(not y.low <= v <= y.high for line in lines for v in line.values if math.isfinite(v))
   parts = [_area(band, x, y) for band in bands]
   parts += [part for line in lines for part in _line(line, x, y)]
   legend = [(f"c{line.color}", line.label) for line in lines]
   legend += [(f"area c{band.color}", band.label) for band in bands]
-  notes = [f"{outside} far values are outside"] if outside else []
+  notes = [f"{_count(outside, 'far value')} outside of the chart"] if outside else []
   return frame(
     title=title,
     unit=unit,
@@ -108,9 +112,7 @@ def chart(
   )
 
 
-def histogram(
-  title: str, unit: str, groups: Sequence[tuple[str, Values]], x_label: str, bins: int = 24
-) -> str:
+def histogram(title: str, unit: str, groups: Sequence[tuple[str, Values]], x_label: str) -> str:
   """The distributions of several groups of values in one chart; "" where no value is finite.
 
   Args:
@@ -119,13 +121,14 @@ def histogram(
     groups: a label and values for each. The first has colour c2 and is drawn as an outline, and the
       others are filled.
     x_label: of the values.
-    bins: number of bars.
   """
   groups = [(label, [v for v in values if math.isfinite(v)]) for label, values in groups]
   groups = [(label, values) for label, values in groups if values]
   if not groups:
     return ""
   x = _axis(*_padded(*_ends([value for _, values in groups for value in values])), count=6)
+  fewest = min(len(values) for _, values in groups)
+  bins = min(_MAX_BARS, max(_MAX_BARS // 3, round(2 * math.sqrt(fewest))))
   counts = [np.histogram(values, bins, (x.low, x.high))[0] for _, values in groups]
   shares = [count / count.sum() for count in counts]
   y = _axis(0.0, float(max(map(max, shares))), percent=True)
@@ -133,13 +136,11 @@ def histogram(
   parts, legend = [], []
   for number, ((label, values), share) in enumerate(zip(groups, shares)):
     css = "outline c2" if number == 0 and len(groups) > 1 else f"bars c{max(1, number)}"
-    steps = [
-      (edge, height)
-      for left, right, height in zip(edges, edges[1:], share)
-      for edge in (left, right)
-    ]
-    points = [(x.low, 0.0), *steps, (x.high, 0.0)]
-    parts.insert(0, f'<path class="{css}" d="{_path(points, x, y)}Z"/>')
+    used = np.flatnonzero(share)
+    first, last = used[0], used[-1] + 1
+    steps = [(edges[i + side], share[i]) for i in range(first, last) for side in (0, 1)]
+    points = [(edges[first], 0.0), *steps, (edges[last], 0.0)]
+    parts.insert(0, f'<path class="{css}" d="{_path(points, x, y)}"/>')
     legend.append((css.replace("bars", "area"), f"{label} ({_count(len(values), 'sample')})"))
   described = "; ".join(
     f"{label}: mean {number_text(sum(values) / len(values))}" for label, values in groups
@@ -165,7 +166,7 @@ def frame(
     x, y: the axes.
     content: SVG in a square with sides of 1000.
     legend: pairs of CSS classes and labels.
-    notes: more words for the legend.
+    notes: more words for the legend, about values outside of the chart.
     description: what a screen reader says.
   """
   name = escape(title)
@@ -183,12 +184,12 @@ def frame(
     f'<span style="left:{100 * x.place(tick):.2f}%">{text}</span>'
     for tick, text in zip(x.ticks, x.texts)
   )
-  widest = max(y.texts, key=len)
+  widest, cut = max(y.texts, key=len), ' class="cut"' if notes else ""
   label = escape(f"{title}. {description}", quote=True)
   return (
     f'<figure class="chart">{caption}<div class="plot" role="img" aria-label="{label}">'
     f'<div class="y" aria-hidden="true"><i>{widest}</i>{y_ticks}</div>'
-    f'<svg viewBox="0 0 {_SIDE} {_SIDE}" preserveAspectRatio="none">{grid}{content}</svg>'
+    f'<svg{cut} viewBox="0 0 {_SIDE} {_SIDE}" preserveAspectRatio="none">{grid}{content}</svg>'
     f'<div class="x" aria-hidden="true">{x_ticks}</div>'
     f'<div class="label" aria-hidden="true">{escape(x_label)}</div></div></figure>'
   )
@@ -225,7 +226,7 @@ def number_text(value: float | int, step: float | int = 0) -> str:
   return f"{value:.4g}" if abs(value) < 0.1 or abs(value) >= 10 else f"{value:.4f}"
 
 
-def binned(x: Values, *columns: Values, most: int = _MOST) -> tuple[list[float], ...]:
+def binned(x: Values, *columns: Values, most: int = _MOST) -> tuple[Values, ...]:
   """Columns of at most `most` rows: means over equally many neighbours, where NaN doesn't count.
 
   Args:
@@ -286,7 +287,7 @@ def _padded(low: float | int, high: float | int) -> tuple[float, float]:
   return (low - room, high + room) if room else (0.0, 1.0)
 
 
-def _axis(low: float, high: float, count: int = 5, percent: bool = False) -> Axis:
+def _axis(low: float | int, high: float | int, count: int = 5, percent: bool = False) -> Axis:
   marks = ticks(low, high, count)
   step = marks[1] - marks[0]
   texts = [number_text(mark, step) for mark in marks]
@@ -312,7 +313,7 @@ def _runs(*columns: Values) -> Iterator[list[int]]:
     yield run
 
 
-def _path(points: Sequence[tuple[float, float]], x: Axis, y: Axis) -> str:
+def _path(points: Sequence[tuple[float | int, float | int]], x: Axis, y: Axis) -> str:
   places = [(_SIDE * x.place(across), _SIDE * (1 - y.place(value))) for across, value in points]
   return "M" + "L".join(f"{across:.1f} {down:.1f}" for across, down in places)
 
@@ -337,7 +338,7 @@ def _line(line: Series, x: Axis, y: Axis) -> Iterator[str]:
     if not y.low <= line.values[i] <= y.high:
       continue
     # A line without neighbours is not seen, so the point itself is drawn.
-    css = "dot shown" if line.dots or [i] in runs else "dot"
+    css = "dot shown" if line.dots and len(points) <= _MAX_DOTS or [i] in runs else "dot"
     label = escape(f"{line.label}, {line.x[i]:.0f}: {number_text(line.values[i])}")
     place = _path([(line.x[i], line.values[i])], x, y)
     yield f'<path class="{css} c{line.color}" d="{place}h0"><title>{label}</title></path>'

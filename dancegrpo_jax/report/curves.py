@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from dancegrpo_jax.report.charts import Band, Series, binned, chart, histogram
+from dancegrpo_jax.report.charts import Band, Series, chart, histogram
 from dancegrpo_jax.report.metrics import Row
 from dancegrpo_jax.report.samples import Evaluation, Extremes
 from dancegrpo_jax.settings import stored_config
@@ -90,10 +90,9 @@ def diversity_chart(rows: Sequence[Row]) -> str:
   if not kept:
     return ""
   x, distances = [at for at, _ in kept], [v for _, v in kept]
+  line = Series("diversity", x, distances, dots=True)
   # From 0, at which all samples of a prompt are alike, so that a loss looks as large as it is.
-  floor = Series("all alike", x, [0.0] * len(x), 4)
-  unit = "distance of two samples of a prompt"
-  return chart("Diversity", unit, [Series("diversity", x, distances, 1, dots=True), floor])
+  return chart("Diversity", "distance of two samples of a prompt", [line], from_zero=True)
 
 
 def small_charts(rows: Sequence[Row], config: Mapping[str, Any]) -> tuple[list[str], list[str]]:
@@ -148,10 +147,9 @@ def _ratio(rows: Sequence[Row]) -> str:
   average, low, high = columns(rows, "ratio/mean", "ratio/min", "ratio/max")
   if all(v == 1 for v in (*low, *high) if math.isfinite(v)):
     return ""
-  places, low, high = binned(x, low, high)
   return chart(
     "Importance ratio",
     "new / old probability of a step",
     [Series("mean", x, average)],
-    [Band("least to greatest", places, low, high)],
+    [Band("least to greatest", x, low, high)],
   )

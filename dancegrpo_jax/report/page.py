@@ -28,12 +28,14 @@ from dancegrpo_jax import __version__, installation, strict_json
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.report import curves, files, images, metrics, pictures, samples, status, story
 from dancegrpo_jax.report.charts import number_text
+from dancegrpo_jax.rewards import failures
 from dancegrpo_jax.settings import config_file, stored_config
 
 FILE = "report.html"
 _TEMPLATE = Path(__file__).with_name("template.html")
 _MOST_REWARDS = 1000  # of an iteration, which are kept for the histogram
 _MOST_TEXT = 100_000  # characters of all prompts in full
+_MOST_ERRORS = 5000  # characters of the errors of rewards
 _PACKAGES = ("jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 Workdir = str | os.PathLike
@@ -179,6 +181,7 @@ def write(workdir: Workdir) -> Path:
     workdir=started.get("workdir", str(workdir.resolve())),
     verdict=story.verdict(rows, evaluations, environment_of_run.get("devices", "")),
     ending=story.ending(started, rows, config, status.now()),
+    reward_errors=_tail(workdir / failures.FILE),
     tiles=story.tiles(rows, evaluations, config),
     before_after=pictures.before_after(evaluations, workdir),
     main=Markup(curves.main_chart(rows, evaluations, config)),
@@ -199,6 +202,14 @@ def write(workdir: Workdir) -> Path:
   )
   files.write_text(workdir / FILE, page)
   return workdir / FILE
+
+
+def _tail(file: Path) -> str:
+  """The end of a text file, from the beginning of a line; "" where there is none."""
+  if not file.exists():
+    return ""
+  text = file.read_text(encoding="utf-8", errors="replace")
+  return text if len(text) <= _MOST_ERRORS else text[-_MOST_ERRORS:].partition("\n")[2]
 
 
 def _prompts_in_full(evaluations: Sequence[samples.Evaluation]) -> list[str]:

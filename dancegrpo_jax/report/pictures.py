@@ -54,17 +54,17 @@ def before_after(evaluations: Sequence[Evaluation], workdir: Path) -> dict[str, 
 
 
 def over_training(evaluations: Sequence[Evaluation], workdir: Path) -> dict[str, Any]:
-  """A row for some of the prompts, and a column for the first evaluation, the last one and some
-  between; nothing where there are only two.
+  """Rows of pictures for some of the prompts: the first evaluation, the last one and some between;
+  nothing where there are only two.
   """
   if len(evaluations) < 3:
-    return {"columns": [], "rows": []}
+    return {"columns": 0, "rows": []}
   shown = _spaced(evaluations, _MOST_COLUMNS)
   rows = [
-    {**_texts(prompt), "cells": [_side(each, prompt, workdir) for each in shown]}
+    {**_texts(prompt), "cells": [_cell(each, prompt, workdir) for each in shown]}
     for prompt in _spaced(list(dict.fromkeys(shown[0].prompts)), _MOST_ROWS)
   ]
-  return {"columns": [name(each.iteration) for each in shown], "rows": rows}
+  return {"columns": len(shown), "rows": rows}
 
 
 def best_and_worst(pairs: Sequence[Extremes], workdir: Path) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def best_and_worst(pairs: Sequence[Extremes], workdir: Path) -> list[dict[str, A
       _picture(
         file=pair.folder / f"{side}.png",
         score=pair.scores[side],
-        caption=f"{side} of iteration {pair.iteration}",
+        caption=side,
         prompt=pair.prompt,
         workdir=workdir,
       )
@@ -119,6 +119,12 @@ def _side(evaluation: Evaluation, prompt: str, workdir: Path) -> dict[str, Any]:
     return {"image": None, "name": caption}
   score = evaluation.scores[index]
   return _picture(evaluation.pictures[index], score, caption, prompt, workdir)
+
+
+def _cell(evaluation: Evaluation, prompt: str, workdir: Path) -> dict[str, Any]:
+  """As `_side`, with a name that fits below a narrow picture."""
+  side = _side(evaluation, prompt, workdir)
+  return side | {"name": f"{evaluation.iteration}" if evaluation.iteration else "base"}
 
 
 def _picture(

@@ -35,7 +35,7 @@ class Change(NamedTuple):
 
   @property
   def is_clear(self) -> bool:
-    """Whether the interval leaves 0 out."""
+    """Whether the interval leaves 0 out; a single prompt has none."""
     return abs(self.difference) > self.half
 
 
@@ -113,8 +113,9 @@ def verdict(rows: Sequence[metrics.Row], evaluations: Sequence[Evaluation], devi
       f" {number_text(last)} (first and last {n})."
     )
   last = evaluations[-1].iteration
-  when = "" if last == done else f", after {last} of them,"
-  return f"In {count}{took}{when} {'; '.join(parts)}."
+  when = "" if last == done else f", as measured after {last} of them"
+  note = " Intervals are 95 %, over the prompts." if any("±" in part for part in parts) else ""
+  return f"In {count}{took} {'; '.join(parts)}{when}.{note}"
 
 
 def _clause(changed: Change, kind: str) -> str:
@@ -140,7 +141,8 @@ def tiles(
   fixed, held_out = changes(evaluations)
   for changed, label in ((fixed, "fixed prompts"), (held_out, "held-out prompts")):
     if changed.prompts:
-      result.append(_tile(changed.before, changed.after, f"{label}, base → now"))
+      tile = _tile(changed.before, changed.after, f"{label}, base → now")
+      result.append(tile if changed.is_clear else tile | {"kind": ""})
   first, last, count = metrics.gain(rows)
   if count:
     mean = f"mean of {count}" if count > 1 else "one"
