@@ -6,6 +6,7 @@ programs in its compilation cache.
 """
 
 import functools
+import html
 import io
 import json
 import os
@@ -290,12 +291,14 @@ def test_files_of_a_workdir(straight, halves):
     "samples",
     "tensorboard",
     "report.html",
+    "status.json",
   }
   assert store.steps(straight.workdir / "checkpoints") == [2, 4]
   assert {path.name for path in (straight.workdir / "samples").iterdir()} == {
     "iteration_000000",
     "iteration_000002",
     "iteration_000004",
+    "extremes_000001",  # with which later samples are compared
     "extremes_000002",
     "extremes_000004",
   }
@@ -306,6 +309,10 @@ def test_files_of_a_workdir(straight, halves):
   assert list((straight.workdir / "tensorboard").glob("*tfevents*"))
   page = (straight.workdir / "report.html").read_text()
   assert "data:image/png;base64" in page and "<svg" in page
+  assert f"Finished after {ITERATIONS} of {ITERATIONS} iterations" in page
+  assert "Distribution of the reward" in page and "Diversity" in page
+  kept = json.loads((straight.workdir / "samples/extremes_000004/scores.json").read_text())
+  assert np.mean(kept["rewards"]) == pytest.approx(straight.rows[-1]["reward/mean"], abs=1e-4)
   temporary = re.compile(r"\.tmp$|\.partial$|orbax-checkpoint-tmp")
   for run in (straight, *halves):
     assert not [path for path in run.workdir.rglob("*") if temporary.search(path.name)]
@@ -632,6 +639,14 @@ def test_too_many_failed_rewards_do(host):
   assert re.search(r"last good checkpoint is that of iteration 4\b", line), line
 
 
+def test_the_report_of_a_failed_run_says_what_the_command_said(host):
+  run, _, _, errors = host
+  page = html.unescape((run.workdir / "report.html").read_text())
+  assert "Ended by an error after 5 of 6 iterations" in page
+  assert errors.removeprefix("error: ").strip() in page
+  assert "ConnectionError: the scorer is down" in page
+
+
 def test_rewards_without_a_spread_are_said_once(host):
   (line,) = [line for line in host[2].splitlines() if "no group had a spread" in line]
   assert line.startswith("note: in iteration 1 ") and "scorer_of_a_run:score" in line
@@ -694,8 +709,11 @@ def test_sigterm_in_a_rollout_gives_the_iteration_up_and_saves_the_last(
     row["iteration"] for row in run.rows
   ] == [0, 1]
   assert updates(run) == [call.name for call in run.calls].count("update deal") == 2
+  page = (run.workdir / "report.html").read_text()
+  assert "Stopped after 2 of 4 iterations" in page and "stopped by SIGTERM: 2 iterations" in page
   again = execute(flags(**changes, iterations=3), tmp_path / "run")
   assert again.code == 0 and [row["iteration"] for row in again.rows] == [0, 1, 2]
+  assert "Finished after 3 of 3 iterations" in (run.workdir / "report.html").read_text()
   assert updates(again) == 1
 
 
