@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dancegrpo_jax import __version__
+from dancegrpo_jax.settings.suggestions import did_you_mean
 
 
 class Command(NamedTuple):
@@ -75,7 +76,5 @@ def _help() -> str:
 def _unknown(name: str) -> str:
   if not name:
     return f"a command is missing; give one of {', '.join(COMMANDS)}, or --help"
-  from dancegrpo_jax.settings.config_file import did_you_mean  # slow, and for a mistake only
-
   near = did_you_mean(name, list(COMMANDS))
   return f"unknown command {name!r}{near or '; one of ' + ', '.join(COMMANDS)}"

@@ -3,20 +3,21 @@ above or behind it.
 
     python docs/make_configuration.py
 
-A comment belongs to the field or section that follows it on the next line, or that stands before it
-on the same line. tests/test_docs.py checks that the page is up to date and that nothing lacks a
-comment.
+dancegrpo_jax/settings/field_comments.py reads the comments. tests/test_docs.py checks that the page
+is up to date and that nothing lacks a comment.
 """
 
-import ast
 import importlib.util
-import io
 import re
-import tokenize
+import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # for `python docs/make_configuration.py`
+
+from dancegrpo_jax.settings.field_comments import Entry, entries  # noqa: E402
+
 SOURCE = ROOT / "configs" / "common.py"
 PAGE = ROOT / "docs" / "configuration.md"
 SOURCES = {  # abbreviations in the comments -> what they stand for
@@ -45,7 +46,11 @@ python -m dancegrpo_jax.main --config=configs/emoji_clip.py --help
 ```
 
 The name after the colon is a preset of the file, see [Recipes](recipes.md). With `--help` a command
-prints every field of the config and its value, after presets and overrides.
+prints every field of the config with its value, after presets and overrides, and its meaning.
+
+`reward.terms` and `reward.thresholds` have a short form too,
+`--config.reward.terms=hps:0.7,clip:1.4`,
+see [Rewards](rewards.md#naming-rewards).
 
 A misspelt field, a value of the wrong type, and values that do not fit each other are answered
 before anything is loaded, all in one message. [Troubleshooting](troubleshooting.md) lists the usual
@@ -65,68 +70,6 @@ A mark behind a sentence says where the default comes from:
 [C](https://github.com/XueZeyue/DanceGRPO) is its PyTorch code as of October 2025, and
 [F](https://arxiv.org/abs/2505.05470) is Flow-GRPO.
 """
-
-
-class Entry(NamedTuple):
-  """A field or a section of the config.
-
-  Attributes:
-    path: its dotted name.
-    is_section: whether it holds other entries.
-    comment: the text above it and behind it, "" where there is none.
-  """
-
-  path: str
-  is_section: bool
-  comment: str
-
-
-def entries(source: str) -> list[Entry]:
-  """The fields and sections of a config file in the order of the file, each section before its
-  fields.
-  """
-  comments = _comments(source)
-  found: list[Entry] = []
-  for node in ast.walk(ast.parse(source)):
-    if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
-      _collect(node.targets[0].attr, node, node.value, comments, found)
-  return found
-
-
-def _collect(path: str, start: ast.AST, value: ast.expr, comments: dict, found: list) -> None:
-  """Adds an entry and what is inside it; `start` is the node at which its first line begins."""
-  section = _dict_of(value)
-  last = section.lineno if section else value.end_lineno
-  found.append(Entry(path, section is not None, _comment(start.lineno, last, comments)))
-  for key, inner in zip(section.keys, section.values) if section else ():
-    _collect(f"{path}.{key.value}", key, inner, comments, found)
-
-
-def _dict_of(value: ast.expr) -> ast.Dict | None:
-  """The dict of `ConfigDict({...})`, or None for a plain value."""
-  is_section = isinstance(value, ast.Call) and getattr(value.func, "id", "") == "ConfigDict"
-  return value.args[0] if is_section and value.args else None
-
-
-def _comments(source: str) -> dict[int, tuple[bool, str]]:
-  """Line -> (whether the comment is alone on it, its text)."""
-  lines = source.splitlines()
-  found = {}
-  for token in tokenize.generate_tokens(io.StringIO(source).readline):
-    if token.type == tokenize.COMMENT:
-      row, column = token.start
-      found[row] = (not lines[row - 1][:column].strip(), token.string.lstrip("#").strip())
-  return found
-
-
-def _comment(first: int, last: int, comments: dict[int, tuple[bool, str]]) -> str:
-  """The comment lines directly above line `first`, and those on the lines from there to `last`."""
-  above = []
-  row = first - 1
-  while row in comments and comments[row][0]:
-    above.insert(0, comments[row][1])
-    row -= 1
-  return " ".join(above + [comments[row][1] for row in range(first, last + 1) if row in comments])
 
 
 def defaults() -> dict[str, Any]:

@@ -111,7 +111,7 @@ def test_a_folder_that_is_no_pipeline(tmp_path):
 
 
 def test_offline_and_not_cached(monkeypatch):
-  """One line, before any weights are read: how to get the files, and what is accepted."""
+  """One short line, before any weights are read: how to get the files."""
   monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
   with pytest.raises(ConfigError) as caught:
     hub.folder("model.checkpoint", NAME, LAYOUT)
@@ -120,14 +120,9 @@ def test_offline_and_not_cached(monkeypatch):
     "\n" not in text
     and "not in the Hugging Face cache, and HF_HUB_OFFLINE=1 forbids downloads" in text
   )
-  assert (
-    f"`hf download {NAME} --local-dir checkpoints/no-such-model`" in text
-    and "accept its licence" in text
-  )
-  assert (
-    "--config.model.checkpoint=checkpoints/no-such-model" in text
-    and "accepted is a folder with unet/config.json" in text
-  )
+  assert f"`hf download {NAME} --local-dir checkpoints/no-such-model`" in text
+  assert "--config.model.checkpoint=checkpoints/no-such-model" in text
+  assert len(text) < 300
 
 
 @pytest.mark.parametrize("name", ["../nowhere/at/all", "nowhere", "/nowhere/at"])

@@ -54,7 +54,9 @@ def folder(field: str, name: str, layout: Layout, variant: str = "") -> Path:
   if path.is_dir():
     absent = missing(path, layout._replace(networks=()) if is_random(name) else layout)
     if absent:
-      content = ", ".join(sorted(entry.name for entry in path.iterdir())) or "nothing"
+      names = sorted(entry.name for entry in path.iterdir())
+      more = [f"{len(names) - 8} more"] if len(names) > 8 else []
+      content = ", ".join(names[:8] + more) or "nothing"
       raise ConfigError(
         f"config.{field} = {name!r}: the folder lacks {', '.join(absent)}; found {content};"
         f" {_accepted(layout)}"
@@ -157,14 +159,11 @@ def _download(field: str, name: str, layout: Layout, variant: str) -> Path:
   precision.
   """
   from huggingface_hub import constants, snapshot_download
+  from huggingface_hub.errors import GatedRepoError
 
-  where = (
-    f"config.{field} = {name!r}: no such folder (from {Path.cwd()}), not in the Hugging Face cache"
-  )
+  where = f"config.{field} = {name!r}: no such folder, not in the Hugging Face cache"
   if constants.HF_HUB_OFFLINE:
-    raise ConfigError(
-      f"{where}, and HF_HUB_OFFLINE=1 forbids downloads; {_remedy(field, name, layout)}"
-    )
+    raise ConfigError(f"{where}, and HF_HUB_OFFLINE=1 forbids downloads; {_remedy(field, name)}")
   absent: list[str] = []
   for kind in dict.fromkeys((variant, "", "fp16", "bf16")):
     try:
@@ -172,11 +171,9 @@ def _download(field: str, name: str, layout: Layout, variant: str) -> Path:
     # No network, no such repository, a gated one, a full disk: the hub's client has a dozen
     # classes for these, with messages of several lines.
     except Exception as error:
-      reason = " ".join(str(error).split())[:200]
-      raise ConfigError(
-        f"{where}, and not downloaded ({type(error).__name__}: {reason});"
-        f" {_remedy(field, name, layout)}"
-      ) from error
+      reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+      remedy = _remedy(field, name, isinstance(error, GatedRepoError))
+      raise ConfigError(f"{where}, and not downloaded ({reason}); {remedy}") from error
     absent = missing(path, layout)
     if not absent:
       return path
@@ -185,12 +182,14 @@ def _download(field: str, name: str, layout: Layout, variant: str) -> Path:
   )
 
 
-def _remedy(field: str, name: str, layout: Layout) -> str:
+def _remedy(field: str, name: str, is_gated: bool = False) -> str:
+  """How to get a repository's files, in a line that fits on a screen."""
+  if is_gated:
+    return f"accept its licence on huggingface.co/{name}, and run `hf auth login`"
   local = f"checkpoints/{name.split('/')[-1]}"
   return (
-    f"where there is a network run `hf download {name} --local-dir {local}` (for a gated one"
-    " accept its licence on its page and run `hf auth login` first), copy the folder here and set"
-    f" --config.{field}={local}; {_accepted(layout)}"
+    f"run `hf download {name} --local-dir {local}` where there is a network, and set"
+    f" --config.{field}={local}"
   )
 
 

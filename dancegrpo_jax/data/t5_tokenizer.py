@@ -13,6 +13,7 @@ import os
 import numpy as np
 
 from dancegrpo_jax.data.cut_texts import Tokenizer, require_class
+from dancegrpo_jax.data.transformers_classes import tokenizer_class
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
 PAD, EOS, UNKNOWN, SPACE = "<pad>", "</s>", "<unk>", "▁"
@@ -49,9 +50,9 @@ def write_t5_tokenizer(captions: list[str], folder: str, length: int) -> None:
     ValueError: a caption needs more than `length` tokens.
   """
   # Here and below transformers is imported late, because it is slow to import.
-  from transformers import T5Tokenizer
-
-  tokenizer = T5Tokenizer(vocab=vocabulary(captions), extra_ids=0, model_max_length=length)
+  tokenizer = tokenizer_class("T5Tokenizer")(
+    vocab=vocabulary(captions), extra_ids=0, model_max_length=length
+  )
   for caption, ids in zip(captions, tokenizer(captions)["input_ids"] if captions else []):
     if len(ids) > length:
       raise ValueError(
@@ -71,8 +72,6 @@ def load_t5_tokenizer(folder: str) -> Tokenizer:
   Raises:
     FileNotFoundError: names the file that is missing.
   """
-  from transformers import T5Tokenizer
-
   for name in FILES:
     if not os.path.isfile(os.path.join(folder, name)):
       raise FileNotFoundError(
@@ -80,7 +79,7 @@ def load_t5_tokenizer(folder: str) -> Tokenizer:
         f" {' and '.join(FILES)}"
       )
   require_class(folder, "T5Tokenizer", "T5TokenizerFast")
-  tokenizer = T5Tokenizer.from_pretrained(folder)
+  tokenizer = tokenizer_class("T5Tokenizer").from_pretrained(folder)
 
   def encode(texts: list[str], length: int) -> np.ndarray:
     rows = tokenizer(

@@ -12,6 +12,7 @@ import os
 import numpy as np
 
 from dancegrpo_jax.data.cut_texts import Tokenizer, require_class
+from dancegrpo_jax.data.transformers_classes import tokenizer_class
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"
@@ -178,8 +179,6 @@ def load_tokenizer(folder: str) -> Tokenizer:
     FileNotFoundError: names the file that is missing.
     ValueError: the configuration gives no length that can be used.
   """
-  from transformers import CLIPTokenizer
-
   if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
       if not os.path.isfile(os.path.join(folder, name)):
@@ -188,7 +187,7 @@ def load_tokenizer(folder: str) -> Tokenizer:
           " tokenizer_config.json, and vocab.json with merges.txt or tokenizer.json"
         )
   require_class(folder, "CLIPTokenizer", "CLIPTokenizerFast")
-  tokenizer = CLIPTokenizer.from_pretrained(folder)
+  tokenizer = tokenizer_class("CLIPTokenizer").from_pretrained(folder)
   length = tokenizer.model_max_length
   if not 0 < length <= 10_000:
     raise ValueError(

@@ -109,7 +109,8 @@ class Writer:
       self._file.flush()
     if self._tensorboard is not None:
       for key, value in row.items():
-        self._tensorboard.add_scalar(key, value, iteration)
+        if math.isfinite(value):  # a missing value is a gap in the curve, without a warning
+          self._tensorboard.add_scalar(key, value, iteration)
       self._tensorboard.flush()
     if self._wandb is not None:
       self._wandb.log(row, step=iteration)

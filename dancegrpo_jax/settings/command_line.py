@@ -5,7 +5,9 @@ Every mistake is a `ConfigError` with a message for the user. Commands print it 
 """
 
 import argparse
+import difflib
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,10 +15,14 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from dancegrpo_jax import installation
 from dancegrpo_jax.devices import out_of_memory
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.settings.config_file import did_you_mean, load, spell
+from dancegrpo_jax.settings import config_file, field_comments, suggestions
+from dancegrpo_jax.settings.config_file import load, spell
 from dancegrpo_jax.settings.stored_config import flatten
+
+_DASHES = "-\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"  # word processors write the last three
 
 
 class CommandLine(NamedTuple):
@@ -76,7 +82,7 @@ def parse_argv(
     "-h",
     "--help",
     action="store_true",
-    help="show this; with --config also every field and its value",
+    help="show this; with --config also every field, its value and its meaning",
   )
   if add_flags is not None:
     add_flags(parser)
@@ -92,11 +98,8 @@ def parse_argv(
     raise SystemExit(0)
   if unknown:
     known = [option for action in parser._actions for option in action.option_strings]
-    raise ConfigError(
-      "\n".join(
-        f"unknown argument {word!r}{did_you_mean(word.split('=')[0], known)}" for word in unknown
-      )
-    )
+    fields = _fields(flags.config)
+    raise ConfigError("\n".join(_unknown(word, known, fields) for word in _joined(unknown)))
   if not flags.config:
     raise ConfigError("--config is missing; give a file or a name, as --config=emoji_clip")
   given = frozenset(override.partition("=")[0] for override in overrides)
@@ -171,12 +174,62 @@ def _split_overrides(words: list[str]) -> tuple[list[str], list[str]]:
   return overrides, unknown
 
 
+def _joined(words: Sequence[str]) -> list[str]:
+  """Words of which a flag and its value are one: ["--lr", "1"] becomes ["--lr=1"]."""
+  joined: list[str] = []
+  for word in words:
+    is_flag = word.startswith("-") and not word[1:2].isdigit()
+    if joined and joined[-1].startswith("--") and "=" not in joined[-1] and not is_flag:
+      joined[-1] += f"={word}"
+    else:
+      joined.append(word)
+  return joined
+
+
+def _fields(path: str | None) -> list[str]:
+  """The fields of a config, for a message about something else; [] where it can't be read."""
+  try:
+    return list(flatten(load(path))) if path else []
+  except ConfigError:
+    return []
+
+
+def _unknown(word: str, known: Sequence[str], fields: Sequence[str]) -> str:
+  """The line about an argument that the command doesn't have.
+
+  Args:
+    word: as it was written, with its value.
+    known: the command's flags.
+    fields: of the config.
+  """
+  written, _, value = word.lstrip(_DASHES).partition("=")
+  dashes = len(word) - len(word.lstrip(_DASHES))
+  name = written.removeprefix("config.")
+  end = f"={value}" if value else ""
+  line = f"unknown argument {word!r}"
+  if dashes < 2 and (written == "config" or f"--{written}" in known):
+    return f"{line}; write it with two dashes, --{written}{end}"
+  if name != written and dashes < 2:
+    return f"{line}; a field is set with two dashes in front, --config.{name}{end}"
+  if not dashes and not end and re.search(r"\.py(:\w*)?$", written):
+    return f"{line}; a config is given as --config={written}"
+  meant = suggestions.fields_called(name, fields)
+  near = difflib.get_close_matches(written, [flag.lstrip("-") for flag in known], n=1)
+  if not meant and near:
+    return f"{line}; did you mean '--{near[0]}'?"
+  meant = meant or suggestions.fields_like(name, fields, cutoff=0.75)
+  if meant:
+    return f"{line}; did you mean {' or '.join(f'--config.{field}' for field in meant[:3])}?"
+  return f"{line}; --help lists the flags, and with --config the fields"
+
+
 def _help_fields(path: str, overrides: list[str]) -> str:
   """The end of --help: every field of the config and its value."""
   if not path:
     return (
       "Fields are set as --config.rollout.samples_per_prompt=8; add --config=FILE to see them all."
     )
-  fields = flatten(load(path, overrides))
-  lines = [f"  --config.{key}={spell(value)}" for key, value in fields.items()]
-  return "\n".join([f"fields of {path}:", *lines])
+  fields = {field: spell(value) for field, value in flatten(load(path, overrides)).items()}
+  common = installation.find("configs/common.py").read_text()
+  known = field_comments.meanings([common, config_file.source(path)])
+  return "\n".join([f"fields of {path}:", *field_comments.listing(fields, known)])

@@ -10,7 +10,6 @@ A file is given by its path. Its name alone is enough where it lies in the worki
 """
 
 import ast
-import difflib
 import importlib.util
 import inspect
 import sys
@@ -24,7 +23,9 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import installation
 from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.settings import pairs
 from dancegrpo_jax.settings.stored_config import flatten, tuples
+from dancegrpo_jax.settings.suggestions import did_you_mean, did_you_mean_field
 
 _FOLDER = Path("configs")  # where a file is looked up that is given by its name alone
 _beside: list[str] = []  # in sys.path: the folders of the config file that was read last
@@ -66,6 +67,11 @@ def load(path_with_preset: str, overrides: Sequence[str] = ()) -> ConfigDict:
   if problems:
     raise ConfigError("\n".join(problems))
   return config.lock()
+
+
+def source(path_with_preset: str) -> str:
+  """The text of the file that `load` reads. ConfigError as there."""
+  return _file(_split_preset(path_with_preset)[0]).read_text()
 
 
 def _split_preset(path_with_preset: str) -> tuple[str, str]:
@@ -156,18 +162,28 @@ def _override(config: ConfigDict, override: str) -> str | None:
     inside = [field for field in fields if field.startswith(f"{key}.")]
     if inside:
       return f"--config.{key}: this is a section; set one of its fields: {', '.join(inside)}"
-    return f"--config.{key}: unknown key{_did_you_mean_key(key, list(fields))}"
+    return f"--config.{key}: unknown key{did_you_mean_field(key, list(fields))}"
+  is_pairs = key in pairs.DEFAULTS
   try:
-    value = _parse(text, fields[key])
+    short = is_pairs and pairs.is_short(text)
+    value = pairs.parse(key, text) if short else _parse(text, fields[key])
+  except ConfigError as error:
+    return str(error)
   except (ValueError, SyntaxError):
     mistake = f"--config.{key}={text}: not a value of type {type(fields[key]).__name__}"
-    return f"{mistake}; write it as --config.{key}={spell(fields[key])}"
+    remedy = f"write it as --config.{key}={spell(fields[key])}"
+    return f"{mistake}; {pairs.remedy(key) if is_pairs else remedy}"
+  _set(config, key, value)
+  return None
+
+
+def _set(config: ConfigDict, key: str, value: Any) -> None:
+  """Sets the field of this full name."""
   *sections, leaf = key.split(".")
   for section in sections:
     config = config[section]
   with config.unlocked():
     config[leaf] = value
-  return None
 
 
 def _parse(text: str, present: Any) -> Any:
@@ -193,25 +209,3 @@ def _parse(text: str, present: Any) -> Any:
 def spell(value: Any) -> str:
   """A value as one types it in a shell."""
   return f'"{value!r}"' if isinstance(value, (tuple, list)) else str(value)
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-  """The end of a message that suggests the most similar of `known`; "" where none is similar."""
-  close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-  return f"; did you mean {close[0]!r}?" if close else ""
-
-
-def _did_you_mean_key(key: str, fields: list[str]) -> str:
-  """The end of a message about an unknown key: a field of the same name in another section, or a
-  field that is spelt similarly.
-  """
-  leaves = {field: field.rpartition(".")[2] for field in fields}
-  leaf = key.rpartition(".")[2]
-  close = [field for field in fields if leaves[field] == leaf]
-  close = close or difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-  if not close:
-    similar = difflib.get_close_matches(leaf, list(leaves.values()), n=1, cutoff=0.5)
-    close = [field for field in fields if leaves[field] in similar][-1:]
-  if close:
-    return f"; did you mean {' or '.join(close[:3])}?"
-  return "; --help with --config lists every field"

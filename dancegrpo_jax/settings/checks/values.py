@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from dancegrpo_jax.diffusion import transitions, windows
 from dancegrpo_jax.rl import advantages, algorithms, timesteps
-from dancegrpo_jax.settings.config_file import did_you_mean
+from dancegrpo_jax.settings.suggestions import did_you_mean
 
 
 class Limit(NamedTuple):
