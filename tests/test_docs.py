@@ -1,17 +1,15 @@
-"""README and docs/: commands that exist, fields that are explained, messages that the code can
-raise, and pages that their scripts would write again.
+"""README and docs/: fields that are explained, messages that the code can raise, and pages that
+their scripts would write again.
 """
 
 import ast
-import importlib
 import re
 import runpy
-import shlex
 from pathlib import Path
 
 import pytest
 
-from dancegrpo_jax.settings import command_line, config_file, stored_config
+from dancegrpo_jax.settings import config_file, stored_config
 from dancegrpo_jax.settings.checks import values
 
 ROOT = Path(__file__).parent.parent
@@ -27,59 +25,6 @@ def text(name: str) -> str:
 
 
 # Commands
-
-
-def shell_lines() -> list:
-  """Every command in a block of shell, continued lines joined, comments left out."""
-  found = []
-  for page in PAGES:
-    for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", page.read_text(), re.M | re.S):
-      for line in block.replace("\\\n", " ").splitlines():
-        words = shlex.split(line, comments=True)
-        if words:
-          place = page.parent.name if page.parent.parent.name == "examples" else page.stem
-          found.append(pytest.param(words, id=f"{place}: {line[:60]}"))
-  return found
-
-
-@pytest.mark.parametrize("words", shell_lines())
-def test_a_command_could_be_run(words, monkeypatch):
-  """Modules, files, flags and fields of our own are there; other tools are named, no more."""
-  monkeypatch.chdir(ROOT)
-  is_example = len(words) > 2 and words[2].startswith("examples.")
-  if words[:2] == ["python", "-m"] and not is_example:
-    parse(words[2], words[3:])
-  elif words[0] == "python":
-    name = f"{words[2].replace('.', '/')}.py" if is_example else words[1]
-    script = (ROOT / name).read_text()
-    flags = [word.split("=")[0] for word in words[2:] if word.startswith("--")]
-    assert all(flag == "--help" or f'"{flag}"' in script for flag in flags)
-  elif words[0].startswith("launch/"):
-    assert re.search(rf"^  {words[1]}\)", (ROOT / words[0]).read_text(), re.M)
-  elif words[:3] == ["pip", "install", "-r"]:
-    assert (ROOT / words[3]).is_file()
-  else:
-    assert words[0] in ("apt-get", "export", "hf", "mkdocs", "pip", "pytest", "dancegrpo"), words
-
-
-def parse(module: str, words: list[str]) -> None:
-  """Reads a command's flags as it would itself, without doing anything."""
-  name = module.removeprefix("dancegrpo_jax.")
-  assert module != name, module
-  if name.startswith("data.") or words[:1] == ["inspect"]:
-    importlib.import_module(f"{module}.__main__")
-    return
-  if name == "convert":
-    convert = importlib.import_module(f"{module}.__main__")
-    with pytest.MonkeyPatch.context() as patch:
-      patch.setattr(convert, "_converted", lambda run: None)
-      assert convert.main(words) == 0
-    return
-  is_folder = (ROOT / "dancegrpo_jax" / name).is_dir()
-  command = importlib.import_module(f"{module}.__main__" if is_folder else module)
-  if "--help" in words:
-    words = [word for word in words if word != "--help"]
-  command_line.parse_argv(words, "", command.add_flags)
 
 
 def test_the_first_commands():

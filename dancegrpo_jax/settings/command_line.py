@@ -20,6 +20,7 @@ from dancegrpo_jax.devices import out_of_memory
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.settings import config_file, field_comments, suggestions
 from dancegrpo_jax.settings.config_file import load, spell
+from dancegrpo_jax.settings.shortened import shortened
 from dancegrpo_jax.settings.stored_config import flatten
 
 _DASHES = "-\N{EN DASH}\N{EM DASH}\N{MINUS SIGN}"  # word processors write the last three
@@ -103,7 +104,10 @@ def parse_argv(
   if not flags.config:
     raise ConfigError("--config is missing; give a file or a name, as --config=emoji_clip")
   given = frozenset(override.partition("=")[0] for override in overrides)
-  return CommandLine(config=load(flags.config, overrides), flags=flags, given=given)
+  config, lines = shortened(load(flags.config, overrides))
+  for line in lines:
+    print(f"note: {line}", file=sys.stderr)
+  return CommandLine(config=config, flags=flags, given=given)
 
 
 def program() -> str:
