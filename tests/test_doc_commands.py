@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from tiny_checkpoint import ROOT
 
 from dancegrpo_jax import installation
@@ -253,6 +255,29 @@ def test_a_script_says_what_it_would_call(command):
     assert config[1] in done.stdout
     fields = [word for word in command.words if word.startswith("--config.")]
     command_line.parse_argv([f"--config={config[1]}", *fields], "")
+
+
+def test_the_pickles_of_the_paper_become_safetensors(tmp_path, monkeypatch):
+  """The Python block of docs/paper.md, with files of the same form."""
+  (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/paper.md").read_text(), re.S)
+  share = tmp_path / "share"
+  share.mkdir()
+  monkeypatch.chdir(tmp_path)
+  tensors = {"visual.proj": torch.arange(6.0).reshape(2, 3).T, "logit_scale": torch.tensor(4.6)}
+  for file, content in (
+    ("checkpoints/HPSv2/HPS_v2.1_compressed.pt", {"epoch": 1, "state_dict": tensors}),
+    ("checkpoints/DFN5B-CLIP-ViT-H-14/open_clip_pytorch_model.bin", tensors),
+  ):
+    Path(file).parent.mkdir(parents=True)
+    torch.save(content, file)
+  Path("checkpoints/DFN5B-CLIP-ViT-H-14/open_clip_config.json").write_text("{}")
+  exec(block.replace("/mnt/share", str(share)), {})
+  written = {str(file.relative_to(share)) for file in share.rglob("*.*") if file.is_file()}
+  names = re.findall(r"runs/(HPS\S+|DFN\S+) ", (ROOT / "docs/paper.md").read_text())
+  assert any(name in written for name in names) and len(written) == 3
+  for file in share.rglob("*.safetensors"):
+    read = load_file(file)
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors | read)
 
 
 # Those that are run

@@ -51,6 +51,16 @@ def test_fetched_from_the_hub(tmp_path, monkeypatch, capsys):
   assert "hpdv2_prompts train: 4 prompts" in capsys.readouterr().out
 
 
+def test_a_file_for_machines_without_the_data_set(tmp_path, capsys):
+  out = tmp_path / "hpdv2.json"
+  assert command.main([f"--data-dir={tmp_path}", f"--json={FIXTURE}", f"--out={out}"]) == 0
+  assert [example.prompt for example in read_prompts(str(out))] == PROMPTS
+  for wrong in (tmp_path / "hpdv2.txt", tmp_path / "no" / "hpdv2.json"):
+    assert command.main([f"--data-dir={tmp_path / 'other'}", f"--out={wrong}"]) == 2
+    assert f"error: --out={wrong}: must end with .json" in capsys.readouterr().err
+  assert not (tmp_path / "other").exists()
+
+
 def test_without_a_network(tmp_path, monkeypatch, capsys):
   def refused(*_, **__):
     raise ConnectionError("no route\nto host")
