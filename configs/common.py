@@ -21,6 +21,10 @@ def get_config() -> ConfigDict:
   config.seed = 0
   # GRPO iterations. One iteration is a rollout, its rewards and an update.
   config.iterations = 300
+  # The run whose weights this one starts from, as WORKDIR or WORKDIR@ITERATION: averaged ones where
+  # that run has an average. Optimizer and iterations begin anew. Empty means the model of
+  # `model.checkpoint`. The flag `--init-from` of `main` sets it.
+  config.init_from = ""
 
   # The generator, and how its networks are computed.
   config.model = ConfigDict(

@@ -1,7 +1,7 @@
 """Command: scores of a checkpoint beside those of its base model, on prompts and noise that
 training never sees.
 
-    python -m dancegrpo_jax.evaluate --config=configs/emoji_clip.py --checkpoint=runs/emoji_clip \\
+    python -m dancegrpo_jax.evaluate --checkpoint=runs/emoji_clip \\
       --out=runs/emoji_clip/evaluation.json
 """
 
@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from dancegrpo_jax.checkpoints import flag
 from dancegrpo_jax.devices import accelerator
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.settings import command_line
@@ -16,9 +17,7 @@ from dancegrpo_jax.settings import command_line
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of this command."""
-  parser.add_argument(
-    "--checkpoint", required=True, help="a workdir, its checkpoints/ folder, or base"
-  )
+  flag.add(parser, default=None, base="; base is the model of --config")
   parser.add_argument(
     "--prompts", action="append", help="prompt files; default: data.prompts and data.held_out"
   )
@@ -31,10 +30,12 @@ def main(argv: list[str]) -> int:
   """Reads the flags and evaluates. Returns the exit code, 2 for a mistake."""
 
   def command() -> None:
-    line = command_line.parse_argv(argv, "Score a checkpoint beside its base model.", add_flags)
+    description = "Score a checkpoint beside its base model."
+    line = command_line.parse_argv(argv, description, add_flags, flag.config_of)
     flags, data = line.flags, line.config.data
     out = Path(flags.out)
-    accelerator.start()
+    if flags.config:
+      accelerator.start()
     if out.suffix != ".json":
       raise ConfigError(
         f"--out={flags.out}: must end with .json; the images go into the folder of that name"

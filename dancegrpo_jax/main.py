@@ -18,6 +18,13 @@ from dancegrpo_jax.settings import command_line, stored_config
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of this command."""
   parser.add_argument("--workdir", help="default: runs/<config name>; running again on it resumes")
+  parser.add_argument(
+    "--init-from",
+    "--init_from",
+    dest="config.init_from",
+    metavar="WORKDIR[@ITERATION]",
+    help="start a new run from the weights of another one; sets config.init_from",
+  )
   processes.add_flags(parser)
 
 

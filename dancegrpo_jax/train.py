@@ -20,6 +20,7 @@ from dancegrpo_jax.report import metrics, page, status
 from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rl import algorithms
 from dancegrpo_jax.rl.state import TrainState
+from dancegrpo_jax.settings import named_objects
 from dancegrpo_jax.training import tracing
 from dancegrpo_jax.training.collecting import Experience, collect
 from dancegrpo_jax.training.outcome import Numbers, Pending, give_up, what_is_left
@@ -71,7 +72,8 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
       stack.callback(tracing.end_trace)
     behaviour = algorithms.kind_of(config).behaviour
     numbers, clock = Numbers(config, workdir, writer, progress), None
-    meta = {"config": config.to_dict(), "prompts": found.identity}
+    modules = named_objects.folders(config)
+    meta = {"config": config.to_dict(), "prompts": found.identity, "modules": modules}
     if first == 0:
       show(session, 0, state, progress.warning)
 

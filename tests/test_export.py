@@ -15,7 +15,7 @@ from tiny_checkpoint import ROOT, tiny_config
 
 from dancegrpo_jax import train
 from dancegrpo_jax.assembly import loading, sampling
-from dancegrpo_jax.checkpoints import components, hub, store, weights
+from dancegrpo_jax.checkpoints import chosen, components, hub, store, weights
 from dancegrpo_jax.convert import __main__ as command
 from dancegrpo_jax.convert import folders
 from dancegrpo_jax.devices import sharding
@@ -97,7 +97,7 @@ def test_diffusers_draws_our_pixels(emoji, tmp_path):
     )
     for kind in ("ema", "raw"):
       folders.export(config, str(workdir), tmp_path / kind, "pipeline", kind)
-      tuned = sampling.restore_weights(str(workdir), abstract, kind)
+      tuned = sampling.restore_weights(chosen.find(str(workdir)), abstract, kind)
       ours = sampling.draw(
         opened, tuned, [Example(i, text) for i, text in enumerate(PROMPTS)], 2, seed=5
       ).pixels
@@ -131,12 +131,13 @@ def test_denoiser_alone(run, tmp_path, capsys):
   config, workdir = run
   folders.export(config, str(workdir), tmp_path / "unet", "denoiser", "")
   assert sorted(os.listdir(tmp_path / "unet")) == [
+    "README.md",
     "config.json",
     "diffusion_pytorch_model.safetensors",
   ]
   _, info = UNet2DConditionModel.from_pretrained(tmp_path / "unet", output_loading_info=True)
   assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
-  assert f"denoiser of {workdir}: {tmp_path / 'unet'}" in capsys.readouterr().out
+  assert f"denoiser of {workdir}@1: {tmp_path / 'unet'}" in capsys.readouterr().out
 
 
 def test_taken_or_misnamed(run, tmp_path):

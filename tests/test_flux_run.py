@@ -12,6 +12,7 @@ from tiny_checkpoint import relative_error, tiny_config, write_flux
 
 from dancegrpo_jax import train
 from dancegrpo_jax.assembly import loading, sampling
+from dancegrpo_jax.checkpoints import chosen
 from dancegrpo_jax.convert import folders
 from dancegrpo_jax.devices import sharding
 
@@ -53,7 +54,7 @@ def restored(config, workdir) -> tuple:
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   with jax.set_mesh(mesh):
     model = loading.load(config, pipeline, {}, mesh)
-    return sampling.restore(config, model, str(workdir)), model.trainable
+    return sampling.restore(config, model, chosen.find(str(workdir))), model.trainable
 
 
 def test_the_first_ratio_is_one_and_the_weights_move(run):

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,7 +11,8 @@ from ml_collections import ConfigDict
 from dancegrpo_jax import programs, scoring
 from dancegrpo_jax.assembly import cut_prompts, encoding, loading, reward_builders, reward_trial
 from dancegrpo_jax.assembly.loading import Model
-from dancegrpo_jax.checkpoints import components, store
+from dancegrpo_jax.checkpoints import chosen, components, store
+from dancegrpo_jax.checkpoints.chosen import Checkpoint
 from dancegrpo_jax.devices import out_of_memory, program_cache, sharding
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.types import Example, Media, PyTree
@@ -27,6 +27,7 @@ class Opened(NamedTuple):
     programs: compiled functions.
     weights: the trained weights of the checkpoint, averaged ones where it has an average.
     limits: tokenizers by name, with the number of tokens that they cut texts to.
+    iteration: of the checkpoint; 0 for the base.
   """
 
   config: ConfigDict
@@ -34,6 +35,7 @@ class Opened(NamedTuple):
   programs: programs.Programs
   weights: PyTree
   limits: dict[str, cut_prompts.Limit]
+  iteration: int
 
 
 @contextlib.contextmanager
@@ -42,8 +44,8 @@ def opened(config: ConfigDict, name: str, tried: Sequence[Example] = ()) -> Iter
 
   Args:
     config: validated.
-    name: a workdir, a folder of checkpoints, or "base" for the weights that training starts from,
-      which includes the adapters of config.lora.checkpoint.
+    name: of a checkpoint, see `chosen.find`; or "base" for the model before training, which
+      includes the adapters of config.lora.checkpoint.
     tried: prompts with which host rewards are tried before anything is loaded; () tries none.
 
   Raises:
@@ -51,8 +53,9 @@ def opened(config: ConfigDict, name: str, tried: Sequence[Example] = ()) -> Iter
       can't be used.
     OutOfMemory: the model, or what is done with it inside, is too large for the devices.
   """
-  if name != "base":
-    check_lora(config, name)
+  checkpoint = None if name == chosen.BASE else chosen.find(name)
+  if checkpoint:
+    check_lora(config, checkpoint)
   program_cache.use(config.logging.compilation_cache)
   mesh = sharding.make_mesh(config.mesh)
   with out_of_memory.explained(config), jax.set_mesh(mesh):
@@ -63,22 +66,29 @@ def opened(config: ConfigDict, name: str, tried: Sequence[Example] = ()) -> Iter
       reward_trial.require_usable(rewards, pipeline, tried)
     with out_of_memory.named("loading"):
       model = loading.load(config, pipeline, rewards, mesh)
-      weights = model.trainable if name == "base" else restore(config, model, name)
+      weights = restore(config, model, checkpoint) if checkpoint else model.trainable
     shardings = loading.state_shardings(config, model, 1, mesh)
     compiled = out_of_memory.guarded(programs.build(config, pipeline, rewards, mesh, shardings))
-    yield Opened(config, model, compiled, weights, limits)
+    yield Opened(
+      config=config,
+      model=model,
+      programs=compiled,
+      weights=weights,
+      limits=limits,
+      iteration=checkpoint.iteration if checkpoint else 0,
+    )
 
 
-def restore(config: ConfigDict, model: Model, name: str) -> PyTree:
+def restore(config: ConfigDict, model: Model, checkpoint: Checkpoint) -> PyTree:
   """The trained weights of a checkpoint, averaged ones where it has an average.
 
   Raises:
     ConfigError: it can't be read, or does not fit.
   """
-  return restore_weights(name, components.placed(model.trainable, model.shardings), "")
+  return restore_weights(checkpoint, components.placed(model.trainable, model.shardings), "")
 
 
-def check_lora(config: ConfigDict, name: str) -> None:
+def check_lora(config: ConfigDict, checkpoint: Checkpoint) -> None:
   """Compares the adapters of a checkpoint with those of the config.
 
   Those with another alpha would fit, and change the model by another amount.
@@ -86,41 +96,83 @@ def check_lora(config: ConfigDict, name: str) -> None:
   Raises:
     ConfigError: rank, alpha or targets differ.
   """
-  ran_with = store.read_meta(checkpoints(name))["config"]["lora"]
+  ran_with = checkpoint.meta()["config"]["lora"]
   for field in ("rank", "alpha", "targets"):
     if ran_with[field] != config.lora[field]:
       raise ConfigError(
-        f"{name}: was trained with lora.{field} = {ran_with[field]!r}; this config has"
-        f" {config.lora[field]!r}; give the config of the run, or set"
+        f"{checkpoint.name}: was trained with lora.{field} = {ran_with[field]!r}; this config has"
+        f" {config.lora[field]!r}; leave out --config, or set"
         f" --config.lora.{field}={ran_with[field]!r}"
       )
 
 
-def checkpoints(name: str) -> Path:
-  """The folder of checkpoints of a workdir, or the folder itself if it is one of checkpoints."""
-  inside = Path(name) / "checkpoints"
-  return inside if inside.is_dir() else Path(name)
+def is_averaged(checkpoint: Checkpoint) -> bool:
+  """Whether a checkpoint has an average of the weights."""
+  return bool(checkpoint.meta()["config"]["ema"]["decay"])
 
 
-def restore_weights(name: str, abstract: PyTree, kind: str) -> PyTree:
-  """The trained weights of the last checkpoint of a workdir.
+def field_of(checkpoint: Checkpoint, kind: str) -> str:
+  """The field of a checkpoint with these weights, for a kind of `restore_weights`."""
+  return "ema" if is_averaged(checkpoint) and kind != "raw" else "trainable"
+
+
+def restore_weights(checkpoint: Checkpoint, abstract: PyTree, kind: str) -> PyTree:
+  """The trained weights of a checkpoint.
 
   Args:
-    name: a workdir, or a folder of checkpoints.
+    checkpoint: of a run.
     abstract: by component, trees of `jax.ShapeDtypeStruct`s with shardings.
     kind: "raw", "ema", or "": averaged weights where the checkpoint has an average, else raw ones.
 
   Raises:
     ConfigError: it can't be read, does not fit, or has no average.
   """
-  folder = checkpoints(name)
-  averaged = bool(store.read_meta(folder)["config"]["ema"]["decay"])
-  if kind == "ema" and not averaged:
+  if kind == "ema" and not is_averaged(checkpoint):
     raise ConfigError(
-      f"{name}: keeps no averaged weights (it ran with ema.decay = 0); take the raw ones"
+      f"{checkpoint.name}: keeps no averaged weights (it ran with ema.decay = 0); take the raw ones"
     )
-  field = "ema" if averaged and kind != "raw" else "trainable"
-  return store.restore_fields(folder, {field: abstract})[field]
+  field = field_of(checkpoint, kind)
+  return store.restore_fields(checkpoint.folder, {field: abstract}, checkpoint.iteration)[field]
+
+
+class Part(NamedTuple):
+  """Some of the samples of `parts`.
+
+  Attributes:
+    numbers: of the samples: number p * samples + s is sample s of prompt p.
+    media: of NumPy pixels `[n, (frames,) height, width, 3]` in [0, 1].
+  """
+
+  numbers: range
+  media: Media
+
+
+def parts(
+  opened: Opened, weights: PyTree, examples: list[Example], samples: int, seed: int
+) -> Iterator[Part]:
+  """Draws samples with the deterministic sampler, as many at a time as a chunk of the rollout has.
+
+  Only the prompts of these samples are encoded, and nothing is kept, so that the memory doesn't
+  grow with the number of prompts. Arguments are those of `draw`.
+  """
+  config, model, compiled = opened.config, opened.model, opened.programs
+  encode = encoding.encoder(model, compiled.encode)
+  total = len(examples) * samples
+  rows = scoring.chunks(total, config.rollout.chunk, config.mesh.lanes)
+  # Every chunk has as many rows of conditioning, so that each program is compiled once.
+  needed = max(int(row[-1]) // samples - int(row[0]) // samples + 1 for row in rows)
+  done = 0
+  for row in rows:
+    prompt = row // samples
+    first = min(int(prompt[0]), len(examples) - needed)
+    conditioning = encoding.conditioning(config, encode, examples[first : first + needed])
+    latents = compiled.sample(
+      weights, model.frozen, conditioning, row, prompt - np.int32(first), np.int32(seed)
+    )
+    media = compiled.decode(model.frozen, latents)
+    numbers = range(done, min(done + len(row), total))
+    yield Part(numbers, Media(np.asarray(media.pixels)[: len(numbers)], media.fps))
+    done = numbers.stop
 
 
 def draw(
@@ -138,15 +190,6 @@ def draw(
   Returns:
     Media of NumPy pixels `[prompts, samples, (frames,) height, width, 3]` in [0, 1].
   """
-  config, model, compiled = opened.config, opened.model, opened.programs
-  conditioning = encoding.conditioning(config, encoding.encoder(model, compiled.encode), examples)
-  total = len(examples) * samples
-  parts, fps = [], None
-  for row in scoring.chunks(total, config.rollout.chunk, config.mesh.lanes):
-    prompt = row // samples
-    latents = compiled.sample(weights, model.frozen, conditioning, row, prompt, np.int32(seed))
-    media = compiled.decode(model.frozen, latents)
-    parts.append(np.asarray(media.pixels))
-    fps = media.fps
-  pixels = np.concatenate(parts)[:total]
-  return Media(pixels.reshape(len(examples), samples, *pixels.shape[1:]), fps)
+  drawn = list(parts(opened, weights, examples, samples, seed))
+  pixels = np.concatenate([part.media.pixels for part in drawn])
+  return Media(pixels.reshape(len(examples), samples, *pixels.shape[1:]), drawn[0].media.fps)

@@ -139,6 +139,11 @@ def patterns(layout: Layout, variant: str = "") -> list[str]:
   return list(dict.fromkeys([*index, *json_files(layout), *tokenizer_files(layout), *weights]))
 
 
+def is_cached(name: str, layout: Layout) -> bool:
+  """Whether the Hugging Face cache holds a checkpoint of this name, which is a hub id then."""
+  return bool(_HUB_ID.fullmatch(name)) and _cached(name, layout) is not None
+
+
 def _cached(name: str, layout: Layout) -> Path | None:
   """The folder in the Hugging Face cache; None unless it holds all files, in some precision."""
   # Imported here because it is slow to import, and local folders don't need it.

@@ -176,7 +176,12 @@ def metadata(file: Path) -> dict[str, str]:
     return opened.metadata() or {}
 
 
-def write(file: str | Path, specs: dict[str, Spec], value: Callable[[str], np.ndarray]) -> None:
+def write(
+  file: str | Path,
+  specs: dict[str, Spec],
+  value: Callable[[str], np.ndarray],
+  header: dict[str, str] | None = None,
+) -> None:
   """Writes a file tensor by tensor, so that only one of them is in memory at a time.
 
   The file appears under its name when it is complete.
@@ -185,6 +190,7 @@ def write(file: str | Path, specs: dict[str, Spec], value: Callable[[str], np.nd
     file: where to write.
     specs: shape and dtype of every tensor, by name.
     value: makes the tensor of a name, which must have that shape and dtype.
+    header: metadata beside {"format": "pt"}.
 
   Raises:
     ConversionError: a tensor has another shape or dtype.
@@ -193,7 +199,7 @@ def write(file: str | Path, specs: dict[str, Spec], value: Callable[[str], np.nd
   # The order of the reference writer: wide dtypes first, so that all are aligned, then by name.
   order = sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name))
   # transformers refuses files without this entry.
-  table: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"}}
+  table: dict[str, dict[str, Any]] = {"__metadata__": {"format": "pt"} | (header or {})}
   offset = 0
   for name in order:
     shape, dtype = specs[name]

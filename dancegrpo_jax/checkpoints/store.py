@@ -169,23 +169,44 @@ def restore_fields(
   return _load(folder, _read_metadata(folder), dict(abstract_fields))
 
 
+def require_fitting(
+  directory: Directory, abstract_fields: Mapping[str, PyTree], iteration: int | None = None
+) -> None:
+  """Checks that `restore_fields` will find what it is asked for, without reading the arrays.
+
+  Arguments and errors are otherwise those of `restore`.
+  """
+  folder = _find(directory, iteration)
+  _check_fields(folder, _read_metadata(folder), dict(abstract_fields))
+
+
 def _fields(state: PyTree) -> dict[str, PyTree]:
   return dict(state._asdict() if hasattr(state, "_asdict") else state)
 
 
 def _find(directory: Directory, iteration: int | None) -> epath.Path:
   """The folder of a complete checkpoint, by default of the latest."""
-  root, iterations = epath.Path(directory).resolve(), steps(directory)
+  return epath.Path(directory).resolve() / str(require_step(directory, iteration))
+
+
+def require_step(directory: Directory, iteration: int | None = None) -> int:
+  """The iteration of a complete checkpoint, by default of the latest.
+
+  Raises:
+    CheckpointError: there is none, or not this one; one line that says which there are.
+  """
+  iterations = steps(directory)
   if not iterations:
-    raise CheckpointError(f"{directory}: {_content(root)}; give the checkpoints/ of a workdir")
-  if iteration is None:
-    return root / str(iterations[-1])
-  if iteration not in iterations:
+    content = _content(epath.Path(directory))
+    raise CheckpointError(f"{directory}: {content}; give the checkpoints/ of a workdir")
+  if iteration is not None and iteration not in iterations:
+    numbers = [str(step) for step in iterations]
+    if len(numbers) > 12:
+      numbers = [*numbers[:6], "...", *numbers[-6:]]
     raise CheckpointError(
-      f"{directory}: no checkpoint of iteration {iteration};"
-      f" it has {', '.join(map(str, iterations))}"
+      f"{directory}: no checkpoint of iteration {iteration}; it has {', '.join(numbers)}"
     )
-  return root / str(iteration)
+  return iterations[-1] if iteration is None else iteration
 
 
 def _content(root: epath.Path) -> str:
@@ -228,6 +249,18 @@ def _load(
   folder: epath.Path, metadata: dict[str, Any], expected: dict[str, PyTree]
 ) -> dict[str, PyTree]:
   """Reads the fields of an abstract state, after a check that they fit. Errors as `restore`."""
+  _check_fields(folder, metadata, expected)
+  try:
+    return ocp.load_checkpointables(folder, expected)
+  # Orbax and TensorStore raise many types for a truncated or missing file. The message names them.
+  except Exception as error:
+    raise _unreadable(folder, error) from error
+
+
+def _check_fields(
+  folder: epath.Path, metadata: dict[str, Any], expected: dict[str, PyTree]
+) -> None:
+  """CheckpointError where a checkpoint lacks a field, or has other shapes or types."""
   absent = [name for name in expected if name not in metadata["fields"]]
   if absent:
     raise CheckpointError(
@@ -243,11 +276,6 @@ def _load(
     raise CheckpointError(
       f"checkpoint {folder}: does not fit this run's model: {'; '.join(misfits[:8])}{more}"
     )
-  try:
-    return ocp.load_checkpointables(folder, expected)
-  # Orbax and TensorStore raise many types for a truncated or missing file. The message names them.
-  except Exception as error:
-    raise _unreadable(folder, error) from error
 
 
 def _misfits(saved: dict[str, str], expected: dict[str, str]) -> Iterator[str]:

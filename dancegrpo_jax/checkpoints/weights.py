@@ -337,6 +337,7 @@ def save(
   config_json: dict[str, Any] | None = None,
   dtype: Any = None,
   like: str | Path | None = None,
+  header: dict[str, str] | None = None,
 ) -> Path:
   """Writes a network's folder as diffusers or transformers loads it: weights and config.json, each
   under a temporary name first.
@@ -349,6 +350,7 @@ def save(
     dtype: of the floating-point tensors; None leaves the dtypes of the parameters, or of `like`.
     like: the folder that the parameters were loaded from; the new file gets its names, buffers and
       dtypes.
+    header: metadata of the file, beside its format.
 
   Returns:
     The weight file.
@@ -366,6 +368,7 @@ def save(
     file,
     mapping.sources,
     lambda name: export_tensor(mapping, name, lambda path, index: _fetch(flat[path], index)),
+    header,
   )
   if config_json is not None:
     temporary = folder / f".config.json.{os.getpid()}.tmp"
@@ -419,13 +422,15 @@ def config_in(dtype: str, config_json: dict[str, Any]) -> dict[str, Any]:
   return config_json | named
 
 
-def save_lora(folder: str | Path, table: Table | str, adapters: PyTree) -> Path:
+def save_lora(
+  folder: str | Path, table: Table | str, adapters: PyTree, header: dict[str, str] | None = None
+) -> Path:
   """Writes adapters as diffusers' `save_lora_weights` does, in float32, and returns the file.
 
   The file doesn't give alpha, so that every reader takes the rank for it. The factors must contain
-  alpha / rank already.
+  alpha / rank already. The file gets the metadata `header` beside its format.
   """
-  return save(folder, lora_files.table_for(table_of(table)), adapters)
+  return save(folder, lora_files.table_for(table_of(table)), adapters, header=header)
 
 
 def _fetch(array: Any, index: tuple[slice, ...]) -> np.ndarray:

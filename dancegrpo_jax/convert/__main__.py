@@ -1,7 +1,7 @@
 """Command: inspects, exports and imports checkpoints.
 
     python -m dancegrpo_jax.convert inspect FOLDER [--config=...]
-    python -m dancegrpo_jax.convert export --config=... --checkpoint=runs/x --out=DIR
+    python -m dancegrpo_jax.convert export --checkpoint=runs/x[@ITERATION] --out=DIR
         [--part=denoiser|lora] [--weights=ema|raw] [--dtype=bfloat16]
     python -m dancegrpo_jax.convert merge --config=... --lora=FILE --out=DIR
         [--part=denoiser] [--strength=1.0] [--dtype=bfloat16]
@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dancegrpo_jax import errors, installation
-from dancegrpo_jax.checkpoints import weights
+from dancegrpo_jax.checkpoints import flag, weights
 from dancegrpo_jax.checkpoints.networks import NETWORKS, abstract_params, class_name
 from dancegrpo_jax.conversion.mapping import describe, match
 from dancegrpo_jax.errors import ConversionError
@@ -150,7 +150,7 @@ def export(argv: Sequence[str]) -> None:
   """Reads the flags of `export` and runs it. ConfigError as `folders.export`."""
 
   def add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", required=True, help="a workdir, or its checkpoints/ folder")
+    flag.add(parser, default=None)
     parser.add_argument("--out", required=True, help="folder to write; must not exist")
     parser.add_argument(
       "--part",
@@ -168,7 +168,7 @@ def export(argv: Sequence[str]) -> None:
     _add_dtype(parser)
 
   line = command_line.parse_argv(
-    argv, "Write a trained model as a folder in its base's layout.", add_flags
+    argv, "Write a trained model as a folder in its base's layout.", add_flags, flag.config_of
   )
   # Imported after the flags have been read, so that a misspelt flag is reported at once.
   from dancegrpo_jax.convert import folders

@@ -16,7 +16,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.assembly import loading, sampling
-from dancegrpo_jax.checkpoints import components, hub, lora_merging, store, weights
+from dancegrpo_jax.checkpoints import chosen, components, hub, lora_merging, store, weights
+from dancegrpo_jax.checkpoints.chosen import Checkpoint
+from dancegrpo_jax.convert import cards
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.errors import ConfigError, ConversionError
 from dancegrpo_jax.models import lora
@@ -35,7 +37,7 @@ def export(
 
   Args:
     config: of the run.
-    name: a workdir, or a folder of checkpoints; the last checkpoint is taken.
+    name: of the checkpoint, see `chosen.find`.
     out: where to write; must not exist, or be empty.
     part: one of
       - "pipeline": the trained network with the base's other files. For the families of this
@@ -54,13 +56,14 @@ def export(
   """
   check_free(out)
   checks.validate(config, num_devices=jax.device_count())
+  checkpoint = chosen.find(name)
   if not part:
     part = "lora" if config.lora.rank else "pipeline"
   if part == "lora" and not config.lora.rank:
     raise ConfigError(
       "--part=lora: this config trains every weight (lora.rank = 0); use pipeline or denoiser"
     )
-  sampling.check_lora(config, name)
+  sampling.check_lora(config, checkpoint)
   if part == "pipeline":
     _check_index(config)
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
@@ -68,15 +71,20 @@ def export(
     _check_folders(pipeline)
   component = pipeline.components["denoiser"]
   shardings = loading.shardings_of(config, pipeline, mesh)
-  _note_base(config, name)
+  _note_base(config, checkpoint)
+  about = cards.facts(
+    config, checkpoint, part=part, kind=kind, dtype=dtype, name=out.absolute().name
+  )
   with jax.set_mesh(mesh), written(out) as folder:
-    trained = _restore(name, pipeline, shardings, kind)
+    trained = _restore(checkpoint, pipeline, shardings, kind)
     if part == "lora":
-      weights.save_lora(folder, component.table, lora.scaled(trained, _scale(config)))
+      adapters = lora.scaled(trained, _scale(config))
+      weights.save_lora(folder, component.table, adapters, cards.header(about))
     else:
       whole = _whole(config, pipeline, trained, shardings)
-      _write(config, pipeline, shardings, folder, part, whole, dtype)
-  print(f"{part} of {name}: {out}")
+      _write(config, pipeline, shardings, folder, part, whole, dtype, cards.header(about))
+    (folder / cards.FILE).write_text(cards.text(about))
+  print(f"{part} of {checkpoint.pinned}: {out}")
 
 
 def merge(
@@ -135,9 +143,10 @@ def _write(
   part: str,
   denoiser: PyTree,
   dtype: str,
+  header: dict[str, str] | None = None,
 ) -> None:
   """Writes the part "pipeline" or "denoiser" of a model with these parameters of the denoiser, all
-  in this dtype.
+  in this dtype. The denoiser's file gets this metadata.
   """
   base, index = loading.checkpoint_folder(config), loading.family_of(config).index_file
   component = pipeline.components["denoiser"]
@@ -147,6 +156,7 @@ def _write(
     denoiser,
     config_json=weights.config_in(dtype, weights.read_config(base / component.folder)),
     dtype=jnp.dtype(dtype),
+    header=header,
   )
   if part == "denoiser":
     return
@@ -158,14 +168,16 @@ def _write(
     _write_index(base, folder, index)
 
 
-def _restore(name: str, pipeline: Pipeline, shardings: dict[str, PyTree], kind: str) -> PyTree:
-  """The trained parameters of a run's last checkpoint: the denoiser's, or its adapters."""
+def _restore(
+  checkpoint: Checkpoint, pipeline: Pipeline, shardings: dict[str, PyTree], kind: str
+) -> PyTree:
+  """The trained parameters of a checkpoint: the denoiser's, or its adapters."""
   abstract = pipeline.adapters
   if abstract is None:
     abstract = pipeline.components["denoiser"].abstract
   trainable = pipeline.trainable
   placed = components.placed(abstract, shardings[trainable])
-  return sampling.restore_weights(name, {trainable: placed}, kind)[trainable]
+  return sampling.restore_weights(checkpoint, {trainable: placed}, kind)[trainable]
 
 
 def _whole(
@@ -270,15 +282,15 @@ def written(out: Path) -> Iterator[Path]:
     shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _note_base(config: ConfigDict, name: str) -> None:
+def _note_base(config: ConfigDict, checkpoint: Checkpoint) -> None:
   """Prints a note where the run started from another checkpoint than the config names.
 
   The folders that are copied must be of the same model.
   """
-  ran_with = store.read_meta(sampling.checkpoints(name))["config"]["model"]["checkpoint"]
+  ran_with = checkpoint.meta()["config"]["model"]["checkpoint"]
   if ran_with != config.model.checkpoint:
     print(
-      f"note: {name} was trained from {ran_with!r}; its other folders are copied from"
+      f"note: {checkpoint.name} was trained from {ran_with!r}; its other folders are copied from"
       f" {config.model.checkpoint!r}"
     )
 

@@ -27,7 +27,7 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
 
   Args:
     config: of the run.
-    checkpoint: a workdir, a folder of checkpoints, or "base".
+    checkpoint: its name, see `chosen.find`, or "base".
     files: prompt files.
     out: the JSON file.
 
@@ -69,7 +69,12 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
         "base": save_samples(folder / name / "base", examples, base, before),
         "checkpoint": save_samples(folder / name / "checkpoint", examples, tuned, after),
       }
-  content = {"checkpoint": checkpoint, "results": results, "samples": rows}
+  content = {
+    "checkpoint": checkpoint,
+    "iteration": opened.iteration,
+    "results": results,
+    "samples": rows,
+  }
   out.write_text(strict_json.dumps(content, indent=1) + "\n")
   print(table(results))
   return results

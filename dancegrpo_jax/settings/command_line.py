@@ -19,7 +19,7 @@ from dancegrpo_jax import installation
 from dancegrpo_jax.devices import out_of_memory
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.settings import config_file, field_comments, suggestions
-from dancegrpo_jax.settings.config_file import load, spell
+from dancegrpo_jax.settings.config_file import load, overridden, spell
 from dancegrpo_jax.settings.shortened import shortened
 from dancegrpo_jax.settings.stored_config import flatten
 
@@ -51,13 +51,17 @@ def parse_argv(
   argv: Sequence[str],
   description: str,
   add_flags: Callable[[argparse.ArgumentParser], object] | None = None,
+  stored: Callable[[argparse.Namespace], ConfigDict | None] | None = None,
 ) -> CommandLine:
   """Reads a command's arguments. All commands share --config, --config.key=value and --help.
 
   Args:
     argv: arguments without the program's name (`sys.argv[1:]`).
     description: the first line of --help.
-    add_flags: adds the flags of the command alone to the parser.
+    add_flags: adds the flags of the command alone to the parser. A flag whose `dest` is
+      "config.<field>" sets that field.
+    stored: the config where --config is not given, from the other flags; None where these name
+      none.
 
   Returns:
     The command line.
@@ -72,7 +76,8 @@ def parse_argv(
     allow_abbrev=False,
     formatter_class=argparse.RawDescriptionHelpFormatter,
     prog=program(),
-    usage="%(prog)s --config=FILE[:preset] [--config.key=value ...] [flags]",
+    usage=f"%(prog)s {'[--config=FILE[:preset]]' if stored else '--config=FILE[:preset]'}"
+    " [--config.key=value ...] [flags]",
   )
   parser.add_argument(
     "--config",
@@ -101,13 +106,28 @@ def parse_argv(
     known = [option for action in parser._actions for option in action.option_strings]
     fields = _fields(flags.config)
     raise ConfigError("\n".join(_unknown(word, known, fields) for word in _joined(unknown)))
-  if not flags.config:
-    raise ConfigError("--config is missing; give a file or a name, as --config=emoji_clip")
-  given = frozenset(override.partition("=")[0] for override in overrides)
-  config, lines = shortened(load(flags.config, overrides))
+  given = {override.partition("=")[0] for override in overrides}
+  for name, value in vars(flags).items():
+    field = name.removeprefix("config.")
+    if field == name or value is None:
+      continue
+    if field in given:
+      raise ConfigError(f"--config.{field} is set by a flag of its own too; give one of them")
+    overrides.append(f"{field}={value}")
+    given.add(field)
+  if flags.config:
+    config = load(flags.config, overrides)
+  elif stored and (found := stored(flags)) is not None:
+    config = overridden(found, overrides)
+  else:
+    workdir = ", or a run's workdir, as --checkpoint=runs/emoji_clip" if stored else ""
+    raise ConfigError(
+      f"--config is missing; give a file or a name, as --config=emoji_clip{workdir}"
+    )
+  config, lines = shortened(config)
   for line in lines:
     print(f"note: {line}", file=sys.stderr)
-  return CommandLine(config=config, flags=flags, given=given)
+  return CommandLine(config=config, flags=flags, given=frozenset(given))
 
 
 def program() -> str:

@@ -63,6 +63,15 @@ def load(path_with_preset: str, overrides: Sequence[str] = ()) -> ConfigDict:
     config = module.get_config()
   else:
     config = module.get_config(preset)
+  return overridden(config, overrides)
+
+
+def overridden(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
+  """The config with overrides ("key=value") applied, locked.
+
+  Raises:
+    ConfigError: an unknown key, or a value of the wrong type; a line for each.
+  """
   problems = [problem for override in overrides if (problem := _override(config, override))]
   if problems:
     raise ConfigError("\n".join(problems))

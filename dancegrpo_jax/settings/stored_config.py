@@ -42,6 +42,7 @@ class Added(NamedTuple):
 
 # Fields that the configs of earlier versions lack, with the value that they are taken to have.
 ADDED = {
+  "init_from": Added("0.2.0", ""),
   "model.matmul_precision": Added("0.2.0", "default"),
   "objective.kind": Added("0.2.0", "grpo"),
   "objective.dppo.tau": Added("0.2.0", 1e-4),
@@ -93,6 +94,27 @@ def from_json(text: str) -> ConfigDict:
 def digest(config: ConfigDict | dict) -> str:
   """16 hexadecimal digits that identify the config's values."""
   return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]
+
+
+def completed(stored: dict) -> ConfigDict:
+  """A stored config as one that can be used: lists become tuples again, and a field of `ADDED` that
+  it lacks has the value in that table.
+
+  Args:
+    stored: JSON values, as the metadata of a checkpoint has them.
+  """
+  config = ConfigDict(tuples(stored))
+  present = flatten(config)
+  for field, added in ADDED.items():
+    if field not in present:
+      *sections, name = field.split(".")
+      section = config
+      for part in sections:
+        if part not in section:
+          section[part] = ConfigDict()
+        section = section[part]
+      section[name] = added.value
+  return config.lock()
 
 
 def differences(old: dict, new: ConfigDict) -> tuple[list[Difference], list[Difference]]:

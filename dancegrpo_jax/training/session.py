@@ -27,7 +27,7 @@ from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.report import metrics, page
 from dancegrpo_jax.rl.state import TrainState, init_state
 from dancegrpo_jax.settings import checks, command_line, stored_config
-from dancegrpo_jax.training import run_prompts
+from dancegrpo_jax.training import run_prompts, starting
 from dancegrpo_jax.types import Example, PyTree
 
 
@@ -93,6 +93,7 @@ def load_and_compile(
   mesh: jax.sharding.Mesh,
   progress: metrics.Progress,
   summaries: Sequence[str] = (),
+  starts: bool = True,
 ) -> Loaded:
   """Reads the weights, and compiles the programs in threads meanwhile.
 
@@ -107,6 +108,7 @@ def load_and_compile(
     progress: shows what is being compiled.
     summaries: lines about the prompts. They are printed, with those about prompts that are cut,
       when the files of the models have been found.
+    starts: whether this is a new run, for which the weights of config.init_from must fit.
 
   Raises:
     ConfigError: a checkpoint or a reward that can't be used, or a model that is too large for the
@@ -120,6 +122,8 @@ def load_and_compile(
   outline = loading.outline(config, pipeline, rewards, mesh)
   state = loading.abstract_state(config, outline, mesh, len(examples))
   resident.require_room(config, mesh, outline, state, without)
+  if starts:
+    starting.require_fitting(config, outline, mesh)
   groups = {"prompts": examples, "held-out prompts": held_out}
   for line in (*summaries, *cut_prompts.lines(config, limits, groups)):
     progress.message(line)
@@ -173,14 +177,17 @@ def prepare(
   """
   program_cache.use(config.logging.compilation_cache)
   held_out = read_held_out(config)
-  loaded = load_and_compile(config, workdir, examples, held_out, mesh, progress, summaries)
+  loaded = load_and_compile(
+    config, workdir, examples, held_out, mesh, progress, summaries, starts=not first
+  )
   model, compiled = loaded.model, loaded.programs
   reference = reference_of(config, model)
   if first:
     state = store.restore(workdir / "checkpoints", loaded.state).state
   else:
     shardings = jax.tree.map(lambda x: x.sharding, loaded.state)
-    state = init_state(config, len(examples), shardings)(model.trainable)
+    start = starting.weights(config, model, mesh, progress.message)
+    state = init_state(config, len(examples), shardings)(start)
   model = model._replace(trainable=None)  # the weights belong to the state now
   shown = examples[: config.evaluation.prompts], held_out[: config.evaluation.prompts]
   rows = config.data.prompts_per_iteration
@@ -225,8 +232,10 @@ def resumed_config(config: ConfigDict, workdir: Path, given: Collection[str]) ->
   """
   folder = workdir / "checkpoints"
   if store.latest(folder) is None:
-    return config
-  resumed, lines = stored_config.as_stored(store.read_meta(folder)["config"], config, given)
+    return starting.pinned(config, workdir)
+  stored = store.read_meta(folder)["config"]
+  resumed, lines = stored_config.as_stored(stored, config, given)
+  resumed = starting.as_pinned(resumed, stored, workdir)
   for line in lines:
     print(line)
   return resumed

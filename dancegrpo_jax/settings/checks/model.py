@@ -52,11 +52,14 @@ def attention(
 
 
 def lora(config: ConfigDict) -> Iterator[str]:
-  """Whether rank, alpha and targets are all set, or all empty.
+  """Whether rank, alpha and targets are all set, or all empty, and adapters have one start.
 
   Whether the targets are in the network is checked where the network is built.
   """
   section = config.lora
+  if section.checkpoint and config.init_from:
+    remedy = f"config.init_from = {config.init_from!r} says too where adapters start; empty one"
+    yield problem("lora.checkpoint", section.checkpoint, remedy)
   try:
     re.compile(section.targets)
   except re.error as error:
