@@ -1,5 +1,6 @@
-"""--checkpoint=WORKDIR[@ITERATION] alone: the config is the one that is stored with the run, and
-the result is the same, bit for bit, as with --config and every override.
+"""--checkpoint=WORKDIR[@ITERATION] alone: the config is the one that is stored with the run.
+
+The result is the same, bit for bit, as with --config and every override.
 """
 
 import json
@@ -255,15 +256,13 @@ REWARD = """
 def brightness(pixels, prompts, metadata):
   return pixels.mean((1, 2, 3))
 """
-OWN = f"""
-from configs import common
-from dancegrpo_jax.settings import config_file
+OWN = """
+from configs import emoji_clip
 
 def get_config():
-  config = config_file.load({CONFIG!r})
-  with config.unlocked():
-    config.reward.terms = (("own_rewards.bright:brightness", 1.0),)
-  return config.unlock()
+  config = emoji_clip.get_config("tiny")
+  config.reward.terms = (("own_rewards.bright:brightness", 1.0),)
+  return config
 """
 
 
