@@ -63,6 +63,11 @@ def load(path_with_preset: str, overrides: Sequence[str] = ()) -> ConfigDict:
     config = module.get_config()
   else:
     config = module.get_config(preset)
+  if not isinstance(config, ConfigDict):
+    raise ConfigError(
+      f"--config={path}: get_config returns a {type(config).__name__}; it must return the"
+      " ConfigDict of configs/common.py with its own values"
+    )
   return overridden(config, overrides)
 
 
