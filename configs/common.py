@@ -430,6 +430,17 @@ def get_config() -> ConfigDict:
       "tensorboard": True,
       # Whether metrics go to Weights & Biases too, which needs `pip install wandb`.
       "wandb": False,
+      # The project there.
+      "wandb_project": "dancegrpo_jax",
+      # The user or team there. Empty means the default one of the account.
+      "wandb_entity": "",
+      # The group of runs there. Empty means none.
+      "wandb_group": "",
+      # The run's name there. Empty means the config's name.
+      "wandb_name": "",
+      # `online`, `offline` (files in the workdir, for `wandb sync`) or `disabled`. Empty means
+      # that of the variable WANDB_MODE, or else `online`.
+      "wandb_mode": "",
       # The (first, last) iteration that the profiler traces into `<workdir>/profile`. Empty
       # means none.
       "profile_steps": (),

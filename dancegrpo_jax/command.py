@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from dancegrpo_jax import __version__
+from dancegrpo_jax.devices import interrupts
 from dancegrpo_jax.settings.suggestions import did_you_mean
 
 
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   Returns:
     The exit code of the subcommand, or 2 if it is missing or unknown.
   """
+  if argv is None:
+    interrupts.watch()
   name, *rest = (sys.argv[1:] if argv is None else argv) or [""]
   if name in HELP:
     print(_help())

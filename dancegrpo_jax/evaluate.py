@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from dancegrpo_jax.checkpoints import flag
-from dancegrpo_jax.devices import accelerator
+from dancegrpo_jax.devices import accelerator, interrupts
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.settings import command_line
 
@@ -45,11 +45,14 @@ def main(argv: list[str]) -> int:
     files = flags.prompts or [file for file in (data.prompts, data.held_out) if file]
     # Imported now: JAX takes a second, and a misspelt flag should be answered at once.
     from dancegrpo_jax.evaluation import comparison
+    from dancegrpo_jax.report.progress import Progress
 
-    comparison.run(line.config, flags.checkpoint, files, out)
+    with Progress():
+      comparison.run(line.config, flags.checkpoint, files, out)
 
   return command_line.exit_on_mistake(command)
 
 
 if __name__ == "__main__":
+  interrupts.watch()
   sys.exit(main(sys.argv[1:]))

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from dancegrpo_jax.devices import accelerator, processes
+from dancegrpo_jax.devices import accelerator, interrupts, processes
 from dancegrpo_jax.settings import command_line, stored_config
 
 
@@ -29,9 +29,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str]) -> int:
-  """Reads the flags and trains. Returns the exit code, 2 for a mistake."""
+  """Reads the flags and trains. Returns the exit code: 2 for a mistake, 130 after Ctrl-C."""
 
-  def command() -> None:
+  def command() -> int:
     line = command_line.parse_argv(argv, "GRPO post-training of an image generator.", add_flags)
     accelerator.start()
     # Imported now: JAX takes a second, and a misspelt flag should be answered at once.
@@ -44,10 +44,11 @@ def main(argv: list[str]) -> int:
       remedy="start all of them with the same --config, --config.key and files",
     )
     workdir = Path(line.flags.workdir or f"runs/{line.config.name}")
-    train.run(line.config, workdir, line.given)
+    return train.run(line.config, workdir, line.given)
 
   return command_line.exit_on_mistake(command)
 
 
 if __name__ == "__main__":
+  interrupts.watch()
   sys.exit(main(sys.argv[1:]))

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from dancegrpo_jax.checkpoints import flag
-from dancegrpo_jax.devices import accelerator
+from dancegrpo_jax.devices import accelerator, interrupts
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.settings import command_line
 
@@ -40,10 +40,12 @@ def main(argv: list[str]) -> int:
     command_line.require_writable(f"--out={flags.out}", out)
     # Imported now: JAX takes a second, and a misspelt flag should be answered at once.
     from dancegrpo_jax.evaluation import samples
+    from dancegrpo_jax.report.progress import Progress
 
-    samples.run(
-      line.config, flags.checkpoint, flags.prompt, flags.prompts, out, flags.samples, flags.seed
-    )
+    with Progress():
+      samples.run(
+        line.config, flags.checkpoint, flags.prompt, flags.prompts, out, flags.samples, flags.seed
+      )
 
   return command_line.exit_on_mistake(command)
 
@@ -59,4 +61,5 @@ def check(flags: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+  interrupts.watch()
   sys.exit(main(sys.argv[1:]))

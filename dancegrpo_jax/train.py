@@ -18,6 +18,7 @@ from dancegrpo_jax.devices.preemption import Preemption
 from dancegrpo_jax.programs import update_calls
 from dancegrpo_jax.report import metrics, page, status
 from dancegrpo_jax.report.clock import Clock
+from dancegrpo_jax.report.progress import Progress, phase
 from dancegrpo_jax.rl import algorithms
 from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.settings import named_objects
@@ -26,19 +27,22 @@ from dancegrpo_jax.training.collecting import Experience, collect
 from dancegrpo_jax.training.outcome import Numbers, Pending, give_up, what_is_left
 from dancegrpo_jax.training.recording import recorded
 from dancegrpo_jax.training.session import Session, checked, prepare, resumed_config
-from dancegrpo_jax.training.showing import save_extremes, show
+from dancegrpo_jax.training.showing import described, save_extremes, show
 
 
-def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
+def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> int:
   """Trains, or goes on with the run that the workdir holds.
 
-  SIGTERM ends the run after the program call, or the few chunks, that are on the devices. The state
-  after the last finished iteration is then saved.
+  SIGTERM and Ctrl-C end the run after the program call, or the few chunks, that are on the devices.
+  The state after the last finished iteration is then saved.
 
   Args:
     config: of the run.
     workdir: the folder for everything that the run writes.
     given: fields of the config that the user has set by hand; see `stored_config.as_stored`.
+
+  Returns:
+    The exit code: 130 after Ctrl-C, else 0.
 
   Raises:
     ConfigError: a mistake in the config, the prompts or the workdir, before anything is written.
@@ -50,7 +54,7 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
   if first >= config.iterations:
     summary = metrics.last_line(workdir, workdir / page.FILE)
     print(f"{workdir}: already finished, {first} iterations; {summary}")
-    return
+    return 0
   if jax.process_index() == 0:
     accelerator.say_share(jax.default_backend())
   mesh = sharding.make_mesh(config.mesh)
@@ -61,7 +65,7 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
     enter(jax.set_mesh(mesh))
     preemption = enter(Preemption(mesh))
     clock_thread, reward_threads = enter(ThreadPoolExecutor(1)), enter(ThreadPoolExecutor(8))
-    progress = enter(metrics.Progress(config.iterations, first))
+    progress = enter(Progress(config.iterations, first))
     session, state = prepare(
       config, workdir, found.examples, mesh, first, progress, found.summaries
     )
@@ -75,7 +79,11 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
     modules = named_objects.folders(config)
     meta = {"config": config.to_dict(), "prompts": found.identity, "modules": modules}
     if first == 0:
-      show(session, 0, state, progress.warning)
+      with phase("evaluating the base model"):
+        shown = show(session, 0, state, progress.warning)
+      writer.show(0, shown.values, shown.pixels, shown.prompts, shown.scores)
+      progress.message(described(0, shown))
+    enter(preemption.catching_interrupts())  # from here on there is something to save
 
     for iteration in range(first, config.iterations):
       done = iteration + 1
@@ -99,7 +107,8 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
       )
       # This iteration is queued on the devices by now, so there is time to read the numbers of the
       # one before. Its checkpoint is awaited too: a run that has to stop names the last one.
-      saver.wait()
+      with phase("saving the checkpoint"):
+        saver.wait()
       numbers.read()
 
       # Scores -> advantages -> optimizer steps. A signal that comes while the devices finish the
@@ -109,22 +118,32 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> None:
       if seen is not None and not preemption.reached(wait=True):
         after = update(session, state, seen, iteration, clock, preemption.reached)
       if seen is None or after is None:
-        give_up(saver, workdir, state, iteration, first, meta, progress)
+        give_up(saver, workdir, state, iteration, first, meta, progress, preemption.name)
         break
-      state, values = after
+      state, values, samples = after
       tracing.stop_profile(config, iteration, values)
 
-      shown = show(session, done, state, progress.warning) if shows else {}
-      numbers.add(Pending(iteration=iteration, values=values | shown | seen.metrics, clock=clock))
+      if shows:
+        with phase("evaluating"):
+          shown = show(session, done, state, progress.warning)
+        values |= shown.values
+      values |= seen.metrics
+      numbers.add(Pending(iteration=iteration, values=values, clock=clock, samples=samples))
       # A state is saved only after its numbers have been read: `read` raises where they are bad.
       if saves or shows:
         numbers.read()
       if saves:
         saver.save(done, state, meta | {"iteration": done})
+      if shows:
+        writer.show(done, shown.values, shown.pixels, shown.prompts, shown.scores)
+        progress.message(described(done, shown))
       if keeps:
         save_extremes(session, done, seen)
+    with phase("saving the checkpoint"):
+      saver.wait()
   if jax.process_index() == 0:
     print(metrics.last_line(workdir, page.write(workdir)))
+  return preemption.exit_code
 
 
 def update(
@@ -134,7 +153,7 @@ def update(
   iteration: int,
   clock: Clock,
   stop: Callable[[], bool],
-) -> tuple[TrainState, dict[str, jax.Array]] | None:
+) -> tuple[TrainState, dict[str, jax.Array], dict[str, jax.Array]] | None:
   """Scores -> advantages -> optimizer steps.
 
   Args:
@@ -147,7 +166,8 @@ def update(
     stop: asked between two calls of a program; True gives the iteration up.
 
   Returns:
-    The state after the iteration, and metrics. None where the iteration was given up.
+    The state after the iteration, metrics, and the scores and advantages of the samples. None where
+    the iteration was given up.
   """
   config, model, compiled = session.config, session.model, session.programs
   advantage, weight, chosen, prompt_stats, reward_metrics = compiled.advantages(
@@ -171,7 +191,8 @@ def update(
     return None
   state, update_metrics = after
   clock.phase("update", update_metrics)
-  return state, reward_metrics | update_metrics
+  samples = {"advantage": advantage, **seen.scores}
+  return state, reward_metrics | update_metrics, samples
 
 
 def is_due(done: int, every: int) -> bool:

@@ -15,6 +15,7 @@ from dancegrpo_jax.checkpoints import chosen, components, store
 from dancegrpo_jax.checkpoints.chosen import Checkpoint
 from dancegrpo_jax.devices import out_of_memory, program_cache, sharding
 from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.report.progress import phase, steps
 from dancegrpo_jax.types import Example, Media, PyTree
 
 
@@ -59,12 +60,14 @@ def opened(config: ConfigDict, name: str, tried: Sequence[Example] = ()) -> Iter
   program_cache.use(config.logging.compilation_cache)
   mesh = sharding.make_mesh(config.mesh)
   with out_of_memory.explained(config), jax.set_mesh(mesh):
-    limits = cut_prompts.of_model(config)
-    pipeline = loading.build_pipeline(config)
-    rewards = reward_builders.build_rewards(config, cut_prompts.noting_files(limits))
+    with phase("finding the files of the model and of the rewards"):
+      limits = cut_prompts.of_model(config)
+      pipeline = loading.build_pipeline(config)
+      rewards = reward_builders.build_rewards(config, cut_prompts.noting_files(limits))
     if tried:
-      reward_trial.require_usable(rewards, pipeline, tried)
-    with out_of_memory.named("loading"):
+      with phase("trying the rewards on two blank pictures"):
+        reward_trial.require_usable(rewards, pipeline, tried)
+    with phase("reading the weights"), out_of_memory.named("loading"):
       model = loading.load(config, pipeline, rewards, mesh)
       weights = restore(config, model, checkpoint) if checkpoint else model.trainable
     shardings = loading.state_shardings(config, model, 1, mesh)
@@ -162,7 +165,7 @@ def parts(
   # Every chunk has as many rows of conditioning, so that each program is compiled once.
   needed = max(int(row[-1]) // samples - int(row[0]) // samples + 1 for row in rows)
   done = 0
-  for row in rows:
+  for row in steps("compiling and sampling", rows):
     prompt = row // samples
     first = min(int(prompt[0]), len(examples) - needed)
     conditioning = encoding.conditioning(config, encode, examples[first : first + needed])

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
@@ -14,7 +13,7 @@ import jax
 from dancegrpo_jax.compilation.calls import SHOW, Call
 from dancegrpo_jax.devices import out_of_memory
 from dancegrpo_jax.programs import Programs
-from dancegrpo_jax.report.metrics import Progress, duration
+from dancegrpo_jax.report import progress
 
 # Bytes of host memory that a compilation is expected to take. The largest for TPUs took 14 GiB.
 MEMORY = 8 * 2**30
@@ -99,13 +98,11 @@ def free_memory() -> int:
   return free
 
 
-def wait(compiling: Compiling, progress: Progress) -> dict[str, Callable]:
-  """Waits until all programs are compiled. Meanwhile the progress line names those that are missing
-  and the time that has passed.
+def wait(compiling: Compiling) -> dict[str, Callable]:
+  """Waits until all programs are compiled. Meanwhile the progress names those that are missing.
 
   Args:
     compiling: of `start`.
-    progress: of the run.
 
   Returns:
     The compiled programs by the names of their calls.
@@ -113,19 +110,24 @@ def wait(compiling: Compiling, progress: Progress) -> dict[str, Callable]:
   Raises:
     Exception: what the compilation of a program raised.
   """
-  begin, pause = time.monotonic(), 5.0
-  while True:
-    done, pending = futures.wait(
-      set(compiling.values()), timeout=pause, return_when=futures.FIRST_EXCEPTION
-    )
-    for future in done:
-      future.result()
-    if not pending:
-      break
-    left = [name for name, future in compiling.items() if not future.done()]
-    progress.status(f"compiling {', '.join(left)}: {duration(time.monotonic() - begin)}")
-    pause = min(2 * pause, 60.0) if not progress.is_live else 1.0
+  with progress.phase("compiling") as now:
+    while True:
+      left = [name for name, future in compiling.items() if not future.done()]
+      now.text = f"compiling {described(left)} of {len(compiling)} programs"
+      done, pending = futures.wait(
+        set(compiling.values()), timeout=0.5, return_when=futures.FIRST_EXCEPTION
+      )
+      for future in done:
+        future.result()
+      if not pending:
+        break
   return {name: future.result() for name, future in compiling.items()}
+
+
+def described(left: list[str], most: int = 3) -> str:
+  """The programs that are missing, of which the first ones are named, as "rollout, decode"."""
+  named = ", ".join(left[:most])
+  return f"{named} and {len(left) - most} more" if len(left) > most else named
 
 
 def put_together(jitted: Programs, compiled: dict[str, Callable], prefix: str = "") -> Programs:
@@ -150,13 +152,12 @@ def put_together(jitted: Programs, compiled: dict[str, Callable], prefix: str = 
   return Programs(**fields)
 
 
-def ready(compiling: Compiling, jitted: Programs, progress: Progress) -> tuple[Programs, Programs]:
+def ready(compiling: Compiling, jitted: Programs) -> tuple[Programs, Programs]:
   """Waits until all programs are compiled.
 
   Args:
     compiling: of `start`.
     jitted: the same programs.
-    progress: of the run.
 
   Returns:
     The compiled programs of an iteration, and those of an evaluation inside training.
@@ -164,5 +165,5 @@ def ready(compiling: Compiling, jitted: Programs, progress: Progress) -> tuple[P
   Raises:
     Exception: what the compilation of a program raised.
   """
-  compiled = wait(compiling, progress)
+  compiled = wait(compiling)
   return put_together(jitted, compiled), put_together(jitted, compiled, SHOW)

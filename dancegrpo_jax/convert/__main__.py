@@ -22,6 +22,11 @@ folder in the base's layout.
 folder can be used as `config.model.checkpoint`.
 """
 
+from dancegrpo_jax.devices import interrupts
+
+if __name__ == "__main__":
+  interrupts.watch()  # before the imports below, which take seconds
+
 import argparse
 import sys
 from collections.abc import Callable, Sequence
@@ -35,6 +40,7 @@ from dancegrpo_jax.conversion.mapping import describe, match
 from dancegrpo_jax.errors import ConversionError
 from dancegrpo_jax.pipelines import families
 from dancegrpo_jax.pipelines.layout import INDEX, Network
+from dancegrpo_jax.report.progress import Progress
 from dancegrpo_jax.rewards import kinds
 from dancegrpo_jax.settings import command_line, config_file
 
@@ -247,9 +253,10 @@ def import_checkpoint(argv: Sequence[str]) -> None:
 
 
 def _converted(run: Callable[[], None]) -> None:
-  """Calls `run`, and turns its ConversionError into a ConfigError."""
+  """Calls `run`, shows what it does, and turns its ConversionError into a ConfigError."""
   try:
-    run()
+    with Progress():
+      run()
   except ConversionError as error:
     raise errors.ConfigError(str(error)) from error
 

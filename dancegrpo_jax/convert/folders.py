@@ -5,6 +5,7 @@ A folder appears under its name when it is complete, and never replaces anything
 """
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -19,11 +20,12 @@ from dancegrpo_jax.assembly import loading, sampling
 from dancegrpo_jax.checkpoints import chosen, components, hub, lora_merging, store, weights
 from dancegrpo_jax.checkpoints.chosen import Checkpoint
 from dancegrpo_jax.convert import cards
-from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.devices import interrupts, sharding
 from dancegrpo_jax.errors import ConfigError, ConversionError
 from dancegrpo_jax.models import lora
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.pipelines.layout import Component, is_random
+from dancegrpo_jax.report.progress import phase
 from dancegrpo_jax.settings import checks, command_line
 from dancegrpo_jax.types import PyTree
 
@@ -59,6 +61,7 @@ def export(
   checkpoint = chosen.find(name)
   if not part:
     part = "lora" if config.lora.rank else "pipeline"
+  print(f"exporting the {part} of {name} to {out}", flush=True)
   if part == "lora" and not config.lora.rank:
     raise ConfigError(
       "--part=lora: this config trains every weight (lora.rank = 0); use pipeline or denoiser"
@@ -76,7 +79,8 @@ def export(
     config, checkpoint, part=part, kind=kind, dtype=dtype, name=out.absolute().name
   )
   with jax.set_mesh(mesh), written(out) as folder:
-    trained = _restore(checkpoint, pipeline, shardings, kind)
+    with phase("reading the checkpoint"):
+      trained = _restore(checkpoint, pipeline, shardings, kind)
     if part == "lora":
       adapters = lora.scaled(trained, _scale(config))
       weights.save_lora(folder, component.table, adapters, cards.header(about))
@@ -107,6 +111,7 @@ def merge(
   """
   check_free(out)
   checks.validate(config, num_devices=jax.device_count())
+  print(f"adding {file} to {config.model.checkpoint}, into {out}", flush=True)
   if part == "pipeline":
     _check_index(config)
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
@@ -117,7 +122,8 @@ def merge(
   with jax.set_mesh(mesh), written(out) as folder:
     base = _read(config, component, shardings["denoiser"])
     try:
-      whole, notes = lora_merging.merged(base, component.table, file, strength)
+      with phase("adding the adapters"):
+        whole, notes = lora_merging.merged(base, component.table, file, strength)
     except ConversionError as error:
       raise ConversionError(f"--lora={file}: {error}") from error
     _write(config, pipeline, shardings, folder, part, whole, dtype)
@@ -150,20 +156,22 @@ def _write(
   """
   base, index = loading.checkpoint_folder(config), loading.family_of(config).index_file
   component = pipeline.components["denoiser"]
-  weights.save(
-    folder if part == "denoiser" else folder / component.folder,
-    component.table,
-    denoiser,
-    config_json=weights.config_in(dtype, weights.read_config(base / component.folder)),
-    dtype=jnp.dtype(dtype),
-    header=header,
-  )
+  with phase(f"writing {component.folder}"):
+    weights.save(
+      folder if part == "denoiser" else folder / component.folder,
+      component.table,
+      denoiser,
+      config_json=weights.config_in(dtype, weights.read_config(base / component.folder)),
+      dtype=jnp.dtype(dtype),
+      header=header,
+    )
   if part == "denoiser":
     return
   _copy_files(config, base, folder)
   for key, other in pipeline.components.items():
     if key != "denoiser":
-      _copy_network(config, base, other, shardings[key], folder / other.folder, dtype)
+      with phase(f"writing {other.folder}"):
+        _copy_network(config, base, other, shardings[key], folder / other.folder, dtype)
   if index:
     _write_index(base, folder, index)
 
@@ -194,13 +202,14 @@ def _whole(
 
 def _read(config: ConfigDict, component: Component, sharding: PyTree) -> PyTree:
   """One network's parameters from config.model.checkpoint."""
-  return components.read_component(
-    loading.model_location(config),
-    component,
-    sharding,
-    variant=config.model.variant,
-    allow_pickle=config.model.allow_pickle,
-  )
+  with phase(f"reading {component.folder}"):
+    return components.read_component(
+      loading.model_location(config),
+      component,
+      sharding,
+      variant=config.model.variant,
+      allow_pickle=config.model.allow_pickle,
+    )
 
 
 def _scale(config: ConfigDict) -> float:
@@ -225,6 +234,7 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
   """
   check_free(out)
   checks.validate(config, num_devices=jax.device_count())
+  print(f"importing {config.model.checkpoint} into {out}", flush=True)
   pipeline, mesh = loading.build_pipeline(config), sharding.make_mesh(config.mesh)
   _check_folders(pipeline)
   shardings = loading.shardings_of(config, pipeline, mesh)
@@ -233,7 +243,7 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
       component.folder: _read(config, component, shardings[key])
       for key, component in pipeline.components.items()
     }
-    with store.Saver(folder / hub.ORBAX, keep=1) as saver:
+    with phase("writing the tree"), store.Saver(folder / hub.ORBAX, keep=1) as saver:
       saver.save(0, trees, {"checkpoint": config.model.checkpoint})
     base = loading.checkpoint_folder(config)
     _copy_files(config, base, folder)
@@ -274,12 +284,14 @@ def written(out: Path) -> Iterator[Path]:
   and is removed when it does not.
   """
   temporary = out.absolute().with_name(f".{out.absolute().name}.{os.getpid()}.tmp")
-  temporary.mkdir(parents=True)
-  try:
-    yield temporary
-    os.replace(temporary, out)
-  finally:
-    shutil.rmtree(temporary, ignore_errors=True)
+  remove = functools.partial(shutil.rmtree, temporary, ignore_errors=True)
+  with interrupts.undone(remove):
+    try:
+      temporary.mkdir(parents=True)
+      yield temporary
+      os.replace(temporary, out)
+    finally:
+      remove()
 
 
 def _note_base(config: ConfigDict, checkpoint: Checkpoint) -> None:

@@ -14,6 +14,7 @@ from dancegrpo_jax.devices import accelerator
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.evaluation.measures import compare, measure
 from dancegrpo_jax.report import images
+from dancegrpo_jax.report.progress import phase
 from dancegrpo_jax.rewards import failures
 from dancegrpo_jax.settings import checks
 from dancegrpo_jax.types import Example
@@ -51,6 +52,11 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
   for what, sources in (("prompts", found), ("prompts of other pictures", others)):
     for each in sources.values():
       print(f"{what}: {each.summary}")
+  print(
+    f"{config.evaluation.samples} samples of each prompt, of the base and of {checkpoint}, on"
+    f" {jax.device_count()} {device.device_kind}, into {out}",
+    flush=True,
+  )
   results: dict[str, dict] = {}
   rows: dict[str, dict[str, list[dict]]] = {}
   folder = out.with_suffix("")
@@ -60,8 +66,10 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
     for line in cut_prompts.lines(config, opened.limits, groups):
       print(line)
     for file, examples in lists.items():
-      base, before = measure(opened, opened.model.trainable, examples, pool, errors)
-      tuned, after = measure(opened, opened.weights, examples, pool, errors)
+      with phase(f"{file}, base"):
+        base, before = measure(opened, opened.model.trainable, examples, pool, errors)
+      with phase(f"{file}, {checkpoint}"):
+        tuned, after = measure(opened, opened.weights, examples, pool, errors)
       name = Path(file).stem
       results[name] = compare(base, tuned)
       images.save(folder / f"{name}.png", side_by_side(before, after, examples))

@@ -8,6 +8,8 @@ import numpy as np
 from dancegrpo_jax import programs, scoring
 from dancegrpo_jax.assembly import sampling
 from dancegrpo_jax.devices import out_of_memory
+from dancegrpo_jax.report import progress
+from dancegrpo_jax.report.progress import phase
 from dancegrpo_jax.types import Example, Media, PyTree
 
 
@@ -95,17 +97,19 @@ def measure(
   count = len(flat.pixels)
   texts = candidate_prompts(examples, pool, config.evaluation.candidates)
   rewards, params = model.rewards, model.reward_params
-  features = scoring.reward_features(rewards, params, run.features, texts, len(texts))
+  with phase("encoding the prompts for the rewards"):
+    features = scoring.reward_features(rewards, params, run.features, texts, len(texts))
   rows = scoring.chunks(count, config.rollout.chunk, config.mesh.lanes)
-  scores = scoring.score_all(
-    scorers=scoring.Scorers(rewards, params, compute=run.score, features=features),
-    media=flat,
-    owners=np.arange(count, dtype=np.int32) // samples,
-    examples=examples,
-    rows=rows,
-    size=config.reward.slice,
-    errors=errors,
-  )
+  with phase("scoring"):
+    scores = scoring.score_all(
+      scorers=scoring.Scorers(rewards, params, compute=run.score, features=features),
+      media=flat,
+      owners=np.arange(count, dtype=np.int32) // samples,
+      examples=examples,
+      rows=rows,
+      size=config.reward.slice,
+      errors=errors,
+    )
   result: dict[str, Any] = {
     term: values.reshape(len(examples), samples) for term, values in scores.items()
   }
@@ -113,7 +117,10 @@ def measure(
     if reward.embed is None:
       continue
     embed = out_of_memory.Guarded(f"embed {name}", programs.embed(config, reward))
-    parts = [embed(params[name], Media(flat.pixels[row], flat.fps)) for row in rows]
+    parts = [
+      embed(params[name], Media(flat.pixels[row], flat.fps))
+      for row in progress.steps(f"embedding the samples by {name}", rows)
+    ]
     embeddings = np.concatenate([np.asarray(part) for part in parts])[:count]
     embeddings = embeddings.reshape(len(examples), samples, -1)
     result[f"{name}/retrieval"] = top1(embeddings, np.asarray(features[name])).astype(np.float32)

@@ -54,6 +54,11 @@ def run(
   examples = read(config, texts, files)
   tiles: list[np.ndarray] = []
   columns = min(samples, _COLUMNS)
+  print(
+    f"{samples} samples of each of {len(examples)} prompts, of {checkpoint}, on"
+    f" {jax.device_count()} {device.device_kind}, into {out}",
+    flush=True,
+  )
   with sampling.opened(config, checkpoint) as opened:
     height, width = opened.model.pipeline.sample_shape[-3:-1]
     rows = min(len(examples), _ROWS, max(1, _PIXELS // (columns * height * width)))

@@ -13,6 +13,11 @@ is the 92 % of a card that a run takes. This command has not been tried on a mac
 times kernels on the card while it compiles, so no other program should use it meanwhile.
 """
 
+from dancegrpo_jax.devices import interrupts
+
+if __name__ == "__main__":
+  interrupts.watch()  # before the imports below, which take seconds
+
 import argparse
 import sys
 from pathlib import Path
@@ -23,6 +28,7 @@ from dancegrpo_jax.devices import accelerator
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.plan import table
 from dancegrpo_jax.plan.planning import plan
+from dancegrpo_jax.report.progress import Progress
 from dancegrpo_jax.settings import command_line
 
 
@@ -104,7 +110,8 @@ def main(argv: list[str]) -> int:
     line = command_line.parse_argv(argv, "Compile a run's programs ahead of time.", add_flags)
     accelerator.start()  # sets the memory that a run would have
     flags = line.flags
-    return run(line.config, flags.topology, flags.out, flags.hlo, flags.only, flags.effort)
+    with Progress():
+      return run(line.config, flags.topology, flags.out, flags.hlo, flags.only, flags.effort)
 
   return command_line.exit_on_mistake(command)
 

@@ -20,6 +20,7 @@ from dancegrpo_jax.devices import accelerator, chips, out_of_memory, sharding
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.plan import flops, hlo, inventory, table, topologies
 from dancegrpo_jax.plan.flops import Flops
+from dancegrpo_jax.report.progress import phase
 from dancegrpo_jax.settings import checks, geometry, stored_config
 from dancegrpo_jax.settings.geometry import Geometry
 
@@ -205,7 +206,8 @@ def plan(
   Raises:
     ConfigError: a mistake in config, topology, `only` or `effort`.
   """
-  devices = devices_of(topology)
+  with phase("looking for the devices"):
+    devices = devices_of(topology)
   examples, held_out = len(prompts.read_examples(config)), len(prompts.read_held_out(config))
   facts = checks.device_facts(devices[0])
   checks.validate(config, num_devices=len(devices), num_examples=examples, **facts)
@@ -213,10 +215,16 @@ def plan(
     accelerator.say_share(devices[0].platform)
   mesh, chip = sharding.make_mesh(config.mesh, devices), chips.chip_of(devices[0])
   plain = inventory.without_weights(config)
-  taken = inventory.take(plain, mesh, examples, held_out)
+  with phase("listing the programs"):
+    taken = inventory.take(plain, mesh, examples, held_out)
   names = [call.name for call in taken.calls]
   selected = chosen(only, names)
-  counted = counts(plain, mesh, examples, held_out, selected)
+  log(
+    f"{config.name}: compiling {len(selected)} programs for {len(devices)}"
+    f" {devices[0].device_kind}; nothing is executed"
+  )
+  with phase("counting FLOPs"):
+    counted = counts(plain, mesh, examples, held_out, selected)
   batches = geometry.of(config)
   result = {
     "config": config.name,
@@ -239,7 +247,8 @@ def plan(
   for call in taken.calls:
     if call.name not in selected:
       continue
-    with jax.set_mesh(mesh):
+    doing = f"compiling {call.name}, {len(rows) + 1} of {len(selected)} programs"
+    with phase(doing), jax.set_mesh(mesh):
       row = compile_call(
         call,
         kept=inventory.kept_bytes(taken, call),

@@ -8,6 +8,11 @@ The stages are `vae` (autoencoder), `clip` (contrastive), `denoiser` (noise pred
 stage that was interrupted continues from its last checkpoint when the command is repeated.
 """
 
+from dancegrpo_jax.devices import interrupts
+
+if __name__ == "__main__":
+  interrupts.watch()  # before the imports below, which take seconds
+
 import argparse
 import os
 import sys
@@ -25,6 +30,8 @@ from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.data import emoji, emoji_dataset, tokenizer
 from dancegrpo_jax.devices import accelerator, out_of_memory
 from dancegrpo_jax.pretrain.stages import STAGES, Data, Stage, write_tokenizer_files
+from dancegrpo_jax.report import progress
+from dancegrpo_jax.report.progress import phase
 from dancegrpo_jax.settings import command_line
 from dancegrpo_jax.types import PyTree
 
@@ -60,9 +67,10 @@ def fit(stage: Stage, config: ConfigDict, workdir: Path, save_every: int = 400) 
   if store.latest(folder) is not None:
     restored = store.restore(folder, dict(zip(FIELDS, jax.eval_shape(lambda: state))))
     start, state = restored.iteration, tuple(restored.state[name] for name in FIELDS)
+    print(f"{stage.name}: resuming at step {start}", flush=True)
   begin = time.monotonic()
   with store.Saver(folder, keep=1) as saver, (workdir / f"{stage.name}.jsonl").open("a") as log:
-    for step in range(start, settings.steps):
+    for step in progress.steps(f"{stage.name}: step", range(start, settings.steps)):
       # The decay grows to its value; otherwise the random start would stay in the average for
       # thousands of steps.
       decay = min(settings.ema, (step + 1) / (step + 10))
@@ -128,11 +136,18 @@ def run(config: ConfigDict, stage: str, workdir: Path, out: Path, font: str) -> 
     emoji.check_font(font)
     workdir.mkdir(parents=True, exist_ok=True)
     write_tokenizer_files(out / "emoji-sd" / "tokenizer")
-    data = load_data(config, font, workdir, out)
+    chosen_stages = list(STAGES) if stage == "all" else [stage]
+    print(f"pretraining {', '.join(chosen_stages)} in {workdir}, into {out}", flush=True)
+    with phase("drawing the pictures, or reading them"):
+      data = load_data(config, font, workdir, out)
     accelerator.say_share(jax.default_backend())
-    for name in STAGES if stage == "all" else (stage,):
-      chosen = STAGES[name](config, data, out)
-      chosen.export(fit(chosen, config, workdir))
+    for name in chosen_stages:
+      with phase(f"preparing {name}"):
+        chosen = STAGES[name](config, data, out)
+      with phase(f"training {name}"):
+        params = fit(chosen, config, workdir)
+      with phase(f"writing {name}"):
+        chosen.export(params)
   except (ValueError, FileNotFoundError) as error:
     raise errors.ConfigError(str(error)) from error
 
@@ -146,13 +161,14 @@ def main(argv: list[str]) -> int:
     flags = line.flags
     command_line.require_writable(f"--workdir={flags.workdir}", Path(flags.workdir))
     command_line.require_writable(f"--out={flags.out}", Path(flags.out))
-    run(
-      line.config,
-      flags.stage,
-      workdir=Path(flags.workdir),
-      out=Path(flags.out),
-      font=flags.font,
-    )
+    with progress.Progress():
+      run(
+        line.config,
+        flags.stage,
+        workdir=Path(flags.workdir),
+        out=Path(flags.out),
+        font=flags.font,
+      )
 
   return command_line.exit_on_mistake(command)
 

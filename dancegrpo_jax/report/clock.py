@@ -6,6 +6,10 @@ from typing import Any
 
 import jax
 
+from dancegrpo_jax.report import progress
+
+_UPDATE = "update"
+
 
 class Clock:
   """The times of one iteration. A thread waits for the results of the phases in order, so that the
@@ -21,6 +25,7 @@ class Clock:
     self._pool, self._before = pool, before
     self._start = self._end = time.monotonic()
     self._seconds: dict[str, float] = {}
+    self._begins: dict[str, float] = {}
     self._waits: list[Future] = []
 
   def phase(self, name: str, result: Any) -> None:
@@ -35,7 +40,10 @@ class Clock:
       if self._before is not None:
         self._start = self._end = max(self._start, self._before._end)
         self._before = None
-      jax.block_until_ready(result)
+      # Chunks are sampled and scored in turns, which is one thing to whoever waits for them.
+      text = "updating the weights" if name == _UPDATE else "sampling and scoring"
+      with progress.phase(text, self._begins.setdefault(text, self._end)):
+        jax.block_until_ready(result)
       now = time.monotonic()
       self._seconds[name] = self._seconds.get(name, 0.0) + now - self._end
       self._end = now

@@ -1,5 +1,4 @@
-"""Where the metrics of a run go: metrics.jsonl, TensorBoard, wandb, and a progress line. Only
-process 0 writes.
+"""Where the metrics of a run go: metrics.jsonl, TensorBoard and wandb. Only process 0 writes.
 
 A row of metrics.jsonl is one iteration: {"iteration": 3, "reward/mean": 0.51, ...}. A value that is
 not finite is null.
@@ -8,21 +7,16 @@ not finite is null.
 import json
 import math
 import os
-import sys
-import time
-from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-import rich.progress
+import numpy as np
 from ml_collections import ConfigDict
-from rich.console import Console
 
 from dancegrpo_jax import strict_json
-from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.settings import stored_config
+from dancegrpo_jax.report import trackers
 
 FILE = "metrics.jsonl"
 Row = Mapping[str, Any]  # metric -> scalar
@@ -70,35 +64,36 @@ class Writer:
   Args:
     workdir: of the run; it is made if it is missing. Its rows of `first_iteration` and later ones
       are removed.
-    config: of the run, with `logging.tensorboard` and `logging.wandb`.
+    config: of the run, with `logging`.
     first_iteration: the iteration with which this process starts.
 
   Raises:
-    ConfigError: the config turns wandb on, and it is not installed.
+    ConfigError: the config turns wandb on, and it can't be used.
   """
 
   def __init__(self, workdir: str | os.PathLike, config: ConfigDict, first_iteration: int = 0):
-    self._file = self._tensorboard = self._wandb = None
+    self._config, self._file = config, None
+    self._trackers: list[trackers.TensorBoard | trackers.Wandb] = []
     if jax.process_index() != 0:
       return
     if config.logging.wandb:
-      self._wandb = _open_wandb(workdir, config)
+      self._trackers.append(trackers.Wandb(workdir, config, first_iteration))
     Path(workdir).mkdir(parents=True, exist_ok=True)
     drop_from(workdir, first_iteration)
     self._file = (Path(workdir) / FILE).open("a")
     if config.logging.tensorboard:
-      from tensorboardX import SummaryWriter  # with protobuf, for runs that turn it on
+      self._trackers.append(trackers.TensorBoard(workdir, config, first_iteration))
 
-      self._tensorboard = SummaryWriter(
-        str(Path(workdir) / "tensorboard"), purge_step=first_iteration
-      )
-
-  def write(self, iteration: int, values: Row) -> dict[str, float]:
+  def write(
+    self, iteration: int, values: Row, samples: Mapping[str, Any] | None = None
+  ) -> dict[str, float]:
     """Writes a row and flushes it.
 
     Args:
       iteration: counted from 0.
       values: scalars, on a device or on the host.
+      samples: by name, the scores of the iteration's samples by term, and "advantage"; arrays on a
+        device or on the host, whole in every process. Trackers draw histograms of them.
 
     Returns:
       The row as floats, on every process.
@@ -107,21 +102,49 @@ class Writer:
     if self._file is not None:
       self._file.write(_line({"iteration": iteration, **row}))
       self._file.flush()
-    if self._tensorboard is not None:
-      for key, value in row.items():
-        if math.isfinite(value):  # a missing value is a gap in the curve, without a warning
-          self._tensorboard.add_scalar(key, value, iteration)
-      self._tensorboard.flush()
-    if self._wandb is not None:
-      self._wandb.log(row, step=iteration)
+    drawn = self._distributions(samples) if samples and self._trackers else {}
+    for tracker in self._trackers:
+      tracker.histograms(iteration + 1, drawn)
+      tracker.scalars(iteration + 1, row)
     return row
 
+  def _distributions(self, samples: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of which histograms are drawn: rewards, their terms where there are several, and
+    advantages.
+    """
+    arrays = {name: np.asarray(values) for name, values in samples.items()}
+    terms = self._config.reward.terms
+    total = sum(weight * arrays[term] for term, weight in terms)
+    parts = {f"reward/{term}": arrays[term] for term, _ in terms} if len(terms) > 1 else {}
+    return {"rewards": total, **parts, "advantages": arrays["advantage"]}
+
+  def show(
+    self,
+    done: int,
+    values: Row,
+    pixels: np.ndarray,
+    prompts: Sequence[str],
+    scores: Sequence[float] | np.ndarray,
+  ) -> None:
+    """Sends an evaluation to the trackers.
+
+    Args:
+      done: number of finished iterations; 0 is the base model.
+      values: metrics of the evaluation.
+      pixels: `[n, height, width, 3]` in [0, 1].
+      prompts: n texts.
+      scores: n scores, NaN for failed ones.
+    """
+    captions = [f"{prompt} ({score:.4f})" for prompt, score in zip(prompts, scores)]
+    for tracker in self._trackers:
+      tracker.pictures(done, pixels, prompts, captions)
+      if done == 0:  # later evaluations are part of their iteration's row
+        tracker.scalars(done, values)
+
   def close(self) -> None:
-    for place in (self._file, self._tensorboard):
+    for place in (self._file, *self._trackers):
       if place is not None:
         place.close()
-    if self._wandb is not None:
-      self._wandb.finish()
 
   def __enter__(self) -> "Writer":
     return self
@@ -130,117 +153,7 @@ class Writer:
     self.close()
 
 
-def _open_wandb(workdir: str | os.PathLike, config: ConfigDict) -> Any:
-  try:
-    import wandb
-  except ImportError as error:
-    raise ConfigError(
-      "config.logging.wandb = True: wandb is not installed; pip install wandb, or set False"
-    ) from error
-  Path(workdir).mkdir(parents=True, exist_ok=True)
-  values = json.loads(stored_config.to_json(config))
-  return wandb.init(
-    project="dancegrpo_jax",
-    name=config.name,
-    id=f"{Path(workdir).name}-{stored_config.digest(config)}",  # a resumed run continues its curves
-    resume="allow",
-    dir=str(workdir),
-    config=values,
-  )
-
-
-# The progress line
-
-
-class Progress:
-  """A bar with iteration, reward, samples/s and remaining time on a terminal. Elsewhere it prints
-  lines, so that a log file is readable.
-
-  Args:
-    total: iterations of the whole run.
-    first_iteration: the iteration with which this process starts.
-    stream: a text stream; sys.stdout by default.
-  """
-
-  def __init__(self, total: int, first_iteration: int = 0, stream: Any = None):
-    self._total, self._stream = total, stream or sys.stdout
-    # Ends of the last iterations. The duration of the first one, which compiles, is not measured.
-    self._times = deque(maxlen=21)
-    self._is_quiet, self._bar = jax.process_index() != 0, None
-    if not self._is_quiet and self._stream.isatty():
-      self._bar, self._task = _open_bar(self._stream, total, first_iteration)
-
-  def update(self, iteration: int, values: Row) -> None:
-    """Shows an iteration that is done.
-
-    Args:
-      iteration: counted from 0.
-      values: its metrics, of which `reward/mean` and `images_per_second` are shown.
-    """
-    self._times.append(time.monotonic())
-    status = self._status(iteration, values)
-    if self._bar is not None:
-      self._bar.update(self._task, completed=iteration + 1, status=status)
-    elif not self._is_quiet:
-      print(f"iteration {iteration + 1}/{self._total}  {status}", file=self._stream, flush=True)
-
-  def _status(self, iteration: int, values: Row) -> str:
-    left = "--"
-    if len(self._times) > 1:
-      seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
-      left = duration(seconds * (self._total - iteration - 1))
-    reward, speed = values.get("reward/mean", math.nan), values.get("images_per_second", math.nan)
-    return f"reward {reward:.4f}  {speed:.1f} samples/s  {left} left"
-
-  @property
-  def is_live(self) -> bool:
-    """Whether there is a bar, whose text may change often."""
-    return self._bar is not None
-
-  def status(self, text: str) -> None:
-    """Shows what happens before the first iteration: beside the bar, or as a line."""
-    if self._bar is not None:
-      self._bar.update(self._task, status=text)
-    elif not self._is_quiet:
-      print(text, file=self._stream, flush=True)
-
-  def message(self, text: str) -> None:
-    """Prints a line above the bar."""
-    if self._bar is not None:
-      self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-    elif not self._is_quiet:
-      print(text, file=self._stream, flush=True)
-
-  def warning(self, text: str) -> None:
-    """Prints a line from any process and any thread, as about a reward that has failed there."""
-    if self._is_quiet:
-      print(f"process {jax.process_index()}: {text}", file=self._stream, flush=True)
-    else:
-      self.message(text)
-
-  def close(self) -> None:
-    if self._bar is not None:
-      self._bar.stop()
-
-  def __enter__(self) -> "Progress":
-    return self
-
-  def __exit__(self, *_) -> None:
-    self.close()
-
-
-def _open_bar(
-  stream: Any, total: int, first_iteration: int
-) -> tuple[rich.progress.Progress, rich.progress.TaskID]:
-  columns = (
-    rich.progress.TextColumn("iteration"),
-    rich.progress.MofNCompleteColumn(),
-    rich.progress.BarColumn(bar_width=24),
-    rich.progress.TextColumn("{task.fields[status]}"),
-  )
-  bar = rich.progress.Progress(*columns, console=Console(file=stream))
-  bar.start()
-  return bar, bar.add_task("", total=total, completed=first_iteration, status="")
+# Text
 
 
 def duration(seconds: float | int) -> str:

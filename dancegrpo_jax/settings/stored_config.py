@@ -44,6 +44,11 @@ class Added(NamedTuple):
 ADDED = {
   "init_from": Added("0.2.0", ""),
   "model.matmul_precision": Added("0.2.0", "default"),
+  "logging.wandb_project": Added("0.2.0", "dancegrpo_jax"),
+  "logging.wandb_entity": Added("0.2.0", ""),
+  "logging.wandb_group": Added("0.2.0", ""),
+  "logging.wandb_name": Added("0.2.0", ""),
+  "logging.wandb_mode": Added("0.2.0", ""),
   "objective.kind": Added("0.2.0", "grpo"),
   "objective.dppo.tau": Added("0.2.0", 1e-4),
   "optimizer.microbatches_per_call": Added("0.2.0", 0),

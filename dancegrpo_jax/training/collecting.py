@@ -10,6 +10,7 @@ import numpy as np
 from dancegrpo_jax import scoring
 from dancegrpo_jax.assembly import encoding
 from dancegrpo_jax.devices import sharding
+from dancegrpo_jax.report import progress
 from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.rewards import failures
 from dancegrpo_jax.rl import lanes
@@ -110,7 +111,8 @@ def collect(
       pixels |= {number: rows[i] for i, number in enumerate(chunk.tolist()) if number < group}
       small |= dict(zip(chunk.tolist(), diversity.reduced(rows)))
 
-  scores |= scoring.gather_host_scores(config, started, chunks)
+  with progress.phase("waiting for the rewards on the host"):
+    scores |= scoring.gather_host_scores(config, started, chunks)
   order = np.argsort(chunks.reshape(-1)).astype(np.int32)
   return Experience(
     ids=ids,

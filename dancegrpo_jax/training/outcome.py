@@ -11,6 +11,7 @@ from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.report import metrics, status
 from dancegrpo_jax.report.clock import Clock
+from dancegrpo_jax.report.progress import Progress, phase
 from dancegrpo_jax.rl.state import TrainState
 
 
@@ -25,11 +26,13 @@ class Pending(NamedTuple):
     iteration: its number.
     values: scalars by name, on a device or not.
     clock: of the iteration.
+    samples: arrays by name, of which histograms are drawn, on a device or not.
   """
 
   iteration: int
   values: dict[str, Any]
   clock: Clock
+  samples: dict[str, Any] = {}
 
 
 class Numbers:
@@ -42,9 +45,7 @@ class Numbers:
     progress: of the run.
   """
 
-  def __init__(
-    self, config: ConfigDict, workdir: Path, writer: metrics.Writer, progress: metrics.Progress
-  ):
+  def __init__(self, config: ConfigDict, workdir: Path, writer: metrics.Writer, progress: Progress):
     self._config, self._workdir, self._writer, self._progress = config, workdir, writer, progress
     self._pending: Pending | None = None
     self._recent: list[metrics.Row] = []  # of this process, the last ones
@@ -68,7 +69,7 @@ def flush(
   workdir: Path,
   pending: Pending,
   writer: metrics.Writer,
-  progress: metrics.Progress,
+  progress: Progress,
   before: Sequence[metrics.Row] = (),
 ) -> metrics.Row:
   """Waits until an iteration is done, then writes and shows its numbers.
@@ -89,7 +90,8 @@ def flush(
   times = pending.clock.read()
   images = config.data.prompts_per_iteration * config.rollout.samples_per_prompt
   speed = {"images_per_second": images / times["time/total"]}
-  row = writer.write(pending.iteration, {**jax.device_get(pending.values), **times, **speed})
+  values = {**jax.device_get(pending.values), **times, **speed}
+  row = writer.write(pending.iteration, values, pending.samples)
   progress.update(pending.iteration, row)
   where = f"stopped at iteration {pending.iteration + 1}"
   if is_flat(row) and not (before and is_flat(before[-1])):
@@ -161,7 +163,8 @@ def give_up(
   iteration: int,
   first: int,
   meta: dict,
-  progress: metrics.Progress,
+  progress: Progress,
+  signal: str = "SIGTERM",
 ) -> None:
   """Ends a run that was asked to stop: saves the state before the iteration that is given up.
 
@@ -173,10 +176,12 @@ def give_up(
     first: the iteration with which this process began, whose state is saved already.
     meta: saved beside the state.
     progress: shows a message.
+    signal: the name of what has asked.
   """
   if iteration > first:
-    saver.save(iteration, state, meta | {"iteration": iteration})
-    saver.wait()
-  message = f"stopped by SIGTERM: {iteration} iterations are saved in {workdir}"
+    with phase("saving the checkpoint"):
+      saver.save(iteration, state, meta | {"iteration": iteration})
+      saver.wait()
+  message = f"stopped by {signal}: {iteration} iterations are saved in {workdir}"
   status.end(workdir, status.STOPPED, message)
   progress.message(f"{message}; the same command goes on from there")

@@ -24,10 +24,11 @@ from dancegrpo_jax.data import prompts
 from dancegrpo_jax.data.prompts import read_held_out
 from dancegrpo_jax.devices import out_of_memory, processes, program_cache
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.report import metrics, page
+from dancegrpo_jax.report import page
+from dancegrpo_jax.report.progress import Progress, phase
 from dancegrpo_jax.rl.state import TrainState, init_state
 from dancegrpo_jax.settings import checks, command_line, stored_config
-from dancegrpo_jax.training import run_prompts, starting
+from dancegrpo_jax.training import first_line, run_prompts, starting
 from dancegrpo_jax.types import Example, PyTree
 
 
@@ -91,9 +92,9 @@ def load_and_compile(
   examples: list[Example],
   held_out: list[Example],
   mesh: jax.sharding.Mesh,
-  progress: metrics.Progress,
+  progress: Progress,
   summaries: Sequence[str] = (),
-  starts: bool = True,
+  first: int = 0,
 ) -> Loaded:
   """Reads the weights, and compiles the programs in threads meanwhile.
 
@@ -105,40 +106,49 @@ def load_and_compile(
     examples: the prompt data set.
     held_out: prompts that are evaluated and not trained on.
     mesh: the devices; the caller has entered it.
-    progress: shows what is being compiled.
-    summaries: lines about the prompts. They are printed, with those about prompts that are cut,
-      when the files of the models have been found.
-    starts: whether this is a new run, for which the weights of config.init_from must fit.
+    progress: of the run.
+    summaries: lines about the prompts. They are printed after the line that says what is about to
+      happen, with those about prompts that are cut, when the files of the models have been found.
+    first: number of iterations that are done already. Where it is 0, the weights of
+      config.init_from must fit.
 
   Raises:
     ConfigError: a checkpoint or a reward that can't be used, or a model that is too large for the
       devices.
   """
-  limits = cut_prompts.of_model(config)
-  pipeline = loading.build_pipeline(config)
-  rewards = reward_builders.build_rewards(config, cut_prompts.noting_files(limits))
-  reward_trial.require_usable(rewards, pipeline, examples, progress.warning)
+  with phase("finding the files of the model and of the rewards"):
+    limits = cut_prompts.of_model(config)
+    pipeline = loading.build_pipeline(config)
+    rewards = reward_builders.build_rewards(config, cut_prompts.noting_files(limits))
   without = pipeline.encoders if config.data.cache_embeddings else ()
-  outline = loading.outline(config, pipeline, rewards, mesh)
-  state = loading.abstract_state(config, outline, mesh, len(examples))
-  resident.require_room(config, mesh, outline, state, without)
-  if starts:
+  with phase("working out what lies where on the devices"):
+    outline = loading.outline(config, pipeline, rewards, mesh)
+    state = loading.abstract_state(config, outline, mesh, len(examples))
+    resident.require_room(config, mesh, outline, state, without)
+  if not first:
     starting.require_fitting(config, outline, mesh)
+  progress.message(first_line.of_run(config, workdir, outline, mesh, len(examples), first))
   groups = {"prompts": examples, "held-out prompts": held_out}
-  for line in (*summaries, *cut_prompts.lines(config, limits, groups)):
-    progress.message(line)
+  with phase("counting the tokens of the prompts"):
+    for line in (*summaries, *cut_prompts.lines(config, limits, groups)):
+      progress.message(line)
+  with phase("trying the rewards on two blank pictures"):
+    reward_trial.require_usable(rewards, pipeline, examples, progress.warning)
   cached = None
   if config.data.cache_embeddings:
-    cached = encoding.cached_encoder(config, workdir, pipeline, examples + held_out, mesh)
+    with phase("reading the embeddings of the prompts, or making them"):
+      cached = encoding.cached_encoder(config, workdir, pipeline, examples + held_out, mesh)
   shardings = jax.tree.map(lambda x: x.sharding, state)
   jitted = programs.build(config, pipeline, rewards, mesh, shardings)
-  listed = calls.of_run(config, outline, state, jitted, len(examples), len(held_out)).listed
+  with phase("listing the programs"):
+    listed = calls.of_run(config, outline, state, jitted, len(examples), len(held_out)).listed
   if cached:
     listed = [call for call in listed if call.name != "encode"]
   with ahead.compilers() as pool:
     compiling = ahead.start(listed, mesh, pool)
-    model = loading.load(config, pipeline, rewards, mesh, without)
-    compiled, shown_programs = ahead.ready(compiling, jitted, progress)
+    with phase("reading the weights, while programs are compiled"):
+      model = loading.load(config, pipeline, rewards, mesh, without)
+    compiled, shown_programs = ahead.ready(compiling, jitted)
   return Loaded(
     model=model,
     programs=out_of_memory.guarded(compiled),
@@ -155,7 +165,7 @@ def prepare(
   examples: list[Example],
   mesh: jax.sharding.Mesh,
   first: int,
-  progress: metrics.Progress,
+  progress: Progress,
   summaries: Sequence[str] = (),
 ) -> tuple[Session, TrainState]:
   """Loads and compiles what the iterations need. Then writes config.json and environment.json.
@@ -166,7 +176,7 @@ def prepare(
     examples: the prompt data set.
     mesh: the devices; the caller has entered it.
     first: number of iterations that are done already.
-    progress: shows what is being compiled.
+    progress: of the run.
     summaries: lines about the prompts, as for `load_and_compile`.
 
   Returns:
@@ -177,13 +187,12 @@ def prepare(
   """
   program_cache.use(config.logging.compilation_cache)
   held_out = read_held_out(config)
-  loaded = load_and_compile(
-    config, workdir, examples, held_out, mesh, progress, summaries, starts=not first
-  )
+  loaded = load_and_compile(config, workdir, examples, held_out, mesh, progress, summaries, first)
   model, compiled = loaded.model, loaded.programs
   reference = reference_of(config, model)
   if first:
-    state = store.restore(workdir / "checkpoints", loaded.state).state
+    with phase(f"reading the checkpoint of iteration {first}"):
+      state = store.restore(workdir / "checkpoints", loaded.state).state
   else:
     shardings = jax.tree.map(lambda x: x.sharding, loaded.state)
     start = starting.weights(config, model, mesh, progress.message)
@@ -197,6 +206,8 @@ def prepare(
       model.rewards, model.reward_params, compiled.features, examples, rows
     )
 
+  with phase("encoding the prompts for the rewards"):
+    features, shown_features = features_of(examples), features_of([*shown[0], *shown[1]])
   session = Session(
     config=config,
     workdir=workdir,
@@ -209,8 +220,8 @@ def prepare(
     encode=loaded.cached or encoding.encoder(model, compiled.encode),
     encode_shown=loaded.cached or encoding.encoder(model, loaded.shown_programs.encode),
     reference=reference,
-    features=features_of(examples),
-    shown_features=features_of([*shown[0], *shown[1]]),
+    features=features,
+    shown_features=shown_features,
   )
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -236,7 +247,7 @@ def resumed_config(config: ConfigDict, workdir: Path, given: Collection[str]) ->
   stored = store.read_meta(folder)["config"]
   resumed, lines = stored_config.as_stored(stored, config, given)
   resumed = starting.as_pinned(resumed, stored, workdir)
-  for line in lines:
+  for line in lines if jax.process_index() == 0 else ():
     print(line)
   return resumed
 
@@ -287,7 +298,7 @@ def iterations_done(config: ConfigDict, workdir: Path) -> int:
       f"{workdir} holds a run with another config; use another --workdir, or undo these"
       f" changes:\n{lines}"
     )
-  for difference in allowed:
+  for difference in allowed if jax.process_index() == 0 else ():
     print(f"resuming with {difference}")
   return done
 

@@ -1,5 +1,7 @@
 """Evaluation inside training, and pictures for the report."""
 
+from typing import NamedTuple
+
 import jax
 import numpy as np
 
@@ -14,9 +16,23 @@ from dancegrpo_jax.training.session import Session
 from dancegrpo_jax.types import Media
 
 
-def show(
-  session: Session, iteration: int, state: TrainState, warn: scoring.Warn
-) -> dict[str, float]:
+class Shown(NamedTuple):
+  """What an evaluation inside training has found.
+
+  Attributes:
+    values: metrics.
+    pixels: `[n, height, width, 3]`, one sample of each fixed training prompt.
+    prompts: their texts.
+    scores: f32 `[n]`, NaN for a failed one.
+  """
+
+  values: dict[str, float]
+  pixels: np.ndarray
+  prompts: list[str]
+  scores: np.ndarray
+
+
+def show(session: Session, iteration: int, state: TrainState, warn: scoring.Warn) -> Shown:
   """Samples the fixed prompts with fixed noise and the deterministic sampler, and adds a column to
   the report's grid.
 
@@ -27,9 +43,9 @@ def show(
     warn: gets a line where a reward fails.
 
   Returns:
-    Metrics: the mean score of the training prompts, and the share of samples that a reward failed,
-    which no mean counts. Where there are held-out prompts, also their mean score and the gap, by
-    which the training prompts are ahead.
+    The samples of the training prompts, and metrics: their mean score, and the share of samples
+    that a reward failed, which no mean counts. Where there are held-out prompts, also their mean
+    score and the gap, by which the training prompts are ahead.
   """
   config, model, compiled = session.config, session.model, session.shown_programs
   examples = [*session.shown[0], *session.shown[1]]
@@ -60,8 +76,8 @@ def show(
   )
   total = sum(weight * scores[term] for term, weight in config.reward.terms)
   trained, held_out = np.split(total, [len(session.shown[0])])
+  texts = [example.prompt for example in session.shown[0]]
   if jax.process_index() == 0:
-    texts = [example.prompt for example in session.shown[0]]
     page.save_samples(session.workdir, iteration, pixels[: len(trained)], texts, trained, held_out)
     page.write(session.workdir)
   result = {
@@ -71,7 +87,18 @@ def show(
   if len(held_out):
     result["evaluation/held_out"] = scoring.mean_of_finite(held_out)
     result["evaluation/gap"] = result["evaluation/score"] - result["evaluation/held_out"]
-  return result
+  return Shown(values=result, pixels=pixels[: len(trained)], prompts=texts, scores=trained)
+
+
+def described(iteration: int, shown: Shown) -> str:
+  """The line for the user about an evaluation after so many iterations; 0 is the base model."""
+  what = f"after iteration {iteration}" if iteration else "of the base model"
+  line = f"evaluation {what}: score {shown.values['evaluation/score']:.4f}"
+  if "evaluation/held_out" in shown.values:
+    line += f", held out {shown.values['evaluation/held_out']:.4f}"
+  if shown.values["evaluation/failed"]:
+    line += f"; {shown.values['evaluation/failed']:.0%} of the rewards failed"
+  return line
 
 
 def save_extremes(session: Session, iteration: int, seen: Experience) -> None:

@@ -48,6 +48,7 @@ CHOICES = {
   "objective.old_log_prob": ("recompute", "rollout"),
   "objective.timesteps": timesteps.MODES,
   "objective.kl.mode": transitions.KL_MODES,
+  "logging.wandb_mode": ("", "online", "offline", "disabled"),
 }
 
 LIMITS = {
@@ -112,6 +113,7 @@ LIMITS = {
   "evaluation.prompts": _at_least(1),
   "evaluation.steps": _at_least(1),
   "evaluation.samples": _at_least(1),
+  "logging.wandb_project": Limit(bool, "must name a project of Weights & Biases"),
   "logging.profile_steps": Limit(
     lambda steps: not steps or (len(steps) == 2 and 0 <= steps[0] <= steps[1]),
     "must be () or (first, last) iteration, as (3, 4)",
