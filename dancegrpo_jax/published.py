@@ -8,6 +8,8 @@ Any other key is refused, because nobody knows what it does.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from dancegrpo_jax.errors import listed
+
 # In the place of a default: the file must have the key.
 REQUIRED = object()
 
@@ -59,7 +61,7 @@ def read(file: str, given: Mapping[str, Any], keys: Keys) -> dict[str, Any]:
     elif key not in keys.harmless and not key.startswith("_") and value is not None:
       problems.append(f"{key} = {value!r} (an unknown key)")
   if problems:
-    raise ValueError(f"{file} has what is not implemented: {'; '.join(problems)}")
+    raise ValueError(f"{file} has what is not implemented: {listed(problems, 6, '; ')}")
   return {key: given.get(key, default) for key, default in keys.used.items()}
 
 

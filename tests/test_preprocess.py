@@ -12,6 +12,7 @@ import torch
 import transformers
 from PIL import Image
 
+from dancegrpo_jax.rewards import open_clip
 from dancegrpo_jax.rewards import preprocess as p
 
 SIZES = [(512, 512), (320, 511), (100, 61), (33, 32), (224, 331), (17, 300)]
@@ -186,14 +187,14 @@ def test_published_files_are_read():
   new = old | {"size": {"shortest_edge": 224}, "crop_size": {"height": 224, "width": 224}}
   assert p.from_transformers(old, 224) == p.from_transformers(new, 224) == p.Preprocessing(224)
   vision = {"model_cfg": {"vision_cfg": {"image_size": 224}}}
-  assert p.from_open_clip(vision) == p.Preprocessing(224, crop="round")
+  assert open_clip.preprocessing(vision) == p.Preprocessing(224, crop="round")
   said = {
     "mean": list(p.MEAN),
     "std": list(p.STD),
     "interpolation": "bicubic",
     "resize_mode": "squash",
   }
-  assert p.from_open_clip(vision | {"preprocess_cfg": said}) == p.Preprocessing(
+  assert open_clip.preprocessing(vision | {"preprocess_cfg": said}) == p.Preprocessing(
     224, "squash", "round"
   )
 
@@ -236,7 +237,7 @@ def test_other_preprocessing_is_refused(config, message):
   with pytest.raises(ValueError, match=message):
     p.from_transformers(config, 224)
   with pytest.raises(ValueError, match="interpolation = 'bilinear'"):
-    p.from_open_clip(
+    open_clip.preprocessing(
       {
         "model_cfg": {"vision_cfg": {"image_size": 224}},
         "preprocess_cfg": {"interpolation": "bilinear"},

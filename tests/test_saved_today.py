@@ -13,6 +13,7 @@ from tiny_checkpoint import ROOT, assert_trees_equal
 
 from dancegrpo_jax.assembly import loading, reward_builders
 from dancegrpo_jax.checkpoints import hub, weights
+from dancegrpo_jax.checkpoints.networks import abstract_params
 from dancegrpo_jax.data import t5_tokenizer, tokenizer
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.errors import ConfigError
@@ -141,7 +142,8 @@ def test_a_copy_in_another_dtype(tmp_path, dtype):
   from safetensors.torch import load_file
 
   source = SD / "unet"
-  file = weights.copy(source, tmp_path, "UNet2DConditionModel", jax.numpy.dtype(dtype))
+  abstract = abstract_params(weights.read_config(source))
+  file = weights.copy(source, tmp_path, "UNet2DConditionModel", abstract, jax.numpy.dtype(dtype))
   before, after = load_file(source / file.name), load_file(file)
   assert list(before) != [] and before.keys() == after.keys()
   for name, tensor in before.items():

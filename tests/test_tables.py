@@ -242,7 +242,7 @@ def test_conv_and_linear_projections_do_not_mix():
   """This is the one difference between the two UNets that a table could hide."""
   with pytest.raises(ConversionError) as caught:
     plan(TABLES["UNet2DConditionModel"], inventory("sd14-unet"), parameters("sd21-unet"))
-  assert "mid_block.attentions.0.proj_in.weight [1280, 1280, 1, 1] does not fit" in str(
+  assert "down_blocks.0.attentions.0.proj_in.weight [320, 320, 1, 1] does not fit" in str(
     caught.value
   )
 

@@ -9,15 +9,16 @@ random weights in memory (`weights.draw`).
 import re
 from pathlib import Path
 
+from dancegrpo_jax.checkpoints import recognition, safetensors_io, weight_files
 from dancegrpo_jax.data.tokenizers import kind_of
-from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.errors import ConfigError, ConversionError, listed
 from dancegrpo_jax.pipelines.layout import RANDOM, Layout, forms_of, is_random, local_path
 
 # The folder, in a checkpoint that `convert import` wrote, of all networks' parameters as one Orbax
 # tree.
 ORBAX = "orbax"
 # Pickled files count as weights here: the error of their reader says what to do.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_WEIGHTS = (weight_files.SAFETENSORS, *weight_files.PICKLED)
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -51,28 +52,67 @@ def folder(field: str, name: str, layout: Layout, variant: str = "") -> Path:
     ConfigError: one line that says what is missing, what is there and how to get the rest.
   """
   path = local_path(name)
+  if path.is_file():
+    raise ConfigError(f"{_label(field)} = {name!r}: {_about_file(path, layout)}")
   if path.is_dir():
     absent = missing(path, layout._replace(networks=()) if is_random(name) else layout)
     if absent:
-      names = sorted(entry.name for entry in path.iterdir())
-      more = [f"{len(names) - 8} more"] if len(names) > 8 else []
-      content = ", ".join(names[:8] + more) or "nothing"
+      content = listed(sorted(entry.name for entry in path.iterdir()), 12)
       raise ConfigError(
-        f"config.{field} = {name!r}: the folder lacks {', '.join(absent)}; found {content};"
+        f"{_label(field)} = {name!r}: the folder lacks {', '.join(absent)}; found {content};"
         f" {_accepted(layout)}"
       )
     return path
   if is_random(name):
     raise ConfigError(
-      f"config.{field} = {name!r}: no such folder {path} (from {Path.cwd()}); give one with the"
+      f"{_label(field)} = {name!r}: no such folder {path} (from {Path.cwd()}); give one with the"
       " JSON files"
     )
   if not _HUB_ID.fullmatch(name):
     raise ConfigError(
-      f"config.{field} = {name!r}: no such folder (from {Path.cwd()}) and not a hub id;"
+      f"{_label(field)} = {name!r}: no such folder (from {Path.cwd()}) and not a hub id;"
       f" {_accepted(layout)}"
     )
   return _cached(name, layout) or _download(field, name, layout, variant)
+
+
+def _label(field: str) -> str:
+  """A field of the config, or a flag, as messages name it."""
+  return field if field.startswith("--") else f"config.{field}"
+
+
+def _flag(field: str) -> str:
+  """The flag that sets a field of the config; a flag itself."""
+  return field if field.startswith("--") else f"--config.{field}"
+
+
+def _about_file(file: Path, layout: Layout) -> str:
+  """What a file is that was named in place of a folder, and how to use it, in one line."""
+  folder = f"is a file, and {_accepted(layout)}"
+  if file.suffix == ".gguf":
+    return f"a GGUF file, whose quantised weights are not read; {folder}"
+  if file.suffix != weight_files.SAFETENSORS and not weight_files.is_pickled(file):
+    return folder
+  command = f"python -m dancegrpo_jax.convert import-single {file}"
+  out = f"--out={file.with_suffix('')}"
+  if weight_files.is_pickled(file):
+    return (
+      "a pickled checkpoint in one file; if it is one of Stable Diffusion or FLUX, make a folder of"
+      f" it with `{command} --allow_pickle --base=BASE {out}`, where BASE is a folder or a hub id"
+      " of a model with the same networks"
+    )
+  try:
+    kind = recognition.kind_of(safetensors_io.header(file))
+  except ConversionError as error:
+    return str(error)
+  if kind is None:
+    return folder
+  if kind.base:
+    return (
+      f"{kind.title}; make a folder of it with `{command} --base={kind.base} {out}`, where --base"
+      " may be any folder or hub id of a model with the same networks"
+    )
+  return f"{kind.title}; {kind.remedy or folder}"
 
 
 def described(field: str, name: str, layout: Layout, published: Path) -> str:
@@ -93,7 +133,7 @@ def described(field: str, name: str, layout: Layout, published: Path) -> str:
     if place is not None and place.is_dir() and not missing(place, files):
       return f"{RANDOM}{place}"
   raise ConfigError(
-    f"config.{field} = {name!r}: needs {', '.join(files.files.values())} of it, which are in no"
+    f"{_label(field)} = {name!r}: needs {', '.join(files.files.values())} of it, which are in no"
     f" folder of that name, not in the Hugging Face cache and not in {published}; download them,"
     " or name another checkpoint"
   )
@@ -118,7 +158,7 @@ def missing(path: Path, layout: Layout) -> list[str]:
 
 
 def _has_weights(folder: Path) -> bool:
-  return any(entry.name.endswith(_WEIGHTS) for entry in folder.glob("*"))
+  return any(entry.name.endswith(_WEIGHTS) and entry.is_file() for entry in folder.glob("*"))
 
 
 def patterns(layout: Layout, variant: str = "") -> list[str]:
@@ -128,7 +168,7 @@ def patterns(layout: Layout, variant: str = "") -> list[str]:
   """
   mark = f".{variant}" if variant else ""
   kinds = [f"{mark}.safetensors", f"{mark}-*-of-*.safetensors", f"-*-of-*{mark}.safetensors"]
-  kinds += [f"{mark}.safetensors.index.json", f".safetensors.index{mark}.json"]
+  kinds += weight_files.indices("", mark)
   weights = [
     str(Path(place) / f"{stem}{kind}")
     for place in layout.networks
@@ -166,7 +206,7 @@ def _download(field: str, name: str, layout: Layout, variant: str) -> Path:
   from huggingface_hub import constants, snapshot_download
   from huggingface_hub.errors import GatedRepoError
 
-  where = f"config.{field} = {name!r}: no such folder, not in the Hugging Face cache"
+  where = f"{_label(field)} = {name!r}: no such folder, not in the Hugging Face cache"
   if constants.HF_HUB_OFFLINE:
     raise ConfigError(f"{where}, and HF_HUB_OFFLINE=1 forbids downloads; {_remedy(field, name)}")
   absent: list[str] = []
@@ -183,7 +223,7 @@ def _download(field: str, name: str, layout: Layout, variant: str) -> Path:
     if not absent:
       return path
   raise ConfigError(
-    f"config.{field} = {name!r}: the hub's files lack {', '.join(absent)}; {_accepted(layout)}"
+    f"{_label(field)} = {name!r}: the hub's files lack {', '.join(absent)}; {_accepted(layout)}"
   )
 
 
@@ -194,7 +234,7 @@ def _remedy(field: str, name: str, is_gated: bool = False) -> str:
   local = f"checkpoints/{name.split('/')[-1]}"
   return (
     f"run `hf download {name} --local-dir {local}` where there is a network, and set"
-    f" --config.{field}={local}"
+    f" {_flag(field)}={local}"
   )
 
 

@@ -13,10 +13,10 @@ import numpy as np
 
 from dancegrpo_jax import installation
 from dancegrpo_jax.checkpoints import lora_names, lora_strength
-from dancegrpo_jax.checkpoints.lora_names import Layers, Name, Piece, Shape, listed
+from dancegrpo_jax.checkpoints.lora_names import Layers, Name, Piece, Shape
 from dancegrpo_jax.checkpoints.safetensors_io import Reader
 from dancegrpo_jax.conversion.table import Row, Spec, Table
-from dancegrpo_jax.errors import ConversionError
+from dancegrpo_jax.errors import ConversionError, listed
 
 FILE = "pytorch_lora_weights"
 _FILES = (f"{FILE}.safetensors", "adapter_model.safetensors")
@@ -92,7 +92,7 @@ def find(path: str | Path) -> Path:
     content, names = f"no such folder or .safetensors file (from {Path.cwd()})", []
   else:
     entries = sorted(entry.name for entry in path.iterdir())
-    content = f"the folder holds {listed(entries, 6) or 'nothing'}"
+    content = f"the folder holds {listed(entries, 6)}"
     weight_files = [name for name in entries if name.endswith(".safetensors")]
     names = [name for name in _FILES if name in entries]
     if not names and len(weight_files) == 1:
@@ -178,7 +178,7 @@ def _check_kind(layers: Layers, names: dict[str, Name], text: list[str]) -> None
     example = f"{layers.table.lora_prefix}.{next(iter(layers.shapes), '<layer>')}.lora_A.weight"
     raise ConversionError(
       "not a LoRA in the layout of diffusers, peft or kohya: it holds"
-      f" {listed(unknown) or 'nothing'}; expected names as {example}"
+      f" {listed(unknown)}; expected names as {example}"
     )
 
 

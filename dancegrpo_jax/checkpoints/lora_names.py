@@ -10,7 +10,7 @@ for.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from dancegrpo_jax.conversion.table import Spec, Table, expected_sources, fill, match_name
@@ -186,10 +186,3 @@ def _without_prefixes(name: str, own: str) -> Iterator[str]:
 def other_kind(name: str) -> str:
   """What kind of adapter a tensor belongs to that is not implemented; "" where it isn't known."""
   return next((kind for kind, form in _OTHER_KINDS.items() if re.search(form, name)), "")
-
-
-def listed(names: Iterable[str], most: int = 2) -> str:
-  """The first names, and how many more there are."""
-  names = list(names)
-  more = f" and {len(names) - most} more" if len(names) > most else ""
-  return ", ".join(names[:most]) + more

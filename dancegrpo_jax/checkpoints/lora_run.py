@@ -8,11 +8,11 @@ import zlib
 import numpy as np
 
 from dancegrpo_jax.checkpoints.lora_files import Adapter, LoraFile, factors
-from dancegrpo_jax.checkpoints.lora_names import Layers, listed
+from dancegrpo_jax.checkpoints.lora_names import Layers
 from dancegrpo_jax.checkpoints.safetensors_io import Reader
 from dancegrpo_jax.conversion.table import Spec
 from dancegrpo_jax.conversion.transfer import Slices
-from dancegrpo_jax.errors import ConversionError
+from dancegrpo_jax.errors import ConversionError, listed
 
 MERGE = "`python -m dancegrpo_jax.convert merge`"
 

@@ -8,56 +8,58 @@ imported where it is used.
 import pickle
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from dancegrpo_jax.conversion.table import Spec
 from dancegrpo_jax.conversion.transfer import Slices
-from dancegrpo_jax.errors import ConversionError
+from dancegrpo_jax.errors import ConversionError, listed
 
-SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
-_NAMES = ("diffusion_pytorch_model.bin", "pytorch_model.bin", "open_clip_pytorch_model.bin")
-
-
-def find(path: str | Path) -> Path | None:
-  """The pickled file of a path: the path itself, or the file in a folder that has a name of
-  diffusers, transformers or open_clip, or else the folder's only pickled file.
-
-  Returns:
-    None where there is no such file.
-  """
-  path = Path(path)
-  if path.is_file():
-    return path if path.suffix in SUFFIXES else None
-  files = sorted(file for file in path.glob("*") if file.suffix in SUFFIXES)
-  for name in _NAMES:
-    if path / name in files:
-      return path / name
-  return files[0] if len(files) == 1 else None
+# Where trainers save the network's state_dict among other things.
+_PLACES = (
+  "state_dict",
+  "model",
+  "model_state_dict",
+  "module",
+  "net",
+  "network",
+  "params",
+  "weights",
+  "generator",
+  "unet",
+  "transformer",
+)
+# Where they save an average of the same weights.
+_AVERAGES = ("ema", "ema_state_dict", "model_ema", "params_ema", "state_dict_ema", "ema_model")
 
 
 class Reader:
-  """The tensors of a pickled state_dict, with the methods of `safetensors_io.Reader`.
+  """The tensors of one or more pickled files, with the methods of `safetensors_io.Reader`.
 
-  The state_dict is the file's content, or what lies under the key "state_dict".
+  A state_dict is a file's content, or what lies under one of the keys under which trainers save it,
+  as "state_dict".
 
   Attributes:
     specs: shape and dtype of every tensor, by name.
   """
 
-  def __init__(self, file: Path):
-    """Opens a file.
+  def __init__(self, files: list[Path]):
+    """Opens files.
 
     Raises:
-      ConversionError: torch is not installed, or the file is damaged, holds code, or is no
-        state_dict.
+      ConversionError: one line: torch is not installed, or a file is damaged, holds code, is no
+        state_dict, or holds several.
     """
-    self.file = file
-    self._tensors = _tensors(file)
-    self.specs = {
-      name: Spec(tuple(x.shape), _dtype(file, name, x)) for name, x in sorted(self._tensors.items())
-    }
+    self._tensors: dict[str, Any] = {}
+    self.specs: dict[str, Spec] = {}
+    for file in files:
+      for name, tensor in sorted(_tensors(file).items()):
+        if name in self._tensors:
+          raise ConversionError(f"{file}: tensor {name} is in another shard as well")
+        self._tensors[name] = tensor
+        self.specs[name] = Spec(tuple(tensor.shape), _dtype(file, name, tensor))
 
   def read(self, name: str, index: Slices) -> np.ndarray:
     """`tensor[index]`, a new array."""
@@ -75,7 +77,7 @@ class Reader:
     self._tensors = {}  # unmaps the file
 
 
-def _tensors(file: Path) -> dict:
+def _tensors(file: Path) -> dict[str, Any]:
   """The tensors of a file, by name. ConversionError as `Reader`."""
   try:
     import torch
@@ -90,18 +92,43 @@ def _tensors(file: Path) -> dict:
   except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
     reason = " ".join(str(error).split())[:200]
     raise ConversionError(
-      f"{file}: torch's weights_only loader refuses it ({type(error).__name__}: {reason})"
+      f"{file}: torch's weights_only loader refuses it ({type(error).__name__}: {reason}); it is"
+      " truncated, or holds more than tensors: save its state_dict alone, best as .safetensors"
     ) from error
-  state = loaded.get("state_dict", loaded) if isinstance(loaded, dict) else loaded
-  if (
-    not isinstance(state, dict)
-    or not state
-    or not all(isinstance(value, torch.Tensor) for value in state.values())
-  ):
+  tensors = _state_of(file, loaded)
+  if not tensors:
     raise ConversionError(
-      f'{file}: expected a state_dict (names -> tensors), alone or under the key "state_dict"'
+      f'{file}: expected a state_dict (names -> tensors), alone or under a key as "state_dict"'
     )
-  return state
+  return tensors
+
+
+def _state_of(file: Path, loaded: Any) -> dict[str, Any]:
+  """The only state_dict in what a file holds; {} where there is none.
+
+  Raises:
+    ConversionError: there are several, as weights and their average.
+  """
+  import torch
+
+  if not isinstance(loaded, dict):
+    return {}
+  tensors = {
+    name: value
+    for name, value in loaded.items()
+    if isinstance(name, str) and isinstance(value, torch.Tensor)
+  }
+  inner = {
+    key: found
+    for key in (*_PLACES, *_AVERAGES)
+    if isinstance(loaded.get(key), dict) and (found := _state_of(file, loaded[key]))
+  }
+  if len(inner) > 1 or (inner and len(tensors) > 1):
+    raise ConversionError(
+      f"{file}: holds several state_dicts ({listed(inner, 4)}"
+      f"{', and tensors beside them' if tensors else ''}); save the one that is meant alone"
+    )
+  return next(iter(inner.values()), tensors)
 
 
 def _dtype(file: Path, name: str, tensor) -> np.dtype:

@@ -18,10 +18,10 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dancegrpo_jax.checkpoints.weight_files import HOW
 from dancegrpo_jax.conversion.table import Spec
 from dancegrpo_jax.conversion.transfer import Slices
 from dancegrpo_jax.errors import ConversionError
-from dancegrpo_jax.pipelines.layout import STEMS
 
 DTYPES = {
   "F64": np.dtype(np.float64),
@@ -42,70 +42,6 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _REOPEN = 2**26  # bytes
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-HOW = "get it with `hf download <hub id> --local-dir <folder>` and point the config at that folder"
-
-
-def find_files(folder: str | Path, variant: str = "", stem: str = "") -> list[Path]:
-  """The weight files of one network.
-
-  These are accepted: a .safetensors file itself; a folder with `<stem>.safetensors`, or with
-  `<stem>.safetensors.index.json` and its shards, each also as a variant
-  (`<stem>.fp16.safetensors`); and a folder with a single .safetensors file. The stem is the
-  network's own, diffusion_pytorch_model, model or open_clip_model.
-
-  Args:
-    folder: where to look.
-    variant: "fp16" prefers the files of this variant; files in full precision come next, then those
-      of any other variant.
-    stem: `Table.file` of the network, "" where it isn't known.
-
-  Raises:
-    ConversionError: there are no weights, only pickled ones, or not all shards of the index.
-  """
-  folder = Path(folder)
-  if folder.is_file() and folder.suffix == ".safetensors":
-    return [folder]
-  if not folder.is_dir():
-    raise ConversionError(f"{folder}: no such folder of weights; {HOW}")
-  names = {path.name for path in folder.iterdir()}
-  marks = [f".{variant}"] if variant else []
-  stems = (stem, *STEMS) if stem and stem not in STEMS else STEMS
-  for mark in [*marks, "", ".fp16", ".bf16"]:
-    for stem in stems:
-      if f"{stem}{mark}.safetensors" in names:
-        return [folder / f"{stem}{mark}.safetensors"]
-      # diffusers writes the variant behind "index", transformers in front of "safetensors".
-      for index in (f"{stem}.safetensors.index{mark}.json", f"{stem}{mark}.safetensors.index.json"):
-        if index in names:
-          return _shards(folder / index)
-  alone = [name for name in sorted(names) if name.endswith(".safetensors")]
-  if len(alone) == 1:
-    return [folder / alone[0]]
-  pickled = [name for name in sorted(names) if name.endswith(_PICKLED)]
-  if pickled:
-    raise ConversionError(
-      f"{folder}: holds pickled weights only ({', '.join(pickled)}), not .safetensors; {HOW}"
-    )
-  expected = "expected " + " or ".join(f"{stem}.safetensors" for stem in stems)
-  expected += f", or {stems[0]}.safetensors.index.json"
-  raise ConversionError(
-    f"{folder}: no weights; {expected}; found {', '.join(sorted(names)) or 'nothing'}; {HOW}"
-  )
-
-
-def _shards(index: Path) -> list[Path]:
-  """The files that an index of shards names. ConversionError: some are missing."""
-  try:
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-  except (ValueError, KeyError, TypeError, AttributeError) as error:
-    raise ConversionError(
-      f"{index}: not an index of safetensors shards ({error}); {HOW}"
-    ) from error
-  missing = [name for name in files if not (index.parent / name).is_file()]
-  if missing:
-    raise ConversionError(f"{index}: names shards that are not there: {', '.join(missing)}; {HOW}")
-  return [index.parent / name for name in files]
 
 
 class Reader:

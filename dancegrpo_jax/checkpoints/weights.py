@@ -18,9 +18,11 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Sharding
 
-from dancegrpo_jax.checkpoints import lora_files, lora_names, lora_run, pickled
+from dancegrpo_jax.checkpoints import lora_files, lora_names, lora_run, views
 from dancegrpo_jax.checkpoints.networks import table_of
-from dancegrpo_jax.checkpoints.safetensors_io import HOW, Reader, find_files, write
+from dancegrpo_jax.checkpoints.reading import files, open_reader, planned, specs
+from dancegrpo_jax.checkpoints.safetensors_io import Reader, write
+from dancegrpo_jax.checkpoints.weight_files import HOW
 from dancegrpo_jax.conversion.mapping import Mapping, plan
 from dancegrpo_jax.conversion.table import Spec, Table, expected_sources, stacked_axes
 from dancegrpo_jax.conversion.transfer import export_tensor, import_slice
@@ -41,8 +43,6 @@ __all__ = [
   "save_lora",
   "specs",
 ]
-
-AnyReader = Reader | pickled.Reader
 
 
 def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]:
@@ -70,56 +70,6 @@ def read_config(folder: str | Path, name: str = "config.json") -> dict[str, Any]
   return config
 
 
-def specs(params: PyTree) -> dict[str, Spec]:
-  """The shapes and dtypes of a parameter tree, abstract or not, by path."""
-  return {
-    path: Spec(tuple(x.shape), np.dtype(x.dtype))
-    for path, x in flatten_dict(params, sep="/").items()
-  }
-
-
-def open_reader(
-  folder: str | Path, variant: str = "", allow_pickle: bool = False, stem: str = ""
-) -> AnyReader:
-  """A reader of a folder's weight files, to be used in a `with` block.
-
-  Args:
-    folder, variant, stem: as in `find_files`.
-    allow_pickle: whether pickled files may be read where there are no others.
-
-  Raises:
-    ConversionError: there are no weights, or they can't be read; the message says what is accepted
-      and how to get it.
-  """
-  try:
-    files = find_files(folder, variant, stem)
-  except ConversionError as error:
-    file = pickled.find(folder)
-    if file is None:
-      raise
-    if not allow_pickle:
-      how = "or read them through torch's weights_only loader with --config.model.allow_pickle=true"
-      raise ConversionError(
-        f"{folder}: pickled weights only ({file.name}), not .safetensors; {HOW}, {how}"
-      ) from error
-    return pickled.Reader(file)
-  return Reader(files)
-
-
-def files(folder: str | Path, variant: str = "", stem: str = "") -> list[Path]:
-  """The weight files of a network's folder; the pickled one where there are no others.
-
-  Arguments and errors are those of `find_files`.
-  """
-  try:
-    return find_files(folder, variant, stem)
-  except ConversionError:
-    file = pickled.find(folder)
-    if file is None:
-      raise
-    return [file]
-
-
 def fingerprint(files: list[Path], blocks: int = 64, size: int = 2**18) -> str:
   """A digest of weight files that doesn't need all of their gigabytes to be read.
 
@@ -142,14 +92,6 @@ def fingerprint(files: list[Path], blocks: int = 64, size: int = 2**18) -> str:
         opened.seek(start)
         digest.update(opened.read(size))
   return digest.hexdigest()[:16]
-
-
-def _plan(folder: str | Path, table: Table | str, reader: AnyReader, params: PyTree) -> Mapping:
-  """`mapping.plan`, with the folder in front of the message of its error."""
-  try:
-    return plan(table_of(table), reader.specs, specs(params))
-  except ConversionError as error:
-    raise ConversionError(f"{folder}: {error}") from error
 
 
 def load(
@@ -179,15 +121,16 @@ def load(
     The tree of arrays.
 
   Raises:
-    ConversionError: one message with everything that is missing, left over or misshapen. It is
-      raised before anything is put on a device.
+    ConversionError: one message of what is missing, left over or misshapen. It is raised before
+      anything is put on a device.
   """
-  with open_reader(folder, variant, allow_pickle, table_of(table).file) as reader:
-    mapping = _plan(folder, table, reader, abstract_params)
+  table = table_of(table)
+  with open_reader(folder, variant, allow_pickle, table.file) as reader:
+    tensors, mapping = planned(folder, table, reader, abstract_params)
     by_path = _by_path(shardings, mapping.targets)
     params = {}
     for path, spec in _cast(mapping.targets, dtype).items():
-      params[path] = _place(mapping, path, spec, reader, by_path[path])
+      params[path] = _place(mapping, path, spec, tensors, by_path[path])
   return unflatten_dict(params, sep="/")
 
 
@@ -313,7 +256,7 @@ def _place(
   mapping: Mapping,
   path: str,
   spec: Spec,
-  reader: AnyReader | lora_run.Factors,
+  reader: views.Tensors,
   sharding: Sharding | None,
 ) -> jax.Array:
   """One parameter on its devices. Slices that several devices hold are read once."""
@@ -381,36 +324,41 @@ def copy(
   source: str | Path,
   target: str | Path,
   table: Table | str,
+  abstract_params: PyTree,
   dtype: Any,
   variant: str = "",
   allow_pickle: bool = False,
+  flag: str = "--config.model.allow_pickle=true",
 ) -> Path:
-  """Copies a network's weights into one file, tensor by tensor, in another dtype.
+  """Copies a network's weights into one file of the network's own layout, tensor by tensor, in
+  another dtype.
 
   Args:
-    source: the network's folder.
+    source: the network's folder, or a weight file, which may hold other networks too.
     target: the folder to write into; made if it isn't there.
     table: as in `load`; it names the file.
+    abstract_params: as in `load`.
     dtype: of the floating-point tensors.
-    variant, allow_pickle: as in `open_reader`.
+    variant, allow_pickle, flag: as in `open_reader`.
 
   Returns:
     The weight file.
 
   Raises:
-    ConversionError: as `open_reader`.
+    ConversionError: as `load`.
   """
-  stem, target = table_of(table).file, Path(target)
-  target.mkdir(parents=True, exist_ok=True)
-  file = target / f"{stem}.safetensors"
-  with open_reader(source, variant, allow_pickle, stem) as reader:
-    specs = _cast(reader.specs, dtype)
+  table, target = table_of(table), Path(target)
+  file = target / f"{table.file}.safetensors"
+  with open_reader(source, variant, allow_pickle, table.file, flag) as reader:
+    tensors, mapping = planned(source, table, reader, abstract_params)
+    kept = _cast(mapping.sources, dtype)
 
     def tensor(name: str) -> np.ndarray:
-      whole = tuple(slice(0, size) for size in specs[name].shape)
-      return np.asarray(reader.read(name, whole)).astype(specs[name].dtype)
+      whole = tuple(slice(0, size) for size in kept[name].shape)
+      return np.asarray(tensors.read(name, whole)).astype(kept[name].dtype)
 
-    write(file, specs, tensor)
+    target.mkdir(parents=True, exist_ok=True)
+    write(file, kept, tensor)
   return file
 
 

@@ -28,6 +28,7 @@ from dancegrpo_jax.conversion.table import (
   span,
   tensors_of,
 )
+from dancegrpo_jax.errors import listed
 
 Box = tuple[tuple[int, int], ...]  # (start, stop) on every axis
 
@@ -158,8 +159,8 @@ def _is_left_out(table: Table, name: str, sources: dict[str, Spec]) -> bool:
   return repeats or any(matches(pattern, name) for pattern in table.others)
 
 
-def _canonical(table: Table, name: str) -> str:
-  """The spelling of a tensor's name that the rows use."""
+def canonical_name(table: Table, name: str) -> str:
+  """The spelling of a tensor's name that the rows of a table use."""
   for spelling, canonical in table.aliases + table.copies:
     rest = match_name(spelling, name)
     if rest is not None:
@@ -203,7 +204,7 @@ def match(
   )
   first_spellings: dict[str, str] = {}
   for name in sources:
-    canonical = _canonical(table, name)
+    canonical = canonical_name(table, name)
     first = first_spellings.setdefault(canonical, name)
     buffer = next((b for b in table.buffers if matches(b.source, canonical)), None)
     if first != name:
@@ -238,6 +239,9 @@ def _place(matching: _Matching, name: str, candidates: list[_Candidate]) -> None
     left, right = axes_of(candidate.row)
     if len(left) == len(spec.shape) and len(right) == len(targets[candidate.path].shape):
       fitting.append(candidate)
+  if fitting and _is_whole(spec) and not _is_whole(targets[fitting[0].path]):
+    _note_misfit(matching, name, fitting[0].path, f"{spec.dtype} numbers are no weights")
+    return
   if not fitting:
     alternatives = dict.fromkeys(repr(candidate.row.axes) for candidate in present)
     _note_misfit(matching, name, present[0].path, f"expected axes {' or '.join(alternatives)}")
@@ -250,6 +254,11 @@ def _place(matching: _Matching, name: str, candidates: list[_Candidate]) -> None
     else:
       matching.by_source[name].append(block)
       matching.by_target[path].append(block)
+
+
+def _is_whole(spec: Spec) -> bool:
+  """Whether the elements are integers or truth values, as those of quantised weights."""
+  return np.dtype(spec.dtype).kind in "iub"
 
 
 def _note_misfit(matching: _Matching, name: str, path: str, reason: str) -> None:
@@ -289,7 +298,7 @@ def _without_counterpart(matching: _Matching) -> list[str]:
   for path, names in missing.items():
     if names:
       hint = _hint(names[0], matching.unexpected, len(problems))
-      reason = f"expected tensor {', '.join(names)}{hint}"
+      reason = f"expected tensor {listed(names)}{hint}"
     else:
       reason = "no row of the table names it"
     shape = matching.targets[path].shape
@@ -336,8 +345,8 @@ def plan(table: Table, sources: dict[str, Spec], targets: dict[str, Spec]) -> Ma
     targets: the parameters, by path.
 
   Raises:
-    ConversionError: names every unexpected tensor, every empty parameter, every shape that does not
-      fit and every tensor that is there in two spellings.
+    ConversionError: counts the unexpected tensors, the empty parameters, the shapes that don't fit
+      and the tensors that are there in two spellings, and names the first ones.
   """
   mapping, problems = match(table, sources, targets)
   raise_problems(table, problems)

@@ -6,7 +6,7 @@ and the parameters of a network. Nothing in this folder imports JAX or knows a f
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple
 
@@ -79,6 +79,21 @@ class LoraName(NamedTuple):
   halves_swapped: bool = False
 
 
+class Dialect(NamedTuple):
+  """Another layout of a network's files, which other programs write.
+
+  Attributes:
+    title: what messages call it.
+    marks: patterns of names. A file that has a tensor of each is in this layout.
+    table: `(tensors that the network's own rows expect) -> table`. Its rows take the tensors of a
+      file of this layout to those of the network's own.
+  """
+
+  title: str
+  marks: tuple[str, ...]
+  table: "Callable[[dict[str, Spec]], Table]"
+
+
 class Table(NamedTuple):
   """All rows of one network.
 
@@ -96,7 +111,11 @@ class Table(NamedTuple):
     copies: (tensor, the tensor that it repeats), for weights that a network ties. Some files hold
       one of the names, some both. The first is read where the second is missing, and left out
       elsewhere.
-    others: tensors of other networks in the same file. They are left out.
+    others: tensors of other networks in the same file, and what is no parameter and not written
+      again. They are left out.
+    prefixes: what the names of this network's tensors begin with in files that hold several
+      networks.
+    dialects: other layouts of the same network.
     file: stem of the weight file in this layout.
     lora_prefix: what the network is called in LoRA files of its pipeline.
     lora_names: what LoRA files of other programs call its layers.
@@ -108,6 +127,8 @@ class Table(NamedTuple):
   buffers: tuple[Buffer, ...] = ()
   copies: tuple[tuple[str, str], ...] = ()
   others: tuple[str, ...] = ()
+  prefixes: tuple[str, ...] = ()
+  dialects: tuple[Dialect, ...] = ()
   file: str = "model"
   lora_prefix: str = "transformer"
   lora_names: tuple[LoraName, ...] = ()
@@ -273,9 +294,28 @@ def show(shape: Iterable[int]) -> str:
   return "[" + ", ".join(map(str, shape)) + "]"
 
 
+def problems_text(
+  table: Table, problems: list[str], before: str = "", after: str = "", most: int = 6
+) -> str:
+  """A message of a few lines on tensors and parameters that don't fit.
+
+  Args:
+    table: of the network.
+    problems: a line for each.
+    before: a line in front of the problems; "" for none.
+    after: a line behind them where not all are shown; "" for none.
+    most: how many problems are shown.
+  """
+  count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+  lines = [f"{table.name}: {count} between the checkpoint and the network"]
+  lines += [before] if before else []
+  lines += problems[:most]
+  if len(problems) > most:
+    lines += [f"and {len(problems) - most} more", *([after] if after else [])]
+  return "\n  ".join(lines)
+
+
 def raise_problems(table: Table, problems: list[str]) -> None:
   """Raises the problems as one ConversionError, if there are any."""
   if problems:
-    count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    head = f"{table.name}: {count} between the checkpoint and the network"
-    raise ConversionError("\n  ".join([head, *problems]))
+    raise ConversionError(problems_text(table, problems))

@@ -1,11 +1,13 @@
 """Command: inspects, exports and imports checkpoints.
 
-    python -m dancegrpo_jax.convert inspect FOLDER [--config=...]
+    python -m dancegrpo_jax.convert inspect FOLDER|FILE [--config=...] [--allow_pickle]
     python -m dancegrpo_jax.convert export --checkpoint=runs/x[@ITERATION] --out=DIR
         [--part=denoiser|lora] [--weights=ema|raw] [--dtype=bfloat16]
     python -m dancegrpo_jax.convert merge --config=... --lora=FILE --out=DIR
         [--part=denoiser] [--strength=1.0] [--dtype=bfloat16]
     python -m dancegrpo_jax.convert import --config=... --out=DIR
+    python -m dancegrpo_jax.convert import-single FILE --base=FOLDER --out=DIR
+        [--dtype=float32] [--allow_pickle]
 
 `inspect` prints every tensor's name, shape, dtype and parameter, and whatever does not fit. FOLDER
 is a diffusers pipeline (model_index.json) or one network's folder (config.json and safetensors).
@@ -20,6 +22,10 @@ folder in the base's layout.
 
 `import` writes the config's base model as an Orbax tree, which is faster to start from. The new
 folder can be used as `config.model.checkpoint`.
+
+`import-single` makes a diffusers folder of a Stable Diffusion or FLUX checkpoint in a single file.
+FOLDER is a folder or hub id of a model with the same networks, whose config files, tokenizers and
+scheduler are taken, and the networks that the file does not hold.
 """
 
 from dancegrpo_jax.devices import interrupts
@@ -34,15 +40,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dancegrpo_jax import errors, installation
-from dancegrpo_jax.checkpoints import flag, weights
+from dancegrpo_jax.checkpoints import flag, recognition, views, weights
 from dancegrpo_jax.checkpoints.networks import NETWORKS, abstract_params, class_name
 from dancegrpo_jax.conversion.mapping import describe, match
-from dancegrpo_jax.errors import ConversionError
+from dancegrpo_jax.conversion.table import Table
+from dancegrpo_jax.conversion.tables.clip import OPEN_CLIP
+from dancegrpo_jax.errors import ConversionError, listed
 from dancegrpo_jax.pipelines import families
 from dancegrpo_jax.pipelines.layout import INDEX, Network
 from dancegrpo_jax.report.progress import Progress
-from dancegrpo_jax.rewards import kinds
+from dancegrpo_jax.rewards import kinds, open_clip
 from dancegrpo_jax.settings import command_line, config_file
+from dancegrpo_jax.types import PyTree
 
 
 class Known(NamedTuple):
@@ -89,13 +98,15 @@ def components(folder: Path, known: Known) -> tuple[list[Path], list[str]]:
   """
   if (folder / "config.json").is_file():
     return [folder], []
+  if (folder / open_clip.FILE).is_file():
+    return [folder], []
   places = [folder / place for place in known.folders]
   if places and all((place / "config.json").is_file() for place in places):
     return places, []
   if not (folder / INDEX).is_file():
     content = "no such folder"
     if folder.is_dir():
-      content = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+      content = listed(sorted(path.name for path in folder.iterdir()), 12)
     expected = f"{INDEX} (a diffusers pipeline) or config.json (one network)"
     raise ConversionError(
       f"{folder}: not a checkpoint folder; expected {expected}; found: {content}"
@@ -114,6 +125,37 @@ def components(folder: Path, known: Known) -> tuple[list[Path], list[str]]:
   ]
 
 
+class Target(NamedTuple):
+  """A network whose files are inspected.
+
+  Attributes:
+    name: of its class.
+    table: the parameters that the tensors become.
+    abstract: the tree of the parameters' shapes and dtypes.
+  """
+
+  name: str
+  table: Table
+  abstract: PyTree
+
+
+def target_of(folder: Path, known: Known) -> Target:
+  """The network that a folder's JSON file describes.
+
+  Raises:
+    ConversionError: the class, or a value in the file, is not implemented.
+  """
+  if (folder / "config.json").is_file() or not (folder / open_clip.FILE).is_file():
+    config = weights.read_config(folder)
+    abstract, name = abstract_params(config, known.networks), class_name(config)
+    return Target(name=name, table=known.networks[name].table, abstract=abstract)
+  try:
+    config = open_clip.clip_config(weights.read_config(folder, open_clip.FILE).get("model_cfg"))
+  except ValueError as error:
+    raise ConversionError(str(error)) from error
+  return Target(name="open_clip", table=OPEN_CLIP, abstract=NETWORKS["CLIPModel"].abstract(config))
+
+
 def inspect(args: argparse.Namespace) -> int:
   """Prints the mapping of every network in the folder, then every problem.
 
@@ -123,33 +165,57 @@ def inspect(args: argparse.Namespace) -> int:
   Raises:
     ConfigError, ConversionError: there is nothing to inspect.
   """
-  known = known_with(args.config)
-  folders, skipped = components(installation.find(args.folder), known)
+  known, path = known_with(args.config), installation.find(args.folder)
+  if path.is_file():
+    return inspect_file(path, args)
+  folders, skipped = components(path, known)
   problems = []
   for folder in folders:
     try:
-      config = weights.read_config(folder)
-      name = class_name(config)
-      targets = weights.specs(abstract_params(config, known.networks))
-      table = known.networks[name].table
-      with weights.open_reader(folder, args.variant, stem=table.file) as reader:
-        mapping, misfits = match(table, reader.specs, targets)
+      target = target_of(folder, known)
+      with weights.open_reader(
+        folder, args.variant, args.allow_pickle, target.table.file, flag="--allow_pickle"
+      ) as reader:
+        view = views.of_network(reader, target.table, weights.specs(target.abstract))
+        specs = view.tensors.specs
+        mapping, misfits = match(target.table, specs, weights.specs(target.abstract))
+        kind = recognition.kind_of(reader.specs)
     except ConversionError as error:
       message = str(error)
       problems.append(message if str(folder) in message else f"{folder}: {message}")
       continue
-    print(f"# {folder} ({name}): {len(mapping.sources)} tensors, {len(mapping.targets)} parameters")
-    for tensor, shape, dtype, target in describe(mapping):
-      print(f"{tensor}\t{list(shape)}\t{dtype}\t{target}")
-    for tensor in sorted(reader.specs.keys() - mapping.sources.keys()):
+    count = f"{len(mapping.sources)} tensors, {len(mapping.targets)} parameters"
+    print(f"# {folder} ({target.name}): {count}")
+    if view.title:
+      print(f"# its file is {view.title}; the names below are those of {target.name}")
+    for tensor, shape, dtype, destination in describe(mapping):
+      print(f"{tensor}\t{list(shape)}\t{dtype}\t{destination}")
+    for tensor in sorted(specs.keys() - mapping.sources.keys()):
       print(f"# {tensor}: left out; it is a copy or belongs to another network")
-    problems += [f"{folder}: {misfit}" for misfit in misfits]
+    if misfits and kind is not None:
+      problems.append(f"{folder}: it looks like {kind.title}")
+    problems += [f"{folder}: {misfit}" for misfit in view.problems or misfits]
   for line in skipped:
     print(f"# {line}")
   if problems:
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
     print(f"{count}:", *problems, sep="\n  ", file=sys.stderr)
   return 2 if problems else 0
+
+
+def inspect_file(file: Path, args: argparse.Namespace) -> int:
+  """Prints what a weight file looks like, and its tensors. It always returns 0.
+
+  Raises:
+    ConversionError: the file can't be read.
+  """
+  with weights.open_reader(file, allow_pickle=args.allow_pickle, flag="--allow_pickle") as reader:
+    kind = recognition.kind_of(reader.specs)
+    looks = f"it looks like {kind.title}" if kind else "nothing that is known"
+    print(f"# {file}: {len(reader.specs)} tensors; {looks}")
+    for name, spec in reader.specs.items():
+      print(f"{name}\t{list(spec.shape)}\t{spec.dtype.name}")
+  return 0
 
 
 def export(argv: Sequence[str]) -> None:
@@ -240,6 +306,29 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
   )
 
 
+def _add_allow_pickle(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--allow_pickle",
+    action="store_true",
+    help="read .bin, .pt, .pth and .ckpt through torch's weights_only loader",
+  )
+
+
+def import_single(args: argparse.Namespace) -> int:
+  """Runs `import-single` and returns 0. Its errors are those of `single_file.make_folder`."""
+  from dancegrpo_jax.convert import single_file  # late, as in `export`
+
+  single_file.make_folder(
+    installation.find(args.file),
+    args.base,
+    Path(args.out),
+    dtype=args.dtype,
+    allow_pickle=args.allow_pickle,
+    variant=args.variant,
+  )
+  return 0
+
+
 def import_checkpoint(argv: Sequence[str]) -> None:
   """Reads the flags of `import` and runs it. ConfigError as `folders.import_checkpoint`."""
 
@@ -283,7 +372,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   command = commands.add_parser(
     "inspect", help="a checkpoint's tensors, where they go, and what does not fit"
   )
-  command.add_argument("folder", help="a checkpoint, or one network's folder")
+  command.add_argument("folder", help="a checkpoint, one network's folder, or a weight file")
   command.add_argument(
     "--config",
     default="",
@@ -291,7 +380,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     help="needed for networks of a family or a reward that this config names as module:object",
   )
   command.add_argument("--variant", default="", help="which files to prefer, for example fp16")
+  _add_allow_pickle(command)
   command.set_defaults(run=inspect)
+  command = commands.add_parser(
+    "import-single", help="a folder of a Stable Diffusion or FLUX checkpoint in a single file"
+  )
+  command.add_argument("file", help="the checkpoint: .safetensors, or a pickle as .ckpt")
+  command.add_argument(
+    "--base",
+    required=True,
+    help="a folder or hub id of a model with the same networks, for config files, tokenizers,"
+    " scheduler, and the networks that the file does not hold",
+  )
+  command.add_argument("--out", required=True, help="folder to write; must not exist")
+  command.add_argument("--variant", default="", help="which files of the base to prefer, as fp16")
+  _add_dtype(command)
+  _add_allow_pickle(command)
+  command.set_defaults(run=import_single)
   args = parser.parse_args(argv)
   try:
     return args.run(args)

@@ -24,7 +24,7 @@ from dancegrpo_jax.devices import interrupts, sharding
 from dancegrpo_jax.errors import ConfigError, ConversionError
 from dancegrpo_jax.models import lora
 from dancegrpo_jax.pipelines.base import Pipeline
-from dancegrpo_jax.pipelines.layout import Component, is_random
+from dancegrpo_jax.pipelines.layout import Component, Layout, is_random
 from dancegrpo_jax.report.progress import phase
 from dancegrpo_jax.settings import checks, command_line
 from dancegrpo_jax.types import PyTree
@@ -167,13 +167,13 @@ def _write(
     )
   if part == "denoiser":
     return
-  _copy_files(config, base, folder)
+  copy_files(loading.family_of(config).layout, base, folder)
   for key, other in pipeline.components.items():
     if key != "denoiser":
       with phase(f"writing {other.folder}"):
         _copy_network(config, base, other, shardings[key], folder / other.folder, dtype)
   if index:
-    _write_index(base, folder, index)
+    write_index(base, folder, index)
 
 
 def _restore(
@@ -246,7 +246,7 @@ def import_checkpoint(config: ConfigDict, out: Path) -> None:
     with phase("writing the tree"), store.Saver(folder / hub.ORBAX, keep=1) as saver:
       saver.save(0, trees, {"checkpoint": config.model.checkpoint})
     base = loading.checkpoint_folder(config)
-    _copy_files(config, base, folder)
+    copy_files(loading.family_of(config).layout, base, folder)
     for component in pipeline.components.values():
       _copy(base / component.folder / "config.json", folder / component.folder / "config.json")
     index = loading.family_of(config).index_file
@@ -312,11 +312,10 @@ def _copy(source: Path, target: Path) -> None:
   shutil.copyfile(source, target)
 
 
-def _copy_files(config: ConfigDict, base: Path, folder: Path) -> None:
+def copy_files(layout: Layout, base: Path, folder: Path) -> None:
   """Copies what the base has beside its networks: the files of its layout, each with its folder, as
   scheduler and tokenizer, and the other folders that its index names, as feature_extractor.
   """
-  layout = loading.family_of(config).layout
   named = [*hub.json_files(layout), *hub.tokenizer_files(layout)]
   files = [Path(file) for file in named if (base / file).is_file()]
   names = {str(file.parent) for file in files if file.parent != Path()}
@@ -347,10 +346,23 @@ def _copy_network(
   has_files = not (base / hub.ORBAX).is_dir() and not is_random(loading.model_location(config))
   if has_files:
     model = config.model
-    weights.copy(source, target, component.table, network_dtype, model.variant, model.allow_pickle)
+    weights.copy(
+      source,
+      target,
+      component.table,
+      component.abstract,
+      network_dtype,
+      model.variant,
+      model.allow_pickle,
+    )
   else:
     parameters = _read(config, component, sharding)
     weights.save(target, component.table, parameters, dtype=network_dtype)
+  copy_beside(source, target, dtype)
+
+
+def copy_beside(source: Path, target: Path, dtype: str) -> None:
+  """Copies what a network's folder has beside its weights. Its config.json gets the dtype."""
   for path in source.iterdir():
     if path.name == "config.json":
       named = weights.config_in(dtype, weights.read_config(source))
@@ -359,7 +371,7 @@ def _copy_network(
       _copy(path, target / path.name)
 
 
-def _write_index(base: Path, folder: Path, name: str) -> None:
+def write_index(base: Path, folder: Path, name: str) -> None:
   """Writes model_index.json without the parts whose folders aren't there.
 
   The hub's safety checker, for example, is not fetched.

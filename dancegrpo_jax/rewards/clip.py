@@ -27,16 +27,12 @@ from dancegrpo_jax.pipelines.layout import (
   local_path,
   location_of,
 )
+from dancegrpo_jax.rewards import open_clip
 from dancegrpo_jax.rewards.base import Describe, Files, Networks, Reward, RewardKind, images
-from dancegrpo_jax.rewards.preprocess import (
-  Preprocessing,
-  from_open_clip,
-  from_transformers,
-  preprocess,
-)
+from dancegrpo_jax.rewards.preprocess import Preprocessing, from_transformers, preprocess
 from dancegrpo_jax.types import Example, Media, PyTree
 
-OPEN_CLIP_FILE = "open_clip_config.json"
+OPEN_CLIP_FILE = open_clip.FILE
 # The folder may hold the same weights with transformers' names too, so open_clip's come first.
 OPEN_CLIP_WEIGHTS = (
   "open_clip_model.safetensors",
@@ -84,88 +80,14 @@ def open_clip_checkpoint(location: str, config: dict[str, Any]) -> Checkpoint:
   """A checkpoint like DFN5B's and LAION's, from its open_clip_config.json.
 
   Raises:
-    ValueError: its network is not implemented.
+    ValueError: its network or its preprocessing is not implemented.
   """
   return Checkpoint(
     location=location,
     table=tables.OPEN_CLIP,
-    config=clip_config(config["model_cfg"]),
-    preprocessing=from_open_clip(config),
+    config=open_clip.clip_config(config.get("model_cfg")),
+    preprocessing=open_clip.preprocessing(config),
   )
-
-
-# The keys of open_clip's `model_cfg` and of its towers, with open_clip's defaults. None means that
-# there is no default.
-_MODEL = {"embed_dim": None, "quick_gelu": False, "vision_cfg": None, "text_cfg": None}
-_VISION = {
-  "image_size": 224,
-  "patch_size": 16,
-  "width": 768,
-  "layers": 12,
-  "head_width": 64,
-  "mlp_ratio": 4.0,
-}
-_TEXT = {
-  "context_length": 77,
-  "vocab_size": 49408,
-  "width": 512,
-  "heads": 8,
-  "layers": 12,
-  "mlp_ratio": 4.0,
-}
-
-
-def _fields(name: str, given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-  """The section `name` with defaults for the keys that it leaves out.
-
-  Raises:
-    ValueError: a key is missing, or is not supported, which would change the network.
-  """
-  unknown = sorted(set(given) - set(defaults))
-  missing = sorted(key for key, value in defaults.items() if value is None and key not in given)
-  problems = [f"not supported: {', '.join(unknown)}"] if unknown else []
-  problems += [f"missing: {', '.join(missing)}"] if missing else []
-  if problems:
-    raise ValueError(f"open_clip_config.json, {name}: {'; '.join(problems)}")
-  return defaults | given
-
-
-def clip_config(model_cfg: dict[str, Any]) -> dict[str, Any]:
-  """The config.json of a CLIPModel for the network that open_clip's `model_cfg` describes.
-
-  Raises:
-    ValueError: the network is not implemented.
-  """
-  model = _fields("model_cfg", model_cfg, _MODEL)
-  vision = _fields("vision_cfg", model["vision_cfg"], _VISION)
-  text = _fields("text_cfg", model["text_cfg"], _TEXT)
-
-  def tower(cfg: dict[str, Any], heads: int) -> dict[str, Any]:
-    return {
-      "hidden_size": cfg["width"],
-      "intermediate_size": int(cfg["width"] * cfg["mlp_ratio"]),
-      "num_hidden_layers": cfg["layers"],
-      "num_attention_heads": heads,
-      "hidden_act": "quick_gelu" if model["quick_gelu"] else "gelu",
-      "layer_norm_eps": 1e-5,
-    }
-
-  return {
-    "projection_dim": model["embed_dim"],
-    "vision_config": {
-      **tower(vision, vision["width"] // vision["head_width"]),
-      "image_size": vision["image_size"],
-      "patch_size": vision["patch_size"],
-      "num_channels": 3,
-    },
-    "text_config": {
-      **tower(text, text["heads"]),
-      "vocab_size": text["vocab_size"],
-      "max_position_embeddings": text["context_length"],
-      # With this value ClipText pools at the highest id of the row, as open_clip does.
-      "eos_token_id": 2,
-    },
-  }
 
 
 def normalise(x: Float[Array, "b d"]) -> Float[Array, "b d"]:

@@ -139,17 +139,6 @@ TRANSFORMERS = published.Keys(
   },
   types={"crop_size": (int, dict), "size": (int, dict)},
 )
-# The keys of `preprocess_cfg` in an open_clip_config.json, with open_clip's defaults.
-OPEN_CLIP = published.Keys(
-  used={
-    "interpolation": "bicubic",
-    "mean": MEAN,
-    "resize_mode": "shortest",
-    "size": None,
-    "std": STD,
-  },
-  neutral={"fill_color": (0, None), "mode": ("RGB", None)},
-)
 
 
 def from_transformers(config: dict[str, Any], size: int) -> Preprocessing:
@@ -181,46 +170,17 @@ def from_transformers(config: dict[str, Any], size: int) -> Preprocessing:
   return Preprocessing(
     size=size,
     mode=mode,
-    mean=_channels("preprocessor_config.json: image_mean", fields["image_mean"])
+    mean=channels("preprocessor_config.json: image_mean", fields["image_mean"])
     if normalizes
     else (0.0,) * 3,
-    std=_channels("preprocessor_config.json: image_std", fields["image_std"])
+    std=channels("preprocessor_config.json: image_std", fields["image_std"])
     if normalizes
     else (1.0,) * 3,
   )
 
 
-def _channels(where: str, values: Any) -> tuple[float, ...]:
+def channels(where: str, values: Any) -> tuple[float, ...]:
   """One number a channel. ValueError: there are not three."""
   if len(values) != 3 or not all(isinstance(value, int | float) for value in values):
     raise ValueError(f"{where} = {values!r} must have three numbers")
   return tuple(values)
-
-
-def from_open_clip(config: dict[str, Any]) -> Preprocessing:
-  """The preprocessing of an open_clip_config.json.
-
-  Raises:
-    ValueError: a key is unknown, or its value is not implemented.
-  """
-  section = {key: v for key, v in config.get("preprocess_cfg", {}).items() if v is not None}
-  fields = published.read("open_clip_config.json, preprocess_cfg", section, OPEN_CLIP)
-  mode, interpolation = fields["resize_mode"], fields["interpolation"]
-  if mode not in MODES or interpolation != "bicubic":
-    raise ValueError(
-      f"open_clip_config.json: resize_mode = {mode!r}, interpolation = {interpolation!r} are not"
-      f" supported; {', '.join(MODES)} with bicubic are"
-    )
-  size = config["model_cfg"]["vision_cfg"]["image_size"]
-  if fields["size"] not in (None, size, [size, size]):
-    raise ValueError(
-      f"open_clip_config.json: preprocess_cfg's size {fields['size']} must be the tower's"
-      f" image_size, {size}"
-    )
-  return Preprocessing(
-    size=size,
-    mode=mode,
-    crop="round",
-    mean=_channels("open_clip_config.json: mean", fields["mean"]),
-    std=_channels("open_clip_config.json: std", fields["std"]),
-  )

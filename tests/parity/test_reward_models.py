@@ -26,7 +26,8 @@ from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.models import aesthetic as aesthetic_head
 from dancegrpo_jax.rewards import hps
 from dancegrpo_jax.rewards.base import Networks
-from dancegrpo_jax.rewards.clip import clip_config, cosine
+from dancegrpo_jax.rewards.clip import cosine
+from dancegrpo_jax.rewards.open_clip import clip_config
 from dancegrpo_jax.settings import config_file
 from dancegrpo_jax.types import Example, Media
 
@@ -487,9 +488,11 @@ def test_a_missing_checkpoint_is_named(tmp_path, monkeypatch, term, message):
 
 
 def test_open_clip_networks_that_are_not_implemented():
-  with pytest.raises(ValueError, match="vision_cfg: not supported: timm_model_name"):
+  with pytest.raises(
+    ValueError, match="vision_cfg has what is not implemented: timm_model_name = 'vit'"
+  ):
     clip_config(model_cfg(600, False) | {"vision_cfg": {"timm_model_name": "vit"}})
-  with pytest.raises(ValueError, match="model_cfg: missing: embed_dim"):
+  with pytest.raises(ValueError, match="model_cfg: embed_dim = None is no positive integer"):
     clip_config({"vision_cfg": {}, "text_cfg": {}})
 
 

@@ -5,6 +5,7 @@ The names are checked against inventories of the published files (tests/fixtures
 """
 
 from dancegrpo_jax.conversion.table import Buffer, Part, Row, Table
+from dancegrpo_jax.conversion.tables import first_release
 from dancegrpo_jax.conversion.tables.rows import (
   Rows,
   conv,
@@ -59,6 +60,15 @@ CLIP_TEXT = Table(
   rows=prefixed("text_model.", TEXT_TOWER),
   aliases=_tower_aliases("text_model.", ("embeddings", "encoder", "final_layer_norm")),
   buffers=(Buffer("text_model.embeddings.position_ids", "arange"),),
+  # a CLIPModel's file, and a text encoder's with a projection that its pipeline does not use
+  others=("vision_model.{*}", "visual_projection.weight", "text_projection.weight", "logit_scale"),
+  prefixes=(
+    "cond_stage_model.transformer.",
+    "cond_stage_model.model.",
+    "text_encoders.clip_l.transformer.",
+    "text_encoder.",
+  ),
+  dialects=(first_release.OPEN_CLIP_TEXT,),
 )
 
 CLIP_VISION = Table(
@@ -139,6 +149,19 @@ OPEN_CLIP = Table(
     layers("transformer.resblocks", "text_model/encoder/layers", OPEN_CLIP_LAYER),
     layers("visual.transformer.resblocks", "vision_model/encoder/layers", OPEN_CLIP_LAYER),
   ),
+  # open_clip's CustomTextCLIP, which is the same network with its text tower in a module
+  aliases=tuple(
+    (f"text.{name}", name)
+    for name in (
+      "token_embedding.{*}",
+      "positional_embedding",
+      "transformer.{*}",
+      "ln_final.{*}",
+      "text_projection",
+    )
+  ),
+  # scalars of OpenAI's files, and the mask of causal attention
+  others=("input_resolution", "context_length", "vocab_size", "attn_mask", "text.attn_mask"),
   file="open_clip_model",
 )
 

@@ -4,6 +4,7 @@ The names are checked against inventories of the published files (tests/fixtures
 """
 
 from dancegrpo_jax.conversion.table import Row, Table
+from dancegrpo_jax.conversion.tables import flux_single_file
 from dancegrpo_jax.conversion.tables.flux_lora import FLUX_LORA_NAMES
 from dancegrpo_jax.conversion.tables.rows import dense, embedding, join, layers, scale, under
 
@@ -51,6 +52,8 @@ FLUX = Table(
   ),
   file="diffusion_pytorch_model",
   lora_names=FLUX_LORA_NAMES,
+  prefixes=("model.diffusion_model.", "diffusion_model.", "transformer."),
+  dialects=(flux_single_file.FLUX,),
 )
 
 # ---- T5
@@ -85,5 +88,6 @@ T5 = Table(
     scale("encoder.final_layer_norm"),
   ),
   copies=(("encoder.embed_tokens.weight", "shared.weight"),),
-  others=("decoder.{*}", "lm_head.weight"),
+  others=("decoder.{*}", "lm_head.weight", "logit_scale"),
+  prefixes=("text_encoders.t5xxl.transformer.", "text_encoder_2."),
 )

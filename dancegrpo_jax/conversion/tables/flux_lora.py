@@ -33,7 +33,7 @@ def _embedder(name: str, module: str):
   )
 
 
-_BLACK_FOREST_LABS = (
+BLACK_FOREST_LABS = (
   *_stream("img", _IMAGE_QKV, "to_out.0", "ff", "norm1"),
   *_stream("txt", _TEXT_QKV, "to_add_out", "ff_context", "norm1_context"),
   LoraName("single_blocks.{i}.linear1", (*_SINGLE_QKV, f"{_SINGLE}.proj_mlp")),
@@ -59,4 +59,4 @@ _XLABS = (
   LoraName("single_blocks.{i}.proj", (f"{_SINGLE}.proj_out",)),
 )
 
-FLUX_LORA_NAMES = _BLACK_FOREST_LABS + _XLABS
+FLUX_LORA_NAMES = BLACK_FOREST_LABS + _XLABS

@@ -6,7 +6,7 @@ therefore be made from the torch name alone.
 
 import re
 
-from dancegrpo_jax.conversion.table import Row
+from dancegrpo_jax.conversion.table import Part, Row
 
 Rows = tuple[Row, ...]
 
@@ -95,3 +95,19 @@ def prefixed(prefix: str, rows: Rows) -> Rows:
 def renamed(name: str, rows: Rows) -> Rows:
   """The rows of one module whose tensors have another name in this layout."""
   return tuple(r._replace(source=f"{name}.{r.source.rsplit('.', 1)[-1]}") for r in rows)
+
+
+def respelt(source: str, name: str, part: Part | None = None, into: Part | None = None) -> Rows:
+  """The rows of a dialect for a tensor that is a tensor of the network's own layout, whatever its
+  number of axes.
+
+  Args:
+    source: its name in the dialect.
+    name: its name in the network's own layout.
+    part: of the first axis "a" of the dialect's tensor.
+    into: the part of the first axis of the own tensor that it fills.
+  """
+  axes = ["a", "a b", "a b c d"]
+  rows = [Row(source, name, f"{each} -> {each}", part, into) for each in axes]
+  # A dense layer may be a convolution of one pixel in the dialect.
+  return (*rows, Row(source, name, "a b 1 1 -> a b", part, into))

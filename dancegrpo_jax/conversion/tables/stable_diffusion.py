@@ -4,6 +4,7 @@ The names are checked against inventories of the published files (tests/fixtures
 """
 
 from dancegrpo_jax.conversion.table import Row, Table
+from dancegrpo_jax.conversion.tables import first_release
 from dancegrpo_jax.conversion.tables.rows import both, conv, dense, join, norm, tree_path, under
 
 # ---- UNet
@@ -50,6 +51,8 @@ UNET = Table(
   ),
   file="diffusion_pytorch_model",
   lora_prefix="unet",
+  prefixes=("model.diffusion_model.", "diffusion_model.", "unet."),
+  dialects=(first_release.UNET,),
 )
 
 # ---- Autoencoder
@@ -98,4 +101,6 @@ AUTOENCODER = Table(
     )
   ),
   file="diffusion_pytorch_model",
+  prefixes=("first_stage_model.", "vae."),
+  dialects=(first_release.AUTOENCODER,),
 )
