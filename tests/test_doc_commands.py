@@ -34,15 +34,15 @@ from dancegrpo_jax.settings import checks, command_line, config_file, stored_con
 PACKAGE = "dancegrpo_jax."
 CUT = "2"
 SHELLS = "bash|sh|shell|console"
-FONT = ROOT / "tests" / "fixtures" / "emoji_subset.ttf"
 
 # Commands that are neither run nor parsed, by how they begin, and why.
 LEFT_OUT = {
   "pip install": "it downloads; .ci/run does the same in a fresh environment. Its file is there.",
-  "apt-get install": "it changes the machine; the test of pretrain brings its own font",
+  "apt-get install": "it changes the machine",
   "hf ": "it needs the hub",
   "pytest": "it is what runs this test",
   "python -m dancegrpo_jax.data.hpdv2_prompts": "the hub; test_hpdv2_prompts.py has a file",
+  "python -m dancegrpo_jax.pretrain": "the whole emoji font; test_pretrain.py brings a small one",
   "python benchmarks/gpu.py": "it measures a GPU; test_gpu_benchmark.py runs its parts on a CPU",
 }
 # Commands that run until they are stopped: they are started, and stopped at the end of their page.
@@ -304,7 +304,7 @@ def environment(copy) -> dict[str, str]:
   ours = ("XLA_FLAGS", "PYTHONPATH", "JAX_ENABLE_COMPILATION_CACHE", "PYTEST_CURRENT_TEST")
   kept = {name: value for name, value in os.environ.items() if name not in ours}
   kept["PATH"] = f"{Path(sys.executable).parent}:{kept['PATH']}"
-  kept |= {"XDG_CACHE_HOME": str(copy.parent / "cache"), "EMOJI_FONT": str(FONT)}
+  kept |= {"XDG_CACHE_HOME": str(copy.parent / "cache")}
   return {"DANCEGRPO_ITERATIONS": CUT} | kept
 
 
