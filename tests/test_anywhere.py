@@ -419,6 +419,7 @@ def test_two_processes_are_one_run(trained, models, machine, tmp_path):
     "report.html",
     "reward_errors.txt",
     "samples",
+    "status.json",
     "tensorboard",
   }
 
