@@ -15,7 +15,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.errors import ConfigError, listed
 from dancegrpo_jax.types import PyTree
 
 Directory = str | os.PathLike
@@ -150,7 +150,7 @@ def restore(directory: Directory, abstract_state: PyTree, iteration: int | None 
   unexpected = [name for name in metadata["fields"] if name not in expected]
   if unexpected:
     raise CheckpointError(
-      f"checkpoint {folder}: holds {', '.join(unexpected)}, which this run's state does not have;"
+      f"checkpoint {folder}: holds {listed(unexpected, 6)}, which this run's state does not have;"
       " give the config that the run was started with"
     )
   values = abstract | _load(folder, metadata, expected)
@@ -216,7 +216,7 @@ def _content(root: epath.Path) -> str:
   unfinished = sorted(path.name for path in root.iterdir())
   if not unfinished:
     return "holds no checkpoint"
-  return f"holds no finished checkpoint, only {', '.join(unfinished[:4])}"
+  return f"holds no finished checkpoint, only {listed(unfinished, 4)}"
 
 
 def _read_metadata(folder: epath.Path) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def _read_metadata(folder: epath.Path) -> dict[str, Any]:
   ]
   if missing:
     raise CheckpointError(
-      f"checkpoint {folder}: truncated, without {', '.join(missing)}; {_remedy(folder)}"
+      f"checkpoint {folder}: truncated, without {listed(missing, 6)}; {_remedy(folder)}"
     )
   return metadata
 

@@ -324,7 +324,7 @@ def _used_wrongly(matching: _Matching) -> list[str]:
 
 
 def _shared(kind: str, name: str, owners: set[str]) -> str:
-  return f"{kind} {name}: the same elements belong to {' and '.join(sorted(owners))}"
+  return f"{kind} {name}: the same elements belong to {listed(sorted(owners), between=' and ')}"
 
 
 def _hint(name: str, candidates: Iterable[str], count: int) -> str:

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.errors import ConfigError, listed
 from dancegrpo_jax.types import SAMPLE_AXES, PyTree
 
 AXES = ("data", "fsdp", "tensor")
@@ -230,7 +230,7 @@ def infer_shardings(
         "it must match the whole path (`.*/kernel`), and stand before a broader rule"
       )
   if problems:
-    raise ConfigError("\n".join(problems))
+    raise ConfigError(listed(problems, 8, between="\n"))
   return shardings
 
 
