@@ -43,6 +43,7 @@ from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.report import metrics
 from dancegrpo_jax.report.clock import Clock
+from dancegrpo_jax.report.progress import Progress
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.settings import stored_config
 from dancegrpo_jax.training.collecting import collect
@@ -171,7 +172,7 @@ def machine(models, tmp_path_factory):
     config = tiny_config(None if network == "emoji" else models, **changes, **axes)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[: prod(sizes)])
     with jax.set_mesh(mesh):
-      examples, progress = prompts.read_examples(config), metrics.Progress(1, stream=io.StringIO())
+      examples, progress = prompts.read_examples(config), Progress(1, stream=io.StringIO())
       session, state = prepare(
         config, tmp_path_factory.mktemp("machine"), examples, mesh, 0, progress
       )

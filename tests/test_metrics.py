@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.report import metrics
+from dancegrpo_jax.report import progress as progress_module
+from dancegrpo_jax.report.progress import Progress
 from dancegrpo_jax.settings import config_file
 
 COMMON = str(Path(__file__).parent.parent / "configs" / "common.py")
@@ -81,7 +83,7 @@ def test_other_processes_write_nothing(tmp_path, monkeypatch):
   with metrics.Writer(tmp_path / "run", config(tensorboard=True)) as writer:
     assert writer.write(0, {"reward/mean": jnp.float32(2)}) == {"reward/mean": 2.0}
   stream = io.StringIO()
-  with metrics.Progress(3, stream=stream) as progress:
+  with Progress(3, stream=stream) as progress:
     progress.update(0, {})
     progress.message("text")
   assert not (tmp_path / "run").exists() and stream.getvalue() == ""
@@ -121,7 +123,8 @@ class FakeWandb:
 def test_wandb_gets_every_row(tmp_path, monkeypatch):
   monkeypatch.setitem(sys.modules, "wandb", FakeWandb())
   write(tmp_path, range(2), wandb=True)
-  assert FakeWandb.rows == [(0, 0.0), (1, 1.0)] and FakeWandb.finished
+  # Step 0 is the base model.
+  assert FakeWandb.rows == [(1, 0.0), (2, 1.0)] and FakeWandb.finished
   assert FakeWandb.settings["config"]["rollout"]["samples_per_prompt"] == 16
 
 
@@ -129,18 +132,18 @@ def test_wandb_gets_every_row(tmp_path, monkeypatch):
 
 
 def test_plain_lines_where_there_is_no_terminal(monkeypatch):
-  clock = iter([0.0, 100.0, 102.0, 104.0])
-  monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+  """Without the thread that names phases, whose clock is the same."""
+  clock, now = iter([100.0, 102.0, 104.0, 106.0]), [0.0]
   stream = io.StringIO()
-  with metrics.Progress(100, stream=stream) as progress:
+  with Progress(100, stream=stream) as progress:
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     for iteration in range(4):
+      now[0] = next(clock)
       progress.update(iteration, {"reward/mean": 0.5, "images_per_second": 42.0})
-    progress.status("compiling update: 3.2 s")
   lines = stream.getvalue().splitlines()
   assert lines[0] == "iteration 1/100  reward 0.5000  42.0 samples/s  -- left"
-  # 96 iterations are left, at 104/3 s each.
-  assert lines[3] == "iteration 4/100  reward 0.5000  42.0 samples/s  55 min 28 s left"
-  assert lines[4:] == ["compiling update: 3.2 s"]
+  # 96 iterations are left, at 2 s each.
+  assert lines[3] == "iteration 4/100  reward 0.5000  42.0 samples/s  3 min 12 s left"
 
 
 class Terminal(io.StringIO):
@@ -150,7 +153,7 @@ class Terminal(io.StringIO):
 
 def test_a_bar_on_a_terminal():
   stream = Terminal()
-  with metrics.Progress(3, first_iteration=1, stream=stream) as progress:
+  with Progress(3, first_iteration=1, stream=stream) as progress:
     progress.message("resumed [bold] at 1")
     progress.update(1, {"reward/mean": 0.25, "images_per_second": 7.0})
     progress.update(2, {"reward/mean": 0.5, "images_per_second": 7.0})

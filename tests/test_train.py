@@ -38,6 +38,7 @@ from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.report import metrics
 from dancegrpo_jax.report.clock import Clock
+from dancegrpo_jax.report.progress import Progress
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.settings import stored_config
 from dancegrpo_jax.training import outcome, tracing
@@ -506,7 +507,7 @@ def collected(tiny_models, program_cache, tmp_path_factory):
         examples,
         mesh,
         0,
-        metrics.Progress(1, stream=io.StringIO()),
+        Progress(1, stream=io.StringIO()),
       )
       seen = collect(session, state.trainable, 0, Clock(pool), pool, print, keep_pixels=True)
       assert len(seen.rollouts) == 32 // chunk
@@ -757,7 +758,7 @@ def test_sigterm_while_the_devices_finish_a_rollout_comes_before_the_update(
 def test_a_flat_iteration_is_said_again_after_another(tmp_path):
   config, stream = tiny_config(), io.StringIO()
   values = {"reward/mean": 0.5, "optimizer/skipped_total": 0.0}
-  progress = metrics.Progress(9, stream=stream)
+  progress = Progress(9, stream=stream)
   with metrics.Writer(tmp_path, config) as writer, ThreadPoolExecutor(1) as pool:
     clock = Clock(pool)
     clock.phase("update", jnp.zeros(()))
@@ -776,7 +777,7 @@ def test_a_flat_iteration_is_said_again_after_another(tmp_path):
 def test_too_many_skipped_steps_stop_a_run(tmp_path):
   config = tiny_config(optimizer__max_skipped=3)
   values = {"reward/mean": 0.5, "reward/failed": 0.0, "optimizer/skipped_total": 3.0}
-  progress = metrics.Progress(9, stream=io.StringIO())
+  progress = Progress(9, stream=io.StringIO())
   with metrics.Writer(tmp_path, config) as writer, ThreadPoolExecutor(1) as pool:
     clock = Clock(pool)
     clock.phase("update", jnp.zeros(()))

@@ -146,7 +146,7 @@ def test_diffusers_loads_our_file_at_its_strength(case, tmp_path):
   """alpha / rank is 2.5, so that a strength of 1, or of 2.5 applied twice, would be noticed."""
   config, workdir, adapters = case
   folders.export(config, str(workdir), tmp_path / "out", "", "")
-  assert [path.name for path in (tmp_path / "out").iterdir()] == [FILE]
+  assert {path.name for path in (tmp_path / "out").iterdir()} == {FILE, "README.md"}
   pipe = pipeline_class(config).from_pretrained(config.model.checkpoint)
   model = loaded(config)
   base = theirs(config, network_of(pipe))
