@@ -1,6 +1,5 @@
 """Imports classes of transformers without what it says about a missing PyTorch."""
 
-import importlib
 import os
 from typing import Any
 
@@ -16,7 +15,9 @@ def tokenizer_class(name: str) -> Any:
   before = os.environ.get(_VARIABLE)
   os.environ[_VARIABLE] = before or "1"
   try:
-    return getattr(importlib.import_module("transformers"), name)
+    import transformers  # late: it is slow to import
+
+    return getattr(transformers, name)
   finally:
     if before is None:
       del os.environ[_VARIABLE]
