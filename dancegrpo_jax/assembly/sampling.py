@@ -174,7 +174,8 @@ def parts(
     )
     media = compiled.decode(model.frozen, latents)
     numbers = range(done, min(done + len(row), total))
-    yield Part(numbers, Media(np.asarray(media.pixels)[: len(numbers)], media.fps))
+    pixels = np.asarray(jax.block_until_ready(media.pixels))  # which raises what has failed
+    yield Part(numbers, Media(pixels[: len(numbers)], media.fps))
     done = numbers.stop
 
 

@@ -170,6 +170,8 @@ def join_processes(values: dict[str, np.ndarray], owned: np.ndarray) -> dict[str
 
 def to_host(array: jax.Array) -> np.ndarray:
   """The whole array on the host of every process. All processes must call it at the same point."""
+  # Where its program has run out of memory, this raises; on a CPU, NumPy would end the process.
+  jax.block_until_ready(array)
   if array.is_fully_addressable or array.is_fully_replicated:
     return np.asarray(array)
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))

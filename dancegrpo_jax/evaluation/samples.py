@@ -1,5 +1,6 @@
 """Samples of a base model or a checkpoint, as PNG files."""
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -64,9 +65,12 @@ def run(
     rows = min(len(examples), _ROWS, max(1, _PIXELS // (columns * height * width)))
     for line in cut_prompts.lines(config, opened.limits, {"prompts": examples}):
       print(line)
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / LIST).open("w") as listed:
+    with contextlib.ExitStack() as stack:
+      listed = None
       for part in sampling.parts(opened, opened.weights, examples, samples, seed):
+        if listed is None:  # nothing is written where the first samples fail
+          out.mkdir(parents=True, exist_ok=True)
+          listed = stack.enter_context((out / LIST).open("w"))
         for number, pixels in zip(part.numbers, part.media.pixels):
           p, s = divmod(number, samples)
           name = f"{_number(p, len(examples))}_{_number(s, samples)}.png"
