@@ -201,7 +201,7 @@ def iterate(machine: Machine, state: Any, first: int = 0, folder: Path | None = 
       seen = collect(
         session, state.trainable, iteration, Clock(pool), pool, print, keep_pixels=False
       )
-      state, values = train.update(session, state, seen, iteration, Clock(pool), lambda: False)
+      state, values, _ = train.update(session, state, seen, iteration, Clock(pool), lambda: False)
       rows.append({name: float(value) for name, value in values.items()})
       parameters.append(jax.device_get(state.trainable))
       if iteration == 0:

@@ -161,7 +161,7 @@ def test_an_interrupted_export_leaves_nothing(run, tmp_path, monkeypatch):
   def interrupted(*_):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(folders, "_write_index", interrupted)
+  monkeypatch.setattr(folders, "write_index", interrupted)
   with pytest.raises(KeyboardInterrupt):
     folders.export(run[0], str(run[1]), tmp_path / "out", "pipeline", "")
   assert os.listdir(tmp_path) == []

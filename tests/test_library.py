@@ -124,6 +124,7 @@ FIELD_OF = {  # a default -> the field of configs/common.py that it equals
 OF_NO_FIELD = {
   "Policy.window": None,  # every step that may be stochastic: window.size = 0, see below
   "rollout.start": 0,  # where there is no window
+  "diffusion_schedule.rescale_betas_zero_snr": False,  # likewise
   "flow_schedule.num_train_timesteps": 1000,  # of the checkpoint's scheduler
   "state.create.prompt_stats": None,
   "advantages.group_advantages.statistics": None,

@@ -96,7 +96,7 @@ MISTAKES = {
   "no model": (
     [],
     {"model__checkpoint": "no/such-sd"},
-    ["config.model.checkpoint = 'no/such-sd'", "no such folder", "accepted"],
+    ["config.model.checkpoint = 'no/such-sd'", "no such folder", "hf download no/such-sd"],
   ),
   "no clip": (
     [],

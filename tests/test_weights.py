@@ -323,7 +323,7 @@ def test_inspect_a_pipeline(folder, capsys):
     for part in (
       "unexpected tensor text_model.more",
       f"{root / 'vae'}/config.json",
-      "act_fn='relu'",
+      "act_fn = 'relu'",
     )
   )
 

@@ -93,16 +93,18 @@ def planned(folder: str | Path, table: Table, reader: AnyReader, params: PyTree)
     if view.problems or problems:
       lines = view.problems or problems
       raise ConversionError(
-        problems_text(table, lines, before=_looks_like(reader), after=_see_all(folder))
+        problems_text(table, lines, before=_looks_like(reader, table.name), after=_see_all(folder))
       )
   except ConversionError as error:
     raise ConversionError(f"{folder}: {error}") from error
   return Planned(tensors=view.tensors, mapping=mapping)
 
 
-def _looks_like(reader: AnyReader) -> str:
-  """A line that says what a file is and what to do with it; "" where it isn't known."""
-  kind = recognition.kind_of(reader.specs)
+def _looks_like(reader: AnyReader, network: str) -> str:
+  """A line that says what a file is and what to do with it; "" where it isn't known, and where it
+  is of the network that was looked for.
+  """
+  kind = recognition.other_kind(reader.specs, network)
   if kind is None:
     return ""
   return f"it looks like {kind.title}" + (f"; {kind.remedy}" if kind.remedy else "")

@@ -87,4 +87,14 @@ def kind_of(tensors: Iterable[str]) -> Kind | None:
       continue  # two names become one without wrappers: no file of this network
     if share > fitting:
       best, fitting = name, share
-  return Kind(f"a file of the network {best}", ()) if best else None
+  return Kind(_of_network(best), ()) if best else None
+
+
+def other_kind(tensors: Iterable[str], network: str) -> Kind | None:
+  """As `kind_of`, for a file that should be of this network; None where it is."""
+  kind = kind_of(tensors)
+  return None if kind and kind.title == _of_network(network) else kind
+
+
+def _of_network(name: str) -> str:
+  return f"a file of the network {name}"

@@ -179,7 +179,7 @@ def inspect(args: argparse.Namespace) -> int:
         view = views.of_network(reader, target.table, weights.specs(target.abstract))
         specs = view.tensors.specs
         mapping, misfits = match(target.table, specs, weights.specs(target.abstract))
-        kind = recognition.kind_of(reader.specs)
+        kind = recognition.other_kind(reader.specs, target.name)
     except ConversionError as error:
       message = str(error)
       problems.append(message if str(folder) in message else f"{folder}: {message}")

@@ -171,7 +171,7 @@ def test_rotations_of_the_published_size():
     ({"axes_dims_rope": [4, 7, 5]}, "must be even"),
     ({"axes_dims_rope": [8, 8]}, "three axes"),
     ({"in_channels": 6}, "multiple of 4"),
-    ({"patch_size": 2}, "patch_size=2"),
+    ({"patch_size": 2}, "patch_size = 2"),
   ],
 )
 def test_bad_configs_are_named(change, message):
