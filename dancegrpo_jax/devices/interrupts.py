@@ -111,12 +111,19 @@ def _unraisablehook(unraisable: "sys.UnraisableHookArgs") -> None:
   sys.__unraisablehook__(unraisable)
 
 
-def _end() -> None:
-  """Ends the process without waiting for its threads, which may compile for minutes."""
+def end(line: str, exit_code: int) -> None:
+  """Ends the process with a line, without waiting for its threads, which may compile for minutes.
+
+  What `undone` was given is called before.
+  """
   for undo in reversed(_undo):
     with contextlib.suppress(Exception):
       undo()
   with contextlib.suppress(Exception):  # as where the reader of a pipe is gone
-    print(LINE, file=sys.stderr, flush=True)
+    print(line, file=sys.stderr, flush=True)
     sys.stdout.flush()
-  os._exit(EXIT_CODE)
+  os._exit(exit_code)
+
+
+def _end() -> None:
+  end(LINE, EXIT_CODE)

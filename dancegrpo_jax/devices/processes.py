@@ -24,6 +24,7 @@ JOIN_SECONDS = 300  # how long a process waits for the coordinator, as JAX does
 # How long a process waits for a file that process 0 has written. NFS clients may cache the contents
 # of a folder for so long.
 SHARE_SECONDS = 60
+_LONGEST = 2000  # bytes of a message that is sent to all processes
 # The variables that srun sets for each task; JAX reads all of them. A batch script outside of srun
 # lacks those of the step.
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -73,6 +74,34 @@ def start(flags: argparse.Namespace, environment: Mapping[str, str] = os.environ
     raise ConfigError(
       f"can't join the other processes ({where}): {reason}; start all, with the same coordinator"
     ) from error
+
+
+def is_first() -> bool:
+  """Whether this is process 0. In a run of one process no device is touched."""
+  import jax
+
+  return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def require_none(mistake: str) -> None:
+  """Raises a mistake that process 0 has found on every process. All must call it at the same point.
+
+  Args:
+    mistake: the message; "" is none. That of other processes than 0 does not count.
+
+  Raises:
+    ConfigError: on every process, if process 0 has found one.
+  """
+  import jax
+  import numpy as np
+  from jax.experimental import multihost_utils
+
+  if jax.distributed.is_initialized():
+    text = np.frombuffer(mistake.encode()[:_LONGEST].ljust(_LONGEST), np.uint8)
+    sent = np.asarray(multihost_utils.broadcast_one_to_all(text))
+    mistake = sent.astype(np.uint8).tobytes().decode(errors="replace").strip()
+  if mistake:
+    raise ConfigError(mistake)
 
 
 def require_same(value: str | int, problem: str, remedy: str) -> None:

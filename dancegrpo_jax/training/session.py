@@ -27,7 +27,7 @@ from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.report import page
 from dancegrpo_jax.report.progress import Progress, phase
 from dancegrpo_jax.rl.state import TrainState, init_state
-from dancegrpo_jax.settings import checks, command_line, stored_config
+from dancegrpo_jax.settings import checks, stored_config
 from dancegrpo_jax.training import first_line, run_prompts, starting
 from dancegrpo_jax.types import Example, PyTree
 
@@ -264,7 +264,6 @@ def checked(config: ConfigDict, workdir: Path) -> tuple[run_prompts.RunPrompts, 
   found = run_prompts.read(config)
   facts = checks.device_facts(jax.devices()[0])
   checks.validate(config, num_devices=jax.device_count(), num_examples=len(found.examples), **facts)
-  command_line.require_writable(f"--workdir={workdir}", workdir)
   done = iterations_done(config, workdir)
   run_prompts.require_unchanged(config, workdir, found.identity)
   processes.require_same(
