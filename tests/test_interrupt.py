@@ -98,7 +98,10 @@ def test_before_the_first_iteration_nothing_is_left(tiny_models, tmp_path, text)
   assert errors.splitlines() == [interrupts.LINE] and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("signaled", [(0, 1), (0,), (1,)])
+SLOW = [pytest.param((0,), marks=pytest.mark.slow), pytest.param((1,), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("signaled", [(0, 1), *SLOW])
 def test_of_several_processes_all_stop(tiny_models, tmp_path, settings, signaled):
   """A terminal sends it to all of them; others send it to one."""
   workdir = tmp_path / "run"
@@ -115,7 +118,7 @@ def test_of_several_processes_all_stop(tiny_models, tmp_path, settings, signaled
   assert "stopped by" not in results[1][1]
 
 
-@pytest.mark.parametrize("signaled", [(0, 1), (0,), (1,)])
+@pytest.mark.parametrize("signaled", [(0, 1), *SLOW])
 def test_of_several_processes_that_compile_all_end(tiny_models, tmp_path, signaled):
   flags = together(free_port(), 2)
   processes = [start(tiny_models, tmp_path / "run", *flags[i], devices=4) for i in range(2)]
