@@ -141,7 +141,7 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
       now[0] = next(clock)
       progress.update(iteration, {"reward/mean": 0.5, "images_per_second": 42.0})
   lines = stream.getvalue().splitlines()
-  assert lines[0] == "iteration 1/100  reward 0.5000  42.0 samples/s  -- left"
+  assert lines[0] == "iteration 1/100  reward 0.5000  42.0 samples/s"
   # 96 iterations are left, at 2 s each.
   assert lines[3] == "iteration 4/100  reward 0.5000  42.0 samples/s  3 min 12 s left"
 

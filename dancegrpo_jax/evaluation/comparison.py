@@ -49,7 +49,7 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
     raise ConfigError(str(error)) from error
   lists = {file: each.examples for file, each in found.items()}
   pool = [example for each in (others or found).values() for example in each.examples]
-  for what, sources in (("prompts", found), ("prompts of other pictures", others)):
+  for what, sources in (("prompts", found), ("captions among which retrieval searches", others)):
     for each in sources.values():
       print(f"{what}: {each.summary}")
   print(

@@ -56,7 +56,7 @@ def run(
   tiles: list[np.ndarray] = []
   columns = min(samples, _COLUMNS)
   print(
-    f"{samples} samples of each of {len(examples)} prompts, of {checkpoint}, on"
+    f"samples: {samples} of each prompt (prompts: {len(examples)}), of {checkpoint}, on"
     f" {jax.device_count()} {device.device_kind}, into {out}",
     flush=True,
   )

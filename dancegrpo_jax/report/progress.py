@@ -134,12 +134,12 @@ class Progress:
       values: its metrics, of which `reward/mean` and `images_per_second` are shown.
     """
     self._times.append(time.monotonic())
-    left = "--"
+    left = ""
     if len(self._times) > 1:
       seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
-      left = duration(seconds * (self._total - iteration - 1))
+      left = f"  {duration(seconds * (self._total - iteration - 1))} left"
     reward, speed = values.get("reward/mean", math.nan), values.get("images_per_second", math.nan)
-    self._status = f"reward {reward:.4f}  {speed:.1f} samples/s  {left} left"
+    self._status = f"reward {reward:.4f}  {speed:.1f} samples/s{left}"
     self._done = iteration + 1
     if self._live is None:
       self.message(f"iteration {iteration + 1}/{self._total}  {self._status}")
