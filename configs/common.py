@@ -164,6 +164,9 @@ def get_config() -> ConfigDict:
       # advantages [P]), `rewards` (the advantage of the weighted sum of rewards [F]) or `gdpo` (as
       # `advantages`, then normalised over the whole batch, arXiv 2601.05242).
       "combine": "advantages",
+      # Terms that are scored and logged but never trained on, as names. A failed one masks no
+      # sample.
+      "watch": (),
       # Terms that become binary, as (term, value) pairs: the reward is 1 where the score is above
       # the value and 0 elsewhere.
       "thresholds": (),

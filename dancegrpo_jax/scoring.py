@@ -16,7 +16,7 @@ from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.rewards import failures as host_failures
 from dancegrpo_jax.rewards import host
 from dancegrpo_jax.rewards.base import Reward
-from dancegrpo_jax.rewards.kinds import reward_of
+from dancegrpo_jax.rewards.kinds import reward_of, scored
 from dancegrpo_jax.types import Example, Media, PyTree
 
 Warn = Callable[[str], None]  # gets a line about a reward that failed
@@ -158,7 +158,7 @@ def gather_host_scores(
   """
   place = np.argsort(chunks.reshape(-1))  # of a sample among all chunks
   rewards = {scores.reward for scores in started}
-  terms = [term for term, _ in config.reward.terms if reward_of(term) in rewards]
+  terms = [term for term in scored(config) if reward_of(term) in rewards]
   values = {term: np.full(chunks.size, np.nan, np.float32) for term in terms}
   is_local = np.zeros(chunks.size, bool)
   for reward, chunk, result in started:

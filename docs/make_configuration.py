@@ -59,10 +59,10 @@ ones.
 ## What may change on resume
 
 The same command on the same workdir resumes a run. `iterations`, `mesh`, `rollout.chunk`,
-`optimizer.microbatch`, `logging`, `checkpoint`, `evaluation`, `data.cache_embeddings` and
-`data.cache_folder` may differ then. They say where and how fast the run computes and what it
-writes. `init_from` may be left out, since only a new run reads it. Any other difference is refused,
-field by field, and so are other prompts in the same file.
+`optimizer.microbatch`, `reward.watch`, `logging`, `checkpoint`, `evaluation`,
+`data.cache_embeddings` and `data.cache_folder` may differ then. They say where and how fast the run
+computes and what it writes. `init_from` may be left out, since only a new run reads it. Any other
+difference is refused, field by field, and so are other prompts in the same file.
 
 ## Sources of the defaults
 

@@ -82,7 +82,7 @@ def make_row(i, draw) -> dict[str, float]:
     "kl": 1e-3 * i,
     "grad_norm": 0.3 * draw.rand(),
   }
-  row |= {"learning_rate": min(1, i / 10) * 1e-5, "images_per_second": 40 + draw.rand()}
+  row |= {"learning_rate": min(1, i / 10) * 1e-5, "samples_per_second": 40 + draw.rand()}
   row |= {
     f"time/{part}": seconds + 0.1 * draw.rand()
     for part, seconds in (("rollout", 2), ("update", 3), ("decode", 0.4))

@@ -318,7 +318,7 @@ def test_sigterm_in_an_update_saves_the_last_whole_iteration(tiny_models, tmp_pa
 
 
 def without_times(row: dict) -> dict:
-  return {k: v for k, v in row.items() if not k.startswith(("time/", "images_per_second"))}
+  return {k: v for k, v in row.items() if not k.startswith(("time/", "samples_per_second"))}
 
 
 def state_of(config: ConfigDict, folder: Path) -> TrainState:

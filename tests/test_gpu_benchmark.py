@@ -437,9 +437,9 @@ def test_rows_of_two_runs():
     "reward/mean": 0.5,
     "loss": None,
     "time/total": 1.0,
-    "images_per_second": 3.0,
+    "samples_per_second": 3.0,
   }
-  assert run_errors.agreement([row], [row | {"time/total": 2.0, "images_per_second": 1.0}])[
+  assert run_errors.agreement([row], [row | {"time/total": 2.0, "samples_per_second": 1.0}])[
     "result"
   ] == {"text": "equal"}
   other = run_errors.agreement([row], [row | {"reward/mean": 0.55, "loss": 1.0}])

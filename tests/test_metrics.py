@@ -139,7 +139,7 @@ def test_plain_lines_where_there_is_no_terminal(monkeypatch):
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: now[0])
     for iteration in range(4):
       now[0] = next(clock)
-      progress.update(iteration, {"reward/mean": 0.5, "images_per_second": 42.0})
+      progress.update(iteration, {"reward/mean": 0.5, "samples_per_second": 42.0})
   lines = stream.getvalue().splitlines()
   assert lines[0] == "iteration 1/100  reward 0.5000  42.0 samples/s"
   # 96 iterations are left, at 2 s each.
@@ -155,8 +155,8 @@ def test_a_bar_on_a_terminal():
   stream = Terminal()
   with Progress(3, first_iteration=1, stream=stream) as progress:
     progress.message("resumed [bold] at 1")
-    progress.update(1, {"reward/mean": 0.25, "images_per_second": 7.0})
-    progress.update(2, {"reward/mean": 0.5, "images_per_second": 7.0})
+    progress.update(1, {"reward/mean": 0.25, "samples_per_second": 7.0})
+    progress.update(2, {"reward/mean": 0.5, "samples_per_second": 7.0})
   text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
   assert "resumed [bold] at 1" in text and "3/3" in text and "reward 0.5000  7.0 samples/s" in text
 

@@ -60,6 +60,7 @@ def test_it_goes_on(folder, tmp_path, monkeypatch, capsys):
   expected, found = rows(place / "half" / "whole_metrics.jsonl"), rows(place / "half/metrics.jsonl")
   assert len(found) == 4
   for before, after in zip(expected[2:], found[2:]):
+    assert "images_per_second" in before and "samples_per_second" in after  # the present name
     for name, value in before.items():
       if not name.startswith("time/") and name != "images_per_second":
         assert after[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name

@@ -69,7 +69,7 @@ METRICS = {  # what every iteration must say, at least
   "time/decode",
   "time/reward",
   "time/update",
-  "images_per_second",
+  "samples_per_second",
 }
 PROGRAMS = ("encode", "rollout", "sample", "decode", "advantages")  # and those of the update
 
@@ -265,7 +265,7 @@ def test_times_add_up_to_no_more_than_the_clock_on_the_wall(straight):
       value for key, value in row.items() if key.startswith("time/") and key != "time/total"
     )
     np.testing.assert_allclose(parts, row["time/total"], rtol=1e-6)
-    np.testing.assert_allclose(row["images_per_second"] * row["time/total"], SAMPLES, rtol=1e-6)
+    np.testing.assert_allclose(row["samples_per_second"] * row["time/total"], SAMPLES, rtol=1e-6)
   assert sum(row["time/total"] for row in straight.rows) <= straight.seconds
 
 
@@ -387,7 +387,7 @@ def assert_same_bits(run: Run, straight: Run) -> dict:
   """Asserts that the last checkpoint and all metrics but times are equal; returns its fields."""
   actual, expected = stored(run, ITERATIONS), stored(straight, ITERATIONS)
   assert_trees_equal(actual, expected)
-  timed = ("time/", "images_per_second")
+  timed = ("time/", "samples_per_second")
   rows = [
     [{k: v for k, v in row.items() if not k.startswith(timed)} for row in each.rows]
     for each in (run, straight)
@@ -425,7 +425,7 @@ def test_cached_embeddings_change_nothing(straight, flags, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, stored(run, ITERATIONS), stored(straight, ITERATIONS))
   for ours, theirs in zip(run.rows, straight.rows, strict=True):
     computed = [
-      key for key in theirs if not key.startswith(("time/", "images_per_second", "evaluation/"))
+      key for key in theirs if not key.startswith(("time/", "samples_per_second", "evaluation/"))
     ]
     assert [ours[key] for key in computed] == [theirs[key] for key in computed]
     shown = [

@@ -20,7 +20,7 @@ def run(context) -> None:
     name = next(names)
     cells = {phase: measure.number(values[f"time/{phase}"], "s") for phase in PHASES}
     cells["time"] = measure.number(values["time/total"], "s")
-    cells["images/s"] = measure.number(values["images_per_second"])
+    cells["images/s"] = measure.number(values["samples_per_second"])
     drift = values["ratio/drift_max"]
     context.say.cells(
       name, cells, note=f"told {seconds:.0f} s after the start; ratio/drift_max {drift:.3g}"

@@ -18,7 +18,7 @@ def run(context) -> None:
       f"--config.logging.compilation_cache={context.cache}",
     ]
     found = [row for _, row in follow.rows(command, context.folder / precision, ITERATIONS)]
-    speeds = [row["images_per_second"] for row in found[1:]]
+    speeds = [row["samples_per_second"] for row in found[1:]]
     drift = max(row["ratio/rollout_drift_max"] for row in found)
     context.say.row(
       f"{name}: {precision}",

@@ -56,7 +56,7 @@ def agreement(first: list[dict], second: list[dict]) -> dict:
   worst, where, unequal = 0.0, "", set()
   for a, b in zip(first, second):
     for name in sorted(set(a) | set(b)):
-      if name.startswith("time/") or name == "images_per_second":
+      if name.startswith("time/") or name == "samples_per_second":
         continue
       if a.get(name) != b.get(name):
         unequal.add(name)

@@ -27,7 +27,7 @@ def run(context) -> None:
       if values["iteration"] == 0:
         context.say.row(row, first_iteration=measure.number(seconds, "s"), note=phases(values))
       else:
-        speeds.append(values["images_per_second"])
+        speeds.append(values["samples_per_second"])
     context.say.row(row, afterwards=measure.spread(speeds, "images/s"))
 
 

@@ -60,7 +60,7 @@ FILES = Files(
 
 
 def build_rewards(config: ConfigDict, files: Files = FILES) -> dict[str, Reward]:
-  """The rewards that config.reward.terms names, without their weights.
+  """The rewards that config.reward.terms and config.reward.watch name, without their weights.
 
   Args:
     config: validated.
@@ -75,7 +75,7 @@ def build_rewards(config: ConfigDict, files: Files = FILES) -> dict[str, Reward]
     dtype=model.frozen_dtype, attention=model.attention, scan_layers=model.scan_blocks
   )
   rewards = {}
-  for name in dict.fromkeys(kinds.reward_of(term) for term, _ in config.reward.terms):
+  for name in dict.fromkeys(map(kinds.reward_of, kinds.scored(config))):
     kind = kind_of(name)
     try:
       section = config.reward[kind.section] if kind.section else ConfigDict()
@@ -87,7 +87,7 @@ def build_rewards(config: ConfigDict, files: Files = FILES) -> dict[str, Reward]
     except (ValueError, FileNotFoundError) as error:
       raise ConfigError(str(error)) from error
     if rewards[name].any_part:
-      asked = [term for term, _ in config.reward.terms if kinds.reward_of(term) == name]
+      asked = [term for term in kinds.scored(config) if kinds.reward_of(term) == name]
       rewards[name] = rewards[name]._replace(terms=tuple(asked))
     _require_terms(config, rewards[name])
   return rewards
@@ -95,10 +95,10 @@ def build_rewards(config: ConfigDict, files: Files = FILES) -> dict[str, Reward]
 
 def _require_terms(config: ConfigDict, reward: Reward) -> None:
   """Raises ConfigError where the config asks a reward for a term that it does not have."""
-  for term, _ in config.reward.terms:
+  for term in kinds.scored(config):
     if kinds.reward_of(term) == reward.name and term not in reward.terms:
       raise ConfigError(
-        f"config.reward.terms: {term!r} is no score of {reward.name!r}, which gives"
+        f"config.reward: {term!r} is no score of {reward.name!r}, which gives"
         f" {', '.join(reward.terms)}"
       )
 

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from dancegrpo_jax import programs
 from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.programs import update_calls
+from dancegrpo_jax.rewards import kinds
 from dancegrpo_jax.rl.lanes import deal
 from dancegrpo_jax.rl.state import TrainState
 from dancegrpo_jax.types import Conditioning, Example, Media, PyTree
@@ -229,7 +230,7 @@ def of_scores(
   ids, numbers, order = (abstract(np.zeros(size, np.int32)) for size in (prompts, chunk, samples))
   chunks = samples // chunk
   # Of host rewards, as `scoring.gather_host_scores` returns them; device rewards take their places.
-  scores = {term: abstract([np.zeros(samples, np.float32)]) for term, _ in config.reward.terms}
+  scores = {term: abstract([np.zeros(samples, np.float32)]) for term in kinds.scored(config)}
   for name, program in run.features.items():
     params = model.reward_params[name]
     prepare = model.rewards[name].prepare

@@ -78,7 +78,7 @@ def known_with(path: str) -> Known:
   if not path:
     return Known()
   config = config_file.load(path)
-  names = dict.fromkeys(kinds.reward_of(term) for term, _ in config.reward.terms)
+  names = dict.fromkeys(map(kinds.reward_of, kinds.scored(config)))
   try:
     family = families.family_of(config.model.family)
     added = [family.networks, *(kinds.kind_of(name).networks for name in names)]

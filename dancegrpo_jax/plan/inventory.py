@@ -52,7 +52,7 @@ def without_weights(config: ConfigDict) -> ConfigDict:
 
   with (config := config.copy_and_resolve_references()).unlocked():
     config.model.checkpoint = describe("model.checkpoint", config.model.checkpoint, layout)
-    for term, _ in config.reward.terms:
+    for term in kinds.scored(config):
       kind = reward_builders.kind_of(kinds.reward_of(term))
       if kind.section:
         section = config.reward[kind.section]

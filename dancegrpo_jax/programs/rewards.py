@@ -63,7 +63,7 @@ def advantages_program(config: ConfigDict) -> Callable:
       min_spread=c.min_spread,
       statistics=statistics,
     )
-    metrics = _reward_metrics(scores, terms, result)
+    metrics = _reward_metrics(scores, terms, config.reward.watch, result)
     prompts, group = result.advantage.shape
     position = jnp.broadcast_to(jnp.arange(group)[None], (prompts, group))
     if c.best_of:
@@ -74,16 +74,20 @@ def advantages_program(config: ConfigDict) -> Callable:
   return run
 
 
-def _reward_metrics(scores: dict, terms: tuple, result: advantages.Advantages) -> dict[str, Array]:
+def _reward_metrics(
+  scores: dict, terms: tuple, watched: tuple, result: advantages.Advantages
+) -> dict[str, Array]:
   """Metrics of an iteration's rewards.
 
   "reward/..." is of the weighted sum of the scores, before thresholds. Where there are several
-  terms, each has metrics of its own. ".../failed" is the share of failed scores.
+  terms, each has metrics of its own, and so has each watched one. ".../failed" is the share of
+  failed scores.
   """
   total = sum(weight * scores[name] for name, weight in terms)
   metrics, rows = {}, {"reward": total}
   if len(terms) > 1:
     rows |= {f"reward/{name}": scores[name] for name, _ in terms}
+  rows |= {f"reward/{name}": scores[name] for name in watched}
   for prefix, values in rows.items():
     ok = jnp.isfinite(values)
     count = jnp.maximum(ok.sum(), 1)

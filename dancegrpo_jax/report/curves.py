@@ -48,7 +48,7 @@ _SMALL_CHARTS = (
     "seconds",
     {part: f"time/{part}" for part in ("encode", "rollout", "decode", "reward", "update")},
   ),
-  SmallChart("Speed", "samples a second", {"samples": "images_per_second"}),
+  SmallChart("Speed", "samples a second", {"samples": "samples_per_second"}),
 )
 
 

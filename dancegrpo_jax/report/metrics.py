@@ -20,6 +20,7 @@ from dancegrpo_jax.report import trackers
 
 FILE = "metrics.jsonl"
 Row = Mapping[str, Any]  # metric -> scalar
+_RENAMED = {"images_per_second": "samples_per_second"}  # since 0.2.0
 
 
 # The file
@@ -28,7 +29,8 @@ Row = Mapping[str, Any]  # metric -> scalar
 def read(workdir: str | os.PathLike) -> list[Row]:
   """The rows of a workdir's metrics.jsonl in order, with NaN for null; [] where there is no file.
 
-  An incomplete last line, which a killed process leaves, is ignored.
+  An incomplete last line, which a killed process leaves, is ignored. Metrics that had another name
+  in an earlier version have the present one.
   """
   path = Path(workdir) / FILE
   rows: list[Row] = []
@@ -37,7 +39,9 @@ def read(workdir: str | os.PathLike) -> list[Row]:
       row = json.loads(line)
     except json.JSONDecodeError:
       continue
-    rows.append({key: math.nan if value is None else value for key, value in row.items()})
+    rows.append(
+      {_RENAMED.get(key, key): math.nan if value is None else value for key, value in row.items()}
+    )
   return rows
 
 
@@ -115,7 +119,8 @@ class Writer:
     arrays = {name: np.asarray(values) for name, values in samples.items()}
     terms = self._config.reward.terms
     total = sum(weight * arrays[term] for term, weight in terms)
-    parts = {f"reward/{term}": arrays[term] for term, _ in terms} if len(terms) > 1 else {}
+    several = [term for term, _ in terms] if len(terms) > 1 else []
+    parts = {f"reward/{term}": arrays[term] for term in (*several, *self._config.reward.watch)}
     return {"rewards": total, **parts, "advantages": arrays["advantage"]}
 
   def show(

@@ -131,14 +131,14 @@ class Progress:
 
     Args:
       iteration: counted from 0.
-      values: its metrics, of which `reward/mean` and `images_per_second` are shown.
+      values: its metrics, of which `reward/mean` and `samples_per_second` are shown.
     """
     self._times.append(time.monotonic())
     left = ""
     if len(self._times) > 1:
       seconds = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
       left = f"  {duration(seconds * (self._total - iteration - 1))} left"
-    reward, speed = values.get("reward/mean", math.nan), values.get("images_per_second", math.nan)
+    reward, speed = values.get("reward/mean", math.nan), values.get("samples_per_second", math.nan)
     self._status = f"reward {reward:.4f}  {speed:.1f} samples/s{left}"
     self._done = iteration + 1
     if self._live is None:

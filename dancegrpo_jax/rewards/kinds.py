@@ -2,6 +2,8 @@
 
 import difflib
 
+from ml_collections import ConfigDict
+
 from dancegrpo_jax import objects
 from dancegrpo_jax.rewards import (
   aesthetic,
@@ -25,15 +27,24 @@ KINDS = {
 
 
 def reward_of(term: str) -> str:
-  """The reward that a term of config.reward.terms belongs to: "videoalign" of "videoalign/vq"."""
+  """The reward that a term of a config belongs to: "videoalign" of "videoalign/vq"."""
   return term.split("/")[0]
 
 
-def kind_of(name: str) -> RewardKind:
+def scored(config: ConfigDict) -> tuple[str, ...]:
+  """All terms that a config asks for: those that are trained on, and those that are watched."""
+  return (*(term for term, _ in config.reward.terms), *config.reward.watch)
+
+
+def kind_of(name: str, field: str = "reward.terms") -> RewardKind:
   """The kind of a reward: one of `KINDS`, or the object that "module:object" names.
 
   The object is a `RewardKind`, or a function, which is a reward on the host (see
   rewards/python_function.py).
+
+  Args:
+    name: of the reward.
+    field: of the config that names it, for messages.
 
   Raises:
     ValueError: there is no such reward or object, or the object has another type; one line.
@@ -44,15 +55,15 @@ def kind_of(name: str) -> RewardKind:
     close = difflib.get_close_matches(name, list(KINDS), n=1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
     raise ValueError(
-      f"config.reward.terms = {name!r}: unknown reward; one of {', '.join(KINDS)}, or"
+      f"config.{field} = {name!r}: unknown reward; one of {', '.join(KINDS)}, or"
       f" module:object{hint}"
     )
-  value = objects.load("reward.terms", name)
+  value = objects.load(field, name)
   if isinstance(value, RewardKind):
     return value
   if callable(value) and not isinstance(value, type):
     return python_function.kind_of(value)
   raise ValueError(
-    f"config.reward.terms: {name!r} is a {type(value).__name__}; it must be a function of (pixels,"
+    f"config.{field}: {name!r} is a {type(value).__name__}; it must be a function of (pixels,"
     " prompts, metadata), or a dancegrpo_jax.rewards.base.RewardKind"
   )

@@ -177,7 +177,7 @@ def _override(config: ConfigDict, override: str) -> str | None:
     if inside:
       return f"--config.{key}: this is a section; set one of its fields: {', '.join(inside)}"
     return f"--config.{key}: unknown key{did_you_mean_field(key, list(fields))}"
-  is_pairs = key in pairs.DEFAULTS
+  is_pairs = pairs.has_short_form(key)
   try:
     short = is_pairs and pairs.is_short(text)
     value = pairs.parse(key, text) if short else _parse(text, fields[key])

@@ -19,6 +19,7 @@ from dancegrpo_jax.rewards import kinds
 def names(config: ConfigDict) -> dict[str, str]:
   """What a config names as "module:object", with the field that names it."""
   found = {config.model.family: "model.family"}
+  found |= {kinds.reward_of(term): "reward.watch" for term in config.reward.watch}
   found |= {kinds.reward_of(term): "reward.terms" for term, _ in config.reward.terms}
   return {name: field for name, field in found.items() if objects.is_named(name)}
 

@@ -16,6 +16,7 @@ RESUMABLE = (
   "mesh",
   "rollout.chunk",
   "reward.slice",
+  "reward.watch",
   "reward.failed_iterations",
   "optimizer.microbatch",
   "optimizer.microbatches_per_call",
@@ -54,6 +55,7 @@ ADDED = {
   "optimizer.microbatches_per_call": Added("0.2.0", 0),
   "reward.failed_iterations": Added("0.2.0", 3),
   "reward.slice": Added("0.2.0", 16),
+  "reward.watch": Added("0.2.0", ()),
 }
 
 

@@ -88,8 +88,8 @@ def flush(
       reward.failed_iterations iterations a larger share of failed rewards than reward.max_failed.
   """
   times = pending.clock.read()
-  images = config.data.prompts_per_iteration * config.rollout.samples_per_prompt
-  speed = {"images_per_second": images / times["time/total"]}
+  samples = config.data.prompts_per_iteration * config.rollout.samples_per_prompt
+  speed = {"samples_per_second": samples / times["time/total"]}
   values = {**jax.device_get(pending.values), **times, **speed}
   row = writer.write(pending.iteration, values, pending.samples)
   progress.update(pending.iteration, row)

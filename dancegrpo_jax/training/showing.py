@@ -84,6 +84,8 @@ def show(session: Session, iteration: int, state: TrainState, warn: scoring.Warn
     "evaluation/score": scoring.mean_of_finite(trained),
     "evaluation/failed": float(np.mean(~np.isfinite(total))),
   }
+  for term in config.reward.watch:
+    result[f"evaluation/{term}"] = scoring.mean_of_finite(scores[term][: len(trained)])
   if len(held_out):
     result["evaluation/held_out"] = scoring.mean_of_finite(held_out)
     result["evaluation/gap"] = result["evaluation/score"] - result["evaluation/held_out"]

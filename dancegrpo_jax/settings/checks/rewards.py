@@ -16,9 +16,17 @@ def rewards(config: ConfigDict) -> Iterator[str]:
     remedy = 'must hold (term, weight) pairs, at least one, as (("clip", 1.0),)'
     yield problem("reward.terms", terms, remedy)
     return
+  watch = config.reward.watch
+  if not isinstance(watch, (tuple, list)) or not all(isinstance(name, str) for name in watch):
+    yield problem("reward.watch", watch, 'must hold names of terms, as ("aesthetic",)')
+    return
   names = [name for name, _ in terms]
-  for name in dict.fromkeys(map(kinds.reward_of, names)):
-    yield from _section(config, name)
+  fields = dict.fromkeys(map(kinds.reward_of, watch), "reward.watch")
+  fields |= dict.fromkeys(map(kinds.reward_of, names), "reward.terms")
+  for name, field in fields.items():
+    yield from _section(config, name, field)
+  for name in sorted({name for name in watch if (*names, *watch).count(name) > 1}):
+    yield problem("reward.watch", name, "named twice; a term is trained on or watched")
   for name in sorted({name for name in names if names.count(name) > 1}):
     yield problem("reward.terms", name, "named twice; give it one weight")
   for threshold in config.reward.thresholds:
@@ -31,10 +39,10 @@ def rewards(config: ConfigDict) -> Iterator[str]:
     yield problem("reward.compressibility.quality", compressibility.quality, remedy)
 
 
-def _section(config: ConfigDict, name: str) -> Iterator[str]:
+def _section(config: ConfigDict, name: str, field: str) -> Iterator[str]:
   """Whether there is a reward of this name, and whether the config has its section."""
   try:
-    section = kinds.kind_of(name).section
+    section = kinds.kind_of(name, field).section
   except ValueError as error:
     yield str(error)
     return
@@ -42,7 +50,7 @@ def _section(config: ConfigDict, name: str) -> Iterator[str]:
     remedy = f"its section config.reward.{section} is missing"
     if name in kinds.KINDS:
       remedy += "; configs/common.py has it"
-    yield problem("reward.terms", name, remedy)
+    yield problem(field, name, remedy)
 
 
 def _is_term_and_number(value: Any) -> bool:
