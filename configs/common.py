@@ -188,6 +188,9 @@ def get_config() -> ConfigDict:
           "checkpoint": "assets/emoji-clip",
           # The tokenizer. Empty means the checkpoint's own.
           "tokenizer": "",
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
+          # of evenly spaced ones as text, or `error`, which refuses videos.
+          "frames": "error",
         }
       ),
       # HPS-v2.1, arXiv 2306.09341, the reward of the paper's main experiments [P].
@@ -199,6 +202,9 @@ def get_config() -> ConfigDict:
           "checkpoint": "checkpoints/HPSv2/HPS_v2.1_compressed.pt",
           # The tokenizer. Empty means the folder of the weight file.
           "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
+          # of evenly spaced ones as text, or `error`, which refuses videos.
+          "frames": "error",
         }
       ),
       # PickScore, arXiv 2305.01569.
@@ -208,6 +214,9 @@ def get_config() -> ConfigDict:
           "checkpoint": "yuvalkirstain/PickScore_v1",
           # The tokenizer; the default is its authors' choice. Empty means the checkpoint's own.
           "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
+          # of evenly spaced ones as text, or `error`, which refuses videos.
+          "frames": "error",
         }
       ),
       # LAION's aesthetic predictor v2, in points from about 1 to 10.
@@ -219,6 +228,9 @@ def get_config() -> ConfigDict:
           # `model.allow_pickle`), from
           # https://github.com/christophschuhmann/improved-aesthetic-predictor.
           "head": "checkpoints/sac+logos+ava1-l14-linearMSE.pth",
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
+          # of evenly spaced ones as text, or `error`, which refuses videos.
+          "frames": "error",
         }
       ),
       # The size of the sample as a JPEG file, in units of 1000 bytes.
@@ -228,6 +240,9 @@ def get_config() -> ConfigDict:
           "quality": 95,
           # What the size is multiplied by: -1 rewards small files and 1 rewards large ones.
           "sign": -1.0,
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
+          # of evenly spaced ones as text, or `error`, which refuses videos.
+          "frames": "error",
         }
       ),
       # A scorer in another process or on another machine; `benchmarks/reward_server.py` is one.

@@ -11,7 +11,7 @@ from dancegrpo_jax.checkpoints import components, hub, weights
 from dancegrpo_jax.data import cut_texts
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.pipelines.layout import Layout, local_path, without_mark
-from dancegrpo_jax.rewards import kinds
+from dancegrpo_jax.rewards import frames, kinds
 from dancegrpo_jax.rewards.base import Files, Networks, Reward, RewardKind
 from dancegrpo_jax.types import PyTree
 
@@ -79,7 +79,8 @@ def build_rewards(config: ConfigDict, files: Files = FILES) -> dict[str, Reward]
     kind = kind_of(name)
     try:
       section = config.reward[kind.section] if kind.section else ConfigDict()
-      rewards[name] = kind.build(name, section, files, networks)
+      reward = kind.build(name, section, files, networks)
+      rewards[name] = frames.of_videos(reward, section, f"reward.{kind.section}")
     except KeyError as error:
       raise ConfigError(
         f"config.reward.{kind.section}: missing; the reward {name!r} reads this section"
@@ -101,6 +102,17 @@ def _require_terms(config: ConfigDict, reward: Reward) -> None:
         f"config.reward: {term!r} is no score of {reward.name!r}, which gives"
         f" {', '.join(reward.terms)}"
       )
+
+
+def require_scorable(rewards: dict[str, Reward], shape: tuple[int, ...]) -> None:
+  """Checks that the rewards can score samples of a shape, see `Pipeline.sample_shape`.
+
+  Raises:
+    ConfigError: a line for each reward that can't.
+  """
+  problems = [reward.refusal(shape) for reward in rewards.values() if reward.refusal]
+  if any(problems):
+    raise ConfigError("\n".join(filter(None, problems)))
 
 
 def read_reward(

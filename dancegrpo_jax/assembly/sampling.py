@@ -64,6 +64,7 @@ def opened(config: ConfigDict, name: str, tried: Sequence[Example] = ()) -> Iter
       limits = cut_prompts.of_model(config)
       pipeline = loading.build_pipeline(config)
       rewards = reward_builders.build_rewards(config, cut_prompts.noting_files(limits))
+      reward_builders.require_scorable(rewards, pipeline.sample_shape)
     if tried:
       with phase("trying the rewards on two blank pictures"):
         reward_trial.require_usable(rewards, pipeline, tried)

@@ -31,6 +31,8 @@ class Reward(NamedTuple):
       whole location here.
     embed: `(params, media) -> f32[b, d]`, embeddings of length 1, or None. `evaluate` measures
       retrieval and diversity with them.
+    refusal: `(shape of a sample) -> text`, one line on why it can't score samples of this shape,
+      with field and remedy; "" where it can. None where it scores all.
     any_part: whether its terms are known only when it's called. `build_rewards` then takes for
       `terms` those that the config asks for.
   """
@@ -43,6 +45,7 @@ class Reward(NamedTuple):
   features: Callable | None = None
   components: dict[str, Component] = {}
   embed: Callable | None = None
+  refusal: Callable[[tuple[int, ...]], str] | None = None
   any_part: bool = False
 
 

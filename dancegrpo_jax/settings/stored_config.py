@@ -56,6 +56,10 @@ ADDED = {
   "reward.failed_iterations": Added("0.2.0", 3),
   "reward.slice": Added("0.2.0", 16),
   "reward.watch": Added("0.2.0", ()),
+  **{
+    f"reward.{name}.frames": Added("0.2.0", "error")
+    for name in ("clip", "hps", "pickscore", "aesthetic", "compressibility")
+  },
 }
 
 

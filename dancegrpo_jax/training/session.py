@@ -120,6 +120,7 @@ def load_and_compile(
     limits = cut_prompts.of_model(config)
     pipeline = loading.build_pipeline(config)
     rewards = reward_builders.build_rewards(config, cut_prompts.noting_files(limits))
+    reward_builders.require_scorable(rewards, pipeline.sample_shape)
   without = pipeline.encoders if config.data.cache_embeddings else ()
   with phase("working out what lies where on the devices"):
     outline = loading.outline(config, pipeline, rewards, mesh)

@@ -5,7 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.rewards import kinds
+from dancegrpo_jax.rewards import frames, kinds
 from dancegrpo_jax.settings.checks.values import problem
 
 
@@ -33,6 +33,11 @@ def rewards(config: ConfigDict) -> Iterator[str]:
     if not _is_term_and_number(threshold) or threshold[0] not in names:
       remedy = f"must be (term, value) with a term of reward.terms: {', '.join(names)}"
       yield problem("reward.thresholds", threshold, remedy)
+  for name, section in config.reward.items():
+    choice = section.get(frames.FIELD) if isinstance(section, ConfigDict) else None
+    if choice is not None and not frames.is_valid(str(choice)):
+      remedy = f"must be one of {', '.join(frames.NAMED)}, or a number of frames, at least 1"
+      yield problem(f"reward.{name}.{frames.FIELD}", choice, remedy)
   compressibility = config.reward.get("compressibility")
   if compressibility is not None and not 1 <= compressibility.quality <= 100:
     remedy = "must lie in [1, 100]; 95 is usual"

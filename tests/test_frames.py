@@ -1,0 +1,106 @@
+"""Rewards of images on videos: the chosen frames, and the mean of their scores."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_checkpoint import ROOT
+
+from dancegrpo_jax.assembly import reward_builders
+from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.rewards import frames
+from dancegrpo_jax.settings import checks, config_file
+from dancegrpo_jax.types import Example, Media
+
+VIDEO = (5, 32, 32, 3)  # the shape of one sample
+EXAMPLES = [Example(0, "a red apple on a blue background"), Example(1, "a cat")]
+
+
+def config(choice: str):
+  overrides = [
+    "reward.terms=clip:1,compressibility:1",
+    *(f"reward.{name}.frames={choice}" for name in ("clip", "compressibility")),
+  ]
+  return config_file.load(f"{ROOT / 'configs' / 'emoji_clip.py'}:tiny", overrides)
+
+
+@pytest.fixture(scope="module")
+def videos() -> np.ndarray:
+  return np.random.default_rng(0).random((2, *VIDEO), np.float32)
+
+
+@pytest.mark.parametrize(
+  "choice, count, expected",
+  [
+    ("first", 9, [0]),
+    ("middle", 9, [4]),
+    ("middle", 4, [1]),
+    ("1", 9, [4]),
+    ("all", 3, [0, 1, 2]),
+    ("2", 9, [0, 8]),
+    ("3", 9, [0, 4, 8]),
+    ("4", 53, [0, 17, 35, 52]),
+    ("9", 9, list(range(9))),
+  ],
+)
+def test_chosen_frames(choice, count, expected):
+  assert frames.chosen(choice, count).tolist() == expected
+
+
+def test_more_frames_than_there_are():
+  with pytest.raises(ValueError, match="5 frames only"):
+    frames.chosen("6", 5)
+
+
+@pytest.mark.parametrize("choice, shown", [("3", [0, 2, 4]), ("all", range(5)), ("first", [0])])
+def test_the_score_of_a_video_is_the_mean_over_frames(videos, choice, shown):
+  """What the reward says of the same frames as single images is what is expected."""
+  loaded = config(choice)
+  rewards = reward_builders.build_rewards(loaded)
+  # On the host.
+  reward = rewards["compressibility"]
+  each = [reward.score(Media(videos[:, i]), EXAMPLES)["compressibility"] for i in shown]
+  found = reward.score(Media(videos, 8.0), EXAMPLES)["compressibility"]
+  np.testing.assert_allclose(found, np.mean(each, 0), rtol=1e-6)
+  # On the device.
+  reward = rewards["clip"]
+  params = reward_builders.read_reward(reward, None)
+  features = reward.features(params, jnp.asarray(reward.prepare(EXAMPLES)))
+  each = [reward.score(params, Media(videos[:, i]), features)["clip"] for i in shown]
+  found = jax.jit(reward.score)(params, Media(videos, 8.0), features)["clip"]
+  np.testing.assert_allclose(found, np.mean(each, 0), atol=2e-6)
+  rows = np.mean([reward.embed(params, Media(videos[:, i])) for i in shown], 0)
+  expected = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+  np.testing.assert_allclose(reward.embed(params, Media(videos, 8.0)), expected, atol=2e-6)
+
+
+def test_a_frame_that_fails_fails_its_video(videos):
+  reward = reward_builders.build_rewards(config("all"))["compressibility"]
+  spoilt = videos.copy()
+  spoilt[1, 3, 0, 0, 0] = np.nan
+  scores = reward.score(Media(spoilt, 8.0), EXAMPLES)["compressibility"]
+  assert np.isfinite(scores[0]) and np.isnan(scores[1])
+
+
+@pytest.mark.parametrize(
+  "choice, message",
+  [
+    (
+      "error",
+      "config.reward.clip.frames = 'error': the reward 'clip' scores images, and the model",
+    ),
+    ("6", "config.reward.clip.frames = '6': a video has 5 frames only; set it to at most 5"),
+  ],
+)
+def test_what_can_t_be_scored_is_one_line_a_reward(choice, message):
+  rewards = reward_builders.build_rewards(config(choice))
+  with pytest.raises(ConfigError) as caught:
+    reward_builders.require_scorable(rewards, VIDEO)
+  lines = str(caught.value).splitlines()
+  assert len(lines) == 2 and lines[0].startswith(message)
+  reward_builders.require_scorable(rewards, VIDEO[1:])  # pictures: the field changes nothing
+
+
+def test_a_wrong_choice_is_named():
+  with pytest.raises(ConfigError, match="reward.clip.frames = 'last': must be one of error, first"):
+    checks.validate(config("last"), num_devices=1, num_examples=16)
