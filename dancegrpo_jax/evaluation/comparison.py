@@ -17,7 +17,7 @@ from dancegrpo_jax.report import images
 from dancegrpo_jax.report.progress import phase
 from dancegrpo_jax.rewards import failures
 from dancegrpo_jax.settings import checks
-from dancegrpo_jax.types import Example
+from dancegrpo_jax.types import Example, Media
 
 
 def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dict:
@@ -72,7 +72,7 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
         tuned, after = measure(opened, opened.weights, examples, pool, errors)
       name = Path(file).stem
       results[name] = compare(base, tuned)
-      images.save(folder / f"{name}.png", side_by_side(before, after, examples))
+      images.save(folder / f"{name}.png", side_by_side(before.pixels, after.pixels, examples))
       rows[name] = {
         "base": save_samples(folder / name / "base", examples, base, before),
         "checkpoint": save_samples(folder / name / "checkpoint", examples, tuned, after),
@@ -88,22 +88,20 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
   return results
 
 
-def save_samples(
-  folder: Path, examples: list[Example], scores: dict, pixels: np.ndarray
-) -> list[dict]:
+def save_samples(folder: Path, examples: list[Example], scores: dict, media: Media) -> list[dict]:
   """Writes the samples of one set of weights.
 
   Args:
-    folder: for the images.
+    folder: for the files.
     examples: prompts.
     scores: of `measures.measure`.
-    pixels: `[prompts, samples, height, width, 3]`.
+    media: of pixels `[prompts, samples, (frames,) height, width, 3]`.
 
   Returns:
     For each sample its prompt, its file, and its scores, None for a failed one.
   """
-  count = pixels.shape[1]
-  files = images.save_images(folder, pixels.reshape(-1, *pixels.shape[2:]))
+  pixels, count = media.pixels, media.pixels.shape[1]
+  files = images.save_samples(folder, pixels.reshape(-1, *pixels.shape[2:]), media.fps)
   flat = {term: np.ravel(values) for term, values in scores.items() if np.ndim(values)}
   rows: list[dict] = []
   for i, file in enumerate(files):
@@ -141,7 +139,8 @@ def side_by_side(
   """A grid of the first sample of each prompt, the base model's above the checkpoint's.
 
   Args:
-    before, after: samples of base model and checkpoint, `[prompts, samples, height, width, 3]`.
+    before, after: samples of base model and checkpoint, `[prompts, samples, (frames,) height,
+      width, 3]`.
     examples: prompts.
     columns: prompts in a row.
     most: prompts in the grid; the first ones are shown.
