@@ -3,16 +3,20 @@
 from dancegrpo_jax.conversion.table import Table
 from dancegrpo_jax.conversion.tables import clip
 from dancegrpo_jax.errors import ConversionError
+from dancegrpo_jax.pipelines import networks as shared
 from dancegrpo_jax.pipelines.families import FAMILIES
 from dancegrpo_jax.pipelines.layout import Network
 from dancegrpo_jax.rewards.kinds import KINDS
 from dancegrpo_jax.types import PyTree
 
+# Networks that no family has yet.
+_OTHERS = {shared.AUTOENCODER_HUNYUAN_VIDEO.table.name: shared.AUTOENCODER_HUNYUAN_VIDEO}
 NETWORKS: dict[str, Network] = {
   name: network
   for networks in (
     *(family.networks for family in FAMILIES.values()),
     *(kind.networks for kind in KINDS.values()),
+    _OTHERS,
   )
   for name, network in networks.items()
 }
