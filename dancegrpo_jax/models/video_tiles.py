@@ -183,8 +183,7 @@ def _computed(
   for shape, keys in groups.items():
 
     def tile(start: Array, shape: tuple[int, ...] = shape) -> Array:
-      start = (0, *start, 0)
-      return function(jax.lax.dynamic_slice(x, start, (x.shape[0], *shape, x.shape[-1])))
+      return function(jax.lax.dynamic_slice(x, (0, *start, 0), (x.shape[0], *shape, x.shape[-1])))
 
     if len(keys) == 1:
       results[keys[0]] = function(x[:, *(slice(n, n + length) for n, length in keys[0])])

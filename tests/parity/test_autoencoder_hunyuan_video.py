@@ -141,18 +141,16 @@ def tiling_pair(tiling: str):
   "tiling, shape",
   [
     ("none", (5, 2, 3)),
-    ("time", (4, 2, 9)),
     ("time", (14, 2, 3)),
-    ("time", (16, 2, 3)),
+    pytest.param("time", (16, 2, 3), marks=pytest.mark.slow),
     ("diffusers", (1, 12, 12)),
-    ("diffusers", (2, 7, 9)),
-    ("diffusers", (8, 12, 8)),
+    ("diffusers", (6, 12, 4)),
   ],
 )
 def test_tiled_decode(tiling, shape):
   """Of clips of several frames, heights and widths, with tiles of 64 pixels at a stride of 48.
 
-  16 latent frames end in a tile of one frame, which adds nothing.
+  16 latent frames end in a tile of one frame, which adds nothing. 2 x 3 latents are one tile.
   """
   published, network, params = tiling_pair(tiling)
   latents = drawn(7, 1, 4, *shape)
@@ -169,9 +167,8 @@ def test_tiled_decode(tiling, shape):
   "tiling, shape",
   [
     ("time", (29, 16, 24)),
-    ("diffusers", (1, 96, 96)),
-    ("diffusers", (1, 56, 72)),
-    ("diffusers", (21, 64, 72)),
+    ("diffusers", (1, 72, 48)),
+    pytest.param("diffusers", (21, 72, 96), marks=pytest.mark.slow),
   ],
 )
 def test_tiled_encode(tiling, shape):
@@ -184,16 +181,6 @@ def test_tiled_encode(tiling, shape):
     posterior = published.encode(2 * pixels - 1).latent_dist
   assert error(theirs(mean), posterior.mean) <= 1e-4
   assert error(theirs(log_variance), posterior.logvar) <= 1e-4
-
-
-def test_tiles_change_the_result():
-  """So that a comparison of tiles with tiles means something."""
-  latents = drawn(7, 1, 4, 5, 9, 2)
-  with torch.no_grad():
-    whole, time, both = (
-      tiling_pair(name)[0].decode(latents).sample for name in ("none", "time", "diffusers")
-    )
-  assert (whole - time).abs().max() > 0.1 and (time - both).abs().max() > 0.1
 
 
 def test_unknown_tilings_and_broken_tiles_are_refused():
