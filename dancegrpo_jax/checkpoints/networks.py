@@ -1,18 +1,22 @@
-"""The networks of this package's families and rewards, by the names of their classes in PyTorch."""
+"""The networks that can be converted, by the names of their classes in PyTorch."""
 
 from dancegrpo_jax.conversion.table import Table
 from dancegrpo_jax.conversion.tables import clip
 from dancegrpo_jax.errors import ConversionError
 from dancegrpo_jax.pipelines.families import FAMILIES
 from dancegrpo_jax.pipelines.layout import Network
+from dancegrpo_jax.pipelines.networks import HUNYUAN_VIDEO, LLAMA
 from dancegrpo_jax.rewards.kinds import KINDS
 from dancegrpo_jax.types import PyTree
 
+# Networks that can be converted, but that no family or reward has yet.
+ALONE = {"HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO, "LlamaModel": LLAMA}
 NETWORKS: dict[str, Network] = {
   name: network
   for networks in (
     *(family.networks for family in FAMILIES.values()),
     *(kind.networks for kind in KINDS.values()),
+    ALONE,
   )
   for name, network in networks.items()
 }
