@@ -9,7 +9,16 @@ import json
 import pytest
 from tiny_checkpoint import ROOT
 
-from dancegrpo_jax.models import autoencoder, autoencoder_hunyuan_video, clip, flux, t5, unet
+from dancegrpo_jax.models import (
+  autoencoder,
+  autoencoder_hunyuan_video,
+  clip,
+  decoder_lm,
+  flux,
+  hunyuan_video,
+  t5,
+  unet,
+)
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -22,12 +31,14 @@ DIFFUSERS = {
     autoencoder_hunyuan_video.from_json,
   ),
   "FluxTransformer2DModel": (flux.KEYS, flux.from_json),
+  "HunyuanVideoTransformer3DModel": (hunyuan_video.KEYS, hunyuan_video.from_json),
 }
 TRANSFORMERS = {
   "CLIPTextConfig": (clip.TEXT_KEYS, clip.ClipText.from_json),
   "CLIPVisionConfig": (clip.VISION_KEYS, clip.ClipVision.from_json),
   "CLIPConfig": (clip.KEYS, clip.Clip.from_json),
   "T5Config": (t5.KEYS, t5.from_json),
+  "LlamaConfig": (decoder_lm.KEYS, decoder_lm.from_json),
 }
 V1_1 = {"feed_forward_proj": "gated-gelu"}  # T5's own default is not implemented
 
@@ -58,6 +69,14 @@ def test_defaults_are_those_of_transformers(name):
   theirs = getattr(transformers, name)().to_dict() | {"_name_or_path": ""}
   sections = {"text_config", "vision_config", "text_config_dict", "vision_config_dict"}
   mine = {key: value for key, value in keys.used.items() if key not in sections}
+  if name == "LlamaConfig":
+    # transformers 5 fills these in; files of earlier versions have rope_theta
+    rope = theirs.pop("rope_parameters")
+    assert rope == {"rope_theta": mine.pop("rope_theta"), "rope_type": "default"}
+    width = theirs["hidden_size"] // theirs["num_attention_heads"]
+    filled = {"num_key_value_heads": theirs["num_attention_heads"], "head_dim": width}
+    assert {key: theirs[key] for key in filled} == filled
+    assert not any(mine.pop(key) for key in (*filled, "rope_parameters"))
   assert {key: theirs[key] for key in mine} == mine
   assert {key for key in theirs if not key.startswith("_")} <= known(keys)
   for key, values in keys.neutral.items():
@@ -90,6 +109,16 @@ def test_what_diffusers_saves_is_read(name, tmp_path):
       "joint_attention_dim": 8,
       "pooled_projection_dim": 8,
     },
+    "HunyuanVideoTransformer3DModel": {
+      "num_layers": 1,
+      "num_single_layers": 1,
+      "num_refiner_layers": 1,
+      "num_attention_heads": 1,
+      "text_embed_dim": 8,
+      "pooled_projection_dim": 8,
+      "guidance_embeds": False,
+      "rope_theta": 99.0,
+    },
   }[name]
   getattr(diffusers, name)(**small).save_pretrained(tmp_path)
   network = DIFFUSERS[name][1](json.loads((tmp_path / "config.json").read_text()))
@@ -99,10 +128,22 @@ def test_what_diffusers_saves_is_read(name, tmp_path):
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_what_transformers_save_is_read(name, tmp_path):
   given = {"CLIPConfig": {"projection_dim": 24}, "T5Config": V1_1 | {"d_model": 24}}
-  given = given.get(name, {"hidden_size": 24, "num_attention_heads": 2})
+  small = {"hidden_size": 24, "num_attention_heads": 2}
+  given = given.get(name, small)
   getattr(transformers, name)(**given).save_pretrained(tmp_path)
   network = TRANSFORMERS[name][1](json.loads((tmp_path / "config.json").read_text()))
-  assert all(getattr(network, key) == given[key] for key in given if key not in V1_1)
+  names = {"num_attention_heads": "heads"} if name == "LlamaConfig" else {}
+  for key in given.keys() - V1_1.keys():
+    assert getattr(network, names.get(key, key)) == given[key]
+
+
+def test_the_base_of_rotations_is_read_in_both_spellings(tmp_path):
+  """transformers 5 writes it into rope_parameters; earlier versions wrote rope_theta."""
+  transformers.LlamaConfig(rope_theta=5e5).save_pretrained(tmp_path)
+  saved = json.loads((tmp_path / "config.json").read_text())
+  assert "rope_theta" not in saved
+  for given in (saved, {"rope_theta": 5e5}):
+    assert decoder_lm.from_json(given).theta == 5e5
 
 
 REFUSED = {
@@ -133,6 +174,21 @@ REFUSED = {
   "FluxTransformer2DModel": [
     ("patch_size", 2, "patch_size = 2 (implemented: 1)"),
     ("quantization_config", {"bits": 4}, "quantization_config"),
+  ],
+  "HunyuanVideoTransformer3DModel": [
+    ("patch_size_t", 2, "patch_size_t = 2 (implemented: 1)"),
+    (
+      "image_condition_type",
+      "token_replace",
+      "image_condition_type = 'token_replace' (implemented: None)",
+    ),
+    ("in_channels", None, "in_channels = None (implemented: an integer)"),
+    ("_class_name", "FluxTransformer2DModel", "config.json is that of a FluxTransformer2DModel"),
+  ],
+  "LlamaConfig": [
+    ("model_type", "qwen2", "model_type = 'qwen2' (implemented: 'llama')"),
+    ("rope_scaling", {"factor": 8.0}, "rope_scaling = {'factor': 8.0} (implemented: None)"),
+    ("sliding_window", 4096, "sliding_window = 4096 (an unknown key)"),
   ],
   "CLIPTextConfig": [
     ("hidden_size", 24.0, "hidden_size = 24.0 (implemented: an integer)"),

@@ -16,12 +16,15 @@ import pytest
 
 from dancegrpo_jax.checkpoints.networks import TABLES, abstract_params, class_name
 from dancegrpo_jax.checkpoints.weights import specs
+from dancegrpo_jax.conversion import names
 from dancegrpo_jax.conversion.mapping import Mapping, plan
 from dancegrpo_jax.conversion.table import Spec, expected_sources
 from dancegrpo_jax.conversion.tables.clip import OPEN_CLIP
+from dancegrpo_jax.conversion.tables.language_models import without_last_layers
 from dancegrpo_jax.conversion.tables.rows import tree_path
 from dancegrpo_jax.errors import ConversionError
-from dancegrpo_jax.models import clip, flux, t5
+from dancegrpo_jax.models import clip, decoder_lm, flux, hunyuan_video, t5
+from dancegrpo_jax.pipelines.networks import abstract_hunyuan_video
 
 FIXTURES = Path(__file__).parent / "fixtures" / "tensors"
 F32 = np.dtype(np.float32)
@@ -42,6 +45,8 @@ NETWORKS = {
   "flux-text": 123_060_480,
   "flux-vae": 83_819_683,
   "hunyuan-video-vae": 246_478_803,
+  "hunyuan-video": 12_821_012_544,
+  "hunyuan-llama": 7_505_186_816,
 }
 TODAYS = [name for name in NETWORKS if name != "clip-h"]
 
@@ -70,6 +75,11 @@ def parameters(name: str, scan: bool = False) -> dict[str, Spec]:
       np.zeros((1, network.pooled_projection_dim)),
     ]
     arguments = [x.astype(np.float32) for x in arguments + [np.zeros(1)] * network.guidance_embeds]
+  elif kind == "HunyuanVideoTransformer3DModel":
+    return specs(abstract_hunyuan_video(hunyuan_video.from_json(config(name), scan_blocks=True)))
+  elif kind == "LlamaModel":
+    network = decoder_lm.from_json(config(name), scan_blocks=True)
+    arguments = [np.zeros((1, 1), np.int32)]
   elif kind == "T5EncoderModel":
     network, arguments = t5.from_json(config(name), scan_blocks=True), [np.zeros((1, 1), np.int32)]
   elif kind == "CLIPTextModel":
@@ -132,6 +142,22 @@ def test_published_names_of_fluxs_text_encoders_are_mapped(name):
       "encoder/block/layer_1/DenseReluDense/wi_1/kernel:"
       " encoder.block.23.layer.1.DenseReluDense.wi_1.weight",
     ),
+    (
+      "hunyuan-video",
+      "hunyuan-video",
+      "single_transformer_blocks/proj_mlp/bias: single_transformer_blocks.39.proj_mlp.bias",
+    ),
+    (
+      "hunyuan-video",
+      "hunyuan-video",
+      "context_embedder/token_refiner/refiner_blocks/ff/net_0/proj/kernel:"
+      " context_embedder.token_refiner.refiner_blocks.1.ff.net.0.proj.weight",
+    ),
+    (
+      "hunyuan-llama",
+      "hunyuan-llama",
+      "layers/self_attn/k_proj/kernel: layers.31.self_attn.k_proj.weight",
+    ),
   ],
 )
 def test_stacked_blocks_are_mapped(name, file, last):
@@ -166,6 +192,45 @@ def test_either_name_of_t5s_embedding_and_a_whole_t5():
     plan(
       table, {name: spec for name, spec in tensors.items() if name not in (shared, copy)}, targets
     )
+
+
+def test_skyreels_is_hunyuan_video_with_more_channels():
+  """Only the patch embedding differs; the number of parameters is that of its published file."""
+  changed = config("hunyuan-video") | {"in_channels": 32}
+  targets = specs(abstract_params(changed))
+  assert sum(math.prod(spec.shape) for spec in targets.values()) == 12_821_209_152
+  weight = {"x_embedder.proj.weight": Spec((3072, 32, 1, 2, 2), F32)}
+  table, tensors = TABLES["HunyuanVideoTransformer3DModel"], inventory("hunyuan-video")
+  assert expected_sources(table, targets) == tensors | weight
+  with pytest.raises(ConversionError, match=r"x_embedder.proj.weight \[3072, 16, 1, 2, 2\]"):
+    plan(table, tensors, targets)
+
+
+@pytest.mark.parametrize(
+  "prefix, others",
+  [
+    ("", ()),
+    ("model.", ("lm_head.weight", "model.rotary_emb.inv_freq")),
+    ("language_model.model.", ("language_model.lm_head.weight", "vision_tower.conv.weight")),
+    ("model.language_model.", ("lm_head.weight", "model.visual.conv.weight")),
+  ],
+)
+def test_llamas_in_larger_files(prefix, others):
+  """A model with its head, and one with a vision tower; with all layers, and with 30 of 32."""
+  spec = Spec((1,), F32)
+  tensors = {prefix + name: each for name, each in inventory("hunyuan-llama").items()}
+  tensors |= dict.fromkeys(others, spec)
+  table, published = TABLES["LlamaModel"], config("hunyuan-llama")
+  bare = {short: tensors[name] for short, name in names.bare(table, tensors).items()}
+  assert len(plan(table, bare, parameters("hunyuan-llama")).sources) == 290
+  network = decoder_lm.from_json(published, scan_blocks=True, layers=30, final_norm=False)
+  arguments = jax.random.key(0), np.zeros((1, 1), np.int32)
+  targets = specs(jax.eval_shape(network.init, *arguments)["params"])
+  mapping = plan(without_last_layers(table, 30, 32), bare, targets)
+  assert len(mapping.sources) == 1 + 30 * 9
+  assert sum(math.prod(spec.shape) for spec in targets.values()) == 7_068_958_720
+  with pytest.raises(ConversionError, match="layers.30"):
+    plan(table, bare, targets)
 
 
 @pytest.mark.parametrize(
@@ -215,6 +280,8 @@ def test_open_clip_names_are_mapped(scan):
     ("hunyuan-video-vae", "hunyuan-video-vae"),
     ("flux-t5", "flux-t5.published"),
     ("flux-text", "flux-text.published"),
+    ("hunyuan-video", "hunyuan-video"),
+    ("hunyuan-llama", "hunyuan-llama"),
   ],
 )
 def test_names_and_shapes_of_exported_files(name, file):

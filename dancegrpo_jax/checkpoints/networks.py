@@ -1,4 +1,4 @@
-"""The networks of this package's families and rewards, by the names of their classes in PyTorch."""
+"""The networks that can be converted, by the names of their classes in PyTorch."""
 
 from dancegrpo_jax.conversion.table import Table
 from dancegrpo_jax.conversion.tables import clip
@@ -9,14 +9,18 @@ from dancegrpo_jax.pipelines.layout import Network
 from dancegrpo_jax.rewards.kinds import KINDS
 from dancegrpo_jax.types import PyTree
 
-# Networks that no family has yet.
-_OTHERS = {shared.AUTOENCODER_HUNYUAN_VIDEO.table.name: shared.AUTOENCODER_HUNYUAN_VIDEO}
+# Networks that can be converted, but that no family or reward has yet.
+ALONE = {
+  "AutoencoderKLHunyuanVideo": shared.AUTOENCODER_HUNYUAN_VIDEO,
+  "HunyuanVideoTransformer3DModel": shared.HUNYUAN_VIDEO,
+  "LlamaModel": shared.LLAMA,
+}
 NETWORKS: dict[str, Network] = {
   name: network
   for networks in (
     *(family.networks for family in FAMILIES.values()),
     *(kind.networks for kind in KINDS.values()),
-    _OTHERS,
+    ALONE,
   )
   for name, network in networks.items()
 }

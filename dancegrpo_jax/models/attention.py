@@ -224,7 +224,10 @@ def _warn_once(impl: str, dtype: str, head_dim: int, plain: bool) -> None:
 
 
 class Attention(nn.Module):
-  """diffusers' Attention: queries from `x`, keys and values from `context` or else from `x`."""
+  """diffusers' Attention: queries from `x`, keys and values from `context` or else from `x`.
+
+  `key_lengths` are the numbers of valid keys, which come first; None means that all are valid.
+  """
 
   heads: int
   qkv_bias: bool = False
@@ -234,7 +237,10 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b n c"], context: Float[Array, "b m k"] | None = None
+    self,
+    x: Float[Array, "b n c"],
+    context: Float[Array, "b m k"] | None = None,
+    key_lengths: Int[Array, "b"] | None = None,
   ) -> Float[Array, "b n c"]:
     context = x if context is None else context
     channels = x.shape[-1]
@@ -244,7 +250,8 @@ class Attention(nn.Module):
       y = Dense(channels, use_bias=self.qkv_bias, name=name, **types)(y)
       return y.reshape(*y.shape[:-1], self.heads, channels // self.heads)
 
-    y = attention(heads("to_q", x), heads("to_k", context), heads("to_v", context), impl=self.impl)
+    q, k, v = heads("to_q", x), heads("to_k", context), heads("to_v", context)
+    y = attention(q, k, v, key_lengths=key_lengths, impl=self.impl)
     return Dense(channels, name="to_out_0", **types)(y.reshape(x.shape))
 
 

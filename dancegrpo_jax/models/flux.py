@@ -3,9 +3,11 @@
 Text tokens and image tokens first go through "double" blocks, which have separate weights for the
 two but one attention over both. Then they are joined and go through "single" blocks. Latents are
 not packed, `[b, h, w, c]`; the network makes a token of each of their 2x2 squares. Time, guidance
-and the pooled text modulate every norm. Positions enter as rotations of queries and keys (RoPE,
-arXiv 2104.09864), with a part of each head for each axis. The residual is in `dtype`; norms,
-modulation and rotations are computed in float32.
+and the pooled text modulate every norm. Positions enter as rotations of queries and keys, with a
+part of each head for each axis. The residual is in `dtype`; norms, modulation and rotations are
+computed in float32.
+
+HunyuanVideo has the same blocks (hunyuan_video.py).
 """
 
 from collections.abc import Callable
@@ -14,19 +16,17 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dancegrpo_jax.models.attention import Projection, attention
+from dancegrpo_jax.models.blocks import repeated
 from dancegrpo_jax.models.config import from_config, keys_of
 from dancegrpo_jax.models.embeddings import TimeEmbedding, sinusoid
 from dancegrpo_jax.models.layers import Dense, Dtype, RMSNorm, standardise
+from dancegrpo_jax.models.rotary import Rotation, grid, rotate, rotation
 
 _EPSILON = 1e-6  # of every norm of the network
-_THETA = 10000.0  # the base of the rotations' frequencies
 _SINUSOIDS = 256  # the number of sinusoids of time and guidance
-
-# Cosines and sines, one for each pair of a head's entries.
-Rotation = tuple[Float[Array, "tokens pairs"], Float[Array, "tokens pairs"]]
 
 
 def pack(latents: Float[Array, "b h w c"]) -> Float[Array, "b n p"]:
@@ -51,32 +51,7 @@ def positions(text_tokens: int, rows: int, columns: int) -> np.ndarray:
 
   All text tokens have the position (0, 0, 0).
   """
-  image = np.meshgrid([0], np.arange(rows), np.arange(columns), indexing="ij")
-  text = np.zeros((text_tokens, 3), np.int64)
-  return np.concatenate([text, np.stack(image, axis=-1).reshape(-1, 3)])
-
-
-def rotation(ids: np.ndarray, widths: tuple[int, ...]) -> Rotation:
-  """The rotations of tokens by their positions, computed on the host in float64.
-
-  Args:
-    ids: positions `[tokens, axes]`.
-    widths: the number of a head's entries that each axis rotates.
-  """
-  angles = [
-    ids[:, axis, None] * _THETA ** (-np.arange(0, width, 2, dtype=np.float64) / width)
-    for axis, width in enumerate(widths)
-  ]
-  angle = np.concatenate(angles, axis=-1)
-  return jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)
-
-
-def rotate(x: Float[Array, "b n h d"], by: Rotation) -> Float[Array, "b n h d"]:
-  """Rotates every pair (x[2k], x[2k + 1]) of a head by the k-th angle of its token."""
-  cos, sin = (part[None, :, None, :] for part in by)
-  pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-  a, b = pairs[..., 0], pairs[..., 1]
-  return jnp.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(x.shape).astype(x.dtype)
+  return np.concatenate([np.zeros((text_tokens, 3), np.int64), grid(1, rows, columns)])
 
 
 class Modulation(nn.Module):
@@ -114,15 +89,16 @@ def gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
 
 
 class FeedForward(nn.Module):
-  """Two dense layers with a gelu between them, four times as wide as the input."""
+  """Two dense layers with an activation between them, four times as wide as the input."""
 
+  activation: Callable[[Array], Array] = gelu
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
   @nn.compact
   def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    hidden = gelu(Projection(4 * x.shape[-1], name="net_0", **types)(x))
+    hidden = self.activation(Projection(4 * x.shape[-1], name="net_0", **types)(x))
     return Dense(x.shape[-1], name="net_2", **types)(hidden)
 
 
@@ -150,8 +126,10 @@ class _Attention(nn.Module):
     q, k = (RMSNorm(_EPSILON, name=name, **types)(y) for name, y in zip(norms, (q, k)))
     return q, k, v
 
-  def attend(self, q: Array, k: Array, v: Array, by: Rotation) -> Float[Array, "b n d"]:
-    y = attention(rotate(q, by), rotate(k, by), v, impl=self.impl)
+  def attend(
+    self, q: Array, k: Array, v: Array, by: Rotation, key_lengths: Int[Array, "b"] | None
+  ) -> Float[Array, "b n d"]:
+    y = attention(rotate(q, by), rotate(k, by), v, key_lengths=key_lengths, impl=self.impl)
     return y.reshape(*y.shape[:2], -1)
 
 
@@ -162,19 +140,31 @@ _TEXT = ("add_q_proj", "add_k_proj", "add_v_proj"), ("norm_added_q", "norm_added
 
 
 class JointAttention(_Attention):
-  """One attention over text and image, with separate projections. Returns (text, image)."""
+  """One attention over text and image, with separate projections. Returns (text, image).
+
+  The tokens of `by` are text and image. With `key_lengths` they are image and text, so that valid
+  tokens come first.
+  """
 
   @nn.compact
   def __call__(
-    self, text: Float[Array, "b t d"], image: Float[Array, "b n d"], by: Rotation
+    self,
+    text: Float[Array, "b t d"],
+    image: Float[Array, "b n d"],
+    by: Rotation,
+    key_lengths: Int[Array, "b"] | None = None,
   ) -> tuple[Float[Array, "b t d"], Float[Array, "b n d"]]:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-    both = zip(self.project(text, *_TEXT), self.project(image, *_IMAGE))
-    q, k, v = (jnp.concatenate(parts, axis=1) for parts in both)
-    y = self.attend(q, k, v, by)
+    streams = [self.project(text, *_TEXT), self.project(image, *_IMAGE)]
     tokens, width = text.shape[1:]
-    text = Dense(width, name="to_add_out", **types)(y[:, :tokens])
-    image = Dense(width, name="to_out_0", **types)(y[:, tokens:])
+    of_text, of_image = slice(None, tokens), slice(tokens, None)
+    if key_lengths is not None:
+      streams = streams[::-1]
+      of_text, of_image = slice(image.shape[1], None), slice(None, image.shape[1])
+    q, k, v = (jnp.concatenate(parts, axis=1) for parts in zip(*streams))
+    y = self.attend(q, k, v, by, key_lengths)
+    text = Dense(width, name="to_add_out", **types)(y[:, of_text])
+    image = Dense(width, name="to_out_0", **types)(y[:, of_image])
     return text, image
 
 
@@ -182,15 +172,17 @@ class SelfAttention(_Attention):
   """Attention without a projection of its result, which the block has."""
 
   @nn.compact
-  def __call__(self, x: Float[Array, "b n d"], by: Rotation) -> Float[Array, "b n d"]:
+  def __call__(
+    self, x: Float[Array, "b n d"], by: Rotation, key_lengths: Int[Array, "b"] | None = None
+  ) -> Float[Array, "b n d"]:
     q, k, v = self.project(x, *_IMAGE)
-    return self.attend(q, k, v, by)
+    return self.attend(q, k, v, by, key_lengths)
 
 
 class DoubleBlock(nn.Module):
   """diffusers' FluxTransformerBlock, in the (carry, output) form that nn.scan needs.
 
-  The carry is (text, image).
+  The carry is (text, image). `by` and `key_lengths` are those of `JointAttention`.
   """
 
   heads: int
@@ -200,13 +192,17 @@ class DoubleBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, streams: tuple[Array, Array], conditioning: Float[Array, "b d"], by: Rotation
+    self,
+    streams: tuple[Array, Array],
+    conditioning: Float[Array, "b d"],
+    by: Rotation,
+    key_lengths: Int[Array, "b"] | None = None,
   ) -> tuple:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     suffixes = ("_context", "")  # of text and image
     parts = [Modulation(6, name=f"norm1{suffix}", **types)(conditioning) for suffix in suffixes]
     normed = [modulate(x, shift, scale) for x, (shift, scale, *_) in zip(streams, parts)]
-    attended = JointAttention(self.heads, self.impl, name="attn", **types)(*normed, by)
+    attended = JointAttention(self.heads, self.impl, name="attn", **types)(*normed, by, key_lengths)
     added = [gated(x, gate, y) for x, (_, _, gate, *_), y in zip(streams, parts, attended)]
     results = tuple(
       gated(x, gate, FeedForward(name=f"ff{suffix}", **types)(modulate(x, shift, scale)))
@@ -217,7 +213,7 @@ class DoubleBlock(nn.Module):
 
 class SingleBlock(nn.Module):
   """diffusers' FluxSingleTransformerBlock: attention and feed-forward in parallel, over text and
-  image as one sequence.
+  image as one sequence, of which `key_lengths` are the numbers of valid tokens.
   """
 
   heads: int
@@ -227,13 +223,17 @@ class SingleBlock(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, "b n d"], conditioning: Float[Array, "b d"], by: Rotation
+    self,
+    x: Float[Array, "b n d"],
+    conditioning: Float[Array, "b d"],
+    by: Rotation,
+    key_lengths: Int[Array, "b"] | None = None,
   ) -> tuple:
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     width = x.shape[-1]
     shift, scale, gate = Modulation(3, name="norm", **types)(conditioning)
     y = modulate(x, shift, scale)
-    attended = SelfAttention(self.heads, self.impl, name="attn", **types)(y, by)
+    attended = SelfAttention(self.heads, self.impl, name="attn", **types)(y, by, key_lengths)
     hidden = gelu(Dense(4 * width, name="proj_mlp", **types)(y))
     y = Dense(width, name="proj_out", **types)(jnp.concatenate([attended, hidden], axis=-1))
     return gated(x, gate, y), None
@@ -288,24 +288,6 @@ class FluxTransformer2DModel(nn.Module):
   dtype: Dtype = jnp.float32
   param_dtype: Dtype = jnp.float32
 
-  def blocks(self, cls: type[nn.Module], count: int, name: str) -> Callable:
-    """A function `(carry, conditioning, rotation) -> carry` that applies `count` blocks."""
-    args = (self.num_attention_heads, self.impl, self.dtype, self.param_dtype)
-    cls = nn.remat(cls, prevent_cse=not self.scan_blocks) if self.remat else cls
-    if self.scan_blocks:
-      axes = {"params": 0, "lora": 0}
-      stack = nn.scan(
-        cls, variable_axes=axes, split_rngs={"params": True}, in_axes=nn.broadcast, length=count
-      )
-      return lambda carry, *fixed: stack(*args, name=name)(carry, *fixed)[0]
-
-    def one_by_one(carry, *fixed):
-      for i in range(count):
-        carry, _ = cls(*args, name=f"{name}_{i}")(carry, *fixed)
-      return carry
-
-    return one_by_one
-
   @nn.compact
   def __call__(
     self,
@@ -341,9 +323,13 @@ class FluxTransformer2DModel(nn.Module):
     text = Dense(width, name="context_embedder", **types)(text)
     conditioning = Embeddings(width, name="time_text_embed", **types)(time, pooled, guidance)
 
-    double = self.blocks(DoubleBlock, self.num_layers, "transformer_blocks")
+    args = (self.num_attention_heads, self.impl, self.dtype, self.param_dtype)
+    how = {"scan_blocks": self.scan_blocks, "remat": self.remat}
+    name = "transformer_blocks"
+    double = repeated(DoubleBlock, *args, count=self.num_layers, name=name, **how)
     text, image = double((text, image), conditioning, by)
-    single = self.blocks(SingleBlock, self.num_single_layers, "single_transformer_blocks")
+    name, count = "single_transformer_blocks", self.num_single_layers
+    single = repeated(SingleBlock, *args, count=count, name=name, **how)
     x = single(jnp.concatenate([text, image], axis=1), conditioning, by)
 
     scale, shift = Modulation(2, name="norm_out", **types)(conditioning)

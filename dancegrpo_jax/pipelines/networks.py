@@ -11,8 +11,17 @@ from jaxtyping import Array, Float
 from dancegrpo_jax.conversion.tables import clip as clip_tables
 from dancegrpo_jax.conversion.tables import flux as flux_tables
 from dancegrpo_jax.conversion.tables import hunyuan_video as hunyuan_video_tables
+from dancegrpo_jax.conversion.tables import hunyuan_video_vae as hunyuan_video_vae_tables
+from dancegrpo_jax.conversion.tables import language_models
 from dancegrpo_jax.conversion.tables import stable_diffusion as stable_diffusion_tables
-from dancegrpo_jax.models import autoencoder, autoencoder_hunyuan_video, clip, t5
+from dancegrpo_jax.models import (
+  autoencoder,
+  autoencoder_hunyuan_video,
+  clip,
+  decoder_lm,
+  hunyuan_video,
+  t5,
+)
 from dancegrpo_jax.pipelines.layout import Network
 from dancegrpo_jax.types import Media, PyTree
 
@@ -95,11 +104,39 @@ def _t5(config: dict) -> PyTree:
   return abstract(t5.from_json(config), (1, 1), dtype=jnp.int32)
 
 
+def _llama(config: dict) -> PyTree:
+  return abstract(decoder_lm.from_json(config), (1, 1), dtype=jnp.int32)
+
+
+def abstract_hunyuan_video(network: hunyuan_video.HunyuanVideoTransformer3DModel) -> PyTree:
+  """Shapes and dtypes of a HunyuanVideo transformer's parameters."""
+
+  def shape(*sizes: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+  arguments = [
+    shape(1, 1, 2, 2, network.in_channels),
+    shape(1),
+    shape(1, 1, network.text_embed_dim),
+    jax.ShapeDtypeStruct((1,), jnp.int32),
+    shape(1, network.pooled_projection_dim),
+  ]
+  if network.guidance_embeds:
+    arguments.append(shape(1))
+  return jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]
+
+
+def _hunyuan_video(config: dict) -> PyTree:
+  return abstract_hunyuan_video(hunyuan_video.from_json(config))
+
+
 AUTOENCODER = Network(table=stable_diffusion_tables.AUTOENCODER, abstract=_autoencoder)
 AUTOENCODER_HUNYUAN_VIDEO = Network(
-  table=hunyuan_video_tables.AUTOENCODER, abstract=_autoencoder_hunyuan_video
+  table=hunyuan_video_vae_tables.AUTOENCODER, abstract=_autoencoder_hunyuan_video
 )
 CLIP_TEXT = Network(table=clip_tables.CLIP_TEXT, abstract=_clip_text)
 CLIP_VISION = Network(table=clip_tables.CLIP_VISION, abstract=_clip_vision)
 CLIP = Network(table=clip_tables.CLIP, abstract=_clip)
 T5 = Network(table=flux_tables.T5, abstract=_t5)
+LLAMA = Network(table=language_models.LLAMA, abstract=_llama)
+HUNYUAN_VIDEO = Network(table=hunyuan_video_tables.HUNYUAN_VIDEO, abstract=_hunyuan_video)
