@@ -9,6 +9,7 @@ from PIL import Image
 
 from dancegrpo_jax import strict_json
 from dancegrpo_jax.assembly import cut_prompts, sampling
+from dancegrpo_jax.compilation import automatic
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import accelerator
 from dancegrpo_jax.errors import ConfigError
@@ -39,6 +40,7 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
     ConfigError: a mistake in the config, or a checkpoint, prompt file or reward that can't be used.
   """
   device = jax.devices()[0]
+  config = automatic.resolved(config, jax.devices())
   checks.validate(config, num_devices=jax.device_count(), **checks.device_facts(device))
   accelerator.say_share(device.platform)
   try:

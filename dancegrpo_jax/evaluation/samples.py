@@ -9,6 +9,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.assembly import cut_prompts, sampling
+from dancegrpo_jax.compilation import automatic
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import accelerator
 from dancegrpo_jax.errors import ConfigError
@@ -50,6 +51,7 @@ def run(
     ConfigError: a mistake in the config or a prompts file, or a checkpoint that can't be used.
   """
   device = jax.devices()[0]
+  config = automatic.resolved(config, jax.devices())
   checks.validate(config, num_devices=jax.device_count(), **checks.device_facts(device))
   accelerator.say_share(device.platform)
   examples = read(config, texts, files)

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKLHunyuanVideo
 from diffusers.models.autoencoders import autoencoder_kl_hunyuan_video as theirs_of
 from torch_parity import convert, error, randomise, run
 
-from dancegrpo_jax.conversion.tables.hunyuan_video import AUTOENCODER
+from dancegrpo_jax.conversion.tables.hunyuan_video_vae import AUTOENCODER
 from dancegrpo_jax.models import autoencoder_hunyuan_video as ours_of
 from dancegrpo_jax.models import video_tiles
 from dancegrpo_jax.models.causal_conv import CausalConv, native, summed
