@@ -43,7 +43,7 @@ def rows(
     yield from _room("disk", f"{folder}: to be fetched {_size(download)}", folder, download, free)
 
 
-def _room(check: str, text: str, folder: Path, need: float, free: Free) -> Iterator[Finding]:
+def _room(check: str, text: str, folder: Path, need: float | int, free: Free) -> Iterator[Finding]:
   if ":/" in str(folder):  # a bucket
     yield Finding(check, NOTE, f"{text}; what is free in a bucket isn't known")
     return
@@ -57,7 +57,7 @@ def _room(check: str, text: str, folder: Path, need: float, free: Free) -> Itera
     yield Finding(check, PROBLEM, f"{text}, {short}; {remedy}")
 
 
-def _size(number: float) -> str:
+def _size(number: float | int) -> str:
   """Bytes as text, as "1.23 GB"."""
   for unit, scale in (("GB", 1e9), ("MB", 1e6)):
     if number >= scale:

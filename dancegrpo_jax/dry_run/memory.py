@@ -49,19 +49,23 @@ def rows(config: ConfigDict, taken: Inventory, mesh: jax.sharding.Mesh) -> Itera
       yield _row(call.name, needs[call.name], memory, compiled)
 
 
-def _row(name: str, need: float, memory: float, compiled: bool) -> Finding:
-  of = f" of {memory / GIB:.2f}" if memory else ""
-  text = f"{name}: {need / GIB:.3f}{of}"
-  if not memory or need <= memory:
+def _row(name: str, need: float | int, memory: float, compiled: bool) -> Finding:
+  text = f"{name}: {need / GIB:.3f}"
+  if not memory:  # of a CPU, which shares that of the machine with everything else
+    free = ahead.free_memory()
+    short = f"; the machine has {free / GIB:.1f} free; use {out_of_memory.remedy(name)}"
+    return Finding("memory", NOTE, text + short) if need > free else Finding("memory", OK, text)
+  text += f" of {memory / GIB:.2f}"
+  if need <= memory:
     return Finding("memory", OK, text)
   # An estimate is no reason to refuse a run.
   mark = PROBLEM if compiled else NOTE
   return Finding("memory", mark, f"{text}; use {out_of_memory.remedy(name)}")
 
 
-def _compiled(taken: Inventory, mesh: jax.sharding.Mesh) -> dict[str, float]:
+def _compiled(taken: Inventory, mesh: jax.sharding.Mesh) -> dict[str, float | int]:
   """Bytes that each program takes with all that stays in memory meanwhile."""
-  needs: dict[str, float] = {}
+  needs: dict[str, float | int] = {}
   with ahead.compilers() as pool:
     programs: dict[str, Any] = ahead.wait(ahead.start(taken.calls, mesh, pool))
   for call in taken.calls:
