@@ -22,6 +22,7 @@ NOTES = {  # room -> what is in it, in two or three words
   "plan": "compile, do not run",
   "convert": "checkpoints in and out",
   "train": "the loop, top to bottom",
+  "dry_run": "all checks in one table",
   "evaluation": "a checkpoint beside its base",
   "training": "what the loop is made of",
   "compilation": "programs ahead of the run",
