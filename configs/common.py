@@ -9,7 +9,15 @@ Sources: [P] is the DanceGRPO paper, arXiv 2505.07818. [C] is its PyTorch code a
 [F] is Flow-GRPO, arXiv 2505.05470.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
+from ml_collections.config_dict import FieldReference
+
+
+def whole_or_auto(value: int) -> Any:
+  """A field that holds a whole number, or "auto"."""
+  return FieldReference(value, field_type=object)
 
 
 def get_config() -> ConfigDict:
@@ -146,8 +154,9 @@ def get_config() -> ConfigDict:
       # Whether all samples of a prompt start from the same noise [P].
       "shared_noise": True,
       # Samples that one call of the rollout program draws. It bounds the memory of the rollout;
-      # another size changes results by round-off at most.
-      "chunk": 256,
+      # another size changes results by round-off at most. `auto` takes the largest that divides the
+      # samples and fits, `auto:N` one of at most N.
+      "chunk": whole_or_auto(256),
     }
   )
 
@@ -352,8 +361,9 @@ def get_config() -> ConfigDict:
       # Optimizer steps of an iteration. The chosen (sample, step) pairs are shared out among them.
       "updates_per_iteration": 1,
       # (sample, step) pairs of one forward and backward pass. It bounds the memory of the update;
-      # another size changes results by round-off at most.
-      "microbatch": 256,
+      # another size changes results by round-off at most. `auto` takes the largest that divides the
+      # pairs of an optimizer step and fits, `auto:N` one of at most N.
+      "microbatch": whole_or_auto(256),
       # Microbatches that one call of a program processes; 0 is all of them. Between two calls the
       # run reacts to SIGTERM. The value doesn't change the results.
       "microbatches_per_call": 0,
@@ -398,8 +408,9 @@ def get_config() -> ConfigDict:
       "tensor": 1,
       # The number of lanes that the samples of an iteration are distributed to. A device has whole
       # lanes, so the number must be a multiple of data x fsdp. Results depend on the number of
-      # lanes and not on the number of devices.
-      "lanes": 8,
+      # lanes and not on the number of devices. `auto` takes the largest, up to 8 or the number
+      # of devices, that the batches divide by; a run that goes on keeps its number.
+      "lanes": whole_or_auto(8),
       # How the model's parameters are split, as (regular expression, partition) pairs. The first
       # expression that matches a parameter's whole path counts. `("...", "fsdp")` splits the
       # last dimension over fsdp.

@@ -24,11 +24,10 @@ from test_configs import CASES, load
 from dancegrpo_jax import programs
 from dancegrpo_jax.assembly import loading, reward_builders
 from dancegrpo_jax.checkpoints import components
-from dancegrpo_jax.compilation import calls
+from dancegrpo_jax.compilation import calls, inventory
 from dancegrpo_jax.devices import gpu_topologies, sharding
 from dancegrpo_jax.models import attention
 from dancegrpo_jax.models.attention import Place, Shape
-from dancegrpo_jax.plan import inventory
 from dancegrpo_jax.programs import iteration, jitted, update
 from dancegrpo_jax.settings import stored_config
 

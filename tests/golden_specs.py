@@ -19,8 +19,8 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
 from dancegrpo_jax.assembly import loading  # noqa: E402
+from dancegrpo_jax.compilation import inventory  # noqa: E402
 from dancegrpo_jax.devices import sharding  # noqa: E402
-from dancegrpo_jax.plan import inventory  # noqa: E402
 from dancegrpo_jax.settings import config_file  # noqa: E402
 
 GOLDEN = Path(__file__).parent / "golden"

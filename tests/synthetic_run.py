@@ -9,6 +9,7 @@ import numpy as np
 
 from dancegrpo_jax.report import metrics, page
 from dancegrpo_jax.settings import config_file, stored_config
+from dancegrpo_jax.types import Media
 
 COMMON = str(Path(__file__).parent.parent / "configs" / "common.py")
 PROMPTS = [
@@ -19,13 +20,14 @@ PROMPTS = [
 
 
 def make_run(
-  workdir: Path, iterations=40, prompts=None, size=32, kind="grpo", kl=0.0, every=10
+  workdir: Path, iterations=40, prompts=None, size=32, kind="grpo", kl=0.0, every=10, frames=0
 ) -> Path:
   """A workdir with made-up numbers.
 
   The reward grows; one score failed, and one iteration has no ratio.
   """
   prompts, draw = prompts or PROMPTS, np.random.RandomState(0)
+  fps = 8.0 if frames else None
   changes = [f"iterations={iterations}", "name=synthetic", f"objective.kind={kind}"]
   changes += [f"objective.kl.weight={kl}", "model.checkpoint=models/painter"]
   config = config_file.load(COMMON, ["logging.tensorboard=False", *changes])
@@ -42,17 +44,25 @@ def make_run(
       writer.write(i, row)
   for i in [0, *range(every, iterations + 1, every)]:
     pixels = np.stack(
-      [picture(number, i / iterations, draw, size) for number in range(len(prompts))]
+      [sample(number, i / iterations, draw, size, frames) for number in range(len(prompts))]
     )
     scores = 0.5 + 0.2 * i / iterations + draw.normal(0, 0.005, len(prompts))
     held_out = 0.45 + 0.1 * i / iterations + draw.normal(0, 0.005, len(prompts))
     shown = [math.nan, *scores[1:]] if i == 10 else scores
-    page.save_samples(workdir, i, pixels, prompts, shown, held_out)
+    page.save_samples(workdir, i, Media(pixels, fps), prompts, shown, held_out)
     if i:
-      best, worst = picture(0, 1, draw, size), picture(0, 0, draw, size)
+      best, worst = (sample(0, share, draw, size, frames) for share in (1, 0))
       rewards = draw.normal(0.5 + 0.15 * i / iterations, 0.05, 256)
-      page.save_extremes(workdir, i, best, worst, prompts[0], 0.71, 0.43, rewards)
+      page.save_extremes(workdir, i, best, worst, fps, prompts[0], 0.71, 0.43, rewards)
   return workdir
+
+
+def sample(number, share, draw, size, frames):
+  """A picture, or a video in which it moves to the right."""
+  still = picture(number, share, draw, size)
+  if not frames:
+    return still
+  return np.stack([np.roll(still, size * frame // frames, axis=1) for frame in range(frames)])
 
 
 def make_row(i, draw) -> dict[str, float]:

@@ -21,8 +21,8 @@ from tiny_checkpoint import (
 
 from dancegrpo_jax.assembly import loading
 from dancegrpo_jax.checkpoints import store
+from dancegrpo_jax.compilation import inventory
 from dancegrpo_jax.devices import sharding
-from dancegrpo_jax.plan import inventory
 from dancegrpo_jax.programs import update_calls
 from dancegrpo_jax.programs.update_calls import UpdateCall
 from dancegrpo_jax.report import metrics

@@ -73,7 +73,7 @@ def test_pixels_outside_the_range_are_clipped():
 
 
 def test_files_of_a_batch_sort_in_order(tmp_path):
-  paths = images.save_images(tmp_path, np.zeros((101, 2, 2, 3)))
+  paths = images.save_samples(tmp_path, np.zeros((101, 2, 2, 3)), None)
   assert (
     sorted(path.name for path in tmp_path.iterdir()) == [path.name for path in paths]
     and paths[100].name == "100.png"

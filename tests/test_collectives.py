@@ -11,8 +11,9 @@ import jax
 import pytest
 from golden_specs import ROOT
 
+from dancegrpo_jax.compilation import inventory
 from dancegrpo_jax.devices import sharding
-from dancegrpo_jax.plan import hlo, inventory, topologies
+from dancegrpo_jax.plan import hlo, topologies
 from dancegrpo_jax.settings import config_file
 
 

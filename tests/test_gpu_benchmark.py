@@ -34,9 +34,9 @@ from gpu_parts import (  # noqa: E402
 
 from dancegrpo_jax.assembly import loading, reward_builders  # noqa: E402
 from dancegrpo_jax.checkpoints import weights  # noqa: E402
+from dancegrpo_jax.compilation import inventory  # noqa: E402
 from dancegrpo_jax.data import prompts  # noqa: E402
 from dancegrpo_jax.devices import sharding  # noqa: E402
-from dancegrpo_jax.plan import inventory  # noqa: E402
 from dancegrpo_jax.settings import checks, config_file, geometry  # noqa: E402
 from dancegrpo_jax.types import Example  # noqa: E402
 

@@ -12,9 +12,9 @@ from tiny_checkpoint import ROOT, overrides, tiny_config
 
 from dancegrpo_jax import main
 from dancegrpo_jax.checkpoints import store
-from dancegrpo_jax.compilation import ahead
+from dancegrpo_jax.compilation import ahead, inventory
 from dancegrpo_jax.devices import chips, out_of_memory
-from dancegrpo_jax.plan import inventory, planning
+from dancegrpo_jax.plan import planning
 from dancegrpo_jax.plan.flops import Flops
 
 GiB = 2**30

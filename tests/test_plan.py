@@ -15,11 +15,12 @@ from test_flops import DYNAMIC_TEXT, TPU_TEXT
 from tiny_checkpoint import ROOT, overrides, tiny_config
 
 from dancegrpo_jax.assembly import loading, reward_builders
+from dancegrpo_jax.compilation import inventory
 from dancegrpo_jax.devices import chips, sharding
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.models import attention
 from dancegrpo_jax.plan import __main__ as command
-from dancegrpo_jax.plan import flops, inventory, planning, table, topologies
+from dancegrpo_jax.plan import flops, planning, table, topologies
 from dancegrpo_jax.settings import command_line, config_file
 
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"

@@ -9,8 +9,8 @@ import jax
 import pytest
 from tiny_checkpoint import tiny_config
 
+from dancegrpo_jax.compilation import inventory
 from dancegrpo_jax.devices import sharding
-from dancegrpo_jax.plan import inventory
 
 
 def precisions(jaxpr) -> Counter:

@@ -9,7 +9,16 @@ import json
 import pytest
 from tiny_checkpoint import ROOT
 
-from dancegrpo_jax.models import autoencoder, clip, decoder_lm, flux, hunyuan_video, t5, unet
+from dancegrpo_jax.models import (
+  autoencoder,
+  autoencoder_hunyuan_video,
+  clip,
+  decoder_lm,
+  flux,
+  hunyuan_video,
+  t5,
+  unet,
+)
 
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
@@ -17,6 +26,10 @@ transformers = pytest.importorskip("transformers")
 DIFFUSERS = {
   "UNet2DConditionModel": (unet.KEYS, unet.from_json),
   "AutoencoderKL": (autoencoder.KEYS, autoencoder.from_json),
+  "AutoencoderKLHunyuanVideo": (
+    autoencoder_hunyuan_video.KEYS,
+    autoencoder_hunyuan_video.from_json,
+  ),
   "FluxTransformer2DModel": (flux.KEYS, flux.from_json),
   "HunyuanVideoTransformer3DModel": (hunyuan_video.KEYS, hunyuan_video.from_json),
 }
@@ -82,6 +95,13 @@ def test_what_diffusers_saves_is_read(name, tmp_path):
       "attention_head_dim": (2, 4),
     },
     "AutoencoderKL": {"block_out_channels": (32,)},
+    "AutoencoderKLHunyuanVideo": {
+      "block_out_channels": (8, 8, 16),
+      "down_block_types": ("HunyuanVideoDownBlock3D",) * 3,
+      "up_block_types": ("HunyuanVideoUpBlock3D",) * 3,
+      "norm_num_groups": 4,
+      "spatial_compression_ratio": 4,
+    },
     "FluxTransformer2DModel": {
       "num_layers": 1,
       "num_single_layers": 1,
@@ -141,6 +161,15 @@ REFUSED = {
     ("latents_mean", [0.5], "latents_mean = [0.5] (implemented: None)"),
     ("scaling_factor", "0.18", "scaling_factor = '0.18' (implemented: an integer or a number)"),
     ("down_block_types", ["DownEncoderBlock2D"] * 2, "down_block_types has 2 entries"),
+  ],
+  "AutoencoderKLHunyuanVideo": [
+    ("act_fn", "relu", "act_fn = 'relu' (implemented: 'silu')"),
+    ("down_block_types", ["DownBlock3D"] * 4, "down_block_types holds ['DownBlock3D']"),
+    ("up_block_types", ["HunyuanVideoUpBlock3D"] * 3, "up_block_types has 3 entries"),
+    ("temporal_compression_ratio", 8, "temporal_compression_ratio = 8 with 4 levels; only 4"),
+    ("spatial_compression_ratio", 32, "spatial_compression_ratio = 32 with 4 levels"),
+    ("spatial_compression_ratio", 6, "it must be one of 1, 2, 4, 8, 16"),
+    ("use_framewise_decoding", False, "use_framewise_decoding = False (an unknown key)"),
   ],
   "FluxTransformer2DModel": [
     ("patch_size", 2, "patch_size = 2 (implemented: 1)"),

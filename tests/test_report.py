@@ -19,6 +19,7 @@ from synthetic_run import COMMON, PROMPTS, make_long_run, make_run, points, read
 from dancegrpo_jax.report import charts, metrics, page, status, story
 from dancegrpo_jax.settings import config_file, stored_config
 from dancegrpo_jax.training import diversity
+from dancegrpo_jax.types import Media
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +100,8 @@ def test_before_stands_above_after(run, html):
 
 def test_other_prompts_after_a_resume_are_not_compared(tmp_path):
   pixels = np.zeros((2, 8, 8, 3))
-  page.save_samples(tmp_path, 0, pixels, ["a", "b"], [0.1, 0.2])
-  page.save_samples(tmp_path, 5, pixels, ["c", "b"], [0.9, 0.3])
+  page.save_samples(tmp_path, 0, Media(pixels), ["a", "b"], [0.1, 0.2])
+  page.save_samples(tmp_path, 5, Media(pixels), ["c", "b"], [0.9, 0.3])
   metrics.Writer(tmp_path, config_file.load(COMMON, ["logging.tensorboard=False"])).write(4, {})
   html = read(tmp_path)
   assert [each["alt"] for each in html.pictures] == ["base: b", "iteration 5: b"]
@@ -315,8 +316,8 @@ def test_large_pictures_are_thumbnails_with_a_link(tmp_path):
   draw = np.random.RandomState(0)
   prompts = [f"prompt {i}" for i in range(24)]
   pixels = draw.rand(24, 512, 512, 3)
-  page.save_samples(tmp_path, 0, pixels, prompts, [0.1] * 24)
-  page.save_samples(tmp_path, 5, pixels, prompts, [0.2] * 24)
+  page.save_samples(tmp_path, 0, Media(pixels), prompts, [0.1] * 24)
+  page.save_samples(tmp_path, 5, Media(pixels), prompts, [0.2] * 24)
   html = read(tmp_path)
   assert len(html.pictures) == 2 * 16 and "8 more prompts are not shown" in html.text
   assert len(html.html) < 2_500_000
@@ -330,7 +331,7 @@ def test_many_rewards_are_thinned_and_keep_their_distribution(tmp_path):
   rewards = np.random.RandomState(0).normal(size=50_001)
   rewards[7] = np.nan
   black = np.zeros((8, 8, 3))
-  folder = page.save_extremes(tmp_path, 1, black, black, "a", 1.0, 0.0, rewards)
+  folder = page.save_extremes(tmp_path, 1, black, black, None, "a", 1.0, 0.0, rewards)
   kept = json.loads((folder / "scores.json").read_text())["rewards"]
   assert len(kept) == 1000
   assert stats.kstest(kept, rewards[np.isfinite(rewards)]).statistic < 0.002

@@ -9,9 +9,9 @@ from tiny_checkpoint import ROOT, overrides
 
 from dancegrpo_jax import main
 from dancegrpo_jax.assembly import loading, resident
+from dancegrpo_jax.compilation import inventory
 from dancegrpo_jax.devices import chips, sharding
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.plan import inventory
 from dancegrpo_jax.settings import config_file
 
 GPU = chips.Chip("80 GB", 80e9, 0.0, 0.0, 0.0)

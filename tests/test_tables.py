@@ -45,6 +45,7 @@ NETWORKS = {
   "flux-t5": 4_762_310_656,
   "flux-text": 123_060_480,
   "flux-vae": 83_819_683,
+  "hunyuan-video-vae": 246_478_803,
   "hunyuan-video": 12_821_012_544,
   "hunyuan-llama": 7_505_186_816,
 }
@@ -284,6 +285,7 @@ def test_open_clip_names_are_mapped(scan):
     ("flux-dev", "flux-dev"),
     ("flux-schnell", "flux-schnell"),
     ("flux-vae", "flux-vae"),
+    ("hunyuan-video-vae", "hunyuan-video-vae"),
     ("flux-t5", "flux-t5.published"),
     ("flux-text", "flux-text.published"),
     ("hunyuan-video", "hunyuan-video"),

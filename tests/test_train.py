@@ -513,7 +513,7 @@ def collected(tiny_models, program_cache, tmp_path_factory):
       assert len(seen.rollouts) == 32 // chunk
       order = np.argsort(lanes.deal(32, chunk, config.mesh.lanes).reshape(-1))
       latents = np.concatenate([rollout.latents for rollout in seen.rollouts], 1)[:, order]
-      results[chunk] = latents, np.asarray(seen.scores["clip"]), seen.pixels
+      results[chunk] = latents, np.asarray(seen.scores["clip"]), seen.media.pixels
       # The iteration is given up before the last chunk.
       answers = [*[False] * (32 // chunk - 1), True]
       stop = functools.partial(answers.pop, 0)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dancegrpo_jax import programs
+from dancegrpo_jax.compilation import inventory
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import program_cache, sharding
-from dancegrpo_jax.plan import inventory, planning
+from dancegrpo_jax.plan import planning
 from dancegrpo_jax.programs import update_calls
 from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.rl.state import init_state

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
+from dancegrpo_jax.compilation import inventory
 from dancegrpo_jax.devices import chips
-from dancegrpo_jax.plan import inventory, planning
+from dancegrpo_jax.plan import planning
 from gpu_parts import loaded, measure
 
 _found = threading.local()  # whether this thread's last program was in the cache

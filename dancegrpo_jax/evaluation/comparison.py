@@ -9,6 +9,7 @@ from PIL import Image
 
 from dancegrpo_jax import strict_json
 from dancegrpo_jax.assembly import cut_prompts, sampling
+from dancegrpo_jax.compilation import automatic
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import accelerator
 from dancegrpo_jax.errors import ConfigError
@@ -17,7 +18,7 @@ from dancegrpo_jax.report import images
 from dancegrpo_jax.report.progress import phase
 from dancegrpo_jax.rewards import failures
 from dancegrpo_jax.settings import checks
-from dancegrpo_jax.types import Example
+from dancegrpo_jax.types import Example, Media
 
 
 def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dict:
@@ -39,6 +40,7 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
     ConfigError: a mistake in the config, or a checkpoint, prompt file or reward that can't be used.
   """
   device = jax.devices()[0]
+  config = automatic.resolved(config, jax.devices())
   checks.validate(config, num_devices=jax.device_count(), **checks.device_facts(device))
   accelerator.say_share(device.platform)
   try:
@@ -72,7 +74,7 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
         tuned, after = measure(opened, opened.weights, examples, pool, errors)
       name = Path(file).stem
       results[name] = compare(base, tuned)
-      images.save(folder / f"{name}.png", side_by_side(before, after, examples))
+      images.save(folder / f"{name}.png", side_by_side(before.pixels, after.pixels, examples))
       rows[name] = {
         "base": save_samples(folder / name / "base", examples, base, before),
         "checkpoint": save_samples(folder / name / "checkpoint", examples, tuned, after),
@@ -88,22 +90,20 @@ def run(config: ConfigDict, checkpoint: str, files: list[str], out: Path) -> dic
   return results
 
 
-def save_samples(
-  folder: Path, examples: list[Example], scores: dict, pixels: np.ndarray
-) -> list[dict]:
+def save_samples(folder: Path, examples: list[Example], scores: dict, media: Media) -> list[dict]:
   """Writes the samples of one set of weights.
 
   Args:
-    folder: for the images.
+    folder: for the files.
     examples: prompts.
     scores: of `measures.measure`.
-    pixels: `[prompts, samples, height, width, 3]`.
+    media: of pixels `[prompts, samples, (frames,) height, width, 3]`.
 
   Returns:
     For each sample its prompt, its file, and its scores, None for a failed one.
   """
-  count = pixels.shape[1]
-  files = images.save_images(folder, pixels.reshape(-1, *pixels.shape[2:]))
+  pixels, count = media.pixels, media.pixels.shape[1]
+  files = images.save_samples(folder, pixels.reshape(-1, *pixels.shape[2:]), media.fps)
   flat = {term: np.ravel(values) for term, values in scores.items() if np.ndim(values)}
   rows: list[dict] = []
   for i, file in enumerate(files):
@@ -141,7 +141,8 @@ def side_by_side(
   """A grid of the first sample of each prompt, the base model's above the checkpoint's.
 
   Args:
-    before, after: samples of base model and checkpoint, `[prompts, samples, height, width, 3]`.
+    before, after: samples of base model and checkpoint, `[prompts, samples, (frames,) height,
+      width, 3]`.
     examples: prompts.
     columns: prompts in a row.
     most: prompts in the grid; the first ones are shown.

@@ -76,7 +76,7 @@ def measure(
   examples: list[Example],
   pool: list[Example],
   errors: Path | None = None,
-) -> tuple[dict, np.ndarray]:
+) -> tuple[dict, Media]:
   """Draws samples with one set of weights, and scores them.
 
   Args:
@@ -87,8 +87,8 @@ def measure(
     errors: the file to which tracebacks of rewards are appended; None for no file.
 
   Returns:
-    Scores by term, `[prompts, samples]`, and pixels. For a reward that embeds samples there are
-    also "<reward>/retrieval", of the same shape, and "<reward>/diversity", a number.
+    Scores by term, `[prompts, samples]`, and the samples. For a reward that embeds samples there
+    are also "<reward>/retrieval", of the same shape, and "<reward>/diversity", a number.
   """
   config, model, run = opened.config, opened.model, opened.programs
   samples = config.evaluation.samples
@@ -126,7 +126,7 @@ def measure(
     result[f"{name}/retrieval"] = top1(embeddings, np.asarray(features[name])).astype(np.float32)
     if samples > 1:
       result[f"{name}/diversity"] = diversity(embeddings)
-  return result, np.asarray(drawn.pixels)
+  return result, drawn
 
 
 def compare(base: dict, tuned: dict) -> dict:

@@ -9,10 +9,11 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.assembly import cut_prompts, sampling
+from dancegrpo_jax.compilation import automatic
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import accelerator
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.report import images
+from dancegrpo_jax.report import clips, images
 from dancegrpo_jax.settings import checks
 from dancegrpo_jax.types import Example
 
@@ -50,6 +51,7 @@ def run(
     ConfigError: a mistake in the config or a prompts file, or a checkpoint that can't be used.
   """
   device = jax.devices()[0]
+  config = automatic.resolved(config, jax.devices())
   checks.validate(config, num_devices=jax.device_count(), **checks.device_facts(device))
   accelerator.say_share(device.platform)
   examples = read(config, texts, files)
@@ -73,9 +75,11 @@ def run(
           listed = stack.enter_context((out / LIST).open("w"))
         for number, pixels in zip(part.numbers, part.media.pixels):
           p, s = divmod(number, samples)
-          name = f"{_number(p, len(examples))}_{_number(s, samples)}.png"
-          images.save(out / name, pixels)
-          listed.write(_line(name, examples[p], seed, s))
+          stem = f"{_number(p, len(examples))}_{_number(s, samples)}"
+          file = images.save_sample(out / stem, pixels, part.media.fps)
+          if part.media.fps is not None:
+            clips.save_mp4(out / f"{stem}.mp4", images.to_uint8(pixels), part.media.fps)
+          listed.write(_line(file.name, examples[p], seed, s))
           if p < rows and s < columns:
             tiles.append(pixels)
         listed.flush()
@@ -83,7 +87,8 @@ def run(
   images.save(out / "grid.png", images.grid(np.stack(tiles), columns, captions=captions))
   total = len(examples) * samples
   shown = "" if len(tiles) == total else f" (the first {rows} prompts, {columns} samples of each)"
-  print(f"{total} images of {checkpoint}, {LIST} and grid.png{shown}: {out}")
+  kind = "images" if len(tiles[0].shape) == 3 else "clips"
+  print(f"{total} {kind} of {checkpoint}, {LIST} and grid.png{shown}: {out}")
 
 
 def read(config: ConfigDict, texts: list[str], files: list[str]) -> list[Example]:

@@ -11,9 +11,17 @@ from jaxtyping import Array, Float
 from dancegrpo_jax.conversion.tables import clip as clip_tables
 from dancegrpo_jax.conversion.tables import flux as flux_tables
 from dancegrpo_jax.conversion.tables import hunyuan_video as hunyuan_video_tables
+from dancegrpo_jax.conversion.tables import hunyuan_video_vae as hunyuan_video_vae_tables
 from dancegrpo_jax.conversion.tables import language_models
 from dancegrpo_jax.conversion.tables import stable_diffusion as stable_diffusion_tables
-from dancegrpo_jax.models import autoencoder, clip, decoder_lm, hunyuan_video, t5
+from dancegrpo_jax.models import (
+  autoencoder,
+  autoencoder_hunyuan_video,
+  clip,
+  decoder_lm,
+  hunyuan_video,
+  t5,
+)
 from dancegrpo_jax.pipelines.layout import Network
 from dancegrpo_jax.types import Media, PyTree
 
@@ -70,6 +78,12 @@ def _autoencoder(config: dict) -> PyTree:
   return abstract(network, (1, 64, 64, network.in_channels))
 
 
+def _autoencoder_hunyuan_video(config: dict) -> PyTree:
+  network = autoencoder_hunyuan_video.from_json(config)
+  side = network.spatial_compression_ratio
+  return abstract(network, (1, 1, side, side, network.in_channels))
+
+
 def _clip_text(config: dict) -> PyTree:
   return abstract(clip.ClipText.from_json(config), (1, 1), dtype=jnp.int32)
 
@@ -117,6 +131,9 @@ def _hunyuan_video(config: dict) -> PyTree:
 
 
 AUTOENCODER = Network(table=stable_diffusion_tables.AUTOENCODER, abstract=_autoencoder)
+AUTOENCODER_HUNYUAN_VIDEO = Network(
+  table=hunyuan_video_vae_tables.AUTOENCODER, abstract=_autoencoder_hunyuan_video
+)
 CLIP_TEXT = Network(table=clip_tables.CLIP_TEXT, abstract=_clip_text)
 CLIP_VISION = Network(table=clip_tables.CLIP_VISION, abstract=_clip_vision)
 CLIP = Network(table=clip_tables.CLIP, abstract=_clip)

@@ -14,11 +14,12 @@ import jax
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.assembly import loading
+from dancegrpo_jax.compilation import automatic, inventory
 from dancegrpo_jax.compilation.calls import Call
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import accelerator, chips, out_of_memory, sharding
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.plan import flops, hlo, inventory, table, topologies
+from dancegrpo_jax.plan import flops, hlo, table, topologies
 from dancegrpo_jax.plan.flops import Flops
 from dancegrpo_jax.report.progress import phase
 from dancegrpo_jax.settings import checks, geometry, stored_config
@@ -209,6 +210,7 @@ def plan(
   with phase("looking for the devices"):
     devices = devices_of(topology)
   examples, held_out = len(prompts.read_examples(config)), len(prompts.read_held_out(config))
+  config = automatic.resolved(config, devices, log)
   facts = checks.device_facts(devices[0])
   checks.validate(config, num_devices=len(devices), num_examples=examples, **facts)
   if not topology:

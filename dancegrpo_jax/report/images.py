@@ -1,4 +1,7 @@
-"""Writes pixels as PNG files and as grids with captions. A file appears whole or not at all."""
+"""Writes samples as files, and as grids with captions. A file appears whole or not at all.
+
+An image becomes a PNG file and a video an animated WebP file.
+"""
 
 import os
 import textwrap
@@ -7,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from dancegrpo_jax.report import clips
 
 _INK, _PAPER = (30, 30, 30), (255, 255, 255)
 
@@ -32,13 +37,41 @@ def save(path: str | os.PathLike, pixels: np.ndarray | Image.Image) -> None:
   os.replace(partial, path)
 
 
-def save_images(folder: str | os.PathLike, pixels: np.ndarray) -> list[Path]:
-  """Writes `[batch, height, width, 3]` as 00.png, 01.png, ... and returns their paths."""
+def save_sample(stem: Path, pixels: np.ndarray, fps: float | None) -> Path:
+  """Writes one sample, and makes missing folders.
+
+  Args:
+    stem: of the path, without an extension.
+    pixels: `[(frames,) height, width, 3]` in [0, 1].
+    fps: frames a second; None for an image.
+
+  Returns:
+    The path of the file.
+  """
+  if fps is None:
+    path = stem.with_name(f"{stem.name}.png")
+    save(path, pixels)
+  else:
+    path = stem.with_name(f"{stem.name}.webp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clips.save(path, to_uint8(pixels), fps)
+  return path
+
+
+def save_samples(folder: str | os.PathLike, pixels: np.ndarray, fps: float | None) -> list[Path]:
+  """Writes `[batch, (frames,) height, width, 3]` as 00.png or 00.webp and so on.
+
+  Returns:
+    The paths.
+  """
   digits = max(2, len(str(len(pixels) - 1)))
-  paths = [Path(folder) / f"{index:0{digits}d}.png" for index in range(len(pixels))]
-  for path, image in zip(paths, np.asarray(pixels)):
-    save(path, image)
-  return paths
+  stems = [Path(folder) / f"{index:0{digits}d}" for index in range(len(pixels))]
+  return [save_sample(stem, sample, fps) for stem, sample in zip(stems, np.asarray(pixels))]
+
+
+def saved(folder: Path) -> list[Path]:
+  """The samples that `save_samples` has written, in their order."""
+  return sorted([*folder.glob("*.png"), *folder.glob("*.webp")])
 
 
 def grid(
@@ -49,10 +82,10 @@ def grid(
   headers: Sequence[str] | None = None,
   min_cell: int = 96,
 ) -> Image.Image:
-  """Images side by side, row by row, with text.
+  """Images, or film strips of videos, side by side, row by row, with text.
 
   Args:
-    pixels: `[batch, height, width, 3]` in [0, 1].
+    pixels: `[batch, (frames,) height, width, 3]` in [0, 1].
     columns: images in a row.
     captions: text under each image, wrapped to its width.
     headers: text above each column.
@@ -61,7 +94,7 @@ def grid(
   Returns:
     A PIL image, which `save` writes.
   """
-  images = to_uint8(pixels)
+  images = to_uint8(clips.pictures(pixels))
   count, height, width, _ = images.shape
   zoom = max(1, -(-min_cell // width))
   width, height = width * zoom, height * zoom

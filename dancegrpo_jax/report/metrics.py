@@ -136,7 +136,7 @@ class Writer:
     Args:
       done: number of finished iterations; 0 is the base model.
       values: metrics of the evaluation.
-      pixels: `[n, height, width, 3]` in [0, 1].
+      pixels: `[n, (frames,) height, width, 3]` in [0, 1].
       prompts: n texts.
       scores: n scores, NaN for failed ones.
     """

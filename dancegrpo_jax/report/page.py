@@ -30,6 +30,7 @@ from dancegrpo_jax.report import curves, files, images, metrics, pictures, sampl
 from dancegrpo_jax.report.charts import number_text
 from dancegrpo_jax.rewards import failures
 from dancegrpo_jax.settings import config_file, stored_config
+from dancegrpo_jax.types import Media
 
 FILE = "report.html"
 _TEMPLATE = Path(__file__).with_name("template.html")
@@ -89,7 +90,7 @@ def _commit() -> str:
 def save_samples(
   workdir: Workdir,
   iteration: int,
-  pixels: np.ndarray,
+  media: Media,
   prompts: Sequence[str],
   scores: Sequence[float] | np.ndarray,
   held_out: Sequence[float] | np.ndarray = (),
@@ -99,7 +100,7 @@ def save_samples(
   Args:
     workdir: of the run.
     iteration: how many iterations were done; 0 is the base model.
-    pixels: `[batch, height, width, 3]` in [0, 1].
+    media: the samples.
     prompts: their prompts.
     scores: their scores.
     held_out: scores of prompts that are never trained on. Their samples are not written.
@@ -108,7 +109,7 @@ def save_samples(
     The folder.
   """
   folder = Path(workdir) / "samples" / f"iteration_{iteration:06d}"
-  images.save_images(folder, pixels)
+  images.save_samples(folder, media.pixels, media.fps)
   values = {
     "prompts": list(prompts),
     "scores": list(map(_json, scores)),
@@ -124,6 +125,7 @@ def save_extremes(
   iteration: int,
   best: np.ndarray,
   worst: np.ndarray,
+  fps: float | None,
   prompt: str,
   best_score: float,
   worst_score: float,
@@ -134,7 +136,8 @@ def save_extremes(
   Args:
     workdir: of the run.
     iteration: how many iterations were done, with this one.
-    best, worst: pixels `[height, width, 3]` in [0, 1].
+    best, worst: pixels `[(frames,) height, width, 3]` in [0, 1].
+    fps: frames a second; None for images.
     prompt: of both.
     best_score, worst_score: their rewards.
     rewards: of all samples of the iteration; at most 1000 are kept, evenly spaced in their order.
@@ -143,8 +146,8 @@ def save_extremes(
     The folder.
   """
   folder = Path(workdir) / "samples" / f"extremes_{iteration:06d}"
-  images.save(folder / "best.png", best)
-  images.save(folder / "worst.png", worst)
+  images.save_sample(folder / "best", best, fps)
+  images.save_sample(folder / "worst", worst, fps)
   ordered = np.sort(np.asarray(rewards, np.float64))
   ordered = ordered[np.isfinite(ordered)]
   if len(ordered) > _MOST_REWARDS:

@@ -1,7 +1,8 @@
 """The pictures of the page: before and after, over training, best and worst.
 
 A picture is embedded, so that the page can be moved: a small one as it is, a larger one as a
-thumbnail in JPEG. It links to the PNG file beside the page.
+thumbnail in JPEG. It links to the PNG file beside the page. A video is embedded as a film strip,
+with a small version that plays where the strip is pointed at.
 """
 
 import base64
@@ -11,13 +12,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 
+from dancegrpo_jax.report import clips, images
 from dancegrpo_jax.report.charts import number_text
 from dancegrpo_jax.report.samples import Evaluation, Extremes
 
 _THUMBNAIL = 256  # pixels of the width of a thumbnail
 _AS_IT_IS = 24_000  # bytes of a file that is embedded unchanged
+_MOVING = (96, 9)  # pixels of the width of a small version of a video, and frames at most
 _MOST_PAIRS = 16  # prompts before and after
 _MOST_ROWS, _MOST_COLUMNS = 6, 7  # prompts and iterations, over training
 _MOST_EXTREMES = 4
@@ -25,12 +29,20 @@ _LONGEST = 160  # characters of a prompt beside a picture
 
 
 class Embedded(NamedTuple):
-  """A picture as a data URI, the size of its file, and whether the page enlarges its pixels."""
+  """A picture.
+
+  Attributes:
+    uri: its data; of a video the film strip's.
+    width, height: of its file, or of the strip, in pixels.
+    is_small: whether the page enlarges its pixels.
+    moving: the data of a small version of a video; "" for an image.
+  """
 
   uri: str
   width: int
   height: int
   is_small: bool
+  moving: str = ""
 
 
 def before_after(evaluations: Sequence[Evaluation], workdir: Path) -> dict[str, Any]:
@@ -73,7 +85,7 @@ def best_and_worst(pairs: Sequence[Extremes], workdir: Path) -> list[dict[str, A
   for pair in _spaced(pairs, _MOST_EXTREMES):
     sides = [
       _picture(
-        file=pair.folder / f"{side}.png",
+        file=pair.files.get(side),
         score=pair.scores[side],
         caption=side,
         prompt=pair.prompt,
@@ -128,9 +140,9 @@ def _cell(evaluation: Evaluation, prompt: str, workdir: Path) -> dict[str, Any]:
 
 
 def _picture(
-  file: Path, score: float | None, caption: str, prompt: str, workdir: Path
+  file: Path | None, score: float | None, caption: str, prompt: str, workdir: Path
 ) -> dict[str, Any]:
-  if not file.exists():
+  if file is None or not file.exists():
     return {"image": None, "name": caption}
   return {
     "image": _embedded(file, file.stat().st_mtime_ns),
@@ -152,14 +164,55 @@ def _spaced(items: Sequence[Any], most: int) -> list[Any]:
 def _embedded(file: Path, changed: int) -> Embedded:
   """A picture. It is kept until its file changes, as the page is written after each evaluation."""
   del changed  # for the cache alone
+  if file.suffix == ".webp":
+    return _embedded_clip(file)
   with Image.open(file) as image:
     width, height = image.size
     if width <= _THUMBNAIL and file.stat().st_size <= _AS_IT_IS:
-      content, kind = file.read_bytes(), "png"
+      uri = _uri("png", file.read_bytes())
     else:
-      small, buffer = image.convert("RGB"), io.BytesIO()
-      small.thumbnail((_THUMBNAIL, 2 * _THUMBNAIL))
-      small.save(buffer, "JPEG", quality=85)
-      content, kind = buffer.getvalue(), "jpeg"
-  uri = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+      uri = _thumbnail(image)
   return Embedded(uri=uri, width=width, height=height, is_small=width < 100)
+
+
+def _embedded_clip(file: Path) -> Embedded:
+  """A video as a film strip, with a small version that plays."""
+  frames, fps = clips.read(file)
+  is_small = frames.shape[2] < 100
+  strip = Image.fromarray(images.to_uint8(clips.strip(frames / 255)))
+  still = io.BytesIO()
+  strip.save(still, "PNG")
+  width, most = _MOVING
+  buffer, seconds = io.BytesIO(), len(frames) / fps
+  shown = np.unique(np.linspace(0, len(frames) - 1, min(most, len(frames))).round().astype(int))
+  small = [Image.fromarray(frames[number]) for number in shown]
+  for image in small:
+    image.thumbnail((width, 2 * width))
+  small[0].save(
+    buffer,
+    format="WEBP",
+    save_all=True,
+    append_images=small[1:],
+    duration=round(1000 * seconds / len(small)),
+    loop=0,
+    lossless=is_small,
+    quality=60,
+  )
+  return Embedded(
+    uri=_uri("png", still.getvalue()) if is_small else _thumbnail(strip),
+    width=strip.width,
+    height=strip.height,
+    is_small=is_small,
+    moving=_uri("webp", buffer.getvalue()),
+  )
+
+
+def _thumbnail(image: Image.Image) -> str:
+  small, buffer = image.convert("RGB"), io.BytesIO()
+  small.thumbnail((_THUMBNAIL, 2 * _THUMBNAIL))
+  small.save(buffer, "JPEG", quality=85)
+  return _uri("jpeg", buffer.getvalue())
+
+
+def _uri(kind: str, content: bytes) -> str:
+  return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

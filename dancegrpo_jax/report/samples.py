@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from dancegrpo_jax.report import files
+from dancegrpo_jax.report import files, images
 
 
 class Evaluation(NamedTuple):
@@ -29,14 +29,14 @@ class Extremes(NamedTuple):
 
   Attributes:
     iteration: number of iterations that were done with it.
-    folder: of best.png and worst.png.
+    files: {"best": its picture or video, "worst": the other one}.
     prompt: of both.
     scores: {"best": score, "worst": score}.
     rewards: of all samples of the iteration, or evenly spaced ones of them in order.
   """
 
   iteration: int
-  folder: Path
+  files: dict[str, Path]
   prompt: str
   scores: dict[str, float | None]
   rewards: list[float]
@@ -50,7 +50,7 @@ def evaluations(workdir: Path) -> list[Evaluation]:
     found.append(
       Evaluation(
         iteration=_iteration(file.parent),
-        pictures=sorted(file.parent.glob("*.png")),
+        pictures=images.saved(file.parent),
         prompts=saved["prompts"],
         scores=saved["scores"],
         held_out=saved.get("held_out", []),
@@ -67,7 +67,7 @@ def extremes(workdir: Path) -> list[Extremes]:
     found.append(
       Extremes(
         iteration=_iteration(file.parent),
-        folder=file.parent,
+        files={path.stem: path for path in images.saved(file.parent)},
         prompt=saved["prompt"],
         scores={name: saved[name] for name in ("best", "worst")},
         rewards=saved.get("rewards", []),

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.report import images
+from dancegrpo_jax.report import clips, images
 from dancegrpo_jax.settings import stored_config
 
 _WIDTH = 512  # pixels; larger pictures are sent at this width
@@ -55,10 +55,10 @@ class TensorBoard:
   def pictures(
     self, step: int, pixels: np.ndarray, prompts: Sequence[str], captions: Sequence[str]
   ) -> None:
-    """Writes `[n, height, width, 3]` in [0, 1], each under its prompt, so that a slider goes
-    through the steps. There is no place for captions.
+    """Writes `[n, (frames,) height, width, 3]` in [0, 1], a video as a film strip. Each is under
+    its prompt, so that a slider goes through the steps. There is no place for captions.
     """
-    for number, (picture, prompt) in enumerate(zip(pixels, prompts)):
+    for number, (picture, prompt) in enumerate(zip(clips.pictures(pixels), prompts)):
       name = f"samples/{number:02d}_{re.sub(r'[^A-Za-z0-9]+', '_', prompt)[:60]}"
       self._writer.add_image(name, _small(picture), step, dataformats="HWC")
     self._writer.flush()
@@ -129,10 +129,12 @@ class Wandb:
   def pictures(
     self, step: int, pixels: np.ndarray, prompts: Sequence[str], captions: Sequence[str]
   ) -> None:
-    """Sends `[n, height, width, 3]` in [0, 1] as one panel with captions."""
+    """Sends `[n, (frames,) height, width, 3]` in [0, 1] as one panel with captions, a video as a
+    film strip.
+    """
     shown = [
       self._wandb.Image(_small(picture), caption=caption)
-      for picture, caption in zip(pixels, captions)
+      for picture, caption in zip(clips.pictures(pixels), captions)
     ]
     self._run.log({"samples": shown}, step=step)
 

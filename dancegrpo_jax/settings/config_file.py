@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import installation
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.settings import pairs
+from dancegrpo_jax.settings import automatic, pairs
 from dancegrpo_jax.settings.stored_config import flatten, tuples
 from dancegrpo_jax.settings.suggestions import did_you_mean, did_you_mean_field
 
@@ -179,11 +179,18 @@ def _override(config: ConfigDict, override: str) -> str | None:
     return f"--config.{key}: unknown key{did_you_mean_field(key, list(fields))}"
   is_pairs = pairs.has_short_form(key)
   try:
-    short = is_pairs and pairs.is_short(text)
-    value = pairs.parse(key, text) if short else _parse(text, fields[key])
+    value: Any = None
+    if key in automatic.FIELDS:
+      value = automatic.parse(text)
+    elif is_pairs and pairs.is_short(text):
+      value = pairs.parse(key, text)
+    else:
+      value = _parse(text, fields[key])
   except ConfigError as error:
     return str(error)
   except (ValueError, SyntaxError):
+    if key in automatic.FIELDS:
+      return f"--config.{key}={text}: {automatic.FORM}"
     mistake = f"--config.{key}={text}: not a value of type {type(fields[key]).__name__}"
     remedy = f"write it as --config.{key}={spell(fields[key])}"
     return f"{mistake}; {pairs.remedy(key) if is_pairs else remedy}"
@@ -196,7 +203,7 @@ def _set(config: ConfigDict, key: str, value: Any) -> None:
   *sections, leaf = key.split(".")
   for section in sections:
     config = config[section]
-  with config.unlocked():
+  with config.unlocked(), config.ignore_type():  # a number may take the place of "auto"
     config[leaf] = value
 
 

@@ -17,7 +17,7 @@ from dancegrpo_jax.rl import lanes
 from dancegrpo_jax.rl.rollout import Rollout
 from dancegrpo_jax.training import diversity
 from dancegrpo_jax.training.session import Session
-from dancegrpo_jax.types import Conditioning, PyTree
+from dancegrpo_jax.types import Conditioning, Media, PyTree
 
 
 class Experience(NamedTuple):
@@ -28,15 +28,15 @@ class Experience(NamedTuple):
     conditioning: one row for each prompt.
     rollouts: one for each chunk; the update empties this list.
     scores: `{term: f32[P, G]}`, NaN where a reward failed.
-    pixels: samples of the first prompt, on the host; None where they were not asked for.
-    metrics: of the pixels; {} where they were not asked for.
+    media: samples of the first prompt, on the host; None where they were not asked for.
+    metrics: of the samples; {} where they were not asked for.
   """
 
   ids: np.ndarray
   conditioning: Conditioning
   rollouts: list[Rollout]
   scores: dict[str, jax.Array]
-  pixels: np.ndarray | None
+  media: Media | None
   metrics: dict[str, float]
 
 
@@ -119,6 +119,6 @@ def collect(
     conditioning=conditioning,
     rollouts=rollouts,
     scores=compiled.join(scores, order),
-    pixels=np.stack([pixels[number] for number in range(group)]) if pixels else None,
+    media=Media(np.stack([pixels[i] for i in range(group)]), media.fps) if pixels else None,
     metrics={diversity.METRIC: diversity.within_groups(small, group)} if small else {},
   )

@@ -19,7 +19,7 @@ from dancegrpo_jax.assembly import (
 )
 from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.checkpoints import store
-from dancegrpo_jax.compilation import ahead, calls
+from dancegrpo_jax.compilation import ahead, automatic, calls
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.data.prompts import read_held_out
 from dancegrpo_jax.devices import out_of_memory, processes, program_cache
@@ -27,6 +27,7 @@ from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.report import page
 from dancegrpo_jax.report.progress import Progress, phase
 from dancegrpo_jax.rl.state import TrainState, init_state
+from dancegrpo_jax.settings import automatic as auto_fields
 from dancegrpo_jax.settings import checks, stored_config
 from dancegrpo_jax.training import first_line, run_prompts, starting
 from dancegrpo_jax.types import Example, PyTree
@@ -244,13 +245,22 @@ def resumed_config(config: ConfigDict, workdir: Path, given: Collection[str]) ->
   """
   folder = workdir / "checkpoints"
   if store.latest(folder) is None:
-    return starting.pinned(config, workdir)
+    return starting.pinned(_with_sizes(config), workdir)
   stored = store.read_meta(folder)["config"]
+  config = _with_sizes(config, stored["mesh"]["lanes"])
   resumed, lines = stored_config.as_stored(stored, config, given)
   resumed = starting.as_pinned(resumed, stored, workdir)
   for line in lines if jax.process_index() == 0 else ():
     print(line)
   return resumed
+
+
+def _with_sizes(config: ConfigDict, lanes: int | None = None) -> ConfigDict:
+  """The config with numbers in place of "auto". `lanes` is that of a run that goes on."""
+  if not auto_fields.asked(config):
+    return config
+  with Progress() as progress:
+    return automatic.resolved(config, jax.devices(), progress.message, lanes)
 
 
 def checked(config: ConfigDict, workdir: Path) -> tuple[run_prompts.RunPrompts, int]:

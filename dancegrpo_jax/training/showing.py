@@ -21,7 +21,7 @@ class Shown(NamedTuple):
 
   Attributes:
     values: metrics.
-    pixels: `[n, height, width, 3]`, one sample of each fixed training prompt.
+    pixels: `[n, (frames,) height, width, 3]`, one sample of each fixed training prompt.
     prompts: their texts.
     scores: f32 `[n]`, NaN for a failed one.
   """
@@ -77,8 +77,9 @@ def show(session: Session, iteration: int, state: TrainState, warn: scoring.Warn
   total = sum(weight * scores[term] for term, weight in config.reward.terms)
   trained, held_out = np.split(total, [len(session.shown[0])])
   texts = [example.prompt for example in session.shown[0]]
+  samples = Media(pixels[: len(trained)], media.fps)
   if jax.process_index() == 0:
-    page.save_samples(session.workdir, iteration, pixels[: len(trained)], texts, trained, held_out)
+    page.save_samples(session.workdir, iteration, samples, texts, trained, held_out)
     page.write(session.workdir)
   result = {
     "evaluation/score": scoring.mean_of_finite(trained),
@@ -109,18 +110,19 @@ def save_extremes(session: Session, iteration: int, seen: Experience) -> None:
   Args:
     session: of the run.
     iteration: number of finished iterations.
-    seen: what the last one collected; nothing is saved where it has no pixels, or no score.
+    seen: what the last one collected; nothing is saved where it has no samples, or no score.
   """
   terms = session.config.reward.terms
   rewards = sum(weight * np.asarray(seen.scores[term]) for term, weight in terms)
   total = rewards[0]
-  if jax.process_index() == 0 and seen.pixels is not None and np.isfinite(total).any():
+  if jax.process_index() == 0 and seen.media is not None and np.isfinite(total).any():
     best, worst = int(np.nanargmax(total)), int(np.nanargmin(total))
     page.save_extremes(
       workdir=session.workdir,
       iteration=iteration,
-      best=seen.pixels[best],
-      worst=seen.pixels[worst],
+      best=seen.media.pixels[best],
+      worst=seen.media.pixels[worst],
+      fps=seen.media.fps,
       prompt=session.examples[int(seen.ids[0])].prompt,
       best_score=float(total[best]),
       worst_score=float(total[worst]),

@@ -32,6 +32,11 @@ def conv(name: str, bias: bool = True) -> Rows:
   return _kernel(name, "o i h w -> h w i o", bias)
 
 
+def conv3d(name: str) -> Rows:
+  """torch.nn.Conv3d."""
+  return _kernel(name, "o i t h w -> t h w i o", bias=True)
+
+
 def norm(name: str) -> Rows:
   """torch.nn.LayerNorm and GroupNorm."""
   path = tree_path(name)

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import errors
 from dancegrpo_jax.models.attention import capability_of
-from dancegrpo_jax.settings import stored_config
+from dancegrpo_jax.settings import automatic, stored_config
 from dancegrpo_jax.settings.checks import batches, mesh, model, objective, rewards, sampler, values
 
 _START = "start from configs/common.py, which has every field"
@@ -63,7 +63,7 @@ def problems(config: ConfigDict, *, num_devices: int, num_examples: int | None =
   """What is wrong with a config apart from its devices.
 
   Args:
-    config, num_devices, num_examples: as for `validate`.
+    config, num_devices, num_examples: as for `validate`. Sizes may still be "auto".
 
   Returns:
     One line for each problem, [] for a valid config.
@@ -72,7 +72,12 @@ def problems(config: ConfigDict, *, num_devices: int, num_examples: int | None =
   missing = [field for field in (*values.CHOICES, *values.LIMITS) if field not in fields]
   if missing:
     return [f"config.{field}: missing; {_START}" for field in missing]
-  lines = [*values.problems(fields)]
+  try:
+    config = automatic.resolved(config, num_devices)
+  except errors.ConfigError as error:
+    sized = {field for field in automatic.FIELDS if automatic.is_auto(fields[field])}
+    return [*values.problems(fields | dict.fromkeys(sized, 1)), str(error)]
+  lines = [*values.problems(stored_config.flatten(config))]
   try:
     for check in _AGREEMENTS:
       lines += check(config)

@@ -29,7 +29,13 @@ def _above(low: int | float) -> Limit:
   return Limit(lambda value: value > low, f"must be above {low}")
 
 
+def _is_size(value: Any) -> bool:
+  """Whether a value is a size of a batch. A config file may hold anything there."""
+  return type(value) is int and value >= 1
+
+
 _DTYPES = ("float32", "bfloat16", "float16")
+_SIZE = Limit(_is_size, "must be a whole number of at least 1, auto, or auto:N for at most N")
 _BELOW_ONE = Limit(lambda value: 0 <= value < 1, "must lie in [0, 1)")
 
 CHOICES = {
@@ -79,7 +85,7 @@ LIMITS = {
   "rollout.samples_per_prompt": Limit(
     lambda value: value >= 2, "a group needs at least 2 samples to compare; 8 to 16 is usual"
   ),
-  "rollout.chunk": _at_least(1),
+  "rollout.chunk": _SIZE,
   "reward.max_failed": Limit(lambda value: 0 <= value <= 1, "must lie in [0, 1]"),
   "reward.failed_iterations": _at_least(1),
   "reward.slice": _at_least(0),
@@ -100,13 +106,13 @@ LIMITS = {
   "optimizer.weight_decay": _at_least(0),
   "optimizer.max_grad_norm": _above(0),
   "optimizer.updates_per_iteration": _at_least(1),
-  "optimizer.microbatch": _at_least(1),
+  "optimizer.microbatch": _SIZE,
   "optimizer.microbatches_per_call": _at_least(0),
   "optimizer.max_skipped": _at_least(0),
   "lora.rank": _at_least(0),
   "lora.alpha": _at_least(0),
   "ema.decay": _BELOW_ONE,
-  "mesh.lanes": _at_least(1),
+  "mesh.lanes": _SIZE,
   "checkpoint.every": _at_least(1),
   "checkpoint.keep": _at_least(1),
   "evaluation.every": _at_least(0),
