@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from dancegrpo_jax import buckets
 
@@ -28,48 +28,8 @@ class Seen(NamedTuple):
   stamp: str
 
 
-class LockFile(Protocol):
-  """What both kinds do. All raise OSError where the place can't be used."""
-
-  def make(self, me: dict[str, str]) -> bool:
-    """Writes the file where there is none. Returns whether this process has made it."""
-
-  def replace(self, me: dict[str, str]) -> None:
-    """Writes the file where there is one."""
-
-  def read(self) -> Seen | None:
-    """What it is now; None where there is none."""
-
-  def touch(self, me: dict[str, str]) -> dict[str, str]:
-    """Touches it, or makes it again where somebody has deleted it. Another owner's stays as it is.
-    Returns the owner.
-    """
-
-  def remove(self) -> None:
-    """Removes the file, if it is there."""
-
-  def tidy(self) -> None:
-    """Removes the folders that were made for the file and are empty."""
-
-  def beside(self, name: str) -> "LockFile":
-    """Another file, whose name begins with that of this one."""
-
-
-def of(workdir: Path | str, name: str) -> LockFile:
-  """The file of this name in a workdir, which is a folder or the URL of one in a bucket."""
-  if buckets.is_url(str(workdir)):
-    url = f"{str(workdir).rstrip('/')}/{name}"
-    probe = f"{url}.probe-{secrets.token_hex(4)}"
-    buckets.write(probe, b"")  # a mistake in the permissions shows here
-    buckets.touch(probe)
-    buckets.remove(probe)
-    return InBucket(url)
-  file = Path(workdir).absolute() / name
-  return InFolder(file, [folder for folder in file.parents if not folder.exists()])
-
-
 class InFolder:
-  """The file in a folder.
+  """The file in a folder. All methods raise OSError where the place can't be used.
 
   Args:
     file: its path.
@@ -80,6 +40,7 @@ class InFolder:
     self._file, self._made = file, made
 
   def make(self, me: dict[str, str]) -> bool:
+    """Writes the file where there is none. Returns whether this process has made it."""
     try:
       self._put(me, os.link)
     except FileExistsError:
@@ -87,9 +48,11 @@ class InFolder:
     return True
 
   def replace(self, me: dict[str, str]) -> None:
+    """Writes the file where there is one."""
     self._put(me, os.replace)
 
   def read(self) -> Seen | None:
+    """What it is now; None where there is none."""
     try:  # It is opened, since NFS asks its server then.
       with self._file.open() as stream:
         stamp = str(os.fstat(stream.fileno()).st_mtime_ns)
@@ -98,6 +61,9 @@ class InFolder:
       return None
 
   def touch(self, me: dict[str, str]) -> dict[str, str]:
+    """Touches it, or makes it again where somebody has deleted it. Another owner's stays as it is.
+    Returns the owner.
+    """
     if not self._file.exists():
       if self._file.parent.is_dir():
         self.make(me)
@@ -109,14 +75,17 @@ class InFolder:
     return owner
 
   def remove(self) -> None:
+    """Removes the file, if it is there."""
     self._file.unlink(missing_ok=True)
 
   def tidy(self) -> None:
+    """Removes the folders that were made for the file and are empty."""
     with contextlib.suppress(OSError):  # what holds files stays
       for folder in self._made:
         folder.rmdir()
 
-  def beside(self, name: str) -> LockFile:
+  def beside(self, name: str) -> "InFolder":
+    """Another file, whose name begins with that of this one."""
     return InFolder(self._file.with_name(f"{self._file.name}.{name}"), [])
 
   def _put(self, me: dict[str, str], place: Callable[[Path, Path], None]) -> None:
@@ -140,7 +109,7 @@ class InFolder:
 
 
 class InBucket:
-  """The object of a URL."""
+  """The object of a URL, with the methods of `InFolder`."""
 
   def __init__(self, url: str):
     self._url = url
@@ -182,8 +151,24 @@ class InBucket:
   def tidy(self) -> None:
     """Buckets have no folders."""
 
-  def beside(self, name: str) -> LockFile:
+  def beside(self, name: str) -> "InBucket":
     return InBucket(f"{self._url}.{name}")
+
+
+LockFile = InFolder | InBucket
+
+
+def of(workdir: Path | str, name: str) -> LockFile:
+  """The file of this name in a workdir, which is a folder or the URL of one in a bucket."""
+  if buckets.is_url(str(workdir)):
+    url = f"{str(workdir).rstrip('/')}/{name}"
+    probe = f"{url}.probe-{secrets.token_hex(4)}"
+    buckets.write(probe, b"")  # a mistake in the permissions shows here
+    buckets.touch(probe)
+    buckets.remove(probe)
+    return InBucket(url)
+  file = Path(workdir).absolute() / name
+  return InFolder(file, [folder for folder in file.parents if not folder.exists()])
 
 
 def _parsed(text: str) -> dict[str, str]:
