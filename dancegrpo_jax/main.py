@@ -1,7 +1,7 @@
 """Command: train.
 
     python -m dancegrpo_jax.main --config=configs/emoji_clip.py [--config.key=value ...] \\
-      [--workdir=DIR]
+      [--workdir=DIR] [--dry-run]
 
 A run of several processes needs --coordinator=HOST:PORT --num-processes=N --process-id=I for each
 of them, except on a TPU pod and under Slurm.
@@ -25,6 +25,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     metavar="WORKDIR[@ITERATION]",
     help="start a new run from the weights of another one; sets config.init_from",
   )
+  parser.add_argument(
+    "--dry-run",
+    "--dry_run",
+    dest="dry_run",
+    action="store_true",
+    help="check everything that the run needs, and train nothing; exit code 0 means ready",
+  )
   processes.add_flags(parser)
 
 
@@ -36,6 +43,7 @@ def main(argv: list[str]) -> int:
     accelerator.start()
     # Imported now: JAX takes a second, and a misspelt flag should be answered at once.
     from dancegrpo_jax import train
+    from dancegrpo_jax.dry_run import run as dry_run
 
     processes.start(line.flags)  # before anything touches a device
     processes.require_same(
@@ -44,6 +52,8 @@ def main(argv: list[str]) -> int:
       remedy="start all of them with the same --config, --config.key and files",
     )
     workdir = Path(line.flags.workdir or f"runs/{line.config.name}")
+    if line.flags.dry_run:
+      return dry_run.run(line.config, workdir, line.given)
     return train.run(line.config, workdir, line.given)
 
   return command_line.exit_on_mistake(command)
