@@ -21,6 +21,7 @@ FOR_OTHERS = {"importlib_resources", "filelock"}
 OPTIONAL = {
   "wandb",
   "torch",
+  "imageio_ffmpeg",
 }  # imported where a config asks for them, and a line says what to install
 
 
