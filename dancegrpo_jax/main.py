@@ -1,7 +1,7 @@
 """Command: train.
 
     python -m dancegrpo_jax.main --config=configs/emoji_clip.py [--config.key=value ...] \\
-      [--workdir=DIR]
+      [--workdir=DIR] [--dry-run]
 
 A run of several processes needs --coordinator=HOST:PORT --num-processes=N --process-id=I for each
 of them, except on a TPU pod and under Slurm.
@@ -28,6 +28,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     metavar="WORKDIR[@ITERATION]",
     help="start a new run from the weights of another one; sets config.init_from",
   )
+  parser.add_argument(
+    "--dry-run",
+    "--dry_run",
+    dest="dry_run",
+    action="store_true",
+    help="check everything that the run needs, and train nothing; exit code 0 means ready",
+  )
   processes.add_flags(parser)
 
 
@@ -39,6 +46,7 @@ def main(argv: list[str]) -> int:
     accelerator.start()
     # Imported now: JAX takes a second, and a misspelt flag should be answered at once.
     from dancegrpo_jax import train
+    from dancegrpo_jax.dry_run import run as dry_run
     from dancegrpo_jax.training import bucket_workdir
 
     processes.start(line.flags)  # before anything touches a device
@@ -49,6 +57,9 @@ def main(argv: list[str]) -> int:
     )
     name = line.flags.workdir or f"runs/{line.config.name}"
     command_line.require_writable(f"--workdir={name}", Path(name), remote=True)
+    if line.flags.dry_run:
+      with bucket_workdir.opened(name) as workdir:
+        return dry_run.run(line.config, workdir, line.given)
     with workdir_lock.held(name), bucket_workdir.opened(name) as workdir:
       return train.run(line.config, workdir, line.given)
 

@@ -23,6 +23,7 @@ NOTES = {  # room -> what is in it, in two or three words
   "convert": "checkpoints in and out",
   "train": "the loop, top to bottom",
   "evaluation": "a checkpoint beside its base",
+  "dry_run": "what a run would need",
   "training": "what the loop is made of",
   "compilation": "programs ahead of the run",
   "assembly": "from a config to a model in memory",

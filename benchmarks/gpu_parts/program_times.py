@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 
-from dancegrpo_jax.compilation import inventory
+from dancegrpo_jax.compilation import estimate, inventory
 from dancegrpo_jax.devices import chips
-from dancegrpo_jax.plan import planning
 from gpu_parts import loaded, measure
 
 _found = threading.local()  # whether this thread's last program was in the cache
@@ -67,7 +66,7 @@ class Program:
 def planned(run: loaded.Loaded, call: inventory.Call, compiled) -> float:
   """Bytes of the device's memory by plan's row: what stays, arguments, temporaries."""
   kept = inventory.kept_bytes(run.inventory, call)
-  return kept + planning.peak_of(compiled.memory_analysis())
+  return kept + estimate.allotted(compiled.memory_analysis())
 
 
 def peak_so_far() -> dict:

@@ -52,17 +52,17 @@ def _noting(limits: dict[str, Limit], place: str, tokenizer: Callable) -> Callab
   return encode
 
 
-def noting_files(limits: dict[str, Limit]) -> Files:
-  """How the files of a reward are found; the limits of its tokenizers are noted in `limits`."""
+def noting_files(limits: dict[str, Limit], files: Files = reward_builders.FILES) -> Files:
+  """`files`, except that the limits of a reward's tokenizers are noted in `limits`."""
 
   def load(field: str, source: str, network: dict[str, Any]) -> Callable:
-    tokenizer = reward_builders.load_tokenizer(field, source, network)
+    tokenizer = files.tokenizer(field, source, network)
     if isinstance(tokenizer, Tokenizer):
       name = f"{field.removesuffix('.tokenizer')}'s tokenizer"
       limits[name] = Limit(tokenizer, tokenizer([""]).shape[-1])
     return tokenizer
 
-  return reward_builders.FILES._replace(tokenizer=load)
+  return files._replace(tokenizer=load)
 
 
 def lines(

@@ -16,15 +16,21 @@ from dancegrpo_jax.rewards.base import Files, Networks, Reward, RewardKind
 from dancegrpo_jax.types import PyTree
 
 
-def load_tokenizer(field: str, source: str, network: dict[str, Any]) -> Callable:
+def load_tokenizer(
+  field: str, source: str, network: dict[str, Any], find: Callable[..., Path] = hub.folder
+) -> Callable:
   """The CLIP tokenizer of a folder or a hub id, for `Files.tokenizer`.
+
+  Args:
+    field, source, network: as for `Files.tokenizer`.
+    find: as `hub.folder`.
 
   Raises:
     ConfigError: a file is missing.
     ValueError: the tokenizer is of another kind, or doesn't fit the network.
   """
   layout = Layout(files={}, tokenizers={"": "clip"}, networks=())
-  folder = hub.folder(field, without_mark(source), layout)
+  folder = find(field, without_mark(source), layout)
   tokenizer = components.read_tokenizers(folder, layout)[""]
   cut_texts.require_fit(f"{folder}", tokenizer, network.get("text_config", {}), length=True)
   return tokenizer

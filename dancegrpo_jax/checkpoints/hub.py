@@ -181,7 +181,25 @@ def patterns(layout: Layout, variant: str = "") -> list[str]:
 
 def is_cached(name: str, layout: Layout) -> bool:
   """Whether the Hugging Face cache holds a checkpoint of this name, which is a hub id then."""
-  return bool(_HUB_ID.fullmatch(name)) and _cached(name, layout) is not None
+  return is_hub_id(name) and _cached(name, layout) is not None
+
+
+def is_hub_id(name: str) -> bool:
+  """Whether a name may be one of the hub, as "owner/name"."""
+  return bool(_HUB_ID.fullmatch(name))
+
+
+def is_offline() -> bool:
+  """Whether HF_HUB_OFFLINE forbids to ask the hub."""
+  from huggingface_hub import constants
+
+  return bool(constants.HF_HUB_OFFLINE)
+
+
+def not_fetched(field: str, name: str, reason: str, is_gated: bool = False) -> str:
+  """The line about a checkpoint of the hub that can't be fetched."""
+  where = f"{_label(field)} = {name!r}: no such folder, not in the Hugging Face cache"
+  return f"{where}, and not downloaded ({reason}); {_remedy(field, name, is_gated)}"
 
 
 def _cached(name: str, layout: Layout) -> Path | None:
@@ -203,11 +221,11 @@ def _download(field: str, name: str, layout: Layout, variant: str) -> Path:
   The weight files are those of the variant, else those in full precision, else those in half
   precision.
   """
-  from huggingface_hub import constants, snapshot_download
+  from huggingface_hub import snapshot_download
   from huggingface_hub.errors import GatedRepoError
 
-  where = f"{_label(field)} = {name!r}: no such folder, not in the Hugging Face cache"
-  if constants.HF_HUB_OFFLINE:
+  if is_offline():
+    where = f"{_label(field)} = {name!r}: no such folder, not in the Hugging Face cache"
     raise ConfigError(f"{where}, and HF_HUB_OFFLINE=1 forbids downloads; {_remedy(field, name)}")
   absent: list[str] = []
   for kind in dict.fromkeys((variant, "", "fp16", "bf16")):
@@ -217,8 +235,8 @@ def _download(field: str, name: str, layout: Layout, variant: str) -> Path:
     # classes for these, with messages of several lines.
     except Exception as error:
       reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-      remedy = _remedy(field, name, isinstance(error, GatedRepoError))
-      raise ConfigError(f"{where}, and not downloaded ({reason}); {remedy}") from error
+      is_gated = isinstance(error, GatedRepoError)
+      raise ConfigError(not_fetched(field, name, reason, is_gated)) from error
     absent = missing(path, layout)
     if not absent:
       return path

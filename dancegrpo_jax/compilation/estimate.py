@@ -54,6 +54,32 @@ def temporaries(call: Call, shards: int) -> float:
   return _peak(traced.jaxpr.jaxpr, known, shards)
 
 
+def allotted(memory: Any) -> int:
+  """Bytes of a device's memory that a compiled program takes.
+
+  Args:
+    memory: the program's `memory_analysis()`.
+  """
+  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+  added = results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
+  return memory.argument_size_in_bytes + added
+
+
+def operations(jaxpr: Any) -> int:
+  """The number of operations in a jaxpr, those inside of loops once."""
+  return sum(1 + sum(map(operations, _inner(eqn.params))) for eqn in jaxpr.eqns)
+
+
+def kernels(jaxpr: Any) -> set[str]:
+  """The attention kernels of models/attention.py in a jaxpr; xla's is no operation of its own."""
+  names = {eqn.primitive.name for eqn in jaxpr.eqns}
+  found = {"splash"} if "pallas_call" in names else set()
+  if any("dot_product_attention" in name for name in names):
+    found.add("cudnn")
+  inner = [each for eqn in jaxpr.eqns for each in _inner(eqn.params)]
+  return found.union(*map(kernels, inner))
+
+
 def _peak(jaxpr: Any, known: dict[tuple[int, ...], float], shards: int) -> float:
   """Bytes of all that is computed in a jaxpr, when they are most."""
   last: dict[Any, int] = {}  # the operation that uses a variable last

@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.assembly import loading
-from dancegrpo_jax.compilation import automatic, inventory
+from dancegrpo_jax.compilation import automatic, estimate, inventory
 from dancegrpo_jax.compilation.calls import Call
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.devices import accelerator, chips, out_of_memory, sharding
@@ -139,7 +139,7 @@ def row_of(
     times=call.times,
     arguments=memory.argument_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
-    peak=kept + peak_of(memory),
+    peak=kept + estimate.allotted(memory),
     flops=counted.total,
     uncounted=tuple(uncounted),
     collective=moved,
@@ -147,17 +147,6 @@ def row_of(
     network_seconds=network,
     mfu=mfu,
   )
-
-
-def peak_of(memory: Any) -> int:
-  """Bytes of a device's memory that a program takes.
-
-  Args:
-    memory: the program's `memory_analysis()`.
-  """
-  results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-  added = results + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
-  return memory.argument_size_in_bytes + added
 
 
 def counts(
