@@ -82,7 +82,7 @@ def filesystem() -> Any:
     import gcsfs
   except ImportError as error:
     raise ConfigError(
-      f"{PREFIX}... needs gcsfs, which is not installed; pip install -r requirements-gcs.txt"
+      "gs://... needs gcsfs, which is not installed; pip install -r requirements-gcs.txt"
     ) from error
   # etils, and so Orbax, makes its own file system, which has to see changes, too.
   for name in ("gs", "gcs"):

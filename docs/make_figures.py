@@ -44,6 +44,7 @@ NOTES = {  # room -> what is in it, in two or three words
   "types": "what crosses rooms",
   "errors": "mistakes of the user",
   "installation": "where configs and assets are",
+  "buckets": "gs:// and local copies",
   "published": "keys of other tools' files",
   "strict_json": "JSON without NaN",
 }
