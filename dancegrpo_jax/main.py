@@ -11,13 +11,17 @@ import argparse
 import sys
 from pathlib import Path
 
-from dancegrpo_jax.devices import accelerator, interrupts, processes
+from dancegrpo_jax import buckets
+from dancegrpo_jax.devices import accelerator, interrupts, processes, workdir_lock
 from dancegrpo_jax.settings import command_line, stored_config
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """Adds the flags of this command."""
-  parser.add_argument("--workdir", help="default: runs/<config name>; running again on it resumes")
+  parser.add_argument(
+    "--workdir",
+    help="a folder, or gs://BUCKET/NAME; default: runs/<config name>; running again on it resumes",
+  )
   parser.add_argument(
     "--init-from",
     "--init_from",
@@ -44,6 +48,7 @@ def main(argv: list[str]) -> int:
     # Imported now: JAX takes a second, and a misspelt flag should be answered at once.
     from dancegrpo_jax import train
     from dancegrpo_jax.dry_run import run as dry_run
+    from dancegrpo_jax.training import bucket_workdir
 
     processes.start(line.flags)  # before anything touches a device
     processes.require_same(
@@ -51,10 +56,14 @@ def main(argv: list[str]) -> int:
       problem="the processes have different configs",
       remedy="start all of them with the same --config, --config.key and files",
     )
-    workdir = Path(line.flags.workdir or f"runs/{line.config.name}")
+    name = line.flags.workdir or f"runs/{line.config.name}"
     if line.flags.dry_run:
-      return dry_run.run(line.config, workdir, line.given)
-    return train.run(line.config, workdir, line.given)
+      buckets.require_path("--workdir", name, remote=True)
+      with bucket_workdir.opened(name) as workdir:
+        return dry_run.run(line.config, workdir, line.given)
+    command_line.require_writable(f"--workdir={name}", Path(name), remote=True)
+    with workdir_lock.held(name), bucket_workdir.opened(name) as workdir:
+      return train.run(line.config, workdir, line.given)
 
   return command_line.exit_on_mistake(command)
 

@@ -1,6 +1,6 @@
 """The training loop: prompts -> rollout -> rewards -> advantages -> update.
 
-Read `train` from top to bottom.
+Read `run` from top to bottom.
 """
 
 import contextlib
@@ -12,8 +12,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from dancegrpo_jax import buckets
 from dancegrpo_jax.checkpoints import store
-from dancegrpo_jax.devices import accelerator, out_of_memory, sharding, workdir_lock
+from dancegrpo_jax.devices import accelerator, out_of_memory, sharding
 from dancegrpo_jax.devices.preemption import Preemption
 from dancegrpo_jax.programs import update_calls
 from dancegrpo_jax.report import metrics, page, status
@@ -21,7 +22,7 @@ from dancegrpo_jax.report.clock import Clock
 from dancegrpo_jax.report.progress import Progress, phase
 from dancegrpo_jax.rl import algorithms
 from dancegrpo_jax.rl.state import TrainState
-from dancegrpo_jax.settings import command_line, named_objects
+from dancegrpo_jax.settings import named_objects
 from dancegrpo_jax.training import tracing
 from dancegrpo_jax.training.collecting import Experience, collect
 from dancegrpo_jax.training.outcome import Numbers, Pending, give_up, what_is_left
@@ -38,30 +39,23 @@ def run(config: ConfigDict, workdir: Path, given: Collection[str] = ()) -> int:
 
   Args:
     config: of the run.
-    workdir: the folder for everything that the run writes.
+    workdir: the folder for everything that the run writes. No other run may use it, see
+      `workdir_lock.held`.
     given: fields of the config that the user has set by hand; see `stored_config.as_stored`.
 
   Returns:
     The exit code: 130 after Ctrl-C, else 0.
 
   Raises:
-    ConfigError: a mistake in the config, the prompts or the workdir, before anything is written;
-      another run in that workdir.
+    ConfigError: a mistake in the config, the prompts or the workdir, before anything is written.
     RunError: too many non-finite steps or failed rewards.
     OutOfMemory: a program, or the model itself, is too large for the devices.
   """
-  command_line.require_writable(f"--workdir={workdir}", workdir)
-  with workdir_lock.held(workdir):
-    return train(config, workdir, given)
-
-
-def train(config: ConfigDict, workdir: Path, given: Collection[str]) -> int:
-  """What `run` does in a workdir that no other run uses."""
   config = resumed_config(config, workdir, given)
   found, first = checked(config, workdir)
   if first >= config.iterations:
     summary = metrics.last_line(workdir, workdir / page.FILE)
-    print(f"{workdir}: already finished, {first} iterations; {summary}")
+    print(f"{buckets.behind(workdir)}: already finished, {first} iterations; {summary}")
     return 0
   if jax.process_index() == 0:
     accelerator.say_share(jax.default_backend())
@@ -78,7 +72,7 @@ def train(config: ConfigDict, workdir: Path, given: Collection[str]) -> int:
       config, workdir, found.examples, mesh, first, progress, found.summaries
     )
     status.begin(workdir, config)
-    saver = enter(store.Saver(workdir / "checkpoints", config.checkpoint.keep))
+    saver = enter(store.Saver(store.folder_of(workdir), config.checkpoint.keep))
     writer = enter(metrics.Writer(workdir, config, first))
     if config.logging.profile_steps:
       stack.callback(tracing.end_trace)

@@ -24,6 +24,7 @@ NOTES = {  # room -> what is in it, in two or three words
   "train": "the loop, top to bottom",
   "dry_run": "all checks in one table",
   "evaluation": "a checkpoint beside its base",
+  "dry_run": "what a run would need",
   "training": "what the loop is made of",
   "compilation": "programs ahead of the run",
   "assembly": "from a config to a model in memory",
@@ -44,6 +45,7 @@ NOTES = {  # room -> what is in it, in two or three words
   "types": "what crosses rooms",
   "errors": "mistakes of the user",
   "installation": "where configs and assets are",
+  "buckets": "gs:// and local copies",
   "published": "keys of other tools' files",
   "strict_json": "JSON without NaN",
 }

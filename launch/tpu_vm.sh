@@ -4,9 +4,9 @@
 #   launch/tpu_vm.sh [--dry-run] COMMAND
 #
 # COMMAND: create | status | setup | run [flag of main ...] | logs | stop | fetch | delete.
-# WORKDIR is on the disk of the VM and is deleted with it, unless NFS is set. fetch copies it to
-# runs/ here. After a preemption of a spot resource, delete it and create it again; after setup, run
-# then continues from the last checkpoint of WORKDIR, which is on NFS.
+# WORKDIR is on the disk of the VM and is deleted with it, unless BUCKET or NFS is set. fetch copies
+# it to runs/ here. After a preemption of a spot resource, delete it and create it again; after
+# setup, run then continues from the last checkpoint of WORKDIR, which is in the bucket or on NFS.
 set -euo pipefail
 
 # ---- settings, to change here or in the environment ----
@@ -17,12 +17,14 @@ ACCELERATOR="${ACCELERATOR:-v6e-8}"          # type and size of one slice
 # The runtime of this type. v5p needs v2-alpha-tpuv5, and v5e needs v2-alpha-tpuv5-lite.
 RUNTIME="${RUNTIME:-v2-alpha-tpuv6e}"
 SLICES="${SLICES:-1}"
-SPOT="${SPOT:-false}"                        # true: cheaper, but may end at any time; needs NFS
-# host:/share, which each host mounts as runs/. Several hosts need it, and SPOT does.
+SPOT="${SPOT:-false}"                        # true: cheaper, but may end at any time; needs a share
+# gs://BUCKET/FOLDER, in which WORKDIR is then. Several hosts need it or NFS, and so does SPOT.
+BUCKET="${BUCKET:-}"
+# host:/share, which each host mounts as runs/.
 NFS="${NFS:-}"
 CONFIG="${CONFIG:-configs/emoji_clip.py}"
-# A folder in the checkout on the hosts. All hosts must see the same folder.
-WORKDIR="${WORKDIR:-runs/$NAME}"
+# A folder in the checkout on the hosts, or in the bucket. All hosts must see the same folder.
+WORKDIR="${WORKDIR:-${BUCKET:-runs}/$NAME}"
 # ----------------------------------------------------
 
 cd "$(dirname "$0")/.."
@@ -65,10 +67,14 @@ setup() {
  && (mountpoint -q runs || sudo mount -t nfs $(quoted "$NFS") runs)\
  && (test -w runs || sudo chmod a+rwx runs)"
   fi
+  local packages=(-r requirements-tpu.txt)
+  if [[ "$WORKDIR" == gs://* ]]; then
+    packages+=(-r requirements-gcs.txt)
+  fi
   everywhere "mkdir -p dancegrpo_jax && tar -xzf dancegrpo_jax.tar.gz -C dancegrpo_jax\
  && cd dancegrpo_jax && python3 -m pip install --user --quiet uv\
  && python3 -m uv venv --quiet --allow-existing --python 3.12 .venv\
- && python3 -m uv pip install --quiet --python .venv/bin/python -r requirements-tpu.txt$mount"
+ && python3 -m uv pip install --quiet --python .venv/bin/python ${packages[*]}$mount"
 }
 
 # Starts the run in the background on every host, so that a lost connection doesn't end it.
@@ -90,7 +96,10 @@ stop() {
 # Checks before anything is paid for that all hosts see the same files and don't lose them. A host
 # has at most 8 chips.
 require_share() {
-  local remedy="set NFS=host:/share, which setup mounts as runs/"
+  local remedy="set BUCKET=gs://BUCKET/FOLDER, or NFS=host:/share, which setup mounts as runs/"
+  if [[ "$WORKDIR" == gs://* ]]; then
+    return
+  fi
   if [[ -z "$NFS" ]] && ((SLICES > 1 || ${ACCELERATOR##*-} > 8)); then
     mistake "SLICES = $SLICES, ACCELERATOR = $ACCELERATOR: several hosts must see the same WORKDIR;\
  $remedy"
@@ -104,6 +113,10 @@ require_share() {
 # Copies the newest state of the run from the first host, because all hosts see the same files.
 fetch() {
   call mkdir -p runs
+  if [[ "$WORKDIR" == gs://* ]]; then
+    call gcloud storage cp --recursive "$WORKDIR" runs/
+    return
+  fi
   queued scp --recurse "$NAME:dancegrpo_jax/$WORKDIR" runs/ --node=0 --worker=0
 }
 

@@ -373,8 +373,24 @@ def test_mistakes(launch, script, words, said):
 def test_several_hosts_and_spot_need_a_share(launch, command, variables, said):
   done, calls = launch("tpu_vm.sh", command, **variables)
   (line,) = done.stderr.splitlines()
-  assert done.returncode == 2 and not calls and said in line and "set NFS=host:/share" in line
-  assert launch("tpu_vm.sh", command, **variables, **SHARE)[0].returncode == 0
+  assert done.returncode == 2 and not calls and said in line and "NFS=host:/share" in line
+  for share in (SHARE, {"BUCKET": "gs://bucket/runs"}):
+    assert launch("tpu_vm.sh", command, **variables, **share)[0].returncode == 0
+
+
+def test_a_bucket_in_the_place_of_a_share(launch):
+  """The workdir is in it on every host, and nothing is mounted."""
+  bucket = {"BUCKET": "gs://bucket/runs"}
+  done, calls = launch("tpu_vm.sh", "setup", **bucket)
+  install = "-r requirements-tpu.txt"
+  setup = SETUP.replace(install, f"{install} -r requirements-gcs.txt")
+  expected = [*QUEUED, "ssh", "dancegrpo", *EVERYWHERE, f"--command={setup}", *PLACE]
+  assert done.returncode == 0 and calls[-1] == expected and setup != SETUP
+  done, calls = launch("tpu_vm.sh", "run", **bucket)
+  assert done.returncode == 0 and "--workdir=gs://bucket/runs/dancegrpo" in " ".join(calls[-1])
+  done, calls = launch("tpu_vm.sh", "fetch", **bucket)
+  copy = ["gcloud", "storage", "cp", "--recursive", "gs://bucket/runs/dancegrpo", "runs/"]
+  assert done.returncode == 0 and calls[-1] == copy
 
 
 def test_an_accelerator_without_a_size(launch):

@@ -225,7 +225,7 @@ WRONG_REWARDS = {
   "arguments": ("own_family.pictures:draw", r"must take \(pixels, prompts, metadata\)"),
   "no such term": (
     "examples.own_reward.reward:KIND/sharpness",
-    f"{REWARD}.* is no score of 'examples.own_reward.reward:KIND', which gives",
+    "config.reward: .* is no score of 'examples.own_reward.reward:KIND', which gives",
   ),
   "no section": (
     "examples.own_reward.reward:FROM_SECTION",

@@ -17,10 +17,13 @@ ROOT = Path(__file__).parent.parent
 # What a package is imported as, where that isn't its name.
 IMPORTED_AS = {"orbax_checkpoint": "orbax", "pillow": "PIL"}
 # Asked for by name, and imported by others: requirements.txt says by whom.
-FOR_OTHERS = {"importlib_resources", "filelock"}
+FOR_OTHERS = {"importlib_resources"}
 OPTIONAL = {
   "wandb",
   "torch",
+  "imageio_ffmpeg",
+  "gcsfs",
+  "fsspec",  # which comes with gcsfs
 }  # imported where a config asks for them, and a line says what to install
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 
+from dancegrpo_jax.checkpoints import recognition
 from dancegrpo_jax.checkpoints.networks import TABLES, abstract_params, class_name
 from dancegrpo_jax.checkpoints.weights import specs
 from dancegrpo_jax.conversion import names
@@ -204,6 +205,13 @@ def test_skyreels_is_hunyuan_video_with_more_channels():
   assert expected_sources(table, targets) == tensors | weight
   with pytest.raises(ConversionError, match=r"x_embedder.proj.weight \[3072, 16, 1, 2, 2\]"):
     plan(table, tensors, targets)
+
+
+@pytest.mark.parametrize("name", ["flux-dev", "hunyuan-video", "hunyuan-llama"])
+def test_files_are_recognised(name):
+  """HunyuanVideo has FLUX's names and some more."""
+  kind = recognition.kind_of(inventory(name))
+  assert kind is not None and kind.title == f"a file of the network {class_name(config(name))}"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
+from dancegrpo_jax import buckets
 from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.checkpoints.store import CheckpointError
 from dancegrpo_jax.settings import named_objects, stored_config
@@ -55,6 +56,7 @@ def find(name: str) -> Checkpoint:
   """
   if not name:
     raise CheckpointError("the name of the checkpoint is empty; give a workdir, as runs/emoji_clip")
+  buckets.require_path("the checkpoint", name, remote=True)
   place, text = name.rstrip("/") or name, None
   if "@" in place and not epath.Path(place).exists():
     place, _, text = place.rpartition("@")

@@ -15,11 +15,13 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from dancegrpo_jax import buckets
 from dancegrpo_jax.errors import ConfigError, listed
 from dancegrpo_jax.types import PyTree
 
 Directory = str | os.PathLike
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's name; the last file of a save
+_COMMITTED = "commit_success.txt"  # Orbax's name, in buckets
 _FIELD_FILES = ("_METADATA", "manifest.ocdbt", "d")  # what Orbax writes for each field
 
 
@@ -56,7 +58,7 @@ class Saver:
     context.array.saving.min_slice_bytes_for_replica_parallel = 2**20
     with context:
       self._checkpointer = ocp.training.Checkpointer(
-        epath.Path(directory).resolve(),
+        _absolute(directory),
         preservation_policy=policies.LatestN(keep),
         cleanup_tmp_directories=True,
       )
@@ -110,8 +112,10 @@ def steps(directory: Directory) -> list[int]:
   root = epath.Path(directory)
   if not root.is_dir():
     return []
+  # In a bucket nothing can be renamed when it is complete: another file says so.
+  last = _COMMITTED if buckets.is_url(str(root)) else _METADATA
   return sorted(
-    int(path.name) for path in root.iterdir() if path.name.isdigit() and (path / _METADATA).exists()
+    int(path.name) for path in root.iterdir() if path.name.isdigit() and (path / last).exists()
   )
 
 
@@ -186,7 +190,22 @@ def _fields(state: PyTree) -> dict[str, PyTree]:
 
 def _find(directory: Directory, iteration: int | None) -> epath.Path:
   """The folder of a complete checkpoint, by default of the latest."""
-  return epath.Path(directory).resolve() / str(require_step(directory, iteration))
+  return _absolute(directory) / str(require_step(directory, iteration))
+
+
+def _absolute(directory: Directory) -> epath.Path:
+  """The whole path of a directory. A bucket's URL is whole, and `resolve` would take it for a name
+  in the working folder.
+  """
+  path = epath.Path(directory)
+  return path if buckets.is_url(str(path)) else path.resolve()
+
+
+def folder_of(workdir: Directory) -> epath.Path:
+  """The folder of a run's checkpoints. Where the workdir is the local copy of a bucket's, it is in
+  the bucket.
+  """
+  return epath.Path(buckets.behind(workdir)) / "checkpoints"
 
 
 def require_step(directory: Directory, iteration: int | None = None) -> int:

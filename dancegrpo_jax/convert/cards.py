@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
 from ml_collections import ConfigDict
 
 import dancegrpo_jax
+from dancegrpo_jax import buckets
 from dancegrpo_jax.assembly import loading, sampling
 from dancegrpo_jax.checkpoints import weights
 from dancegrpo_jax.checkpoints.chosen import Checkpoint
@@ -81,7 +83,7 @@ def facts(
   run = stored_config.completed(meta["config"])
   with run.unlocked():
     run.model = config.model
-  evaluated, changes = evaluation(Path(checkpoint.workdir), checkpoint.iteration)
+  evaluated, changes = evaluation(_local(checkpoint.workdir), checkpoint.iteration)
   counts = {field: each["count"] for field, each in meta.get("prompts", {}).items()}
   return Facts(
     config=run,
@@ -96,6 +98,13 @@ def facts(
     evaluated=evaluated,
     changes=changes,
   )
+
+
+def _local(workdir: epath.Path) -> Path:
+  """A local folder with the numbers of a run, whose workdir may be in a bucket."""
+  if not buckets.is_url(str(workdir)):
+    return Path(workdir)
+  return buckets.mirrored(str(workdir), (metrics.FILE, "samples/*/prompts.json"))
 
 
 def evaluation(workdir: Path, iteration: int) -> tuple[int, tuple[Change, ...]]:

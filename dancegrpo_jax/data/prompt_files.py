@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
-from dancegrpo_jax import installation
+from dancegrpo_jax import buckets, installation
 
 # The names that the column or the key of the prompts may have, in any case.
 NAMES = ("prompt", "prompts", "caption", "captions", "text", "texts")
@@ -67,6 +67,7 @@ def read(path: str) -> Content:
   Raises:
     ValueError: the file can't be used; one line that names it, the place, and what to do.
   """
+  buckets.require_path("prompts file", path, remote=True)
   file = installation.find(path)
   reader = READERS.get(file.suffix.lower())
   if reader is None and file.is_file():

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dancegrpo_jax import buckets
 from dancegrpo_jax.errors import ConfigError
 
 FLAGS = ("coordinator", "num_processes", "process_id")
@@ -145,6 +146,8 @@ def require_shared(folder: Path) -> None:
 
   if not jax.distributed.is_initialized() or jax.process_count() == 1:
     return
+  if buckets.is_url(buckets.behind(folder)):
+    return  # all processes see a bucket, and those that don't can't read its checkpoints
   number = multihost_utils.broadcast_one_to_all(np.uint32(secrets.randbits(32)))
   file = folder / f".shared-{int(number)}"
   if jax.process_index() == 0:

@@ -34,11 +34,11 @@ def use(setting: str) -> None:
     return
   if is_default and os.environ.get("JAX_COMPILATION_CACHE_DIR"):  # JAX uses that folder
     return
-  folder = default_folder(jax.default_backend()) if is_default else Path(setting)
-  if str(folder) != jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+  folder = str(default_folder(jax.default_backend())) if is_default else setting
+  if folder != jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
     # Without this, JAX would read the setting at the first compilation of a process only.
     compilation_cache.reset_cache()
-  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_compilation_cache_max_size", SIZE if is_default else -1)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

@@ -1,23 +1,22 @@
 """One run at a time in a workdir.
 
-The run that owns a workdir keeps running.json there, which says where it runs, and sets the file's
-time every few seconds. A run that is killed can't remove it. On the same machine the process's
+The run that owns a workdir keeps running.json there, which says where it runs, and touches the file
+every few seconds. A run that is killed can't remove it. On the same machine the process's
 number and the time at which it was started tell at once that it is gone. On another machine the
-newcomer watches the file: a time that does not change means the same. Clocks are never compared.
+newcomer watches the file: one that nobody touches means the same. Clocks are never compared.
 """
 
 import contextlib
-import json
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-from dancegrpo_jax.devices import interrupts, processes
+from dancegrpo_jax.devices import interrupts, lock_files, processes
+from dancegrpo_jax.devices.lock_files import LockFile, Seen
 from dancegrpo_jax.errors import ConfigError
 
 FILE = "running.json"
@@ -25,26 +24,17 @@ BEAT = 2.0  # seconds from one sign of life to the next
 PATIENCE = 8.0  # seconds without a sign after which a run on another machine counts as gone
 
 
-class Seen(NamedTuple):
-  """What running.json was when it was read.
-
-  Attributes:
-    owner: its content; {} where a power cut or a full disk has spoilt it.
-    time: of the last sign of life, in nanoseconds of the file server's clock.
-  """
-
-  owner: dict[str, str]
-  time: int
-
-
 @contextlib.contextmanager
-def held(workdir: Path) -> Iterator[None]:
+def held(workdir: Path | str) -> Iterator[None]:
   """Inside, this run owns a workdir; afterwards the file is gone, and the folder where it was made
   for the file and is empty.
 
   Should another run take the workdir over, as while this machine sleeps, the process is ended with
   one line and exit code 2, since it must not write any more. All processes of a run must enter, and
   process 0 holds the file.
+
+  Args:
+    workdir: a local folder, or the URL of one in a bucket.
 
   Raises:
     ConfigError: on every process: another run owns the workdir, or the file can't be written.
@@ -65,21 +55,19 @@ def held(workdir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _held(workdir: Path) -> Iterator[None]:
-  file, me = workdir.absolute() / FILE, _myself()
-  made = [folder for folder in file.parents if not folder.exists()]
-  stop = threading.Event()
-  beat = threading.Thread(target=_beat, args=(file, me, stop), name="workdir", daemon=True)
+def _held(workdir: Path | str) -> Iterator[None]:
+  file, me, stop = lock_files.of(workdir, FILE), _myself(), threading.Event()
+  arguments = (file, me, stop, workdir)
+  beat = threading.Thread(target=_beat, args=arguments, name="workdir", daemon=True)
 
   def release() -> None:
     stop.set()
     if threading.current_thread() is not beat:
       beat.join(timeout=BEAT)  # not for ever, as where a file server is gone
-    if _is_mine(file, me):
-      file.unlink()
-    with contextlib.suppress(OSError):  # what holds files stays
-      for folder in made:
-        folder.rmdir()
+    seen = file.read()
+    if seen is not None and seen.owner.get("id") == me["id"]:
+      file.remove()
+    file.tidy()
 
   _take(file, me, workdir)
   beat.start()
@@ -91,7 +79,7 @@ def _held(workdir: Path) -> Iterator[None]:
         release()
 
 
-def _take(file: Path, me: dict[str, str], workdir: Path) -> None:
+def _take(file: LockFile, me: dict[str, str], workdir: Path | str) -> None:
   """Makes a file that this process owns, in the place of one whose owner is gone.
 
   Of several newcomers one wins: who has found that an owner is gone must first own a file with the
@@ -100,23 +88,23 @@ def _take(file: Path, me: dict[str, str], workdir: Path) -> None:
   Raises:
     ConfigError: the owner of the file is alive.
   """
-  while not _made(file, me):
-    before = _read(file)
+  while not file.make(me):
+    before = file.read()
     if before is None or not _is_gone(file, before, workdir):
       time.sleep(0.1)  # it was released, or taken over, in this moment
       continue
-    claim = file.with_name(f"{file.name}.{before.owner.get('id', 'spoilt')}")
+    claim = file.beside(before.owner.get("id", "spoilt"))
     _take(claim, me, workdir)
     try:
-      again = _read(file)
+      again = file.read()
       if again is not None and again.owner == before.owner:
-        _put(file, me, os.replace)
+        file.replace(me)
         return
     finally:
-      claim.unlink(missing_ok=True)
+      claim.remove()
 
 
-def _is_gone(file: Path, before: Seen, workdir: Path) -> bool:
+def _is_gone(file: LockFile, before: Seen, workdir: Path | str) -> bool:
   """Whether the owner of a file is gone; False where the file has another owner by now.
 
   Raises:
@@ -134,10 +122,10 @@ def _is_gone(file: Path, before: Seen, workdir: Path) -> bool:
     )
   while lives is None and time.monotonic() < end:
     time.sleep(0.2)
-    now = _read(file)
+    now = file.read()
     if now is None or now.owner != owner:
       return False
-    if now.time != before.time:
+    if now.stamp != before.stamp:
       lives = True
   if not lives:
     return True
@@ -195,76 +183,15 @@ def _myself() -> dict[str, str]:
   }
 
 
-def _made(file: Path, me: dict[str, str]) -> bool:
-  """Whether this process has made a file that was not there."""
-  try:
-    _put(file, me, os.link)
-  except FileExistsError:
-    return False
-  return True
-
-
-def _put(file: Path, me: dict[str, str], place: Callable[[Path, Path], None]) -> None:
-  """Writes a file that appears whole.
-
-  Args:
-    file: the file.
-    me: its content.
-    place: `os.link` where it must not be there, `os.replace` where it is.
-  """
-  file.parent.mkdir(parents=True, exist_ok=True)
-  partial = file.with_name(f".{file.name}.{me['id']}")
-  try:
-    with partial.open("w") as stream:
-      json.dump(me, stream, indent=2)
-      stream.flush()
-      os.fsync(stream.fileno())
-    try:
-      place(partial, file)
-    except OSError as error:
-      if place is not os.link or isinstance(error, FileExistsError):
-        raise
-      with file.open("x") as stream:  # the file system has no links
-        json.dump(me, stream, indent=2)
-  finally:
-    partial.unlink(missing_ok=True)
-
-
-def _read(file: Path) -> Seen | None:
-  """What a file is now, None where there is none. It is opened, since NFS asks its server then."""
-  try:
-    with file.open() as stream:
-      when = os.fstat(stream.fileno()).st_mtime_ns
-      owner = json.load(stream)
-  except FileNotFoundError:
-    return None
-  except ValueError:
-    return Seen({}, when)
-  return Seen(owner, when)
-
-
-def _is_mine(file: Path, me: dict[str, str]) -> bool:
-  seen = _read(file)
-  return seen is not None and seen.owner.get("id") == me["id"]
-
-
-def _beat(file: Path, me: dict[str, str], stop: threading.Event) -> None:
+def _beat(file: LockFile, me: dict[str, str], stop: threading.Event, workdir: Path | str) -> None:
   """Gives signs of life until `stop`. Ends the process where the workdir belongs to another run."""
   while not stop.wait(BEAT):
     # An OSError may be a slow server or a full disk, and the next time may do.
-    with contextlib.suppress(OSError, ValueError):
-      if not file.exists():  # somebody has deleted it
-        if file.parent.is_dir():
-          _made(file, me)
-        continue
-      with file.open("r+") as stream:  # should another run replace it now, its own is not touched
-        owner = json.load(stream)
-        if owner["id"] == me["id"]:
-          os.utime(stream.fileno())
-          continue
-      if not stop.is_set():
+    with contextlib.suppress(OSError):
+      owner = file.touch(me)
+      if owner.get("id") != me["id"] and not stop.is_set():
         interrupts.end(
-          f"error: {file.parent}: process {owner['process']} on {owner['host']} has taken this"
+          f"error: {workdir}: process {owner.get('process')} on {owner.get('host')} has taken this"
           " workdir over while this process was suspended; it ends here and writes nothing more",
           exit_code=2,
         )

@@ -26,7 +26,7 @@ from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.report.progress import Progress, phase
 from dancegrpo_jax.rewards import kinds
 from dancegrpo_jax.rewards.base import Reward
-from dancegrpo_jax.settings import checks, command_line
+from dancegrpo_jax.settings import checks
 from dancegrpo_jax.training import first_line, run_prompts, session, starting
 from dancegrpo_jax.training.run_prompts import RunPrompts
 
@@ -108,7 +108,6 @@ def _settings(
     return False
 
   def act() -> int:
-    command_line.require_writable(f"--workdir={workdir}", workdir)
     return session.checked(config, workdir)[1]
 
   first = attempt(found, "config", act)
@@ -186,7 +185,7 @@ def _networks(
   if taken is None:
     return
   model = taken.model
-  if store.latest(workdir / "checkpoints") is None:
+  if store.latest(store.folder_of(workdir)) is None:
     attempt(found, "config", lambda: starting.require_fitting(config, model, mesh))
   program_cache.use(config.logging.compilation_cache)
   attempt(found, "memory", lambda: found.extend(memory.rows(config, taken, mesh)))

@@ -180,7 +180,9 @@ KEYS = published.Keys(
   },
 )
 _ROPE_KEYS = published.Keys(
-  used={"rope_theta": 10000.0}, neutral={"rope_type": ("default",), "type": ("default",)}
+  used={"rope_theta": published.REQUIRED},
+  types={"rope_theta": (int, float)},
+  neutral={"rope_type": ("default",), "type": ("default",)},
 )
 
 
@@ -208,19 +210,8 @@ def from_json(
   """
   file = "LlamaModel's config.json"
   given = published.read(file, config_json, KEYS)
-  heads = given["num_attention_heads"]
-  kv_heads = given["num_key_value_heads"] or heads
+  heads, kv_heads, head_dim = _heads(file, given)
   total = given["num_hidden_layers"]
-  if heads % kv_heads:
-    raise ValueError(
-      f"{file}: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}"
-    )
-  head_dim = given["head_dim"] or given["hidden_size"] // heads
-  if head_dim % 2 or (given["head_dim"] is None and given["hidden_size"] % heads):
-    raise ValueError(
-      f"{file}: hidden_size {given['hidden_size']} does not divide into {heads} heads of an even"
-      " width; head_dim gives the width otherwise"
-    )
   if layers is not None and not 0 < layers <= total:
     raise ValueError(f"{file}: num_hidden_layers is {total}, and {layers} layers are needed")
   return DecoderLM(
@@ -244,12 +235,30 @@ def from_json(
   )
 
 
+def _heads(file: str, given: dict) -> tuple[int, int, int]:
+  """The number of query heads, that of key and value heads, and their width."""
+  heads, width = given["num_attention_heads"], given["hidden_size"]
+  kv_heads = given["num_key_value_heads"] or heads
+  if heads % kv_heads:
+    raise ValueError(
+      f"{file}: num_key_value_heads {kv_heads} does not divide num_attention_heads {heads}"
+    )
+  head_dim = given["head_dim"] or width // heads
+  if head_dim % 2 or (given["head_dim"] is None and width % heads):
+    raise ValueError(
+      f"{file}: hidden_size {width} does not divide into {heads} heads of an even width; head_dim"
+      " gives the width otherwise"
+    )
+  return heads, kv_heads, head_dim
+
+
 def _theta(file: str, config_json: dict, given: dict) -> float:
   """The base of the rotations, which transformers 5 writes into `rope_parameters`."""
   if given["rope_parameters"] is None:
     return given["rope_theta"]
   name = f"{file}: rope_parameters"
-  theta = published.read(name, given["rope_parameters"], _ROPE_KEYS)["rope_theta"]
+  newer = {"rope_theta": given["rope_theta"], **given["rope_parameters"]}
+  theta = published.read(name, newer, _ROPE_KEYS)["rope_theta"]
   if config_json.get("rope_theta", theta) != theta:
     raise ValueError(
       f"{name} have rope_theta {theta}, and rope_theta is {given['rope_theta']}; they must agree"

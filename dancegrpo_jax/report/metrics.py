@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import strict_json
+from dancegrpo_jax import buckets, strict_json
 from dancegrpo_jax.report import trackers
 
 FILE = "metrics.jsonl"
@@ -191,4 +191,8 @@ def last_line(workdir: str | os.PathLike, report: str | os.PathLike | None = Non
   line = "no iteration was run"
   if count:
     line = f"reward/mean: {first:.4f} -> {last:.4f} (first and last {count} iterations)"
-  return f"{line}; report: {report}" if report else line
+  if not report:
+    return line
+  bucket = buckets.behind(workdir)
+  also = f", and {bucket}/{Path(report).name}" if buckets.is_url(bucket) else ""
+  return f"{line}; report: {report}{also}"

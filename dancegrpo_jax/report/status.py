@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import strict_json
+from dancegrpo_jax import buckets, strict_json
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.report import files
 from dancegrpo_jax.settings import command_line, config_file, stored_config
@@ -56,7 +56,7 @@ def begin(workdir: Path, config: ConfigDict) -> None:
     # A run that Python code starts has no command line of its own.
     "command": f"{command_line.program()} {shlex.join(sys.argv[1:])}" if name else "",
     "directory": os.getcwd(),
-    "workdir": str(workdir.resolve()),
+    "workdir": buckets.behind(workdir.resolve()),
     "config_file": name,
     "changed": _changed(name, config),
   }

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import installation
+from dancegrpo_jax import buckets, installation
 from dancegrpo_jax.devices import out_of_memory
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.settings import config_file, field_comments, suggestions
@@ -153,16 +153,22 @@ def exit_on_mistake(command: Callable[[], int | None]) -> int:
     return 2
 
 
-def require_writable(flag: str, folder: Path) -> None:
+def require_writable(flag: str, folder: Path, remote: bool = False) -> None:
   """Checks that a folder can be made and written to, without making it.
 
   Args:
-    flag: the flag that names the folder, as "--workdir=runs/x", for the message.
+    flag: the flag that names the folder, as "--workdir=runs/x".
     folder: the folder.
+    remote: whether it may be in a bucket, which is not looked at here.
 
   Raises:
-    ConfigError: part of the path is a file, or there is no permission to write.
+    ConfigError: part of the path is a file, there is no permission to write, or it is a URL that
+      can't be used.
   """
+  label, _, name = flag.partition("=")
+  buckets.require_path(label, name, remote)
+  if buckets.is_url(name):
+    return
   place = next(path for path in (folder, *folder.parents) if path.exists())
   if not place.is_dir():
     raise ConfigError(f"{flag}: {place} is not a folder; use another one")

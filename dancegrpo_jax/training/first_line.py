@@ -7,6 +7,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from dancegrpo_jax import buckets
 from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.settings import geometry
 from dancegrpo_jax.types import PyTree
@@ -36,7 +37,7 @@ def of_run(
   if first:
     begun = f"resuming at iteration {first + 1} of {config.iterations}"
   return (
-    f"{workdir}: {begun} on {devices(mesh.devices.flat)};"
+    f"{buckets.behind(workdir)}: {begun} on {devices(mesh.devices.flat)};"
     f" {number(trained)} of {number(whole)} parameters are trained; {batches.prompts} of"
     f" {prompts} prompts x {batches.group} samples = {batches.samples} samples an iteration"
   )

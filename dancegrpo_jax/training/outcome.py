@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
+from dancegrpo_jax import buckets
 from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.report import metrics, status
@@ -150,7 +151,7 @@ def flat_notice(config: ConfigDict, iteration: int) -> str:
 
 def what_is_left(workdir: Path) -> str:
   """Says from which checkpoint a run that has to stop can go on."""
-  last = store.latest(workdir / "checkpoints")
+  last = store.latest(store.folder_of(workdir))
   if last is None:
     return "no checkpoint was saved yet"
   return f"the last good checkpoint is that of iteration {last}"
@@ -182,6 +183,6 @@ def give_up(
     with phase("saving the checkpoint"):
       saver.save(iteration, state, meta | {"iteration": iteration})
       saver.wait()
-  message = f"stopped by {signal}: {iteration} iterations are saved in {workdir}"
+  message = f"stopped by {signal}: {iteration} iterations are saved in {buckets.behind(workdir)}"
   status.end(workdir, status.STOPPED, message)
   progress.message(f"{message}; the same command goes on from there")

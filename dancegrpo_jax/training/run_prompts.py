@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from dancegrpo_jax import buckets
 from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.data import prompts
 from dancegrpo_jax.errors import ConfigError
@@ -56,7 +57,7 @@ def require_unchanged(config: ConfigDict, workdir: Path, identity: dict[str, dic
   Raises:
     ConfigError: they differ, although the source has the same name.
   """
-  folder = workdir / "checkpoints"
+  folder = store.folder_of(workdir)
   stored = {} if store.latest(folder) is None else store.read_meta(folder).get("prompts", {})
   changed = [
     f"config.{field} = {config.data[field.removeprefix('data.')]!r}"
@@ -66,6 +67,6 @@ def require_unchanged(config: ConfigDict, workdir: Path, identity: dict[str, dic
   ]
   if changed:
     raise ConfigError(
-      f"{workdir} holds a run on other prompts: what {' and '.join(changed)} names has changed"
-      " since it began; put back what was there, or use another --workdir"
+      f"{buckets.behind(workdir)} holds a run on other prompts: what {' and '.join(changed)} names"
+      " has changed since it began; put back what was there, or use another --workdir"
     )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from dancegrpo_jax import programs, scoring
+from dancegrpo_jax import buckets, programs, scoring
 from dancegrpo_jax.assembly import (
   cut_prompts,
   encoding,
@@ -194,7 +194,7 @@ def prepare(
   reference = reference_of(config, model)
   if first:
     with phase(f"reading the checkpoint of iteration {first}"):
-      state = store.restore(workdir / "checkpoints", loaded.state).state
+      state = store.restore(store.folder_of(workdir), loaded.state).state
   else:
     shardings = jax.tree.map(lambda x: x.sharding, loaded.state)
     start = starting.weights(config, model, mesh, progress.message)
@@ -243,7 +243,7 @@ def resumed_config(config: ConfigDict, workdir: Path, given: Collection[str]) ->
   Returns:
     The config; `config` itself where the workdir holds no run yet.
   """
-  folder = workdir / "checkpoints"
+  folder = store.folder_of(workdir)
   if store.latest(folder) is None:
     return starting.pinned(_with_sizes(config), workdir)
   stored = store.read_meta(folder)["config"]
@@ -278,7 +278,9 @@ def checked(config: ConfigDict, workdir: Path) -> tuple[run_prompts.RunPrompts, 
   done = iterations_done(config, workdir)
   run_prompts.require_unchanged(config, workdir, found.identity)
   processes.require_same(
-    done, f"--workdir={workdir}: iterations done differ", "all hosts must see the same folder"
+    done,
+    f"--workdir={buckets.behind(workdir)}: iterations done differ",
+    "all hosts must see the same folder",
   )
   processes.require_same(
     prompts.digest([*found.examples, *found.held_out]),
@@ -297,7 +299,7 @@ def iterations_done(config: ConfigDict, workdir: Path) -> int:
   Raises:
     ConfigError: fields differ that may not change during a run; the message names each.
   """
-  folder = workdir / "checkpoints"
+  folder = store.folder_of(workdir)
   done = store.latest(folder)
   if done is None:
     return 0
@@ -305,8 +307,8 @@ def iterations_done(config: ConfigDict, workdir: Path) -> int:
   if refused:
     lines = "\n".join(map(str, refused))
     raise ConfigError(
-      f"{workdir} holds a run with another config; use another --workdir, or undo these"
-      f" changes:\n{lines}"
+      f"{buckets.behind(workdir)} holds a run with another config; use another --workdir, or undo"
+      f" these changes:\n{lines}"
     )
   for difference in allowed if jax.process_index() == 0 else ():
     print(f"resuming with {difference}")

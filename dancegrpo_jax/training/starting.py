@@ -11,6 +11,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from dancegrpo_jax import buckets
 from dancegrpo_jax.assembly import sampling
 from dancegrpo_jax.assembly.loading import Model
 from dancegrpo_jax.checkpoints import chosen, components, store
@@ -82,6 +83,9 @@ def _find(config: ConfigDict, workdir: Path | None = None) -> Checkpoint:
 
 def _is_own(name: str, workdir: Path) -> bool:
   """Whether a checkpoint's name means this workdir, whether or not it holds a checkpoint."""
+  if buckets.is_url(name):
+    own, place = buckets.behind(workdir).rstrip("/"), name.rpartition("@")[0] or name
+    return place.rstrip("/") in (own, f"{own}/checkpoints")
   own = epath.Path(workdir).resolve()
   place = epath.Path(name if epath.Path(name).exists() else name.rpartition("@")[0] or name)
   place = place.resolve()

@@ -55,8 +55,7 @@ def states(theirs: LlamaModel, network, apply) -> np.ndarray:
   return run(apply, convert(LLAMA, theirs, network, ids()), ids())
 
 
-@pytest.mark.parametrize("scan", [False, True])
-@pytest.mark.parametrize("scale", [1.0, 1e-3])
+@pytest.mark.parametrize("scan, scale", [(False, 1.0), (True, 1.0), (True, 1e-3)])
 def test_states(scan, scale):
   theirs = torch_model(scale)
   assert error(states(theirs, *ours_of(scan)), their_states(theirs)[-1]) <= 2e-5
@@ -66,7 +65,6 @@ def test_states(scan, scale):
   "change",
   [
     {"attention_bias": True, "mlp_bias": True},
-    {"num_key_value_heads": 4},
     {"num_key_value_heads": 1, "head_dim": 16},
     {"rope_theta": 10000.0},
     {"rms_norm_eps": 1e-2},

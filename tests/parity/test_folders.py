@@ -6,13 +6,20 @@ import jax
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+  AutoencoderKL,
+  FluxTransformer2DModel,
+  HunyuanVideoTransformer3DModel,
+  UNet2DConditionModel,
+)
 from torch_parity import randomise
 from transformers import (
   CLIPConfig,
   CLIPModel,
   CLIPTextConfig,
   CLIPTextModel,
+  LlamaConfig,
+  LlamaModel,
   T5Config,
   T5EncoderModel,
 )
@@ -58,6 +65,29 @@ def networks() -> dict:
       pooled_projection_dim=10,
       guidance_embeds=True,
       axes_dims_rope=(4, 2, 2),
+    ),
+    "HunyuanVideoTransformer3DModel": lambda: HunyuanVideoTransformer3DModel(
+      in_channels=8,
+      out_channels=4,
+      num_layers=1,
+      num_single_layers=2,
+      num_refiner_layers=2,
+      attention_head_dim=8,
+      num_attention_heads=2,
+      text_embed_dim=12,
+      pooled_projection_dim=10,
+      rope_axes_dim=(4, 2, 2),
+    ),
+    "LlamaModel": lambda: LlamaModel(
+      LlamaConfig(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rope_theta=500000.0,
+      )
     ),
     "T5EncoderModel": lambda: T5EncoderModel(
       T5Config(

@@ -1,5 +1,6 @@
 """HunyuanVideo's denoiser against diffusers, with random weights in every tensor."""
 
+import json
 from functools import cache
 
 import jax
@@ -11,8 +12,11 @@ from diffusers import HunyuanVideoTransformer3DModel
 from diffusers.models.transformers import transformer_hunyuan_video as reference
 from tiny_checkpoint import relative_error
 from torch_parity import convert, error, randomise, run
+from transformers import LlamaConfig, LlamaModel
 
+from dancegrpo_jax.checkpoints import weights
 from dancegrpo_jax.conversion.tables.hunyuan_video import HUNYUAN_VIDEO
+from dancegrpo_jax.convert.__main__ import main
 from dancegrpo_jax.models import hunyuan_video, lora, rotary
 
 SMALL = {
@@ -113,7 +117,7 @@ def test_full_depth():
 
 def test_scan_loop_and_remat_agree():
   """Outputs and gradients agree within round-off, and both parameter trees make one checkpoint."""
-  depth = {"num_layers": 2, "num_single_layers": 2, "num_refiner_layers": 2}
+  depth = {"num_layers": 2}
   theirs, arguments, results = torch_network(seed=2, **depth), ours_in(*inputs()), []
   for scan, remat in ((False, False), (True, True)):
     network, apply = ours_of(scan, remat, **depth)
@@ -198,20 +202,50 @@ def test_half_precision_stays_close():
 
 
 def test_adapters_reach_the_dense_layers():
-  """LoRA of a block and of the refiner changes the velocity, in a scan as in a loop."""
-  arguments, outputs = ours_in(*inputs()), []
+  """With adapters of a block and of the refiner as with W + A B in the place of W."""
+  arguments, (network, apply) = ours_in(*inputs()), ours_of()
+  params = convert(HUNYUAN_VIDEO, torch_network(), network, *arguments)
   targets = r".*(single_transformer_blocks|refiner_blocks).*to_q/kernel"
-  for scan in (False, True):
-    network, apply = ours_of(scan)
-    params = convert(HUNYUAN_VIDEO, torch_network(), network, *arguments)
-    adapters = jax.tree.map(
-      lambda leaf: np.linspace(-0.5, 0.5, leaf.size, dtype=np.float32).reshape(leaf.shape),
-      lora.abstract(params, lora.Lora(rank=2, alpha=2.0, targets=targets)),
-    )
-    variables = {"params": params, lora.COLLECTION: adapters}
-    outputs.append(run(lambda v, *a, n=network: n.apply(v, *a), variables, *arguments))
-  assert relative_error(outputs[1], outputs[0]) <= 1e-5
-  assert relative_error(run(apply, params, *arguments), outputs[1]) > 1e-3
+  adapters = jax.tree.map(
+    lambda leaf: np.linspace(-0.5, 0.5, leaf.size, dtype=np.float32).reshape(leaf.shape),
+    lora.abstract(params, lora.Lora(rank=2, alpha=2.0, targets=targets)),
+  )
+  assert len(jax.tree.leaves(adapters)) == 4
+  variables = {"params": params, lora.COLLECTION: adapters}
+  adapted = run(lambda v, *a: network.apply(v, *a), variables, *arguments)
+  merged = run(apply, lora.merged(params, adapters, 1.0), *arguments)
+  assert relative_error(adapted, merged) <= 1e-5
+  assert relative_error(adapted, run(apply, params, *arguments)) > 1e-3
+
+
+def test_a_published_folder(tmp_path, capsys):
+  """`convert inspect` knows both networks; devices read the slices of the parts that they hold."""
+  theirs = torch_network()
+  theirs.save_pretrained(tmp_path / "transformer")
+  sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+  model = LlamaModel(LlamaConfig(**sizes, num_hidden_layers=1))
+  model.save_pretrained(tmp_path / "text_encoder")
+  index = {
+    "_class_name": "HunyuanVideoPipeline",
+    "transformer": ["diffusers", "HunyuanVideoTransformer3DModel"],
+    "text_encoder": ["transformers", "LlamaModel"],
+  }
+  (tmp_path / "model_index.json").write_text(json.dumps(index))
+  assert main(["inspect", str(tmp_path)]) == 0
+  shown = capsys.readouterr().out
+  assert "x_embedder.proj.weight\t[32, 4, 1, 2, 2]\tfloat32\tx_embedder/proj/kernel" in shown
+  assert f"# {tmp_path / 'text_encoder'} (LlamaModel): 11 tensors, 11 parameters" in shown
+
+  network, _ = ours_of()
+  params = convert(HUNYUAN_VIDEO, theirs, network, *ours_in(*inputs()))
+  mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+  split = jax.NamedSharding(mesh, jax.P(None, None, None, "fsdp"))
+  whole = jax.NamedSharding(mesh, jax.P())
+  shardings = jax.tree.map(lambda x: split if x.ndim == 4 else whole, params)
+  abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+  loaded = weights.load(tmp_path / "transformer", HUNYUAN_VIDEO, abstract, shardings)
+  assert loaded["x_embedder"]["proj"]["kernel"].sharding.shard_shape((4, 2, 2, 32))[-1] == 8
+  jax.tree.map(lambda a, b: np.testing.assert_array_equal(np.asarray(a), b), loaded, params)
 
 
 @pytest.mark.parametrize(

@@ -77,7 +77,8 @@ def problems(config: ConfigDict, *, num_devices: int, num_examples: int | None =
   except errors.ConfigError as error:
     sized = {field for field in automatic.FIELDS if automatic.is_auto(fields[field])}
     return [*values.problems(fields | dict.fromkeys(sized, 1)), str(error)]
-  lines = [*values.problems(stored_config.flatten(config))]
+  flat = stored_config.flatten(config)
+  lines = [*values.problems(flat), *values.urls(flat)]
   try:
     for check in _AGREEMENTS:
       lines += check(config)

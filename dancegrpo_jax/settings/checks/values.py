@@ -4,7 +4,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from dancegrpo_jax import buckets
 from dancegrpo_jax.diffusion import transitions, windows
+from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.rl import advantages, algorithms, timesteps
 from dancegrpo_jax.settings.suggestions import did_you_mean
 
@@ -125,6 +127,33 @@ LIMITS = {
     "must be () or (first, last) iteration, as (3, 4)",
   ),
 }
+
+
+# Fields that may name something in a bucket. No other one may hold a URL, but for addresses.
+IN_BUCKETS = (
+  "init_from",
+  "model.checkpoint",
+  "lora.checkpoint",
+  "data.prompts",
+  "data.held_out",
+  "evaluation.distractors",
+  "logging.compilation_cache",
+  *(f"reward.{name}.checkpoint" for name in ("clip", "hps", "pickscore", "aesthetic")),
+  *(f"reward.{name}.tokenizer" for name in ("clip", "hps", "pickscore")),
+  "reward.aesthetic.head",
+)
+_ADDRESSES = ("url",)  # the last words of fields that hold one
+
+
+def urls(fields: dict[str, Any]) -> Iterator[str]:
+  """What is wrong with URLs in the place of paths."""
+  for field, value in fields.items():
+    if field.rpartition(".")[2] in _ADDRESSES:
+      continue
+    try:
+      buckets.require_path(f"config.{field}", value, field in IN_BUCKETS)
+    except ConfigError as error:
+      yield str(error)
 
 
 def problem(field: str, value: Any, remedy: str) -> str:
