@@ -24,7 +24,6 @@ NOTES = {  # room -> what is in it, in two or three words
   "train": "the loop, top to bottom",
   "dry_run": "all checks in one table",
   "evaluation": "a checkpoint beside its base",
-  "dry_run": "what a run would need",
   "training": "what the loop is made of",
   "compilation": "programs ahead of the run",
   "assembly": "from a config to a model in memory",

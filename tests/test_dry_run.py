@@ -12,7 +12,7 @@ import jax
 import pytest
 from tiny_checkpoint import ROOT, overrides, tiny_config
 
-from dancegrpo_jax import main
+from dancegrpo_jax import buckets, main
 from dancegrpo_jax.compilation import inventory
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.dry_run import access, disk
@@ -100,6 +100,22 @@ def test_a_wrong_config_and_wrong_prompts(tiny_models, tmp_path, capsys):
   assert any("sampler.noise_level = 0" in text for _, text in rows["config"])
   assert rows["files"][0][0] == OK and rows["not checked"][0][0] == NOTE
   assert said.splitlines()[-1].startswith("not ready: prompts, config;")
+
+
+def test_a_workdir_that_is_a_file(tiny_models, tmp_path, capsys):
+  """It is a row like the others, beside that of the missing checkpoint."""
+  (tmp_path / "run").write_text("")
+  words = [f"--config.{word}" for word in overrides(tiny_models, model__checkpoint="no/where")]
+  assert main.main([CONFIG, *words, f"--workdir={tmp_path / 'run'}", "--dry-run"]) == 2
+  rows = rows_of(capsys.readouterr().out)
+  assert "is not a folder" in rows["config"][0][1] and "no/where" in rows["files"][0][1]
+
+
+def test_a_bucket_has_no_limit(tmp_path):
+  buckets.mark(tmp_path, "gs://somewhere/run")
+  config = config_file.load(str(ROOT / "configs" / "emoji_clip.py:tiny"))
+  (row,) = disk.rows(config, tmp_path, 10**6, 3000, 0, lambda _: 0.0)
+  assert row.mark == NOTE and "gs://somewhere/run" in row.text
 
 
 def test_disk(tmp_path):

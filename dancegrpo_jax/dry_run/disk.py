@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from dancegrpo_jax import buckets
 from dancegrpo_jax.dry_run.findings import NOTE, OK, PROBLEM, Finding
 
 Free = Callable[[Path], float]  # folder -> bytes that are free in its file system
@@ -44,8 +45,8 @@ def rows(
 
 
 def _room(check: str, text: str, folder: Path, need: float | int, free: Free) -> Iterator[Finding]:
-  if ":/" in str(folder):  # a bucket
-    yield Finding(check, NOTE, f"{text}; what is free in a bucket isn't known")
+  if buckets.is_url(url := buckets.behind(folder)):
+    yield Finding(check, NOTE, f"{text}, for {url}; what is free in a bucket isn't known")
     return
   there = free(folder)
   text = f"{text}; {_size(there)} free"

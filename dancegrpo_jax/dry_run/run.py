@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
+from dancegrpo_jax import buckets
 from dancegrpo_jax.assembly import cut_prompts, loading, reward_builders, reward_trial
 from dancegrpo_jax.checkpoints import store
 from dancegrpo_jax.compilation import ahead, inventory
@@ -26,7 +27,7 @@ from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.report.progress import Progress, phase
 from dancegrpo_jax.rewards import kinds
 from dancegrpo_jax.rewards.base import Reward
-from dancegrpo_jax.settings import checks
+from dancegrpo_jax.settings import checks, command_line
 from dancegrpo_jax.training import first_line, run_prompts, session, starting
 from dancegrpo_jax.training.run_prompts import RunPrompts
 
@@ -108,6 +109,8 @@ def _settings(
     return False
 
   def act() -> int:
+    name = buckets.behind(workdir)
+    command_line.require_writable(f"--workdir={name}", workdir, remote=True)
     return session.checked(config, workdir)[1]
 
   first = attempt(found, "config", act)
