@@ -15,6 +15,17 @@ from dancegrpo_jax.rewards import frames, kinds
 from dancegrpo_jax.rewards.base import Files, Networks, Reward, RewardKind
 from dancegrpo_jax.types import PyTree
 
+# How to get the files that configs/common.py names.
+_WHERE = {
+  "reward.hps.checkpoint": (
+    "get it with `hf download xswu/HPSv2 HPS_v2.1_compressed.pt --local-dir checkpoints/HPSv2`"
+  ),
+  "reward.aesthetic.head": (
+    "get sac+logos+ava1-l14-linearMSE.pth from"
+    " https://github.com/christophschuhmann/improved-aesthetic-predictor"
+  ),
+}
+
 
 def load_tokenizer(
   field: str, source: str, network: dict[str, Any], find: Callable[..., Path] = hub.folder
@@ -41,8 +52,8 @@ def weight_file(field: str, source: str) -> Path:
   path = local_path(source)
   if not path.exists():
     raise ConfigError(
-      f"config.{field} = {source!r}: no such file (from {Path.cwd()}); configs/common.py says"
-      " where to get it"
+      f"config.{field} = {source!r}: no such file (from {Path.cwd()});"
+      f" {_WHERE.get(field, 'correct the path')}"
     )
   return path
 
