@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     name = line.flags.workdir or f"runs/{line.config.name}"
     if line.flags.dry_run:
       buckets.require_path("--workdir", name, remote=True)
-      with bucket_workdir.opened(name) as workdir:
+      with bucket_workdir.looked_at(name) as workdir:
         return dry_run.run(line.config, workdir, line.given)
     command_line.require_writable(f"--workdir={name}", Path(name), remote=True)
     with workdir_lock.held(name), bucket_workdir.opened(name) as workdir:

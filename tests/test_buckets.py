@@ -250,6 +250,47 @@ def test_another_machine_s_files_are_fetched(bucket, machine):
     assert again == folder and (again / "metrics.jsonl").read_text() == "1\n2\n"
 
 
+def test_two_machines_lose_nothing(bucket, machine, monkeypatch, capsys):
+  """The first could not copy its last file, and the second has gone on meanwhile."""
+  url = f"{bucket}/runs/both"
+  with bucket_workdir.opened(url) as folder:
+    (folder / "metrics.jsonl").write_text("1\n")
+  (folder / "metrics.jsonl").write_text("1\nnot copied\n")
+  machine("second")
+  with bucket_workdir.opened(url) as other:
+    (other / "metrics.jsonl").write_text("1\n2\n")
+  machine("first")
+  with bucket_workdir.opened(url) as again:
+    assert (again / "metrics.jsonl").read_text() == "1\n2\n"
+  kept = folder / ".metrics.jsonl.of-this-machine"
+  assert kept.read_text() == "1\nnot copied\n" and str(kept) in capsys.readouterr().out
+  assert set(buckets.listing(url)) == {"metrics.jsonl"}
+
+
+def test_the_error_of_a_run_is_not_hidden(bucket, machine, monkeypatch, capsys):
+  def refused(url, file):
+    raise buckets.BucketError("no permission")
+
+  monkeypatch.setattr(bucket_workdir, "PAUSE", 0.01)
+  monkeypatch.setattr(buckets, "send", refused)
+  url = f"{bucket}/runs/error"
+  with pytest.raises(ZeroDivisionError), bucket_workdir.opened(url) as folder:
+    (folder / "status.json").write_text("{}")
+    raise ZeroDivisionError
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith(f"error: --workdir={url}: 1 files of the run are not in the bucket")
+
+
+def test_looking_at_a_workdir_copies_nothing(bucket, machine):
+  url = f"{bucket}/runs/looked_at"
+  put(f"{url}/metrics.jsonl", "1\n")
+  before = buckets.listing(url)
+  with bucket_workdir.looked_at(url) as folder:
+    assert store.folder_of(folder) == store.epath.Path(f"{url}/checkpoints")
+    assert not (folder / "metrics.jsonl").exists()
+  assert buckets.listing(url) == before and not folder.exists()
+
+
 def wait_for(holds) -> None:
   end = time.monotonic() + 20
   while not holds():

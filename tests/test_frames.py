@@ -8,8 +8,8 @@ from tiny_checkpoint import ROOT
 
 from dancegrpo_jax.assembly import reward_builders
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.rewards import frames
-from dancegrpo_jax.settings import checks, config_file
+from dancegrpo_jax.rewards import frames, kinds
+from dancegrpo_jax.settings import checks, config_file, stored_config
 from dancegrpo_jax.types import Example, Media
 
 VIDEO = (5, 32, 32, 3)  # the shape of one sample
@@ -104,3 +104,21 @@ def test_what_can_t_be_scored_is_one_line_a_reward(choice, message):
 def test_a_wrong_choice_is_named():
   with pytest.raises(ConfigError, match="reward.clip.frames = 'last': must be one of error, first"):
     checks.validate(config("last"), num_devices=1, num_examples=16)
+
+
+def test_every_reward_of_images_has_the_field():
+  """In configs/common.py, and for the workdirs of earlier versions."""
+  fields = stored_config.flatten(config_file.load(str(ROOT / "configs" / "common.py")))
+  names = [kind.section for kind in kinds.KINDS.values() if kind.of_images]
+  assert len(names) == 5
+  for name in names:
+    assert fields[f"reward.{name}.frames"] == "error"
+    assert stored_config.ADDED[f"reward.{name}.frames"].value == "error"
+
+
+def test_a_reward_of_ones_own_keeps_a_field_of_that_name(monkeypatch):
+  """It may mean anything there: only kinds that say that they are of images are changed."""
+  kind = kinds.KINDS["compressibility"]._replace(of_images=False)
+  monkeypatch.setitem(kinds.KINDS, "compressibility", kind)
+  reward = reward_builders.build_rewards(config("first"))["compressibility"]
+  assert reward.refusal is None

@@ -97,7 +97,11 @@ def build_rewards(config: ConfigDict, files: Files = FILES) -> dict[str, Reward]
     try:
       section = config.reward[kind.section] if kind.section else ConfigDict()
       reward = kind.build(name, section, files, networks)
-      rewards[name] = frames.of_videos(reward, section, f"reward.{kind.section}")
+      if kind.of_images:
+        reward = frames.of_videos(
+          reward, section.get(frames.FIELD, frames.NAMED[0]), f"reward.{kind.section}"
+        )
+      rewards[name] = reward
     except KeyError as error:
       raise ConfigError(
         f"config.reward.{kind.section}: missing; the reward {name!r} reads this section"

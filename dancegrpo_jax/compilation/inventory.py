@@ -87,6 +87,7 @@ def outline(config: ConfigDict, mesh: jax.sharding.Mesh) -> Model:
     tokenizer=lambda field, source, network: blank(text_length(network))
   )
   rewards = reward_builders.build_rewards(config, stand_in)
+  reward_builders.require_scorable(rewards, pipeline.sample_shape)
   return loading.outline(config, pipeline, rewards, mesh)
 
 

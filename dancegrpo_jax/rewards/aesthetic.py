@@ -86,4 +86,4 @@ def blank(section: ConfigDict, describe: Describe, published: Path) -> dict[str,
   return {"checkpoint": location, "head": RANDOM}
 
 
-KIND = RewardKind(build=build, section="aesthetic", blank=blank)
+KIND = RewardKind(build=build, of_images=True, section="aesthetic", blank=blank)

@@ -106,12 +106,15 @@ class RewardKind(NamedTuple):
       after which weights are random and only JSON files are read. `describe` finds the JSON files
       of a checkpoint; `published` is the folder with those that come with this package.
     networks: its networks, by their class in PyTorch.
+    of_images: whether it scores single images. On videos the field `frames` of its section then
+      says which frames are scored, see rewards/frames.py.
   """
 
   build: Callable[[str, ConfigDict, Files, Networks], Reward]
   section: str = ""
   blank: Callable[[ConfigDict, Describe, Path], dict[str, Any]] = nothing_to_blank
   networks: dict[str, Network] = {}
+  of_images: bool = False
 
 
 def no_features(params: PyTree, prepared: PyTree) -> PyTree:

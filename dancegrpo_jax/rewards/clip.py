@@ -210,6 +210,7 @@ def blank(section: ConfigDict, describe: Describe, published: Path) -> dict[str,
 
 KIND = RewardKind(
   build=build,
+  of_images=True,
   section="clip",
   blank=blank,
   networks={"CLIPModel": shared.CLIP, "CLIPVisionModel": shared.CLIP_VISION},

@@ -42,4 +42,4 @@ def build(name: str, section: ConfigDict, files: Files, networks: Networks) -> R
   return Reward(name=name, kind="host", terms=(name,), score=score)
 
 
-KIND = RewardKind(build=build, section="compressibility")
+KIND = RewardKind(build=build, of_images=True, section="compressibility")

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.types import Example, Media, PyTree
@@ -40,7 +39,7 @@ def chosen(choice: str, count: int) -> np.ndarray:
   return np.round(np.linspace(0, count - 1, int(choice))).astype(int)
 
 
-def of_videos(reward: Reward, section: ConfigDict, where: str) -> Reward:
+def of_videos(reward: Reward, choice: str, where: str) -> Reward:
   """A reward of images that scores videos too, by the mean over some of their frames.
 
   A video fails where one of the chosen frames fails. An embedding of a video is the mean of its
@@ -48,12 +47,9 @@ def of_videos(reward: Reward, section: ConfigDict, where: str) -> Reward:
 
   Args:
     reward: of images.
-    section: of the config. Where it has no field `frames`, the reward is returned as it is.
+    choice: which frames, see `chosen`; "error" refuses videos.
     where: the full name of the section, for messages.
   """
-  if FIELD not in section:
-    return reward
-  choice = str(section[FIELD])
 
   def refusal(shape: tuple[int, ...]) -> str:
     if len(shape) == 3:

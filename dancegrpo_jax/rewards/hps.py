@@ -77,4 +77,4 @@ def blank(section: ConfigDict, describe: Describe, published: Path) -> dict[str,
   return {"checkpoint": f"{RANDOM}{path if path.exists() else published}"}
 
 
-KIND = RewardKind(build=build, section="hps", blank=blank)
+KIND = RewardKind(build=build, of_images=True, section="hps", blank=blank)

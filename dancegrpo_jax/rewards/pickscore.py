@@ -45,4 +45,4 @@ def blank(section: ConfigDict, describe: Describe, published: Path) -> dict[str,
   return {"checkpoint": describe("reward.pickscore.checkpoint", section.checkpoint, LAYOUT)}
 
 
-KIND = RewardKind(build=build, section="pickscore", blank=blank)
+KIND = RewardKind(build=build, of_images=True, section="pickscore", blank=blank)

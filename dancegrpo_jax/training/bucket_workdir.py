@@ -8,6 +8,8 @@ may do so on another machine. When a copy fails, the files stay in the local fol
 
 import contextlib
 import json
+import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +19,7 @@ from typing import NamedTuple
 from dancegrpo_jax import buckets
 from dancegrpo_jax.devices import processes, workdir_lock
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.report.progress import phase
+from dancegrpo_jax.report.progress import Progress, phase
 
 EVERY = 5.0  # seconds between two looks for changed files
 ATTEMPTS = 5  # at the end of a run
@@ -59,25 +61,46 @@ def opened(name: str) -> Iterator[Path]:
   if not processes.is_first():
     yield folder
     return
-  with phase(f"reading the files of {name}"):
+  with Progress(), phase(f"reading the files of {name}"):
     fetch(name, folder)
   stop = threading.Event()
   thread = threading.Thread(target=_copy_on, args=(name, folder, stop), name="bucket", daemon=True)
   thread.start()
+  failed_run = False
   try:
     yield folder
+  except BaseException:
+    failed_run = True
+    raise
   finally:
     stop.set()
     thread.join()
-    with phase(f"copying the last files to {name}"):
-      _finish(name, folder)
+    with Progress(), phase(f"copying the last files to {name}"):
+      left = _finish(name, folder)
+    if left and failed_run:  # the run's own error is what is raised
+      print(f"error: {left}", file=sys.stderr, flush=True)
+    elif left:
+      raise ConfigError(left)
+
+
+@contextlib.contextmanager
+def looked_at(name: str) -> Iterator[Path]:
+  """As `opened`, for a command that neither reads nor writes the files of the workdir itself, but
+  only its checkpoints. A run may be going on there.
+  """
+  if not buckets.is_url(name):
+    yield Path(name)
+    return
+  with tempfile.TemporaryDirectory() as folder:
+    buckets.mark(Path(folder), name)
+    yield Path(folder)
 
 
 def fetch(url: str, folder: Path) -> None:
   """Copies the objects of a workdir into its local folder, where they are newer.
 
   A file that has changed here since it was copied, as after a run that could not reach the bucket,
-  is kept, unless its object has changed too.
+  stays as it is. Where its object has changed too, the object counts, and the file is renamed.
 
   Raises:
     BucketError: the bucket can't be read.
@@ -89,6 +112,9 @@ def fetch(url: str, folder: Path) -> None:
     file, before = folder / name, sent.get(name)
     if before and before.version == found.version and file.is_file():
       continue
+    if file.is_file() and (before is None or _now(file, "")[:2] != before[:2]):
+      kept = file.replace(file.with_name(f".{file.name}.of-this-machine"))
+      print(f"note: another machine has gone on with {url}; this one's file is kept as {kept}")
     buckets.fetch(f"{url.rstrip('/')}/{name}", file)
     sent[name] = _now(file, found.version)
   _write_sent(folder, sent)
@@ -133,16 +159,16 @@ def _copy_on(url: str, folder: Path, stop: threading.Event) -> None:
       )
 
 
-def _finish(url: str, folder: Path) -> None:
-  """Copies what is left. Raises ConfigError where that can't be done."""
+def _finish(url: str, folder: Path) -> str:
+  """Copies what is left. Returns a line about what could not be copied, "" where all is there."""
   failed: dict[str, str] = {}
   for attempt in range(ATTEMPTS):
     failed = send(url, folder)
     if not failed:
-      return
+      return ""
     if attempt < ATTEMPTS - 1:
       time.sleep(PAUSE * 2**attempt)
-  raise ConfigError(
+  return (
     f"--workdir={url}: {len(failed)} files of the run are not in the bucket, but in {folder}"
     f" ({next(iter(failed.values()))}); when the bucket can be written again, the same command on"
     " this machine copies them"

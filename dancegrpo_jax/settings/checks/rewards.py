@@ -33,9 +33,9 @@ def rewards(config: ConfigDict) -> Iterator[str]:
     if not _is_term_and_number(threshold) or threshold[0] not in names:
       remedy = f"must be (term, value) with a term of reward.terms: {', '.join(names)}"
       yield problem("reward.thresholds", threshold, remedy)
-  for name, section in config.reward.items():
-    choice = section.get(frames.FIELD) if isinstance(section, ConfigDict) else None
-    if choice is not None and not frames.is_valid(str(choice)):
+  for name in (name for name, kind in kinds.KINDS.items() if kind.of_images):
+    choice = config.reward.get(name, {}).get(frames.FIELD, frames.NAMED[0])
+    if not isinstance(choice, str) or not frames.is_valid(choice):
       remedy = f"must be one of {', '.join(frames.NAMED)}, or a number of frames, at least 1"
       yield problem(f"reward.{name}.{frames.FIELD}", choice, remedy)
   compressibility = config.reward.get("compressibility")

@@ -129,29 +129,22 @@ LIMITS = {
 }
 
 
-# Fields that may name something in a bucket. No other one may hold a URL, but for addresses.
-IN_BUCKETS = (
-  "init_from",
-  "model.checkpoint",
-  "lora.checkpoint",
-  "data.prompts",
-  "data.held_out",
-  "evaluation.distractors",
-  "logging.compilation_cache",
-  *(f"reward.{name}.checkpoint" for name in ("clip", "hps", "pickscore", "aesthetic")),
-  *(f"reward.{name}.tokenizer" for name in ("clip", "hps", "pickscore")),
-  "reward.aesthetic.head",
+# The last words of fields that may name something in a bucket, and of those that hold no path.
+_IN_BUCKETS = (
+  *("checkpoint", "tokenizer", "head", "init_from"),
+  *("prompts", "held_out", "distractors", "compilation_cache"),
 )
-_ADDRESSES = ("url",)  # the last words of fields that hold one
+_NO_PATHS = ("url", "negative_prompt")
 
 
 def urls(fields: dict[str, Any]) -> Iterator[str]:
   """What is wrong with URLs in the place of paths."""
   for field, value in fields.items():
-    if field.rpartition(".")[2] in _ADDRESSES:
+    name = field.rpartition(".")[2]
+    if name in _NO_PATHS:
       continue
     try:
-      buckets.require_path(f"config.{field}", value, field in IN_BUCKETS)
+      buckets.require_path(f"config.{field}", value, remote=name in _IN_BUCKETS)
     except ConfigError as error:
       yield str(error)
 
