@@ -29,6 +29,10 @@ def get_config(preset: str = "") -> ConfigDict:
   config = ConfigDict()
   config.name = "emoji_pretrain"
   config.seed = 0
+  config.world = "emoji"  # the data set
+  config.stages = ("vae", "clip", "denoiser", "flow")  # of --stage=all, in this order
+  config.folder = "emoji-sd"  # whose folder vae holds the autoencoder
+  config.tokenizer = "emoji-sd/tokenizer"  # CLIP's, for all networks
   config.size = 32  # pixels
   config.variants = 8  # pictures of each (name, colour) pair
   config.tokens = 16  # length of a tokenised caption
@@ -61,6 +65,7 @@ def get_config(preset: str = "") -> ConfigDict:
 
   config.clip = ConfigDict(
     {
+      "folder": "emoji-clip",
       "steps": 600,
       "batch": 128,  # distinct pairs, so that every caption has one picture
       "learning_rate": 1e-3,

@@ -232,15 +232,14 @@ def show(font_path: str, file: str) -> None:
   clips = [draw(font_path, scene, variant=0) for scene in run_scenes()]
   rows = [np.concatenate(clips[i : i + 4], axis=2) for i in range(0, len(clips), 4)]
   first, *others = (Image.fromarray(frame) for frame in np.concatenate(rows, axis=1))
-  first.save(
-    file, save_all=True, append_images=others, duration=1000 // FPS, loop=0, lossless=True
-  )
+  first.save(file, save_all=True, append_images=others, duration=1000 // FPS, loop=0, lossless=True)
 
 
 def main() -> int:
   """The command. The exit code is 2 where the font is missing or unfit, with one line on stderr."""
   parser = argparse.ArgumentParser(
-    prog="python -m dancegrpo_jax.data.moving_emoji", description="the text-to-moving-emoji data set"
+    prog="python -m dancegrpo_jax.data.moving_emoji",
+    description="the text-to-moving-emoji data set",
   )
   parser.add_argument("--write-prompts", metavar="DIR", help="write the three prompt lists")
   parser.add_argument("--clip", metavar="WEBP", help="draw the clips of the default run")

@@ -3,9 +3,10 @@
     python -m dancegrpo_jax.pretrain --config=configs/emoji_pretrain.py --stage=vae
         --workdir=runs/pretrain --out=assets
 
-The stages are `vae` (autoencoder), `clip` (contrastive), `denoiser` (noise prediction) and `flow`
-(rectified flow); `all` runs them in this order. The last two need the weights of `vae` in --out. A
-stage that was interrupted continues from its last checkpoint when the command is repeated.
+The stages are `vae` (autoencoder), `clip` (contrastive), `denoiser` (noise prediction), `flow`
+(rectified flow of pictures) and `video` (rectified flow of clips); `all` runs those of the config
+in its order. The last three need the weights of `vae` in --out. A stage that was interrupted
+continues from its last checkpoint when the command is repeated.
 """
 
 from dancegrpo_jax.devices import interrupts
@@ -27,9 +28,10 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import errors, programs, strict_json
 from dancegrpo_jax.checkpoints import store
-from dancegrpo_jax.data import emoji, emoji_dataset, tokenizer
+from dancegrpo_jax.data import emoji
 from dancegrpo_jax.devices import accelerator, out_of_memory
-from dancegrpo_jax.pretrain.stages import STAGES, Data, Stage, write_tokenizer_files
+from dancegrpo_jax.pretrain import loading
+from dancegrpo_jax.pretrain.stages import STAGES, Stage
 from dancegrpo_jax.report import progress
 from dancegrpo_jax.report.progress import phase
 from dancegrpo_jax.settings import command_line
@@ -87,31 +89,11 @@ def fit(stage: Stage, config: ConfigDict, workdir: Path, save_every: int = 400) 
   return dict(zip(FIELDS, state))["ema"]
 
 
-def load_data(config: ConfigDict, font: str, workdir: Path, out: Path) -> Data:
-  """The training split, with its captions tokenised. Its TFDS builder draws it into the workdir
-  once.
-  """
-  rows = emoji_dataset.load(
-    "train", data_dir=str(workdir / "tfds"), size=config.size, variants=config.variants, font=font
-  )
-  rows = [rows[number] for number in range(len(rows))]
-  tokenize = tokenizer.load_tokenizer(str(out / "emoji-sd" / "tokenizer"))
-  captions = [row["caption"].decode() for row in rows]
-  return Data(
-    images=np.stack([row["image"] for row in rows]),
-    captions=captions,
-    tokens=tokenize(captions),
-    pair=np.array([row["pair"] for row in rows], np.int32),
-  )
-
-
 def add_flags(parser: argparse.ArgumentParser) -> None:
   """The flags of this command."""
   parser.add_argument("--stage", default="all", choices=("all", *STAGES))
   parser.add_argument("--workdir", default="runs/pretrain", help="data set, checkpoints and logs")
-  parser.add_argument(
-    "--out", default="assets", help="where emoji-sd/, emoji-flux/ and emoji-clip/ are written"
-  )
+  parser.add_argument("--out", default="assets", help="where the folders of models are written")
   parser.add_argument(
     "--font",
     default=os.environ.get("EMOJI_FONT", emoji.FONT),
@@ -135,11 +117,10 @@ def run(config: ConfigDict, stage: str, workdir: Path, out: Path, font: str) -> 
   try:
     emoji.check_font(font)
     workdir.mkdir(parents=True, exist_ok=True)
-    write_tokenizer_files(out / "emoji-sd" / "tokenizer")
-    chosen_stages = list(STAGES) if stage == "all" else [stage]
+    chosen_stages = list(config.stages) if stage == "all" else [stage]
     print(f"pretraining {', '.join(chosen_stages)} in {workdir}, into {out}", flush=True)
-    with phase("drawing the pictures, or reading them"):
-      data = load_data(config, font, workdir, out)
+    with phase("drawing the samples, or reading them"):
+      data = loading.load(config, font, workdir, out)
     accelerator.say_share(jax.default_backend())
     for name in chosen_stages:
       with phase(f"preparing {name}"):

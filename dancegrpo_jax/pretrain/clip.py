@@ -1,5 +1,6 @@
-"""Pretrains CLIP, which is the reward of the embedded models."""
+"""Pretrains CLIP, which is the reward of the embedded models. Of a clip it sees a contact sheet."""
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -11,24 +12,27 @@ from ml_collections import ConfigDict
 from dancegrpo_jax.models import clip
 from dancegrpo_jax.pretrain import shared
 from dancegrpo_jax.pretrain.shared import Data, Stage
+from dancegrpo_jax.rewards import frames
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in OpenAI's training data
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def clip_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
-  """CLIP: the symmetric contrastive loss over a batch of distinct pairs (arXiv 2103.00020).
+  """CLIP: the symmetric contrastive loss over a batch of distinct captions (arXiv 2103.00020).
 
   Args:
     config: of pretraining.
     data: the training split.
-    out: the folder of the models; emoji-clip is written.
+    out: the folder of the models; the folder `config.clip.folder` is written.
   """
-  stage = config.clip
-  config_json = _config_json(stage, out / "emoji-sd" / "tokenizer")
+  stage, folder = config.clip, out / config.clip.folder
+  config_json = _config_json(stage, out / config.tokenizer)
   network = clip.Clip.from_json(config_json)
-  first = np.concatenate([[0], np.flatnonzero(np.diff(data.pair)) + 1])  # of each pair's pictures
-  variants = len(data.pair) // len(first)
+  images = frames.sheet(data.images) if data.images.ndim == 5 else data.images
+  first = np.concatenate([[0], np.flatnonzero(np.diff(data.caption)) + 1])  # of each caption
+  variants = len(data.caption) // len(first)
+  groups = np.unique(data.group)
 
   def loss(params, batch, key):
     noise_key, level_key = jax.random.split(key)
@@ -41,17 +45,20 @@ def clip_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
 
   def batch(step: int) -> dict:
     rng = np.random.default_rng([config.seed, 1, step])
-    rows = rng.choice(first, stage.batch, replace=False) + rng.integers(variants, size=stage.batch)
-    return {"images": data.images[rows], "tokens": data.tokens[rows]}
+    chosen = rng.choice(groups, stage.batch * len(groups) // len(first), replace=False)
+    captions = first[np.isin(data.group[first], chosen)]
+    rows = captions + rng.integers(variants, size=len(captions))
+    return {"images": images[rows], "tokens": data.tokens[rows]}
 
   def export(params) -> None:
-    folder = out / "emoji-clip"
     shared.save_component(folder, config_json, params)
-    shared.write_json(folder / "preprocessor_config.json", clip_preprocessor(config.size))
-    shared.write_tokenizer_files(folder)
+    size = stage.vision.image_size
+    shared.write_json(folder / "preprocessor_config.json", clip_preprocessor(size))
+    for file in (out / config.tokenizer).iterdir():
+      shutil.copy(file, folder)
 
   key, tokens = jax.random.key(config.seed), jnp.asarray(data.tokens[:1])
-  picture = jnp.zeros((1, config.size, config.size, 3))
+  picture = jnp.zeros((1, *images.shape[1:]))
   params = shared.initial(network, key, tokens, picture)["params"]
   return Stage(name="clip", params=params, loss=loss, batch=batch, export=export)
 

@@ -22,16 +22,20 @@ class Data(NamedTuple):
   """The pretraining split in memory.
 
   Attributes:
-    images: uint8 `[n, size, size, 3]`.
+    images: pictures or clips, uint8 `[n, (frames,) size, size, 3]`.
     captions: n texts.
     tokens: the captions for CLIP, int32 `[n, tokens]`.
-    pair: the number of each picture's (name, colour) pair, int32 `[n]`.
+    caption: the number of each sample's caption, int32 `[n]`. Samples of one caption are together.
+    group: the number of each sample's group, int32 `[n]`. The captions of a group are hard to tell
+      apart, so that CLIP meets a whole group in a batch. Where every caption is a group of its own,
+      these are the numbers of `caption`.
   """
 
   images: np.ndarray
   captions: list[str]
   tokens: np.ndarray
-  pair: np.ndarray
+  caption: np.ndarray
+  group: np.ndarray
 
 
 class Stage(NamedTuple):
@@ -95,13 +99,15 @@ def text_encoder_json(settings: ConfigDict, tokenizer_folder: Path) -> dict:
 
 
 def all_captions() -> list[str]:
-  """The captions of all pairs, also of those that are held out."""
+  """The captions of all pictures, also of those that are held out."""
   return [emoji.caption(name, colour) for name in emoji.NAMES for colour in emoji.COLOURS]
 
 
-def write_tokenizer_files(folder: Path) -> None:
-  """Writes the captions' tokenizer. Text encoders and CLIP have the same vocabulary."""
-  tokenizer.write_tokenizer(all_captions(), str(folder))
+def write_tokenizer_files(folder: Path, captions: list[str] | None = None) -> None:
+  """Writes CLIP's tokenizer of some captions, by default of `all_captions`. Text encoders and the
+  reward have the same vocabulary.
+  """
+  tokenizer.write_tokenizer(all_captions() if captions is None else captions, str(folder))
 
 
 def write_json(path: Path, value: dict) -> None:

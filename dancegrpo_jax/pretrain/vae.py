@@ -1,4 +1,4 @@
-"""Pretrains the autoencoder, on whose latents the denoisers are trained."""
+"""Pretrains the autoencoder of pictures or clips, on whose latents the denoisers are trained."""
 
 from pathlib import Path
 
@@ -9,22 +9,24 @@ from ml_collections import ConfigDict
 
 from dancegrpo_jax import programs
 from dancegrpo_jax.checkpoints import weights
-from dancegrpo_jax.models import autoencoder
+from dancegrpo_jax.models import autoencoder, autoencoder_hunyuan_video
 from dancegrpo_jax.pretrain import shared
 from dancegrpo_jax.pretrain.shared import Data, Stage
 from dancegrpo_jax.types import PyTree
 
+Network = autoencoder.AutoencoderKL | autoencoder_hunyuan_video.AutoencoderKLHunyuanVideo
+
 
 def vae_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
-  """AutoencoderKL: the absolute error of pixels and of their differences, plus a small KL.
+  """The autoencoder: the absolute error of pixels and of their differences, plus a small KL.
 
   Args:
     config: of pretraining.
     data: the training split.
-    out: the folder of the models; emoji-sd/vae is written.
+    out: the folder of the models; the folder vae inside `config.folder` is written.
   """
   stage = config.vae
-  network = autoencoder.from_json(stage.network.to_dict())
+  network = network_of(stage.network.to_dict())
 
   def loss(params, batch, key):
     x = to_signed(batch["images"])
@@ -32,8 +34,9 @@ def vae_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
     latents = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
     error = network.apply({"params": params}, latents, method="decode") - x
     pixels = jnp.abs(error).mean()
-    # The error of differences between neighbours; the absolute error alone leaves edges soft.
-    edges = jnp.abs(jnp.diff(error, axis=1)).mean() + jnp.abs(jnp.diff(error, axis=2)).mean()
+    # The error of differences between neighbours along the frames, the height and the width. The
+    # absolute error alone leaves edges soft, and motion too.
+    edges = sum(jnp.abs(jnp.diff(error, axis=axis)).mean() for axis in range(1, x.ndim - 1))
     kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance).mean()
     return pixels + 0.5 * edges + stage.kl_weight * kl, {"pixels": pixels, "kl": kl}
 
@@ -45,11 +48,18 @@ def vae_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
   def export(params) -> None:
     latents = encode_all(network, params, data.images)
     config_json = {**stage.network.to_dict(), "scaling_factor": round(float(1 / latents.std()), 5)}
-    shared.save_component(out / "emoji-sd" / "vae", config_json, params)
+    shared.save_component(out / config.folder / "vae", config_json, params)
 
-  picture = jnp.zeros((1, config.size, config.size, 3))
-  params = shared.initial(network, jax.random.key(config.seed), picture)["params"]
+  sample = jnp.zeros((1, *data.images.shape[1:]))
+  params = shared.initial(network, jax.random.key(config.seed), sample)["params"]
   return Stage(name="vae", params=params, loss=loss, batch=batch, export=export)
+
+
+def network_of(config_json: dict) -> Network:
+  """The autoencoder of a config.json, by its class."""
+  if config_json["_class_name"] == "AutoencoderKLHunyuanVideo":
+    return autoencoder_hunyuan_video.from_json(config_json)
+  return autoencoder.from_json(config_json)
 
 
 def to_signed(images: jax.Array) -> jax.Array:
@@ -58,10 +68,10 @@ def to_signed(images: jax.Array) -> jax.Array:
 
 
 def encode_all(
-  network: autoencoder.AutoencoderKL, params: PyTree, images: np.ndarray, chunk: int = 256
+  network: Network, params: PyTree, images: np.ndarray, chunk: int = 256
 ) -> np.ndarray:
-  """The posterior means of all images, `[n, h, w, z]`, unscaled; `chunk` images are encoded at
-  once.
+  """The posterior means of all pictures or clips, `[n, (f,) h, w, z]`, unscaled; `chunk` of them
+  are encoded at once.
   """
   encode = programs.compiled(
     lambda p, x: network.apply({"params": p}, to_signed(x), method="encode")[0]
@@ -73,15 +83,15 @@ def encode_all(
 
 
 def load_vae(folder: Path, shape: tuple[int, ...]) -> tuple[dict, PyTree]:
-  """config.json and the parameters of an autoencoder's folder; `shape` is that of a picture."""
+  """config.json and the parameters of an autoencoder's folder; `shape` is that of a sample."""
   config_json = weights.read_config(folder)
-  network = autoencoder.from_json(config_json)
+  network = network_of(config_json)
   abstract = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]
-  return config_json, weights.load(folder, "AutoencoderKL", abstract)
+  return config_json, weights.load(folder, config_json["_class_name"], abstract)
 
 
 def scaled_latents(folder: Path, images: np.ndarray) -> np.ndarray:
-  """The images as a denoiser sees them: posterior means times scaling_factor, float32."""
+  """The samples as a denoiser sees them: posterior means times scaling_factor, float32."""
   config_json, params = load_vae(folder, images.shape[1:])
-  latents = encode_all(autoencoder.from_json(config_json), params, images)
+  latents = encode_all(network_of(config_json), params, images)
   return latents * config_json["scaling_factor"]

@@ -1,11 +1,13 @@
 """Rewards of single images on videos: which frames are scored, and the mean of their scores."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float
 
 from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.types import Example, Media, PyTree
@@ -37,6 +39,20 @@ def chosen(choice: str, count: int) -> np.ndarray:
   if int(choice) > count:
     raise ValueError(f"a video has {count} frames only")
   return np.round(np.linspace(0, count - 1, int(choice))).astype(int)
+
+
+def sheet(pixels: Float[Array | np.ndarray, "b f h w 3"]) -> Float[Array | np.ndarray, "b i j 3"]:
+  """A contact sheet of every video: its frames in one image, row by row.
+
+  The grid is as square as possible, and cells that are left over are black.
+  """
+  count, height, width = pixels.shape[1:4]
+  columns = math.ceil(math.sqrt(count))
+  rows = math.ceil(count / columns)
+  xp = np if isinstance(pixels, np.ndarray) else jnp
+  cells = xp.pad(pixels, ((0, 0), (0, rows * columns - count), (0, 0), (0, 0), (0, 0)))
+  grid = cells.reshape(-1, rows, columns, height, width, pixels.shape[-1])
+  return grid.swapaxes(2, 3).reshape(-1, rows * height, columns * width, pixels.shape[-1])
 
 
 def of_videos(reward: Reward, choice: str, where: str) -> Reward:

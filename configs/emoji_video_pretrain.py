@@ -1,0 +1,110 @@
+"""How `python -m dancegrpo_jax.pretrain` made the embedded video models in assets/, on 2 CPU cores.
+
+assets/README.md has the times. Each of three stages writes a folder of weights: vae ->
+assets/emoji-video/vae, clip -> assets/emoji-video-clip, video -> the rest of assets/emoji-video.
+The networks are small versions of the published classes of HunyuanVideo and CLIP. The values of
+their config.json files are those below.
+"""
+
+from ml_collections import ConfigDict
+
+# CLIP's text tower, of the reward and of the pooled text.
+TEXT = {
+  "hidden_size": 128,
+  "intermediate_size": 512,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "hidden_act": "quick_gelu",
+  "layer_norm_eps": 1e-5,
+}
+
+
+def get_config(preset: str = "") -> ConfigDict:
+  """The config.
+
+  Args:
+    preset: "" for the config that made the assets; "tiny" for stages of seconds, for tests.
+  """
+  config = ConfigDict()
+  config.name = "emoji_video_pretrain"
+  config.seed = 0
+  config.world = "moving_emoji"  # the data set
+  config.stages = ("vae", "clip", "video")  # of --stage=all, in this order
+  config.folder = "emoji-video"  # whose folder vae holds the autoencoder
+  config.tokenizer = "emoji-video/tokenizer_2"  # CLIP's, for all networks
+  config.size = 32  # pixels
+  config.variants = 4  # clips of each scene
+  config.jitter_share = 0.3  # share of clips that shake
+
+  config.vae = ConfigDict(
+    {
+      "steps": 2000,
+      "batch": 8,
+      "learning_rate": 2e-3,
+      "warmup": 100,
+      "kl_weight": 1e-4,  # of the KL to N(0, 1), mean over latent elements
+      "ema": 0.995,
+      "network": ConfigDict(
+        {
+          "_class_name": "AutoencoderKLHunyuanVideo",
+          "in_channels": 3,
+          "out_channels": 3,
+          "latent_channels": 8,
+          "down_block_types": ("HunyuanVideoDownBlock3D",) * 3,
+          "up_block_types": ("HunyuanVideoUpBlock3D",) * 3,
+          "block_out_channels": (8, 16, 32),
+          "layers_per_block": 1,
+          "norm_num_groups": 8,
+          "act_fn": "silu",
+          "spatial_compression_ratio": 4,
+          "temporal_compression_ratio": 4,
+          "mid_block_add_attention": True,
+        }
+      ),
+    }
+  )
+
+  config.clip = ConfigDict(
+    {
+      "folder": "emoji-video-clip",
+      "steps": 600,
+      "batch": 80,  # 16 emoji on a background, each with its 5 motions
+      "learning_rate": 1e-3,
+      "warmup": 100,
+      # The largest std of white noise that is added to pixels in [0, 1], so that the score is right
+      # for imperfect samples too.
+      "pixel_noise": 0.1,
+      "ema": 0.99,
+      "text": ConfigDict({**TEXT, "max_position_embeddings": 16}),
+      "vision": ConfigDict(
+        {
+          "hidden_size": 128,
+          "intermediate_size": 512,
+          "num_hidden_layers": 4,
+          "num_attention_heads": 4,
+          "image_size": 96,  # 3 x 3 frames
+          "patch_size": 8,
+          "num_channels": 3,
+          "hidden_act": "quick_gelu",
+          "layer_norm_eps": 1e-5,
+        }
+      ),
+      "projection_dim": 64,
+    }
+  )
+  if preset == "tiny":
+    _tiny(config)
+  return config
+
+
+def _tiny(config: ConfigDict) -> None:
+  """Changes the config to three steps of networks with few layers, which compile fast."""
+  config.variants = 1
+  for stage in (config.vae, config.clip):
+    stage.update(steps=3, batch=5, warmup=1)
+  config.vae.network.update(block_out_channels=(8, 8, 8))
+  for tower in (config.clip.text, config.clip.vision):
+    tower.num_hidden_layers = 1
+
+
+PRESETS = ("", "tiny")
