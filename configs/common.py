@@ -37,8 +37,8 @@ def get_config() -> ConfigDict:
   # The generator, and how its networks are computed.
   config.model = ConfigDict(
     {
-      # The kind of model: `stable_diffusion` (1.x and 2.x), `flux` (FLUX.1), or `module:object` for
-      # a family of your own, for example `examples/own_family`.
+      # The kind of model: `stable_diffusion` (1.x and 2.x), `flux` (FLUX.1), `hunyuan_video`, or
+      # `module:object` for a family of your own, for example `examples/own_family`.
       "family": "stable_diffusion",
       # Where the model is: a folder in diffusers' layout, a Hugging Face hub id, a folder that
       # `convert import` wrote, or `random:FOLDER`, which reads the config.json files of FOLDER and
@@ -52,6 +52,17 @@ def get_config() -> ConfigDict:
       "variant": "",
       # Height and width of the samples, in pixels.
       "size": (32, 32),
+      # Frames of a sample. Models of videos take 4 n + 1; 1 draws images.
+      "frames": 1,
+      # Frames a second of videos. Rewards get it, and files are played with it.
+      "fps": 8.0,
+      # How the autoencoder of videos decodes a sample: `none` (whole, which takes the most memory),
+      # `time` (in tiles of 17 frames, which is what diffusers do by default) or `diffusers` (in
+      # tiles of 256 x 256 pixels too). Tiles change pixels a little.
+      "decode_tiling": "time",
+      # Samples that each device decodes at once. It bounds the memory of decoding, which is large
+      # for videos. 0 decodes all samples of a chunk at once.
+      "decode_batch": 0,
       # What the denoiser computes in: `float32`, `bfloat16` or `float16`. Trained parameters and
       # the arithmetic of the sampler stay float32.
       "dtype": "float32",
@@ -73,9 +84,12 @@ def get_config() -> ConfigDict:
       # FLUX's transformer, T5 and every CLIP, the rewards' too. Deep networks compile many times
       # faster. The blocks of the UNet and of the autoencoder differ, so they stay as they are.
       "scan_blocks": False,
-      # FLUX only: the number of T5 tokens that a prompt is padded and cut to. FLUX.1-schnell was
-      # made with 256.
+      # The number of tokens that a prompt is cut to: of T5 in FLUX (FLUX.1-schnell was made with
+      # 256), of Llama in HunyuanVideo (made with 256). Stable Diffusion's tokenizer has its own.
       "text_length": 512,
+      # HunyuanVideo only: the text around a prompt, `video`, `image`, or a text of your own with
+      # one {} where the prompt goes.
+      "template": "video",
     }
   )
 
@@ -118,8 +132,8 @@ def get_config() -> ConfigDict:
       "shift": 1.0,
       # The scale of classifier-free guidance, in rollout and training alike. 1 turns it off.
       "guidance_scale": 1.0,
-      # The guidance scale that a guidance-distilled model (FLUX.1-dev) gets as an input. Other
-      # models ignore it.
+      # The guidance scale that a guidance-distilled model (FLUX.1-dev, HunyuanVideo) gets as an
+      # input. Other models ignore it.
       "embedded_guidance": 3.5,
       # The last step: `ode` (deterministic, not trained), `x0hat` (jumps to the estimate of the
       # clean sample, not trained) or `sde` (stochastic and trained, as [C] does for Stable

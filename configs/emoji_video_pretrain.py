@@ -54,7 +54,8 @@ def get_config(preset: str = "") -> ConfigDict:
           "up_block_types": ("HunyuanVideoUpBlock3D",) * 3,
           "block_out_channels": (8, 16, 32),
           "layers_per_block": 1,
-          "norm_num_groups": 8,
+          # Groups have 4 channels or more. With one, no colour could pass the last norm.
+          "norm_num_groups": 2,
           "act_fn": "silu",
           "spatial_compression_ratio": 4,
           "temporal_compression_ratio": 4,

@@ -8,7 +8,7 @@ import pytest
 from tiny_checkpoint import ROOT
 
 from dancegrpo_jax import published
-from dancegrpo_jax.pipelines import flux, stable_diffusion
+from dancegrpo_jax.pipelines import flow_match, stable_diffusion
 from dancegrpo_jax.pipelines.stable_diffusion import _schedule as sd_schedule
 from dancegrpo_jax.pipelines.stable_diffusion import read_scheduler
 
@@ -65,7 +65,7 @@ def test_what_diffusers_saves_is_read(name, tmp_path):
   "keys, scheduler",
   [
     (stable_diffusion.SCHEDULER, "DDIMScheduler"),
-    (flux.SCHEDULER, "FlowMatchEulerDiscreteScheduler"),
+    (flow_match.SCHEDULER, "FlowMatchEulerDiscreteScheduler"),
   ],
 )
 def test_defaults_are_diffusers(keys, scheduler):
@@ -145,7 +145,7 @@ def test_what_is_refused(changes, message):
 )
 def test_what_flux_refuses(changes, message):
   with pytest.raises(ValueError, match=message):
-    flux.read_scheduler(changes)
+    flow_match.read_scheduler(changes)
 
 
 def test_the_message_is_one_line():

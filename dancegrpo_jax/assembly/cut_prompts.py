@@ -1,5 +1,6 @@
 """Which prompts the tokenizers of a run cut: those of the model and those of its rewards."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from ml_collections import ConfigDict
 from dancegrpo_jax.assembly import encoding, loading, reward_builders
 from dancegrpo_jax.checkpoints import components
 from dancegrpo_jax.data import cut_texts
-from dancegrpo_jax.data.cut_texts import Tokenizer
+from dancegrpo_jax.pipelines.layout import Tokenizer
 from dancegrpo_jax.rewards.base import Files
 from dancegrpo_jax.types import Example
 
@@ -41,15 +42,20 @@ def of_model(config: ConfigDict) -> dict[str, Limit]:
 
 
 def _noting(limits: dict[str, Limit], place: str, tokenizer: Callable) -> Callable:
-  """The tokenizer, which notes its limit in `limits` when it is called."""
+  """The tokenizer, which notes its limit in `limits` when it is called with an empty prompt.
+
+  A family may put a text around the prompt, whose tokens are not the prompt's.
+  """
+  if not isinstance(tokenizer, Tokenizer):
+    return tokenizer
 
   def encode(texts: list[str], *length: int) -> np.ndarray:
     ids = tokenizer(texts, *length)
-    if isinstance(tokenizer, Tokenizer):
-      limits[f"{place}/"] = Limit(tokenizer, ids.shape[-1])
+    around, nothing = tokenizer.lengths([texts[0], ""])
+    limits[f"{place}/"] = Limit(tokenizer, ids.shape[-1] - (around - nothing))
     return ids
 
-  return encode
+  return dataclasses.replace(tokenizer, encode=encode)
 
 
 def noting_files(limits: dict[str, Limit], files: Files = reward_builders.FILES) -> Files:

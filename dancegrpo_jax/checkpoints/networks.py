@@ -3,24 +3,16 @@
 from dancegrpo_jax.conversion.table import Table
 from dancegrpo_jax.conversion.tables import clip
 from dancegrpo_jax.errors import ConversionError
-from dancegrpo_jax.pipelines import networks as shared
 from dancegrpo_jax.pipelines.families import FAMILIES
 from dancegrpo_jax.pipelines.layout import Network
 from dancegrpo_jax.rewards.kinds import KINDS
 from dancegrpo_jax.types import PyTree
 
-# Networks that can be converted, but that no family or reward has yet.
-ALONE = {
-  "AutoencoderKLHunyuanVideo": shared.AUTOENCODER_HUNYUAN_VIDEO,
-  "HunyuanVideoTransformer3DModel": shared.HUNYUAN_VIDEO,
-  "LlamaModel": shared.LLAMA,
-}
 NETWORKS: dict[str, Network] = {
   name: network
   for networks in (
     *(family.networks for family in FAMILIES.values()),
     *(kind.networks for kind in KINDS.values()),
-    ALONE,
   )
   for name, network in networks.items()
 }

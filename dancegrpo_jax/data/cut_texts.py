@@ -1,32 +1,10 @@
 """Tokenizers that can say how long a text is, and the line about the texts that they cut."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
-
-@dataclasses.dataclass(frozen=True)
-class Tokenizer:
-  """A function from texts to ids that also knows how long texts are before it cuts them.
-
-  Attributes:
-    kind: for messages, as "CLIP".
-    encode: `(texts) -> int32 [n, tokens]`, or with the number of tokens as a second argument.
-    lengths: `(texts) -> tokens of each`, with the special ones, where nothing is cut or padded.
-    ids: the number of ids, added tokens included.
-  """
-
-  kind: str
-  encode: Callable[..., np.ndarray]
-  lengths: Callable[[list[str]], list[int]]
-  ids: int
-
-  def __call__(self, texts: list[str], *length: int) -> np.ndarray:
-    """`encode`."""
-    return self.encode(texts, *length)
+from dancegrpo_jax.pipelines.layout import Tokenizer
 
 
 def require_class(folder: str, *names: str) -> None:

@@ -12,8 +12,9 @@ import os
 
 import numpy as np
 
-from dancegrpo_jax.data.cut_texts import Tokenizer, require_class
+from dancegrpo_jax.data.cut_texts import require_class
 from dancegrpo_jax.data.transformers_classes import tokenizer_class
+from dancegrpo_jax.pipelines.layout import Tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
 PAD, EOS, UNKNOWN, SPACE = "<pad>", "</s>", "<unk>", "▁"

@@ -11,8 +11,9 @@ import os
 
 import numpy as np
 
-from dancegrpo_jax.data.cut_texts import Tokenizer, require_class
+from dancegrpo_jax.data.cut_texts import require_class
 from dancegrpo_jax.data.transformers_classes import tokenizer_class
+from dancegrpo_jax.pipelines.layout import Tokenizer
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 WORD_END = "</w>"

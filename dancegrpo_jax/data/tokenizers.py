@@ -1,5 +1,6 @@
 """The kinds of tokenizers that a layout may name."""
 
+from dancegrpo_jax.data.llama_tokenizer import load_llama_tokenizer
 from dancegrpo_jax.data.t5_tokenizer import load_t5_tokenizer
 from dancegrpo_jax.data.tokenizer import load_tokenizer
 from dancegrpo_jax.pipelines.layout import TokenizerKind
@@ -15,6 +16,11 @@ KINDS = {
     files=("tokenizer.json", "tokenizer_config.json"),
     load=load_t5_tokenizer,
     optional=("special_tokens_map.json", "spiece.model"),
+  ),
+  "llama": TokenizerKind(
+    files=("tokenizer.json", "tokenizer_config.json"),
+    load=load_llama_tokenizer,
+    optional=("special_tokens_map.json",),
   ),
 }
 

@@ -111,6 +111,8 @@ class Family(NamedTuple):
     text_length: `(jsons) -> tokens`, the length of a tokenised text, for plans of checkpoints
       without tokenizers.
     index_file: `layout.INDEX` where its checkpoints are diffusers pipelines; "" for another layout.
+    videos: whether it draws clips, of `config.model.frames` frames. A family that draws images
+      alone takes 1 there.
   """
 
   files: dict[str, str]
@@ -121,6 +123,7 @@ class Family(NamedTuple):
   options: Callable[[ConfigDict], dict[str, Any]] = no_options
   text_length: Callable[[dict[str, dict]], int] = lambda jsons: 77
   index_file: str = ""
+  videos: bool = False
 
   @property
   def layout(self) -> Layout:

@@ -3,12 +3,13 @@
 import difflib
 
 from dancegrpo_jax import objects
-from dancegrpo_jax.pipelines import flux, stable_diffusion
+from dancegrpo_jax.pipelines import flux, hunyuan_video, stable_diffusion
 from dancegrpo_jax.pipelines.base import Family
 
 FAMILIES = {
   "stable_diffusion": stable_diffusion.FAMILY,
   "flux": flux.FAMILY,
+  "hunyuan_video": hunyuan_video.FAMILY,
 }
 
 

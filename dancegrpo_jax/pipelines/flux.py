@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dancegrpo_jax import published
 from dancegrpo_jax.conversion.tables import flux as tables
-from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.models import autoencoder, clip, t5
 from dancegrpo_jax.models import flux as transformer
 from dancegrpo_jax.models.lora import Lora, variables
+from dancegrpo_jax.pipelines import flow_match
 from dancegrpo_jax.pipelines.base import (
   Family,
   ModelSettings,
@@ -43,30 +42,8 @@ FILES = {
   "vae": "vae/config.json",
   "text_encoder": "text_encoder/config.json",
   "text_encoder_2": "text_encoder_2/config.json",
-  "scheduler": "scheduler/scheduler_config.json",
+  "scheduler": flow_match.FILE,
 }
-# The grid is that of diffusers' FlowMatchEulerDiscreteScheduler, and so are the defaults.
-SCHEDULER = published.Keys(
-  used={
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "num_train_timesteps": 1000,
-    "shift": 1.0,
-    "use_dynamic_shifting": False,
-    "base_image_seq_len": 256,
-    "max_image_seq_len": 4096,
-    "base_shift": 0.5,
-    "max_shift": 1.15,
-    "time_shift_type": "exponential",
-  },
-  neutral={
-    "shift_terminal": (None, False),
-    "invert_sigmas": (False, None),
-    "use_karras_sigmas": (False, None),
-    "use_exponential_sigmas": (False, None),
-    "use_beta_sigmas": (False, None),
-    "stochastic_sampling": (False, None),
-  },
-)
 
 
 class Networks(NamedTuple):
@@ -103,14 +80,14 @@ def build(
   networks = _networks(jsons, settings)
   _check_widths(networks)
   latents = latent_shape(networks.decoder, settings.size, multiple=2)
-  scheduler = read_scheduler(jsons["scheduler"])
-  shift = scheduler_shift(scheduler, tokens=latents[0] // 2 * (latents[1] // 2))
+  scheduler = flow_match.read_scheduler(jsons["scheduler"])
+  shift = flow_match.scheduler_shift(scheduler, tokens=latents[0] // 2 * (latents[1] // 2))
   pipeline = Pipeline(
     prepare=text_inputs(partial(_tokenize, tokenizers, text_length)),
     encode=partial(_encode, networks),
     denoise=partial(_denoise, networks.denoiser, settings.lora, guidance),
     decode=partial(decode_images, networks.decoder),
-    schedule=partial(_schedule, scheduler, shift),
+    schedule=partial(flow_match.schedule, scheduler, shift),
     prediction="velocity",
     latent_shape=latents,
     sample_shape=(*settings.size, networks.decoder.out_channels),
@@ -195,50 +172,6 @@ def _denoise(
   """The velocity; `rows` are those of `_encode`."""
   scale = jnp.full(time.shape, guidance, jnp.float32) if denoiser.guidance_embeds else None
   return denoiser.apply(variables(params, lora), x, time, rows["text"], rows["pooled"], scale)
-
-
-def _schedule(
-  config: dict, checkpoint_shift: float, steps: int, shift: float
-) -> schedules.Schedule:
-  """The schedule with a time shift, or with the checkpoint's own where `shift` is 0."""
-  return schedules.flow_schedule(steps, shift or checkpoint_shift, config["num_train_timesteps"])
-
-
-def read_scheduler(given: dict) -> dict:
-  """The values of a scheduler_config.json that the grid is made of.
-
-  Raises:
-    ValueError: a key or a value that is not implemented.
-  """
-  scheduler = published.read(FILES["scheduler"], given, SCHEDULER)
-  if not scheduler["_class_name"].startswith("FlowMatch"):
-    raise ValueError(
-      f"{FILES['scheduler']}: {scheduler['_class_name']} is of a diffusion model; this family is a"
-      " rectified flow, whose scheduler is FlowMatchEulerDiscreteScheduler"
-    )
-  return scheduler
-
-
-def scheduler_shift(config: dict, tokens: int) -> float:
-  """The time shift of a FlowMatchEulerDiscreteScheduler, which is constant or dynamic.
-
-  Args:
-    config: of `read_scheduler`.
-    tokens: the number of a sample's image tokens, which a dynamic shift depends on.
-
-  Raises:
-    ValueError: an unknown kind of shift.
-  """
-  if not config["use_dynamic_shifting"]:
-    return config["shift"]
-  return schedules.resolution_shift(
-    tokens,
-    base_tokens=config["base_image_seq_len"],
-    max_tokens=config["max_image_seq_len"],
-    base_shift=config["base_shift"],
-    max_shift=config["max_shift"],
-    kind=config["time_shift_type"],
-  )
 
 
 def _components(

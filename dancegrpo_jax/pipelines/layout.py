@@ -1,5 +1,6 @@
 """The files of a checkpoint, and the notation of its location."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ INDEX = "model_index.json"  # diffusers' list of a pipeline's parts
 # A file that newer libraries do not write: the file that has its content, and under which key.
 # transformers 5 saves the parts of a processor in one file.
 NEWER_FORMS = {"preprocessor_config.json": ("processor_config.json", "image_processor")}
+PADDING = -1  # what follows a text's ids, where its tokenizer leaves it to others to mark its end
 # The stems of the names of weight files in diffusers, transformers and open_clip.
 STEMS = ("diffusion_pytorch_model", "model", "open_clip_model")
 
@@ -46,13 +48,37 @@ class Network(NamedTuple):
   abstract: Callable[[dict], PyTree]
 
 
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+  """A function from texts to ids that also knows how long texts are before it cuts them.
+
+  Attributes:
+    kind: for messages, as "CLIP".
+    encode: `(texts) -> int32 [n, tokens]`, or with the number of tokens as a second argument.
+    lengths: `(texts) -> tokens of each`, with the special ones, where nothing is cut or padded.
+    ids: the number of ids, added tokens included.
+    marks: the tokens that were added to the vocabulary, such as "<|eot_id|>". A text may contain
+      them.
+  """
+
+  kind: str
+  encode: Callable[..., np.ndarray]
+  lengths: Callable[[list[str]], list[int]]
+  ids: int
+  marks: frozenset[str] = frozenset()
+
+  def __call__(self, texts: list[str], *length: int) -> np.ndarray:
+    """`encode`."""
+    return self.encode(texts, *length)
+
+
 class TokenizerKind(NamedTuple):
   """A kind of tokenizer.
 
   Attributes:
     files: the files that its folder must hold.
-    load: `(folder) -> tokenizer`. A tokenizer is `(texts) -> int32 [n, tokens]`, or has the number
-      of tokens as a second argument.
+    load: `(folder) -> tokenizer`. A tokenizer is a `Tokenizer`, or any function
+      `(texts) -> int32 [n, tokens]`; it may have the number of tokens as a second argument.
     optional: files for other programs, which are fetched where they exist.
     instead: the files of a newer form. A folder that holds all of them needs none of `files`.
   """

@@ -18,7 +18,7 @@ from dancegrpo_jax.assembly.encoding import as_examples
 from dancegrpo_jax.data.t5_tokenizer import load_t5_tokenizer
 from dancegrpo_jax.data.tokenizer import load_tokenizer
 from dancegrpo_jax.errors import ConfigError
-from dancegrpo_jax.pipelines import flux
+from dancegrpo_jax.pipelines import flow_match, flux
 from dancegrpo_jax.pipelines.base import ModelSettings
 from dancegrpo_jax.rl import rng
 from dancegrpo_jax.types import Conditioning
@@ -155,8 +155,8 @@ def test_shift_by_resolution(size, kind):
   config, tokens = FLOW | {"time_shift_type": kind}, size[0] // 16 * (size[1] // 16)
   theirs = FlowMatchEulerDiscreteScheduler.from_config(config)
   theirs.set_timesteps(sigmas=np.linspace(1.0, 1 / 50, 50), mu=calculate_shift(tokens))
-  k = flux.scheduler_shift(flux.read_scheduler(config), tokens)
-  ours = flux.schedules.flow_schedule(50, k)
+  k = flow_match.scheduler_shift(flow_match.read_scheduler(config), tokens)
+  ours = flow_match.schedules.flow_schedule(50, k)
   np.testing.assert_allclose(ours.sigma, theirs.sigmas.numpy(), atol=1e-6)
   np.testing.assert_allclose(ours.model_time[:-1], theirs.timesteps.numpy(), rtol=1e-6)
 

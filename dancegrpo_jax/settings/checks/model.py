@@ -18,11 +18,15 @@ def paradigm(config: ConfigDict) -> str:
 
 
 def family(config: ConfigDict) -> Iterator[str]:
-  """Whether there is such a family."""
+  """Whether there is such a family, and it draws what it should."""
+  name, frames = config.model.family, config.model.frames
   try:
-    family_of(config.model.family)
+    videos = family_of(name).videos
   except ValueError as error:
     yield str(error)
+    return
+  if frames > 1 and not videos:
+    yield problem("model.frames", frames, f"{name} draws images; use 1")
 
 
 def attention(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from dancegrpo_jax import buckets
 from dancegrpo_jax.diffusion import transitions, windows
 from dancegrpo_jax.errors import ConfigError
+from dancegrpo_jax.models.video_tiles import TILINGS
 from dancegrpo_jax.rl import advantages, algorithms, timesteps
 from dancegrpo_jax.settings.suggestions import did_you_mean
 
@@ -45,6 +46,7 @@ CHOICES = {
   "model.frozen_dtype": _DTYPES,
   "model.attention": ("auto", "xla", "cudnn", "splash"),
   "model.matmul_precision": ("default", "highest"),
+  "model.decode_tiling": TILINGS,
   "sampler.kind": transitions.STOCHASTIC_KINDS,
   "sampler.last_step": ("ode", "x0hat", "sde"),
   "sampler.window.mode": windows.MODES,
@@ -69,6 +71,9 @@ LIMITS = {
     lambda size: len(size) == 2 and all(isinstance(side, int) and side >= 1 for side in size),
     "must be (height, width) in pixels, as (512, 512)",
   ),
+  "model.frames": _at_least(1),
+  "model.fps": _above(0),
+  "model.decode_batch": _at_least(0),
   "model.text_length": _at_least(1),
   "data.prompts": Limit(bool, "must name a prompts file: .txt, .json, .jsonl, .csv or .tsv"),
   "data.prompts_per_iteration": _at_least(1),
