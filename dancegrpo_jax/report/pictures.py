@@ -56,7 +56,7 @@ def before_after(evaluations: Sequence[Evaluation], workdir: Path) -> dict[str, 
   prompts = list(dict.fromkeys(prompts))
   pairs = []
   for prompt in _spaced(prompts, _MOST_PAIRS):
-    sides = [_side(each, prompt, workdir) for each in shown]
+    sides = [_cell(each, prompt, workdir) for each in shown]
     pairs.append({**_texts(prompt), "sides": sides, "gain": _gain(shown, prompt)})
   return {
     "names": [name(each.iteration) for each in shown],
