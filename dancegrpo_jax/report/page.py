@@ -190,6 +190,7 @@ def write(workdir: Workdir) -> Path:
     main=Markup(curves.main_chart(rows, evaluations, config)),
     histogram=Markup(curves.reward_histogram(pairs)),
     diversity=Markup(curves.diversity_chart(rows)),
+    has_videos=pictures.has_videos(evaluations, pairs),
     over_training=pictures.over_training(evaluations, workdir),
     extremes=pictures.best_and_worst(pairs, workdir),
     small=[Markup(figure) for figure in small],

@@ -20,6 +20,7 @@ from dancegrpo_jax.report.charts import number_text
 from dancegrpo_jax.report.samples import Evaluation, Extremes
 
 _THUMBNAIL = 256  # pixels of the width of a thumbnail
+_STRIP = 512  # pixels of the width of a thumbnail of a film strip, which is much less high
 _AS_IT_IS = 24_000  # bytes of a file that is embedded unchanged
 _MOVING = (96, 9)  # pixels of the width of a small version of a video, and frames at most
 _MOST_PAIRS = 16  # prompts before and after
@@ -56,7 +57,7 @@ def before_after(evaluations: Sequence[Evaluation], workdir: Path) -> dict[str, 
   prompts = list(dict.fromkeys(prompts))
   pairs = []
   for prompt in _spaced(prompts, _MOST_PAIRS):
-    sides = [_side(each, prompt, workdir) for each in shown]
+    sides = [_cell(each, prompt, workdir) for each in shown]
     pairs.append({**_texts(prompt), "sides": sides, "gain": _gain(shown, prompt)})
   return {
     "names": [name(each.iteration) for each in shown],
@@ -95,6 +96,13 @@ def best_and_worst(pairs: Sequence[Extremes], workdir: Path) -> list[dict[str, A
     ]
     result.append({"title": f"iteration {pair.iteration}", **_texts(pair.prompt), "sides": sides})
   return result
+
+
+def has_videos(evaluations: Sequence[Evaluation], pairs: Sequence[Extremes]) -> bool:
+  """Whether the pictures of the page are film strips."""
+  files = [file for each in evaluations for file in each.pictures]
+  files += [file for pair in pairs for file in pair.files.values()]
+  return any(file.suffix == ".webp" for file in files)
 
 
 def name(iteration: int) -> str:
@@ -199,7 +207,7 @@ def _embedded_clip(file: Path) -> Embedded:
     quality=60,
   )
   return Embedded(
-    uri=_uri("png", still.getvalue()) if is_small else _thumbnail(strip),
+    uri=_uri("png", still.getvalue()) if is_small else _thumbnail(strip, _STRIP),
     width=strip.width,
     height=strip.height,
     is_small=is_small,
@@ -207,9 +215,9 @@ def _embedded_clip(file: Path) -> Embedded:
   )
 
 
-def _thumbnail(image: Image.Image) -> str:
+def _thumbnail(image: Image.Image, width: int = _THUMBNAIL) -> str:
   small, buffer = image.convert("RGB"), io.BytesIO()
-  small.thumbnail((_THUMBNAIL, 2 * _THUMBNAIL))
+  small.thumbnail((width, 2 * _THUMBNAIL))
   small.save(buffer, "JPEG", quality=85)
   return _uri("jpeg", buffer.getvalue())
 

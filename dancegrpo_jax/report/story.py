@@ -193,8 +193,8 @@ def ending(
     status.FAILED: ("bad", f"Ended by an error {after}, {at}."),
     status.RUNNING: (
       "live",
-      f"Running: {done} of {total} iterations were done when this page was written, {when}. A run"
-      " that is killed can't change it.",
+      f"Running: {done} of {total} iterations were done when this page was written, {when}. If"
+      " the run is killed, the page stays as it is.",
     ),
   }
   missing = ("", f"{done} of {total} iterations; how the run ended is not recorded.")
