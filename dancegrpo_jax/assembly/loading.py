@@ -269,8 +269,8 @@ def outline(
   """What `load` returns, with `jax.ShapeDtypeStruct`s in place of the weights.
 
   Raises:
-    ConfigError: a sharding rule that does not fit, or a selection of videos that would send their
-      trajectories to other devices.
+    ConfigError: a sharding rule that does not fit, or a selection among videos whose groups lie on
+      several devices.
   """
   _check_selection(config, pipeline, mesh)
   shardings = shardings_of(config, pipeline, mesh)
@@ -295,7 +295,8 @@ def outline(
 def _check_selection(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> None:
   """Raises ConfigError where best_of would select videos in groups that lie on several devices.
 
-  The selected trajectories would then be on every device at once, which images allow.
+  The devices would send each other the selected trajectories, for which only images are small
+  enough.
   """
   prompts, shards = config.data.prompts_per_iteration, mesh.shape["data"] * mesh.shape["fsdp"]
   is_video = len(pipeline.latent_shape) == 4
