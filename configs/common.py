@@ -299,7 +299,9 @@ def get_config() -> ConfigDict:
       # A group with less gets advantage 0.
       "min_spread": 1e-6,
       # The number of samples of each group that are trained: half are those with the highest
-      # advantages, half those with the lowest. 0 trains all.
+      # advantages, half those with the lowest. 0 trains all. The number of prompts should be a
+      # multiple of data x fsdp, and must be for videos: no trajectory is then sent to another
+      # device.
       "best_of": 0,
       # Statistics of each prompt's rewards over iterations (DDPO), in place of the group's.
       "history": ConfigDict(

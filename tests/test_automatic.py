@@ -52,6 +52,19 @@ def test_largest_that_divide(prompts, group, updates, devices, expected):
   assert found == expected
 
 
+@pytest.mark.parametrize(
+  "prompts, group, best_of, devices, expected",
+  [
+    (16, 16, 6, 1, (8, 256, 240)),  # 96 trained samples, 480 transitions
+    (5, 12, 4, 1, (5, 60, 100)),  # 20 trained samples, 100 transitions
+    (6, 12, 4, 2, (8, 72, 120)),  # a device has 3 prompts in 4 lanes
+    (32, 24, 8, 32, (32, 768, 1280)),  # 256 trained samples
+  ],
+)
+def test_a_selection_divides_too(prompts, group, best_of, devices, expected):
+  assert chosen(prompts, group, devices, **{"advantage.best_of": best_of}) == expected
+
+
 def test_a_number_stays_and_auto_has_a_cap():
   words = ["mesh.lanes=3", "rollout.chunk=auto:30", "optimizer.microbatch=auto:20"]
   assert chosen(5, 12, words=words) == (3, 30, 15)

@@ -307,7 +307,7 @@ class Toy(NamedTuple):
 def toy_programs(devices, **changes) -> Toy:
   """The programs of `tiny_config` around the toy pipeline, on these devices.
 
-  The config has 4 prompts x 4 samples, and 4 steps.
+  The config has 4 prompts x 4 samples, and 4 steps, unless `changes` say otherwise.
   """
   config, pipeline = tiny_config(mesh__data=len(devices), **changes), toy_pipeline()
   mesh = sharding.make_mesh(config.mesh, devices)
@@ -333,12 +333,12 @@ def toy_programs(devices, **changes) -> Toy:
     shardings = loading.state_shardings(config, model, len(PROMPTS), mesh)
     compiled = programs.build(config, pipeline, {}, mesh, shardings)
     init = init_state(config, len(PROMPTS), shardings)
-    tokens = pipeline.prepare(as_examples(list(PROMPTS[:4])))
-    positive = compiled.encode({}, tokens)
+    prompts = list(PROMPTS[: config.data.prompts_per_iteration])
+    positive = compiled.encode({}, pipeline.prepare(as_examples(prompts)))
     negative = (
       None
       if config.sampler.guidance_scale == 1
-      else compiled.encode({}, pipeline.prepare(as_examples([""] * 4)))
+      else compiled.encode({}, pipeline.prepare(as_examples([""] * len(prompts))))
     )
   return Toy(
     mesh,

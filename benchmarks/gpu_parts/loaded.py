@@ -159,7 +159,10 @@ class Update:
   """
 
   def __init__(self, loaded: Loaded, given: Feed, rollout: Any, programs: dict | None = None):
-    _, rollouts, _, advantage, weight, chosen, _ = loaded.calls["update deal"].arguments
+    _, rollouts, ids, advantage, weight, chosen, _ = loaded.calls["update deal"].arguments
+    group = loaded.config.rollout.samples_per_prompt
+    numbers = np.arange(len(ids) * group, dtype=np.int32).reshape(len(ids), group)
+    numbers = numbers[:, : len(chosen) // len(ids)].reshape(-1)  # the first of each prompt
     self._given, self._most = given, loaded.config.optimizer.microbatches_per_call
     self.programs = {name: call.program for name, call in loaded.update_calls().items()}
     self.programs |= programs or {}
@@ -168,7 +171,7 @@ class Update:
     self._values = (
       jax.device_put(jnp.where(jnp.arange(advantage.shape[0]) % 2, 1.0, -1.0), advantage.sharding),
       jax.device_put(jnp.ones(weight.shape), weight.sharding),
-      jax.device_put(jnp.arange(chosen.shape[0], dtype=jnp.int32), chosen.sharding),
+      jax.device_put(numbers, chosen.sharding),
     )
 
   def __call__(self) -> dict:

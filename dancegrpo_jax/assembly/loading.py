@@ -269,8 +269,10 @@ def outline(
   """What `load` returns, with `jax.ShapeDtypeStruct`s in place of the weights.
 
   Raises:
-    ConfigError: a sharding rule that does not fit.
+    ConfigError: a sharding rule that does not fit, or a selection among videos whose groups lie on
+      several devices.
   """
+  _check_selection(config, pipeline, mesh)
   shardings = shardings_of(config, pipeline, mesh)
   of_rewards = reward_shardings(config, rewards, mesh)
   params = {
@@ -288,6 +290,25 @@ def outline(
     for key, reward in rewards.items()
   }
   return _model(pipeline, params, shardings, rewards, reward_params)
+
+
+def _check_selection(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> None:
+  """Raises ConfigError where best_of would select videos in groups that lie on several devices.
+
+  The devices would send each other the selected trajectories, for which only images are small
+  enough.
+  """
+  prompts, shards = config.data.prompts_per_iteration, mesh.shape["data"] * mesh.shape["fsdp"]
+  is_video = len(pipeline.latent_shape) == 4
+  if not is_video or not config.advantage.best_of or prompts % shards == 0:
+    return
+  above = prompts + -prompts % shards
+  numbers = f"{above - shards} or {above}" if above > shards else f"{above}"
+  raise ConfigError(
+    f"config.data.prompts_per_iteration = {prompts}: must be a multiple of data x fsdp = {shards}"
+    f" where advantage.best_of = {config.advantage.best_of} selects among videos, so that each"
+    f" prompt's samples lie on one device; use {numbers}, or advantage.best_of = 0"
+  )
 
 
 def state_shardings(

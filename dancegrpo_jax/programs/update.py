@@ -14,7 +14,7 @@ from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.programs.jitted import program
 from dancegrpo_jax.programs.sampling import guided
-from dancegrpo_jax.rl import algorithms, optimize, state
+from dancegrpo_jax.rl import algorithms, lanes, optimize, state
 from dancegrpo_jax.rl.optimize import Sums, Work
 from dancegrpo_jax.rl.policy import policy_of
 from dancegrpo_jax.rl.rollout import Rollout
@@ -108,15 +108,17 @@ def _deal(config: ConfigDict, algorithm_of: AlgorithmOf) -> Callable:
     chosen: Int[Array, "selected"],
     iteration: Int[Array, ""],
   ) -> tuple[Work, Sums]:
+    group, prompts = config.rollout.samples_per_prompt, len(prompt_ids)
     numbers = chosen.reshape(config.mesh.lanes, -1)
-    prompt = numbers // config.rollout.samples_per_prompt
-    sample = numbers % config.rollout.samples_per_prompt
+    prompt, sample = numbers // group, numbers % group
+    blocks = lanes.blocks(prompts, config.mesh.lanes)
+    position = chosen.reshape(blocks, -1) % (prompts * group // blocks)  # in the block
     selected = algorithms.Selected(
       rollouts=rollouts,
       prompt=prompt,
       advantage=advantage,
       weight=weight,
-      chosen=chosen if config.advantage.best_of else None,
+      chosen=position if config.advantage.best_of else None,
     )
     ids = prompt_ids[prompt].reshape(-1)
     keys = kind.keys(config.seed, iteration, ids, sample.reshape(-1))

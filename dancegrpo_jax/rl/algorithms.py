@@ -22,14 +22,15 @@ class Selected(NamedTuple):
     prompt: row of the conditioning of each selected sample, in lanes.
     advantage: of each selected sample.
     weight: of each selected sample; 0 for those that are left out after all.
-    chosen: numbers of the selected samples among all, or None where all are selected.
+    chosen: positions of the selected samples in their block of lanes (`lanes.blocks`), or None
+      where all are selected.
   """
 
   rollouts: tuple[Rollout, ...]
   prompt: Int[Array, "lanes samples"]
   advantage: Float[Array, "selected"]
   weight: Float[Array, "selected"]
-  chosen: Int[Array, "selected"] | None
+  chosen: Int[Array, "blocks chosen"] | None
 
 
 class AlgorithmKind(NamedTuple):

@@ -67,7 +67,7 @@ def batch_of(
   prompt: Int[Array, "lanes samples"],
   advantage: Float[Array, "selected"],
   weight: Float[Array, "selected"],
-  chosen: Int[Array, "selected"] | None = None,
+  chosen: Int[Array, "blocks chosen"] | None = None,
   count: int = 1,
 ) -> Batch:
   """An iteration's trajectories in lanes.
@@ -77,16 +77,14 @@ def batch_of(
     prompt: row of the conditioning of each selected sample.
     advantage: of the selected samples.
     weight: of the selected samples.
-    chosen: numbers of the selected samples among all, or None where all are trained. A selection
-      may move samples to another lane; without one nothing moves.
+    chosen: positions of the selected samples in their block of lanes (`lanes.blocks`), or None
+      where all are trained. No sample leaves its block.
     count: number of lanes.
   """
 
   def gathered(name: str) -> Array:
     whole = lanes.in_lanes([getattr(rollout, name) for rollout in rollouts], count, 1)
-    if chosen is None:
-      return whole
-    return lanes.in_lanes([whole.reshape(len(whole), -1, *whole.shape[3:])[:, chosen]], count, 1)
+    return whole if chosen is None else lanes.select(whole, chosen)
 
   return Batch(
     step_index=rollouts[0].step_index,
