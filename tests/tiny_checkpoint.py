@@ -22,9 +22,10 @@ from dancegrpo_jax.assembly import loading
 from dancegrpo_jax.assembly.encoding import as_examples
 from dancegrpo_jax.checkpoints import weights
 from dancegrpo_jax.checkpoints.networks import abstract_params
-from dancegrpo_jax.data import t5_tokenizer, tokenizer
+from dancegrpo_jax.data import llama_tokenizer, t5_tokenizer, tokenizer
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.diffusion import schedules
+from dancegrpo_jax.pipelines import templates
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.pretrain import stages
 from dancegrpo_jax.programs import update_calls
@@ -132,6 +133,58 @@ FLOW = {
 }
 
 
+HUNYUAN_VIDEO = {
+  "_class_name": "HunyuanVideoTransformer3DModel",
+  "in_channels": 4,
+  "out_channels": 4,
+  "num_attention_heads": 2,
+  "attention_head_dim": 16,
+  "num_layers": 1,
+  "num_single_layers": 1,
+  "num_refiner_layers": 1,
+  "mlp_ratio": 4.0,
+  "patch_size": 2,
+  "patch_size_t": 1,
+  "qk_norm": "rms_norm",
+  "guidance_embeds": True,
+  "text_embed_dim": 16,
+  "pooled_projection_dim": 16,
+  "rope_theta": 256.0,
+  "rope_axes_dim": (4, 6, 6),
+}
+VIDEO_VAE = {
+  "_class_name": "AutoencoderKLHunyuanVideo",
+  "in_channels": 3,
+  "out_channels": 3,
+  "latent_channels": 4,
+  "down_block_types": ("HunyuanVideoDownBlock3D",) * 3,
+  "up_block_types": ("HunyuanVideoUpBlock3D",) * 3,
+  "block_out_channels": (8, 8, 8),
+  "layers_per_block": 1,
+  "norm_num_groups": 2,
+  "act_fn": "silu",
+  "scaling_factor": 0.5,
+  "spatial_compression_ratio": 4,
+  "temporal_compression_ratio": 4,
+  "mid_block_add_attention": True,
+}
+LLAMA = {
+  "architectures": ["LlamaModel"],
+  "model_type": "llama",
+  "hidden_size": 16,
+  "intermediate_size": 32,
+  "num_hidden_layers": 4,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "max_position_embeddings": 512,
+  "rms_norm_eps": 1e-5,
+  "rope_theta": 5e5,
+  "hidden_act": "silu",
+}
+# HunyuanVideo's scheduler.
+VIDEO_FLOW = FLOW | {"shift": 7.0, "use_dynamic_shifting": False}
+
+
 class Folders(NamedTuple):
   """Where the tiny models are.
 
@@ -215,6 +268,30 @@ def write_flux(folder: Path, scheduler: dict = FLOW, **transformer) -> Path:
   write_network(folder / "text_encoder_2", T5 | {"vocab_size": vocabulary}, seed=4)
   stages.write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
   stages.write_json(folder / "model_index.json", stages.flux_index())
+  return folder
+
+
+def write_hunyuan_video(folder: Path, **transformer) -> Path:
+  """Writes a HunyuanVideo folder in diffusers' layout and returns it.
+
+  The transformer's config gets the given changes.
+  """
+  texts = [templates.NAMED["video"].filled(prompt) for prompt in PROMPTS]
+  llama_tokenizer.write_llama_tokenizer(texts, str(folder / "tokenizer"))
+  # diffusers ask for 77 tokens of CLIP.
+  tokenizer.write_tokenizer(list(PROMPTS), str(folder / "tokenizer_2"), length=77, size=560)
+  text = {**TOWER, "max_position_embeddings": 77, **stages.token_ids(folder / "tokenizer_2")}
+  write_network(folder / "transformer", HUNYUAN_VIDEO | transformer, seed=1)
+  write_network(folder / "vae", VIDEO_VAE, seed=2)
+  ids = llama_tokenizer.special_ids(str(folder / "tokenizer"))
+  write_network(folder / "text_encoder", LLAMA | ids, seed=3)
+  write_network(
+    folder / "text_encoder_2",
+    {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model", **text},
+    seed=4,
+  )
+  stages.write_json(folder / "scheduler" / "scheduler_config.json", VIDEO_FLOW)
+  stages.write_json(folder / "model_index.json", stages.hunyuan_video_index())
   return folder
 
 

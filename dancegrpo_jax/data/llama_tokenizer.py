@@ -13,8 +13,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from dancegrpo_jax.data.cut_texts import Tokenizer, require_class
+from dancegrpo_jax.data.cut_texts import require_class
 from dancegrpo_jax.data.transformers_classes import tokenizer_class
+from dancegrpo_jax.pipelines.layout import PADDING, Tokenizer
 
 FILES = ("tokenizer.json", "tokenizer_config.json")
 BOS, EOS, PAD = "<|begin_of_text|>", "<|end_of_text|>", "<pad>"

@@ -1,8 +1,8 @@
 """The stages of pretraining, in their order, and what other modules need of them.
 
 `vae` trains an autoencoder, `clip` is contrastive, `denoiser` trains Stable Diffusion's UNet and
-text encoder, and `flow` trains FLUX's transformer and both its text encoders. The last two are
-trained on the autoencoder's latents, so that they need its folder.
+text encoder, `flow` trains FLUX's transformer and both its text encoders, and `video` those of
+HunyuanVideo. The last three are trained on the autoencoder's latents, so that they need its folder.
 """
 
 from dancegrpo_jax.pretrain.clip import clip_preprocessor, clip_stage
@@ -17,6 +17,7 @@ from dancegrpo_jax.pretrain.shared import (
   write_tokenizer_files,
 )
 from dancegrpo_jax.pretrain.vae import vae_stage
+from dancegrpo_jax.pretrain.video import hunyuan_video_index, video_stage
 
 __all__ = [
   "STAGES",
@@ -25,10 +26,17 @@ __all__ = [
   "all_captions",
   "clip_preprocessor",
   "flux_index",
+  "hunyuan_video_index",
   "model_index",
   "token_ids",
   "write_json",
   "write_tokenizer_files",
 ]
 
-STAGES = {"vae": vae_stage, "clip": clip_stage, "denoiser": denoiser_stage, "flow": flow_stage}
+STAGES = {
+  "vae": vae_stage,
+  "clip": clip_stage,
+  "denoiser": denoiser_stage,
+  "flow": flow_stage,
+  "video": video_stage,
+}
