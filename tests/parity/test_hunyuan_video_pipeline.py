@@ -79,8 +79,8 @@ def sampled(folder, **changes) -> tuple:
   latents = np.moveaxis(theirs.numpy(), 1, -1)
   with torch.no_grad():
     decoded = pipe.vae.decode(theirs / pipe.vae.config.scaling_factor).sample
+    text, pooled, mask = pipe.encode_prompt(list(PROMPTS[:2]))
   pixels = (np.moveaxis(decoded.numpy(), 1, -1) / 2 + 0.5).clip(0, 1)
-  text, pooled, mask = pipe.encode_prompt(list(PROMPTS[:2]))
   return ours, (latents, pixels, (text.numpy(), pooled.numpy(), mask.numpy()))
 
 
