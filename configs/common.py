@@ -197,8 +197,9 @@ def get_config() -> ConfigDict:
           "checkpoint": "assets/emoji-clip",
           # The tokenizer. Empty means the checkpoint's own.
           "tokenizer": "",
-          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
-          # of evenly spaced ones as text, or `error`, which refuses videos.
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, or a
+          # number of evenly spaced ones as text. `sheet` scores one image with all frames in it.
+          # `error` refuses videos.
           "frames": "error",
         }
       ),
@@ -211,8 +212,9 @@ def get_config() -> ConfigDict:
           "checkpoint": "checkpoints/HPSv2/HPS_v2.1_compressed.pt",
           # The tokenizer. Empty means the folder of the weight file.
           "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
-          # of evenly spaced ones as text, or `error`, which refuses videos.
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, or a
+          # number of evenly spaced ones as text. `sheet` scores one image with all frames in it.
+          # `error` refuses videos.
           "frames": "error",
         }
       ),
@@ -223,8 +225,9 @@ def get_config() -> ConfigDict:
           "checkpoint": "yuvalkirstain/PickScore_v1",
           # The tokenizer; the default is its authors' choice. Empty means the checkpoint's own.
           "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
-          # of evenly spaced ones as text, or `error`, which refuses videos.
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, or a
+          # number of evenly spaced ones as text. `sheet` scores one image with all frames in it.
+          # `error` refuses videos.
           "frames": "error",
         }
       ),
@@ -237,8 +240,9 @@ def get_config() -> ConfigDict:
           # `model.allow_pickle`), from
           # https://github.com/christophschuhmann/improved-aesthetic-predictor.
           "head": "checkpoints/sac+logos+ava1-l14-linearMSE.pth",
-          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
-          # of evenly spaced ones as text, or `error`, which refuses videos.
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, or a
+          # number of evenly spaced ones as text. `sheet` scores one image with all frames in it.
+          # `error` refuses videos.
           "frames": "error",
         }
       ),
@@ -249,8 +253,9 @@ def get_config() -> ConfigDict:
           "quality": 95,
           # What the size is multiplied by: -1 rewards small files and 1 rewards large ones.
           "sign": -1.0,
-          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
-          # of evenly spaced ones as text, or `error`, which refuses videos.
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, or a
+          # number of evenly spaced ones as text. `sheet` scores one image with all frames in it.
+          # `error` refuses videos.
           "frames": "error",
         }
       ),
