@@ -166,8 +166,9 @@ def get_config() -> ConfigDict:
   config.reward = ConfigDict(
     {
       # The rewards as (term, weight) pairs. A term is `clip`, `hps`, `pickscore`, `aesthetic`,
-      # `compressibility`, `remote`, or `module:object` for a Python function or a kind of reward of
-      # your own, for example `examples/own_reward`.
+      # `compressibility`, `moving_emoji/vq` (or `mq`, `ta`, `direction`), `remote`, or
+      # `module:object` for a Python function or a kind of reward of your own, for example
+      # `examples/own_reward`.
       "terms": (("clip", 1.0),),
       # How several rewards become one advantage: `advantages` (the weighted sum of the terms'
       # advantages [P]), `rewards` (the advantage of the weighted sum of rewards [F]) or `gdpo` (as
@@ -257,6 +258,14 @@ def get_config() -> ConfigDict:
           # number of evenly spaced ones as text. `sheet` scores one image with all frames in it.
           # `error` refuses videos.
           "frames": "error",
+        }
+      ),
+      # The verifier of clips of moving emoji, in closed form.
+      "moving_emoji": ConfigDict(
+        {
+          # The file with all emoji that clips are compared with; `python -m
+          # dancegrpo_jax.data.moving_emoji --write-subjects=FOLDER` writes it.
+          "subjects": "assets/emoji-video/subjects.png",
         }
       ),
       # A scorer in another process or on another machine; `benchmarks/reward_server.py` is one.
