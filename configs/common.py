@@ -180,8 +180,9 @@ def get_config() -> ConfigDict:
   config.reward = ConfigDict(
     {
       # The rewards as (term, weight) pairs. A term is `clip`, `hps`, `pickscore`, `aesthetic`,
-      # `compressibility`, `remote`, or `module:object` for a Python function or a kind of reward of
-      # your own, for example `examples/own_reward`.
+      # `compressibility`, `moving_emoji/vq` (or `mq`, `ta`, `direction`), `remote`, or
+      # `module:object` for a Python function or a kind of reward of your own, for example
+      # `examples/own_reward`.
       "terms": (("clip", 1.0),),
       # How several rewards become one advantage: `advantages` (the weighted sum of the terms'
       # advantages [P]), `rewards` (the advantage of the weighted sum of rewards [F]) or `gdpo` (as
@@ -211,8 +212,9 @@ def get_config() -> ConfigDict:
           "checkpoint": "assets/emoji-clip",
           # The tokenizer. Empty means the checkpoint's own.
           "tokenizer": "",
-          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
-          # of evenly spaced ones as text, or `error`, which refuses videos.
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, or a
+          # number of evenly spaced ones as text. `sheet` scores one image with all frames in it.
+          # `error` refuses videos.
           "frames": "error",
         }
       ),
@@ -225,8 +227,9 @@ def get_config() -> ConfigDict:
           "checkpoint": "checkpoints/HPSv2/HPS_v2.1_compressed.pt",
           # The tokenizer. Empty means the folder of the weight file.
           "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
-          # of evenly spaced ones as text, or `error`, which refuses videos.
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, or a
+          # number of evenly spaced ones as text. `sheet` scores one image with all frames in it.
+          # `error` refuses videos.
           "frames": "error",
         }
       ),
@@ -237,8 +240,9 @@ def get_config() -> ConfigDict:
           "checkpoint": "yuvalkirstain/PickScore_v1",
           # The tokenizer; the default is its authors' choice. Empty means the checkpoint's own.
           "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
-          # of evenly spaced ones as text, or `error`, which refuses videos.
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, or a
+          # number of evenly spaced ones as text. `sheet` scores one image with all frames in it.
+          # `error` refuses videos.
           "frames": "error",
         }
       ),
@@ -251,8 +255,9 @@ def get_config() -> ConfigDict:
           # `model.allow_pickle`), from
           # https://github.com/christophschuhmann/improved-aesthetic-predictor.
           "head": "checkpoints/sac+logos+ava1-l14-linearMSE.pth",
-          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
-          # of evenly spaced ones as text, or `error`, which refuses videos.
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, or a
+          # number of evenly spaced ones as text. `sheet` scores one image with all frames in it.
+          # `error` refuses videos.
           "frames": "error",
         }
       ),
@@ -263,9 +268,18 @@ def get_config() -> ConfigDict:
           "quality": 95,
           # What the size is multiplied by: -1 rewards small files and 1 rewards large ones.
           "sign": -1.0,
-          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, a number
-          # of evenly spaced ones as text, or `error`, which refuses videos.
+          # Frames of a video that are scored, whose mean counts: `first`, `middle`, `all`, or a
+          # number of evenly spaced ones as text. `sheet` scores one image with all frames in it.
+          # `error` refuses videos.
           "frames": "error",
+        }
+      ),
+      # The verifier of clips of moving emoji, in closed form.
+      "moving_emoji": ConfigDict(
+        {
+          # The file with all emoji that clips are compared with; `python -m
+          # dancegrpo_jax.data.moving_emoji --write-subjects=FOLDER` writes it.
+          "subjects": "assets/emoji-video/subjects.png",
         }
       ),
       # A scorer in another process or on another machine; `benchmarks/reward_server.py` is one.

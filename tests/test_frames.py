@@ -1,4 +1,4 @@
-"""Rewards of images on videos: the chosen frames, and the mean of their scores."""
+"""Rewards of images on videos: the chosen frames and the mean of their scores, and sheets."""
 
 import jax
 import jax.numpy as jnp
@@ -74,8 +74,73 @@ def test_the_score_of_a_video_is_the_mean_over_frames(videos, choice, shown):
   np.testing.assert_allclose(reward.embed(params, Media(videos, 8.0)), expected, atol=2e-6)
 
 
-def test_a_frame_that_fails_fails_its_video(videos):
-  reward = reward_builders.build_rewards(config("all"))["compressibility"]
+def numbered(count: int) -> np.ndarray:
+  """A video of 2 x 3 pixels whose frames are 1, 2, ... in every pixel."""
+  numbers = np.arange(1, count + 1, dtype=np.float32)
+  return np.broadcast_to(numbers[None, :, None, None, None], (1, count, 2, 3, 3))
+
+
+@pytest.mark.parametrize(
+  "count, grid",
+  [
+    (1, [[1]]),
+    (2, [[1, 2]]),
+    (3, [[1, 2], [3, 0]]),
+    (5, [[1, 2, 3], [4, 5, 0]]),
+    (9, [[1, 2, 3], [4, 5, 6], [7, 8, 9]]),
+  ],
+)
+def test_a_sheet_has_the_frames_row_by_row(count, grid):
+  expected = np.kron(np.array(grid), np.ones((2, 3)))[None, ..., None].repeat(3, -1)
+  video = numbered(count)
+  np.testing.assert_array_equal(frames.sheet(video), expected)
+  np.testing.assert_array_equal(frames.sheet(jnp.asarray(video)), expected)
+
+
+def test_a_sheet_keeps_the_pixels_of_a_frame(videos):
+  """Numbered frames don't show whether rows and columns within a frame stay where they are."""
+  found = frames.sheet(videos)
+  assert found.shape == (2, 64, 96, 3)
+  np.testing.assert_array_equal(found[:, :32, 64:], videos[:, 2])
+  np.testing.assert_array_equal(found[:, 32:, 32:64], videos[:, 4])
+  assert not found[:, 32:, 64:].any()
+
+
+def test_a_sheet_is_scored_as_one_image(videos):
+  """The expected sheet of five frames is put together by hand."""
+  rewards = reward_builders.build_rewards(config("sheet"))
+  black = np.zeros_like(videos[:, 0])
+  rows = [[videos[:, 0], videos[:, 1], videos[:, 2]], [videos[:, 3], videos[:, 4], black]]
+  sheet = Media(np.concatenate([np.concatenate(row, axis=2) for row in rows], axis=1))
+  # On the host.
+  reward = rewards["compressibility"]
+  expected = reward.score(sheet, EXAMPLES)["compressibility"]
+  found = reward.score(Media(videos, 8.0), EXAMPLES)["compressibility"]
+  np.testing.assert_array_equal(found, expected)
+  # On the device.
+  reward = rewards["clip"]
+  params = reward_builders.read_reward(reward, None)
+  features = reward.features(params, jnp.asarray(reward.prepare(EXAMPLES)))
+  expected = reward.score(params, sheet, features)["clip"]
+  found = jax.jit(reward.score)(params, Media(videos, 8.0), features)["clip"]
+  np.testing.assert_allclose(found, expected, atol=2e-6)
+  expected = reward.embed(params, sheet)
+  np.testing.assert_allclose(reward.embed(params, Media(videos, 8.0)), expected, atol=2e-6)
+  reward_builders.require_scorable(rewards, VIDEO)
+
+
+def test_of_images_no_sheet_is_made(videos):
+  images = Media(videos[:, 0])
+  scores = [
+    reward_builders.build_rewards(config(choice))["compressibility"].score(images, EXAMPLES)
+    for choice in ("error", "sheet")
+  ]
+  np.testing.assert_array_equal(scores[0]["compressibility"], scores[1]["compressibility"])
+
+
+@pytest.mark.parametrize("choice", ["all", "sheet"])
+def test_a_frame_that_fails_fails_its_video(videos, choice):
+  reward = reward_builders.build_rewards(config(choice))["compressibility"]
   spoilt = videos.copy()
   spoilt[1, 3, 0, 0, 0] = np.nan
   scores = reward.score(Media(spoilt, 8.0), EXAMPLES)["compressibility"]

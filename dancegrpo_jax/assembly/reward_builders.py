@@ -24,6 +24,10 @@ _WHERE = {
     "get sac+logos+ava1-l14-linearMSE.pth from"
     " https://github.com/christophschuhmann/improved-aesthetic-predictor"
   ),
+  "reward.moving_emoji.subjects": (
+    "assets/emoji-video/subjects.png comes with this package;"
+    " `python -m dancegrpo_jax.data.moving_emoji --write-subjects=FOLDER` writes it too"
+  ),
 }
 
 

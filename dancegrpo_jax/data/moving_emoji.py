@@ -6,6 +6,7 @@ out of training, so that a model has to know emoji and motions apart. Everything
 (name, motion, colour, variant), so that nothing depends on the order or the number of calls.
 
     python -m dancegrpo_jax.data.moving_emoji --write-prompts=assets/prompts
+    python -m dancegrpo_jax.data.moving_emoji --write-subjects=assets/emoji-video
     python -m dancegrpo_jax.data.moving_emoji --clip=clip.webp
 """
 
@@ -30,6 +31,8 @@ SPEEDS = (0.8, 1.4)  # smallest and largest, pixels a frame
 GROWTH = 0.09  # change of the scale in a frame
 OFFSET = 2.0  # the largest distance between the glyph's middle and the picture's, pixels
 JITTER = 1.0  # the largest displacement of a frame of a clip that shakes, pixels
+TILE = 16  # height and width of a glyph's tile in the file of all subjects, pixels
+COLUMNS = 8  # tiles in a row of that file
 
 # motion -> its direction (right, down), or None where the size changes.
 MOTIONS: dict[str, tuple[int, int] | None] = {
@@ -225,6 +228,46 @@ def write_prompts(folder: str) -> None:
       file.writelines(caption(scene) + "\n" for scene in rows)
 
 
+def subject(font_path: str, name: str) -> UInt8[np.ndarray, "h w 4"]:
+  """A glyph as clips show it at scale 1, on a tile of `TILE` x `TILE` pixels.
+
+  The glyph is in the tile's middle, and its colours are RGBA with straight alpha. They follow from
+  the glyph drawn on black and on white, so that the tile on a background is what `draw` draws.
+
+  Raises:
+    FileNotFoundError, ValueError: as `emoji.check_font`.
+  """
+  black, white = (
+    emoji.render(
+      font_path,
+      codepoint=emoji.EMOJI[name],
+      size=TILE,
+      colour=(level, level, level),
+      shift=(0.0, 0.0),
+      scale=GLYPH / TILE / emoji.FILL,
+    ).astype(np.float64)
+    for level in (0, 255)
+  )
+  alpha = 255 - (white - black).mean(-1, keepdims=True)
+  colours = black * 255 / np.maximum(alpha, 1)
+  return np.round(np.concatenate([colours, alpha], -1).clip(0, 255)).astype(np.uint8)
+
+
+def write_subjects(font_path: str, folder: str) -> None:
+  """Writes subjects.png: the tiles of all `NAMES`, `COLUMNS` in a row. The verifier of clips,
+  rewards/moving_emoji.py, compares with them, and so needs no font.
+
+  Raises:
+    FileNotFoundError, ValueError: as `emoji.check_font`.
+  """
+  from PIL import Image
+
+  tiles = np.stack([subject(font_path, name) for name in NAMES])
+  rows = tiles.reshape(-1, COLUMNS, TILE, TILE, 4).swapaxes(1, 2)
+  os.makedirs(folder, exist_ok=True)
+  Image.fromarray(rows.reshape(-1, COLUMNS * TILE, 4)).save(os.path.join(folder, "subjects.png"))
+
+
 def show(font_path: str, file: str) -> None:
   """Writes the clips of the default run side by side as one animation."""
   from PIL import Image
@@ -242,21 +285,24 @@ def main() -> int:
     description="the text-to-moving-emoji data set",
   )
   parser.add_argument("--write-prompts", metavar="DIR", help="write the three prompt lists")
+  parser.add_argument("--write-subjects", metavar="DIR", help="write the glyphs as subjects.png")
   parser.add_argument("--clip", metavar="WEBP", help="draw the clips of the default run")
   parser.add_argument(
     "--font", default=os.environ.get("EMOJI_FONT", emoji.FONT), help="NotoColorEmoji.ttf (CBDT)"
   )
   args = parser.parse_args()
-  if not (args.write_prompts or args.clip):
-    parser.error("nothing to do: give --write-prompts=DIR or --clip=WEBP")
+  if not (args.write_prompts or args.write_subjects or args.clip):
+    parser.error("nothing to do: give --write-prompts=DIR, --write-subjects=DIR or --clip=WEBP")
   if args.write_prompts:
     write_prompts(args.write_prompts)
-  if args.clip:
-    try:
+  try:
+    if args.write_subjects:
+      write_subjects(args.font, args.write_subjects)
+    if args.clip:
       show(args.font, args.clip)
-    except (FileNotFoundError, ValueError) as error:
-      print(f"error: {error}", file=sys.stderr)
-      return 2
+  except (FileNotFoundError, ValueError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
   return 0
 
 

@@ -1,4 +1,6 @@
-"""Rewards of single images on videos: which frames are scored, and the mean of their scores."""
+"""Rewards of single images on videos: the mean of the scores of some frames, or the score of all
+frames in one image.
+"""
 
 import math
 from collections.abc import Callable
@@ -12,7 +14,7 @@ from jaxtyping import Array, Float
 from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.types import Example, Media, PyTree
 
-NAMED = ("error", "first", "middle", "all")
+NAMED = ("error", "first", "middle", "all", "sheet")
 FIELD = "frames"  # of a reward's section of the config
 
 
@@ -22,7 +24,7 @@ def is_valid(choice: str) -> bool:
 
 
 def chosen(choice: str, count: int) -> np.ndarray:
-  """The frames that are scored.
+  """The frames that are scored, each on its own.
 
   Args:
     choice: "first", "middle" (of an even number the earlier of the two), "all", or a number k for k
@@ -59,11 +61,12 @@ def of_videos(reward: Reward, choice: str, where: str) -> Reward:
   """A reward of images that scores videos too, by the mean over some of their frames.
 
   A video fails where one of the chosen frames fails. An embedding of a video is the mean of its
-  frames' embeddings, at length 1.
+  frames' embeddings, at length 1. With "sheet" score and embedding are those of one image instead,
+  the contact sheet of the video.
 
   Args:
     reward: of images.
-    choice: which frames, see `chosen`; "error" refuses videos.
+    choice: which frames, see `chosen`; "sheet" for `sheet`; "error" refuses videos.
     where: the full name of the section, for messages.
   """
 
@@ -74,8 +77,10 @@ def of_videos(reward: Reward, choice: str, where: str) -> Reward:
     if choice == "error":
       return (
         f"{field}: the reward {reward.name!r} scores images, and the model draws {shape[0]} frames;"
-        " set it to first, middle, all, or a number of frames"
+        " set it to first, middle, all, sheet, or a number of frames"
       )
+    if choice == "sheet":
+      return ""
     try:
       chosen(choice, shape[0])
     except ValueError as error:
@@ -83,7 +88,9 @@ def of_videos(reward: Reward, choice: str, where: str) -> Reward:
     return ""
 
   def spread(media: Media) -> tuple[Media, int]:
-    """The chosen frames of all videos as images, video by video, and how many each video has."""
+    """The images that are scored, video by video, and how many each video has."""
+    if choice == "sheet":
+      return Media(sheet(media.pixels)), 1
     frames = chosen(choice, media.pixels.shape[1])
     pixels = media.pixels[:, frames]
     return Media(pixels.reshape(-1, *pixels.shape[2:])), len(frames)

@@ -10,6 +10,7 @@ from dancegrpo_jax.rewards import (
   clip,
   compressibility,
   hps,
+  moving_emoji,
   pickscore,
   python_function,
   remote,
@@ -22,6 +23,7 @@ KINDS = {
   "pickscore": pickscore.KIND,
   "aesthetic": aesthetic.KIND,
   "compressibility": compressibility.KIND,
+  "moving_emoji": moving_emoji.KIND,
   "remote": remote.KIND,
 }
 

@@ -56,6 +56,7 @@ ADDED = {
   "reward.failed_iterations": Added("0.2.0", 3),
   "reward.slice": Added("0.2.0", 16),
   "reward.watch": Added("0.2.0", ()),
+  "reward.moving_emoji.subjects": Added("0.2.0", "assets/emoji-video/subjects.png"),
   **{
     f"reward.{name}.frames": Added("0.2.0", "error")
     for name in ("clip", "hps", "pickscore", "aesthetic", "compressibility")
