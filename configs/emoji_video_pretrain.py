@@ -38,9 +38,9 @@ def get_config(preset: str = "") -> ConfigDict:
 
   config.vae = ConfigDict(
     {
-      "steps": 2000,
-      "batch": 8,
-      "learning_rate": 2e-3,
+      "steps": 1500,
+      "batch": 4,
+      "learning_rate": 1e-3,
       "warmup": 100,
       "kl_weight": 1e-4,  # of the KL to N(0, 1), mean over latent elements
       "ema": 0.995,
@@ -52,9 +52,10 @@ def get_config(preset: str = "") -> ConfigDict:
           "latent_channels": 8,
           "down_block_types": ("HunyuanVideoDownBlock3D",) * 3,
           "up_block_types": ("HunyuanVideoUpBlock3D",) * 3,
-          "block_out_channels": (8, 16, 32),
+          "block_out_channels": (16, 16, 32),
           "layers_per_block": 1,
-          # Groups have 4 channels or more. With one, no colour could pass the last norm.
+          # Groups of 8 channels at least. A norm takes a group's mean and size away, and with fewer
+          # channels the colour of the background hardly passes the last one.
           "norm_num_groups": 2,
           "act_fn": "silu",
           "spatial_compression_ratio": 4,
