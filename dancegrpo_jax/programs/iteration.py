@@ -10,7 +10,7 @@ from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.programs.jitted import program
 from dancegrpo_jax.programs.rewards import advantages_program, join_program, score_program
-from dancegrpo_jax.programs.sampling import rollout_program, sample_program
+from dancegrpo_jax.programs.sampling import decode_program, rollout_program, sample_program
 from dancegrpo_jax.programs.update import update_programs
 from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.rl.rollout import Rollout
@@ -85,7 +85,7 @@ def build(
     encode=encoder(config, pipeline, mesh),
     rollout=program(config, "rollout", rollout_program(config, pipeline), out_shardings=rolled),
     sample=program(config, "sample", sample_program(config, pipeline), out_shardings=split),
-    decode=program(config, "decode", pipeline.decode, out_shardings=split),
+    decode=program(config, "decode", decode_program(config, pipeline, mesh), out_shardings=split),
     features=of_rewards("features", lambda reward: reward.features),
     score=of_rewards("score", score_program),
     join=program(config, "join", join_program(config), out_shardings=whole),

@@ -1,6 +1,7 @@
-"""Programs that draw samples: the rollout of training, and the deterministic sampler."""
+"""Programs that draw samples: the rollout of training, the deterministic sampler, and decoding."""
 
 from collections.abc import Callable
+from math import prod
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.rl import rng, state
 from dancegrpo_jax.rl.policy import policy_of
 from dancegrpo_jax.rl.rollout import Rollout, rollout
-from dancegrpo_jax.types import Conditioning, PyTree
+from dancegrpo_jax.types import SAMPLE_AXES, Conditioning, Media, PyTree
 
 
 def guided(pipeline: Pipeline, scale: float) -> Callable:
@@ -111,3 +112,35 @@ def sample_program(config: ConfigDict, pipeline: Pipeline) -> Callable:
     return drawn.sample
 
   return run
+
+
+def decode_program(config: ConfigDict, pipeline: Pipeline, mesh: jax.sharding.Mesh) -> Callable:
+  """The decoder, see `Programs.decode`.
+
+  Each device decodes at most `config.model.decode_batch` of its samples at once, or all of them
+  where this is 0.
+  """
+  devices = prod(mesh.shape[axis] for axis in SAMPLE_AXES)
+
+  def run(params: PyTree, latents: Float[Array, "chunk *shape"]) -> Media:
+    size = _batch(len(latents) // devices, config.model.decode_batch)
+    rounds = len(latents) // (devices * size)
+    if rounds <= 1:
+      return pipeline.decode(params, latents)
+    # A device has consecutive samples, so that neither these steps nor their inverse move any.
+    by_round = latents.reshape(devices, rounds, size, *latents.shape[1:]).swapaxes(0, 1)
+    by_round = by_round.reshape(rounds, devices * size, *latents.shape[1:])
+    split = jax.NamedSharding(mesh, jax.P(None, SAMPLE_AXES))
+    by_round = jax.lax.with_sharding_constraint(by_round, split)
+    media = jax.lax.map(lambda some: pipeline.decode(params, some), by_round)
+    pixels = media.pixels.reshape(rounds, devices, size, *media.pixels.shape[2:]).swapaxes(0, 1)
+    return Media(pixels.reshape(len(latents), *pixels.shape[3:]), media.fps)
+
+  return run
+
+
+def _batch(samples: int, most: int) -> int:
+  """The largest number of samples, at most `most`, that divides `samples`; all for 0."""
+  if most == 0:
+    return max(1, samples)
+  return max(size for size in range(1, max(1, min(most, samples)) + 1) if samples % size == 0)
