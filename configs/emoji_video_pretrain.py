@@ -38,10 +38,10 @@ def get_config(preset: str = "") -> ConfigDict:
 
   config.vae = ConfigDict(
     {
-      "steps": 1500,
+      "steps": 1200,
       "batch": 4,
-      "learning_rate": 1e-3,
-      "warmup": 100,
+      "learning_rate": 5e-4,
+      "warmup": 50,
       "kl_weight": 1e-4,  # of the KL to N(0, 1), mean over latent elements
       "ema": 0.995,
       "network": ConfigDict(
@@ -94,6 +94,63 @@ def get_config(preset: str = "") -> ConfigDict:
       "projection_dim": 64,
     }
   )
+
+  config.video = ConfigDict(
+    {
+      "steps": 1200,
+      "batch": 64,
+      "learning_rate": 1.5e-3,
+      "warmup": 100,
+      "ema": 0.99,
+      "text_length": 16,  # of Llama's tokens
+      "random_motion": 0.55,  # share of captions that name a motion at random
+      "network": ConfigDict(
+        {
+          "_class_name": "HunyuanVideoTransformer3DModel",
+          "in_channels": 8,
+          "out_channels": 8,
+          "num_attention_heads": 4,
+          "attention_head_dim": 32,
+          "num_layers": 2,
+          "num_single_layers": 4,
+          "num_refiner_layers": 1,
+          "mlp_ratio": 4.0,
+          "patch_size": 2,
+          "patch_size_t": 1,
+          "qk_norm": "rms_norm",
+          "guidance_embeds": False,
+          "text_embed_dim": 128,
+          "pooled_projection_dim": 128,
+          "rope_theta": 256.0,
+          "rope_axes_dim": (8, 12, 12),
+        }
+      ),
+      # Its pooled text. diffusers ask for 77 tokens of it.
+      "pooler": ConfigDict({**TEXT, "max_position_embeddings": 77}),
+      "text": ConfigDict(
+        {
+          "hidden_size": 128,
+          "intermediate_size": 256,
+          "num_hidden_layers": 4,  # of which two are used
+          "num_attention_heads": 4,
+          "num_key_value_heads": 2,
+          "max_position_embeddings": 512,
+          "rms_norm_eps": 1e-5,
+          "rope_theta": 5e5,
+          "hidden_act": "silu",
+          "tie_word_embeddings": False,
+        }
+      ),
+      "scheduler": ConfigDict(
+        {
+          "_class_name": "FlowMatchEulerDiscreteScheduler",
+          "num_train_timesteps": 1000,
+          "shift": 1.0,
+          "use_dynamic_shifting": False,
+        }
+      ),
+    }
+  )
   if preset == "tiny":
     _tiny(config)
   return config
@@ -102,11 +159,13 @@ def get_config(preset: str = "") -> ConfigDict:
 def _tiny(config: ConfigDict) -> None:
   """Changes the config to three steps of networks with few layers, which compile fast."""
   config.variants = 1
-  for stage in (config.vae, config.clip):
+  for stage in (config.vae, config.clip, config.video):
     stage.update(steps=3, batch=5, warmup=1)
   config.vae.network.update(block_out_channels=(8, 8, 8))
   for tower in (config.clip.text, config.clip.vision):
     tower.num_hidden_layers = 1
+  config.video.network.update(num_layers=1, num_single_layers=1)
+  config.video.pooler.num_hidden_layers = 1
 
 
 PRESETS = ("", "tiny")
