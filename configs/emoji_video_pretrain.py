@@ -69,8 +69,8 @@ def get_config(preset: str = "") -> ConfigDict:
   config.clip = ConfigDict(
     {
       "folder": "emoji-video-clip",
-      "steps": 600,
-      "batch": 80,  # 16 emoji on a background, each with its 5 motions
+      "steps": 400,
+      "batch": 60,  # 12 emoji on a background, each with its 5 motions
       "learning_rate": 1e-3,
       "warmup": 100,
       # The largest std of white noise that is added to pixels in [0, 1], so that the score is right
