@@ -3,7 +3,6 @@
 See cuda_programs.py.
 """
 
-import shutil
 from pathlib import Path
 
 import jax
@@ -14,7 +13,7 @@ from cuda_programs import groups, h100, lower, lower_group
 
 from dancegrpo_jax import programs
 from dancegrpo_jax.compilation.calls import Call, abstract
-from dancegrpo_jax.data import tokenizer
+from dancegrpo_jax.data import moving_emoji, tokenizer
 from dancegrpo_jax.pretrain import flow, shared, stages, vae
 from dancegrpo_jax.settings import config_file
 
@@ -38,24 +37,41 @@ def test_lowers(group, devices, monkeypatch):
   assert {note.h100 for note in notes} == {"xla"}
 
 
-@pytest.mark.parametrize("name", stages.STAGES)
-def test_the_losses_of_pretraining_lower(name, tmp_path, monkeypatch):
-  """One optimizer step of each stage, as in pretrain.fit, with abstract parameters."""
-  for folder in ("emoji-sd", "emoji-flux", "emoji-clip"):
-    shutil.copytree(ROOT / "assets" / folder, tmp_path / folder)
-  config = config_file.load(str(ROOT / "configs" / "emoji_pretrain.py"))
-  captions = stages.all_captions()[:256]
-  tokens = tokenizer.load_tokenizer(str(tmp_path / "emoji-sd" / "tokenizer"))(captions)
-  images = np.zeros((len(captions), config.size, config.size, 3), np.uint8)
-  data = stages.Data(
-    images=images, captions=captions, tokens=tokens, pair=np.arange(len(captions), dtype=np.int32)
+def data_of(config, folder: Path) -> stages.Data:
+  """Blank samples with the captions and the tokenizer of a config's world."""
+  captions, shape = stages.all_captions()[:256], (config.size, config.size, 3)
+  if config.world == "moving_emoji":
+    captions = [moving_emoji.caption(scene) for scene in moving_emoji.scenes("train")[:320]]
+    shape = (moving_emoji.FRAMES, *shape)
+  shared.write_tokenizer_files(folder / config.tokenizer, captions)
+  numbers = np.arange(len(captions), dtype=np.int32)
+  return stages.Data(
+    images=np.zeros((len(captions), *shape), np.uint8),
+    captions=captions,
+    tokens=tokenizer.load_tokenizer(str(folder / config.tokenizer))(captions),
+    caption=numbers,
+    group=numbers,
   )
+
+
+@pytest.mark.parametrize(
+  "file, name",
+  [("emoji_pretrain", name) for name in ("vae", "clip", "denoiser", "flow")]
+  + [("emoji_video_pretrain", name) for name in ("vae", "clip", "video")],
+)
+def test_the_losses_of_pretraining_lower(file, name, tmp_path, monkeypatch):
+  """One optimizer step of each stage, as in pretrain.fit, with abstract parameters."""
+  config = config_file.load(str(ROOT / "configs" / f"{file}.py"))
+  data = data_of(config, tmp_path)
   monkeypatch.setattr(
     shared, "initial", lambda network, key, *inputs: jax.eval_shape(network.init, key, *inputs)
   )
-  monkeypatch.setattr(
-    vae, "scaled_latents", lambda folder, images: np.zeros((len(images), 8, 8, 4), np.float32)
-  )
+
+  def latents(folder: Path, images: np.ndarray) -> np.ndarray:
+    shape = (3, 8, 8, 8) if images.ndim == 5 else (8, 8, 4)
+    return np.zeros((len(images), *shape), np.float32)
+
+  monkeypatch.setattr(vae, "scaled_latents", latents)
   monkeypatch.setattr(flow, "without_modulation", lambda params: params)
   stage, optimizer = stages.STAGES[name](config, data, tmp_path), optax.adam(1e-3)
   state = (stage.params, jax.eval_shape(optimizer.init, stage.params), stage.params)

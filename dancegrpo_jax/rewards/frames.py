@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Num
 
 from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.types import Example, Media, PyTree
@@ -43,7 +43,7 @@ def chosen(choice: str, count: int) -> np.ndarray:
   return np.round(np.linspace(0, count - 1, int(choice))).astype(int)
 
 
-def sheet(pixels: Float[Array | np.ndarray, "b f h w 3"]) -> Float[Array | np.ndarray, "b i j 3"]:
+def sheet(pixels: Num[Array | np.ndarray, "b f h w 3"]) -> Num[Array | np.ndarray, "b i j 3"]:
   """A contact sheet of every video: its frames in one image, row by row.
 
   The grid is as square as possible, and cells that are left over are black.
