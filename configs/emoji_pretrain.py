@@ -40,6 +40,7 @@ def get_config(preset: str = "") -> ConfigDict:
   config.vae = ConfigDict(
     {
       "steps": 2400,
+      "crop": 0,  # whole pictures only
       "batch": 32,
       "learning_rate": 2e-3,
       "warmup": 100,

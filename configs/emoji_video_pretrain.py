@@ -38,9 +38,12 @@ def get_config(preset: str = "") -> ConfigDict:
 
   config.vae = ConfigDict(
     {
-      "steps": 1200,
-      "batch": 4,
-      "learning_rate": 5e-4,
+      "steps": 1600,
+      "crop": 16,  # side of the crops that the first steps see, pixels
+      "crop_batch": 16,
+      "whole_steps": 250,  # the last ones, on whole clips
+      "batch": 4,  # of whole clips
+      "learning_rate": 1e-3,
       "warmup": 50,
       "kl_weight": 1e-4,  # of the KL to N(0, 1), mean over latent elements
       "ema": 0.995,
@@ -161,6 +164,7 @@ def _tiny(config: ConfigDict) -> None:
   config.variants = 1
   for stage in (config.vae, config.clip, config.video):
     stage.update(steps=3, batch=5, warmup=1)
+  config.vae.update(crop_batch=5, whole_steps=1)
   config.vae.network.update(block_out_channels=(8, 8, 8))
   for tower in (config.clip.text, config.clip.vision):
     tower.num_hidden_layers = 1

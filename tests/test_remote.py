@@ -231,7 +231,7 @@ def test_the_trial_before_a_run_tells_a_mistake(tmp_path, function, words):
   examples, pipeline = [Example(0, "a"), Example(1, "b")], toy_pipeline()
   with (
     reference(tmp_path, function) as (url, _),
-    pytest.raises(ConfigError, match=f"config.reward.terms = 'remote': .*{words}"),
+    pytest.raises(ConfigError, match=f"config.reward: 'remote', .*{words}"),
   ):
     reward_trial.require_usable({"remote": reward(url)}, pipeline, examples)
 

@@ -236,7 +236,7 @@ def test_one_sample_may_come_without_its_axis():
 )
 @pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
 def test_a_mistake_is_a_line_before_the_run(term, said):
-  with pytest.raises(ConfigError, match=f"^config.reward.terms = .*{said}") as error:
+  with pytest.raises(ConfigError, match=f"^config.reward: .*{said}") as error:
     tried(term)
   assert "\n" not in str(error.value)
 

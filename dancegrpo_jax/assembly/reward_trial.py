@@ -66,7 +66,7 @@ def blank_media(pipeline: Pipeline) -> Media:
 
 def problem(reward: Reward, error: BaseException) -> str:
   """The line for the user about a reward that can't be used."""
-  where = f"config.reward.terms = {reward.name!r}: tried on two blank pictures, it"
+  where = f"config.reward: {reward.name!r}, tried on two blank samples,"
   if isinstance(error, ReturnedError):
     return f"{where} {error}"
   if isinstance(error, host.InPlaceError):

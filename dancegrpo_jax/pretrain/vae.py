@@ -20,6 +20,9 @@ Network = autoencoder.AutoencoderKL | autoencoder_hunyuan_video.AutoencoderKLHun
 def vae_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
   """The autoencoder: the absolute error of pixels and of their differences, plus a small KL.
 
+  With `config.vae.crop` all steps but the last ones see crops. A small emoji on a large background
+  is a small part of the loss, and of what is computed; in a crop it is a large part of both.
+
   Args:
     config: of pretraining.
     data: the training split.
@@ -42,8 +45,10 @@ def vae_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
 
   def batch(step: int) -> dict:
     rng = np.random.default_rng([config.seed, step])
-    rows = rng.choice(len(data.images), stage.batch, replace=False)
-    return {"images": data.images[rows]}
+    if not stage.crop or step >= stage.steps - stage.whole_steps:
+      return {"images": data.images[rng.choice(len(data.images), stage.batch, replace=False)]}
+    rows = rng.choice(len(data.images), stage.crop_batch, replace=False)
+    return {"images": crops(rng, data.images[rows], stage.crop)}
 
   def export(params) -> None:
     latents = encode_all(network, params, data.images)
@@ -53,6 +58,21 @@ def vae_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
   sample = jnp.zeros((1, *data.images.shape[1:]))
   params = shared.initial(network, jax.random.key(config.seed), sample)["params"]
   return Stage(name="vae", params=params, loss=loss, batch=batch, export=export)
+
+
+def crops(rng: np.random.Generator, images: np.ndarray, side: int) -> np.ndarray:
+  """A square around the middle of each picture or clip, `[n, (f,) side, side, 3]`.
+
+  It is moved by up to half of the largest distance at which it still lies inside.
+  """
+  room = (images.shape[-2] - side) // 2
+  starts = room + rng.integers(-(room // 2), room // 2 + 1, size=(len(images), 2))
+  return np.stack(
+    [
+      image[..., y : y + side, x : x + side, :]
+      for image, (y, x) in zip(images, starts, strict=True)
+    ]
+  )
 
 
 def network_of(config_json: dict) -> Network:
