@@ -1,9 +1,11 @@
-"""How `python -m dancegrpo_jax.pretrain` made the embedded video models in assets/, on 2 CPU cores.
+"""How `python -m dancegrpo_jax.pretrain` makes embedded models of clips, on 2 CPU cores.
 
-assets/README.md has the times. Each of three stages writes a folder of weights: vae ->
-assets/emoji-video/vae, clip -> assets/emoji-video-clip, video -> the rest of assets/emoji-video.
-The networks are small versions of the published classes of HunyuanVideo and CLIP. The values of
-their config.json files are those below.
+The models are not in assets/ yet: the stages were run for a few hundred steps each, in which the
+autoencoder learned the backgrounds and not the emoji. So these numbers are a start.
+
+Each of three stages writes a folder of weights: vae -> emoji-video/vae, clip -> emoji-video-clip,
+video -> the rest of emoji-video. The networks are small versions of the published classes of
+HunyuanVideo and CLIP. The values of their config.json files are those below.
 """
 
 from ml_collections import ConfigDict
