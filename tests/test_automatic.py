@@ -79,6 +79,8 @@ def test_a_number_stays_and_auto_has_a_cap():
 
 def test_a_run_that_goes_on_keeps_its_lanes():
   assert chosen(5, 12, stored=2) == (2, 60, 150)
+  with pytest.raises(ConfigError, match=r"lanes = 8; this run began with so many; name another"):
+    chosen(5, 12, stored=8)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,13 @@ def resolved(
     return config
   if "mesh.lanes" in fields:
     config = replaced(config, {"mesh.lanes": stored or _lanes(config, num_devices)})
-  sizes = {field: _sizes(config, field, num_devices) for field in fields if field != "mesh.lanes"}
+  kept = "mesh.lanes" in fields and stored is not None
+  remedy = (
+    "this run began with so many; name another --workdir" if kept else "use mesh.lanes = auto"
+  )
+  sizes = {
+    field: _sizes(config, field, num_devices, remedy) for field in fields if field != "mesh.lanes"
+  }
   config = replaced(config, {field: each[0] for field, each in sizes.items()})
   # One after the other: the memory that a chunk leaves doesn't depend on the microbatch.
   chosen = {field: fit(config, field, each) if fit else each[-1] for field, each in sizes.items()}
@@ -97,8 +103,14 @@ def _lanes(config: ConfigDict, num_devices: int) -> int:
   )
 
 
-def _sizes(config: ConfigDict, field: str, num_devices: int) -> list[int]:
-  """The sizes of a chunk or a microbatch that divide what they must, the smallest first."""
+def _sizes(config: ConfigDict, field: str, num_devices: int, other_lanes: str) -> list[int]:
+  """The sizes of a chunk or a microbatch that divide what they must, the smallest first.
+
+  Args:
+    config, num_devices: as for `resolved`.
+    field: the chunk or the microbatch.
+    other_lanes: how the user gets another number of lanes, for a message.
+  """
   lanes, batches, shards = config.mesh.lanes, _batches(config), _shards(config, num_devices)
   if batches is None or not isinstance(lanes, int) or lanes < 1:
     return [1]
@@ -109,8 +121,8 @@ def _sizes(config: ConfigDict, field: str, num_devices: int) -> list[int]:
     total, what = batches.transitions_per_update, "transitions of an optimizer step"
   sizes = [size for size in _divisors(total) if size % lanes == 0]
   if not sizes:
-    remedy = f"the {total} {what} must be a multiple of mesh.lanes = {lanes}; use mesh.lanes = auto"
-    raise _impossible(config, field, remedy)
+    must = f"the {total} {what} must be a multiple of mesh.lanes = {lanes}"
+    raise _impossible(config, field, f"{must}; {other_lanes}")
   most = _limit(config, field, max(ROWS * shards, lanes))
   small = [size for size in sizes if size <= most]
   if not small:
