@@ -111,6 +111,8 @@ class Family(NamedTuple):
     text_length: `(jsons) -> tokens`, the length of a tokenised text, for plans of checkpoints
       without tokenizers.
     index_file: `layout.INDEX` where its checkpoints are diffusers pipelines; "" for another layout.
+    pipelines: the classes of diffusers pipelines whose folders are its checkpoints, for messages on
+      folders of another family; () where any may be.
     videos: whether it draws clips, of `config.model.frames` frames. A family that draws images
       alone takes 1 there.
   """
@@ -123,6 +125,7 @@ class Family(NamedTuple):
   options: Callable[[ConfigDict], dict[str, Any]] = no_options
   text_length: Callable[[dict[str, dict]], int] = lambda jsons: 77
   index_file: str = ""
+  pipelines: tuple[str, ...] = ()
   videos: bool = False
 
   @property
@@ -130,7 +133,9 @@ class Family(NamedTuple):
     """The files of its checkpoints."""
     stems = dict.fromkeys(network.table.file for network in self.networks.values())
     layout = layout_of(self.files, self.tokenizers)
-    return layout._replace(index_file=self.index_file, stems=tuple(stems) or STEMS)
+    return layout._replace(
+      index_file=self.index_file, stems=tuple(stems) or STEMS, pipelines=self.pipelines
+    )
 
 
 def adapted(pipeline: Pipeline, settings: Lora | None) -> Pipeline:

@@ -169,7 +169,9 @@ def _check_widths(networks: Networks) -> None:
       f"in_channels {channels} is not the autoencoder's latent_channels {vae.latent_channels}"
     )
     if channels == 2 * vae.latent_channels:
-      wrong[-1] += " but twice as many: image-to-video is not implemented"
+      wrong[-1] += (
+        " but twice as many: image-to-video is not implemented; take a text-to-video checkpoint"
+      )
   if (width := denoiser.text_embed_dim) != language_model.hidden_size:
     wrong.append(f"text_embed_dim {width} is not Llama's hidden_size {language_model.hidden_size}")
   if (width := denoiser.pooled_projection_dim) != pooler.hidden_size:
@@ -222,7 +224,7 @@ def _check_marks(template: Template, tokenizer: Callable) -> None:
     if missing:
       raise ValueError(
         f"tokenizer/tokenizer.json: {', '.join(missing)} of config.model.template is not among its"
-        " added tokens; take the tokenizer of the checkpoint's language model"
+        " added tokens; take the tokenizer of the checkpoint's language model, or another template"
       )
 
 
@@ -350,5 +352,6 @@ FAMILY = Family(
   options=_options,
   text_length=lambda jsons: jsons["text_encoder_2"].get("max_position_embeddings", 77),
   index_file=INDEX,
+  pipelines=("HunyuanVideoPipeline",),
   videos=True,
 )

@@ -111,6 +111,7 @@ class Layout(NamedTuple):
     index_file: the file in which diffusers reads a pipeline's parts, which only an export needs;
       "" where the layout has none.
     stems: the stems of the names of weight files that may be fetched.
+    pipelines: the classes that `index_file` may name; () where that isn't checked.
   """
 
   files: dict[str, str]
@@ -118,6 +119,7 @@ class Layout(NamedTuple):
   networks: tuple[str, ...]
   index_file: str = ""
   stems: tuple[str, ...] = STEMS
+  pipelines: tuple[str, ...] = ()
 
 
 def layout_of(files: dict[str, str], tokenizers: dict[str, str | TokenizerKind]) -> Layout:

@@ -261,4 +261,5 @@ FAMILY = Family(
   },
   text_length=lambda jsons: jsons["text_encoder"].get("max_position_embeddings", 77),
   index_file=INDEX,
+  pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
 )
