@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.conversion.tables.language_models import without_last_layers
+from dancegrpo_jax.conversion.tables.language_models import last_layers, without_last_layers
 from dancegrpo_jax.models import autoencoder_hunyuan_video as autoencoder
 from dancegrpo_jax.models import clip, decoder_lm, video_tiles
 from dancegrpo_jax.models import hunyuan_video as transformer
@@ -38,6 +38,7 @@ from dancegrpo_jax.pipelines.networks import (
   CLIP_TEXT,
   HUNYUAN_VIDEO,
   LLAMA,
+  LLAMA_CAUSAL,
   abstract,
   abstract_hunyuan_video,
 )
@@ -121,7 +122,7 @@ def build(
     prediction="velocity",
     latent_shape=latents,
     sample_shape=sample if clips.frames == 1 else (clips.frames, *sample),
-    components=_components(networks, jsons["text_encoder"]["num_hidden_layers"]),
+    components=_components(networks, jsons["text_encoder"]),
     encoders=("text_encoder", "text_encoder_2"),
   )
   return adapted(pipeline, settings.lora)
@@ -296,14 +297,16 @@ def _decode(
   return Media(pixels, clips.fps)
 
 
-def _components(networks: Networks, layers: int) -> dict[str, Component]:
+def _components(networks: Networks, language_json: dict) -> dict[str, Component]:
   """The weights to load, with the shapes of the networks' parameters.
 
   Args:
     networks: of the checkpoint.
-    layers: of the language model in its file, of which not all are run.
+    language_json: the config.json of the language model, not all of whose layers are run.
   """
   denoiser, vae, language_model, pooler = networks
+  layers = language_model.layers, language_json["num_hidden_layers"]
+  has_head = "LlamaForCausalLM" in (language_json.get("architectures") or ())
   side = vae.spatial_compression_ratio
   return {
     "denoiser": Component(
@@ -316,8 +319,9 @@ def _components(networks: Networks, layers: int) -> dict[str, Component]:
     ),
     "text_encoder": Component(
       folder="text_encoder",
-      table=without_last_layers(LLAMA.table, language_model.layers, layers),
+      table=without_last_layers(LLAMA.table, *layers),
       abstract=abstract(language_model, (1, 1), dtype=jnp.int32),
+      unread=last_layers(*layers) + (LLAMA_CAUSAL.unread if has_head else ()),
     ),
     "text_encoder_2": Component(
       folder="text_encoder_2",
@@ -347,6 +351,7 @@ FAMILY = Family(
     "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO,
     "AutoencoderKLHunyuanVideo": AUTOENCODER_HUNYUAN_VIDEO,
     "LlamaModel": LLAMA,
+    "LlamaForCausalLM": LLAMA_CAUSAL,
     "CLIPTextModel": CLIP_TEXT,
   },
   options=_options,

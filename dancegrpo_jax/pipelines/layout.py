@@ -28,11 +28,14 @@ class Component(NamedTuple):
     folder: the folder inside the checkpoint; for a reward, the whole location.
     table: the parameters that the tensors of the files become.
     abstract: the tree of the parameters' shapes and dtypes.
+    unread: patterns of tensors that belong to the published network and that nothing here computes
+      with. They are not read, and copied with the network's folder.
   """
 
   folder: str
   table: Table
   abstract: PyTree
+  unread: tuple[str, ...] = ()
 
 
 class Network(NamedTuple):
@@ -42,10 +45,12 @@ class Network(NamedTuple):
     table: the parameters that the tensors of the files become.
     abstract: `(config.json) -> tree of shapes and dtypes`. It raises ValueError, KeyError or
       TypeError where the file describes no network that is implemented.
+    unread: as of a `Component`.
   """
 
   table: Table
   abstract: Callable[[dict], PyTree]
+  unread: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
