@@ -2,10 +2,15 @@
 transformers.
 """
 
+import inspect
 import json
+import os
+import re
 import shutil
+import warnings
 from pathlib import Path
 
+import huggingface_hub
 import jax
 import numpy as np
 import pytest
@@ -20,7 +25,7 @@ from tiny_checkpoint import (
 from dancegrpo_jax.assembly import loading
 from dancegrpo_jax.checkpoints import store, weights
 from dancegrpo_jax.convert import __main__ as command
-from dancegrpo_jax.convert import folders
+from dancegrpo_jax.convert import bases, folders
 from dancegrpo_jax.devices import sharding
 
 torch = pytest.importorskip("torch")
@@ -81,7 +86,7 @@ def test_saved_by_diffusers(base, expected, tmp_path, shards):
 def test_saved_in_half_precision(base, expected, tmp_path, dtype, variant):
   """Values are those of torch's cast, read into float32. A variant is found by its name."""
   torch_dtype = getattr(torch, dtype)
-  pipe = diffusers.HunyuanVideoPipeline.from_pretrained(base, torch_dtype=torch_dtype)
+  pipe = diffusers.HunyuanVideoPipeline.from_pretrained(base, dtype=torch_dtype)
   pipe.save_pretrained(tmp_path, variant=variant or None)
   if variant:
     assert list((tmp_path / "vae").glob(f"*.{variant}.safetensors"))
@@ -147,7 +152,8 @@ def test_inspect(base, capsys):
 @pytest.fixture(scope="module")
 def workdir(base, tmp_path_factory) -> Path:
   """A run's checkpoint, whose transformer is not that of the base."""
-  config, place = video_config(base), tmp_path_factory.mktemp("work")
+  config = video_config(base, sampler__shift=5.0, evaluation__steps=3)
+  place = tmp_path_factory.mktemp("work")
   component = loading.build_pipeline(config).components["denoiser"]
   drawn = weights.draw(component.abstract, seed=1, table=component.table)
   with store.Saver(place / "checkpoints", keep=1) as saver:
@@ -239,3 +245,69 @@ def test_a_transformer_in_tencents_names(base, tmp_path, capsys):
     "it looks like a HunyuanVideo transformer in the names of Tencent; take the folder in"
     in capsys.readouterr().err
   )
+
+
+# The model card
+
+
+class Written:
+  """Takes the place of diffusers' export_to_video, which needs imageio, and keeps its arguments."""
+
+  def __init__(self):
+    self.signature = inspect.signature(diffusers.utils.export_to_video)
+
+  def __call__(self, *args, **kwargs) -> str:
+    self.arguments = self.signature.bind(*args, **kwargs).arguments
+    return self.arguments["output_video_path"]
+
+
+def run_card(config, workdir: Path, out: Path, part: str, monkeypatch) -> tuple[str, dict]:
+  """The card of an export, and the names that its code defines beside the export and its base."""
+  folders.export(config, str(workdir), out, part, "")
+  card = (out / "README.md").read_text()
+  base = Path(config.model.checkpoint)
+  if not (out.parent / base.name).exists():
+    os.symlink(base, out.parent / base.name)
+  monkeypatch.chdir(out.parent)
+  (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+  names: dict = {}
+  with warnings.catch_warnings():
+    warnings.filterwarnings("error", category=FutureWarning, message=".*dtype.*")
+    exec(compile(code, "card", "exec"), names)
+  return card, names
+
+
+@pytest.mark.parametrize("part", ["pipeline", "denoiser"])
+def test_the_code_of_the_card(base, workdir, tmp_path, monkeypatch, part):
+  written = Written()
+  monkeypatch.setattr(diffusers.utils, "export_to_video", written)
+  config = video_config(base, model__fps=12.0)
+  card, names = run_card(config, workdir, tmp_path / "out", part, monkeypatch)
+  assert len(names["video"]) == 9 and names["video"][0].size == (32, 16)
+  assert written.arguments == {
+    "video_frames": names["video"],
+    "output_video_path": "sample.mp4",
+    "fps": 12,
+  }
+  scheduler = names["pipeline"].scheduler
+  assert scheduler.config.shift == 5.0 and len(scheduler.timesteps) == 3
+  assert names["pipeline"].guidance_scale == config.sampler.embedded_guidance
+  assert "9 frames of 16 x 32 pixels, 12 a second" in card
+  data = huggingface_hub.ModelCard(card).data
+  assert data.pipeline_tag == "text-to-video" and "hunyuan-video" in data.tags
+  assert "prompt_template" not in card  # diffusers' default
+
+
+def test_the_card_of_an_image(base, workdir, tmp_path, monkeypatch):
+  """The template for images is no default of diffusers."""
+  config = video_config(base, model__frames=1, model__template="image")
+  card, names = run_card(config, workdir, tmp_path / "out", "pipeline", monkeypatch)
+  assert names["image"].size == (32, 16)
+  assert "'crop_start': " in card and 'image.save("sample.png")' in card
+  assert huggingface_hub.ModelCard(card).data.pipeline_tag == "text-to-image"
+
+
+def test_what_is_known_of_the_published_base(base):
+  known = bases.base_of(video_config(base), "hunyuanvideo-community/HunyuanVideo")
+  assert known.license == "other" and known.license_name == "tencent-hunyuan-community"
+  assert known.license_link == "https://huggingface.co/tencent/HunyuanVideo/blob/main/LICENSE"

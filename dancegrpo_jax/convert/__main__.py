@@ -307,7 +307,7 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
     default="float32",
     choices=("float32", "bfloat16", "float16"),
     help="of all networks of the folder (default float32); diffusers loads a folder in another one"
-    " with torch_dtype=",
+    " with dtype=",
   )
 
 

@@ -26,10 +26,12 @@ from dancegrpo_jax.models import hunyuan_video as transformer
 from dancegrpo_jax.models.lora import Lora, variables
 from dancegrpo_jax.pipelines import flow_match
 from dancegrpo_jax.pipelines.base import (
+  DiffusersCall,
   Family,
   ModelSettings,
   Pipeline,
   adapted,
+  image_arguments,
   text_inputs,
 )
 from dancegrpo_jax.pipelines.layout import INDEX, PADDING, Component, Tokenizer
@@ -42,7 +44,7 @@ from dancegrpo_jax.pipelines.networks import (
   abstract,
   abstract_hunyuan_video,
 )
-from dancegrpo_jax.pipelines.templates import Template, template_of
+from dancegrpo_jax.pipelines.templates import NAMED, Template, template_of
 from dancegrpo_jax.types import Media, PyTree
 
 FILES = {
@@ -342,6 +344,28 @@ def _options(config: ConfigDict) -> dict:
   }
 
 
+def _diffusers_call(config: ConfigDict, tokenizers: dict[str, Callable]) -> DiffusersCall:
+  """diffusers take the template for videos and its 95 tokens, unless they are told otherwise."""
+  model = config.model
+  arguments = image_arguments(config) | {
+    "num_frames": model.frames,
+    "guidance_scale": config.sampler.embedded_guidance,
+    "max_sequence_length": model.text_length,
+    **flow_match.true_guidance(config),
+  }
+  around = template_of(model.template)
+  crop = _tokens_before(around, tokenizers["tokenizer"])
+  if (around.text, crop) != (NAMED["video"].text, NAMED["video"].tokens):
+    arguments["prompt_template"] = {"template": around.text, "crop_start": crop}
+  is_image = model.frames == 1
+  return DiffusersCall(
+    scheduler=flow_match.diffusers_scheduler(config.sampler.shift),
+    arguments=arguments,
+    result="frames[0][0]" if is_image else "frames[0]",
+    fps=0.0 if is_image else model.fps,
+  )
+
+
 FAMILY = Family(
   files=FILES,
   tokenizers={"tokenizer": "llama", "tokenizer_2": "clip"},
@@ -357,6 +381,7 @@ FAMILY = Family(
   options=_options,
   text_length=lambda jsons: jsons["text_encoder_2"].get("max_position_embeddings", 77),
   index_file=INDEX,
+  diffusers_call=_diffusers_call,
   pipelines=("HunyuanVideoPipeline",),
   videos=True,
 )
