@@ -331,6 +331,25 @@ def tiny_config(folders: Folders | None = None, **changes):
   )
 
 
+# Changes of `tiny_config` for clips of 9 frames that are not square. Latents are [3, 4, 8, 4].
+VIDEO = {
+  "model__family": "hunyuan_video",
+  "model__size": (16, 32),
+  "model__frames": 9,
+  "model__text_length": 8,
+  "sampler__kind": "flow",
+  "sampler__shift": 0.0,
+  "sampler__embedded_guidance": 6.0,
+  "reward__terms": (("compressibility", 1.0),),
+  "reward__compressibility__frames": "first",
+}
+
+
+def video_config(folder: Path | str, **changes):
+  """The tiny config on a HunyuanVideo folder, with the checkpoint's time shift."""
+  return tiny_config(None, **(VIDEO | {"model__checkpoint": str(folder)} | changes))
+
+
 TOY_SHAPE = (4, 4, 2)
 
 

@@ -8,7 +8,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dancegrpo_jax.assembly import encoding, loading, reward_builders
-from dancegrpo_jax.checkpoints import components
 from dancegrpo_jax.data import cut_texts
 from dancegrpo_jax.pipelines.layout import Tokenizer
 from dancegrpo_jax.rewards.base import Files
@@ -32,11 +31,10 @@ def of_model(config: ConfigDict) -> dict[str, Limit]:
   Raises:
     ConfigError: as `loading.build_pipeline`.
   """
-  folder, layout = loading.checkpoint_folder(config), loading.family_of(config).layout
-  tokenizers = components.read_tokenizers(folder, layout)
+  jsons, tokenizers = loading.read_files(config)
   limits: dict[str, Limit] = {}
   noting = {place: _noting(limits, place, each) for place, each in tokenizers.items()}
-  pipeline = loading.pipeline_of(config, components.read_jsons(folder, layout), noting)
+  pipeline = loading.pipeline_of(config, jsons, noting)
   pipeline.prepare(encoding.as_examples([""]))
   return limits
 

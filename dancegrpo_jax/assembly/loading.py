@@ -77,6 +77,16 @@ def build_pipeline(config: ConfigDict) -> Pipeline:
     ConfigError: a folder or file that is missing, a network that is not implemented, or LoRA
       targets that match nothing.
   """
+  return pipeline_of(config, *read_files(config))
+
+
+def read_files(config: ConfigDict) -> tuple[dict[str, dict], dict[str, Callable]]:
+  """The JSON files and the tokenizers of config.model.checkpoint, as the family's `build` takes
+  them.
+
+  Raises:
+    ConfigError: a folder or file that is missing, or a tokenizer of another model.
+  """
   folder, layout = checkpoint_folder(config), family_of(config).layout
   try:
     jsons = components.read_jsons(folder, layout)
@@ -87,9 +97,9 @@ def build_pipeline(config: ConfigDict) -> Pipeline:
       cut_texts.require_fit(
         f"{folder / place}", tokenizer, network, length=layout.tokenizers[place] == "clip"
       )
-    return pipeline_of(config, jsons, tokenizers)
   except (ValueError, FileNotFoundError) as error:
     raise ConfigError(str(error)) from error
+  return jsons, tokenizers
 
 
 def pipeline_of(

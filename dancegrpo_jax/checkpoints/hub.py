@@ -6,12 +6,14 @@ or "random:FOLDER". The last is a folder with JSON files and tokenizers only, wh
 random weights in memory (`weights.draw`).
 """
 
+import json
 import re
 from pathlib import Path
 
 from dancegrpo_jax.checkpoints import recognition, safetensors_io, weight_files
 from dancegrpo_jax.data.tokenizers import kind_of
 from dancegrpo_jax.errors import ConfigError, ConversionError, listed
+from dancegrpo_jax.pipelines.families import FAMILIES
 from dancegrpo_jax.pipelines.layout import RANDOM, Layout, forms_of, is_random, local_path
 
 # The folder, in a checkpoint that `convert import` wrote, of all networks' parameters as one Orbax
@@ -49,17 +51,20 @@ def folder(field: str, name: str, layout: Layout, variant: str = "") -> Path:
     variant: which weight files to fetch, as "fp16"; "" fetches those in full precision.
 
   Raises:
-    ConfigError: one line that says what is missing, what is there and how to get the rest.
+    ConfigError: one line that says what is missing, what is there and how to get the rest; or that
+      the checkpoint is of another model family.
   """
   path = local_path(name)
   if path.is_file():
     raise ConfigError(f"{_label(field)} = {name!r}: {_about_file(path, layout)}")
   if path.is_dir():
+    _check_pipeline(field, name, path, layout)
     absent = missing(path, layout._replace(networks=()) if is_random(name) else layout)
     if absent:
       content = listed(sorted(entry.name for entry in path.iterdir()), 12)
       raise ConfigError(
-        f"{_label(field)} = {name!r}: the folder lacks {', '.join(absent)}; found {content};"
+        f"{_label(field)} = {name!r}: the folder lacks {', '.join(absent)}; found {content}"
+        f"{_named_pipeline(path, layout)};"
         f" {_accepted(layout)}"
       )
     return path
@@ -73,7 +78,43 @@ def folder(field: str, name: str, layout: Layout, variant: str = "") -> Path:
       f"{_label(field)} = {name!r}: no such folder (from {Path.cwd()}) and not a hub id;"
       f" {_accepted(layout)}"
     )
-  return _cached(name, layout) or _download(field, name, layout, variant)
+  snapshot = _snapshot(name, layout)
+  if snapshot is not None:
+    _check_pipeline(field, name, snapshot, layout)
+    if not missing(snapshot, layout):
+      return snapshot
+  return _download(field, name, layout, variant)
+
+
+def _check_pipeline(field: str, name: str, path: Path, layout: Layout) -> None:
+  """ConfigError where a folder's index names a pipeline of another family of this package."""
+  kind = _pipeline_of(path, layout)
+  if not layout.pipelines or kind in layout.pipelines:
+    return
+  for family, each in FAMILIES.items():
+    if kind in each.pipelines:
+      remedy = f"expected a {layout.pipelines[0]}"
+      if field == "model.checkpoint":
+        remedy = f"set {_flag('model.family')}={family}, or name a {layout.pipelines[0]}"
+      raise ConfigError(
+        f"{_label(field)} = {name!r}: is a {kind}, as its {layout.index_file} says, and so of the"
+        f" family {family}; {remedy}"
+      )
+
+
+def _named_pipeline(path: Path, layout: Layout) -> str:
+  """Which pipeline a folder is by its index, for a message; "" where it is one of the layout's."""
+  kind = _pipeline_of(path, layout)
+  return f" ({layout.index_file}: {kind})" if kind and kind not in layout.pipelines else ""
+
+
+def _pipeline_of(path: Path, layout: Layout) -> str:
+  """The class that a folder's index names; "" where there is no index, or it can't be read."""
+  try:
+    index = json.loads((path / layout.index_file).read_text()) if layout.index_file else {}
+  except (OSError, ValueError):
+    return ""
+  return str(index.get("_class_name") or "") if isinstance(index, dict) else ""
 
 
 def _label(field: str) -> str:
@@ -130,6 +171,8 @@ def described(field: str, name: str, layout: Layout, published: Path) -> str:
   files = layout._replace(tokenizers={}, networks=())
   path = local_path(name)
   for place in (path, None if is_random(name) else _cached(name, files), published / name):
+    if place is not None and place.is_dir():
+      _check_pipeline(field, name, place, layout)
     if place is not None and place.is_dir() and not missing(place, files):
       return f"{RANDOM}{place}"
   raise ConfigError(
@@ -204,15 +247,20 @@ def not_fetched(field: str, name: str, reason: str, is_gated: bool = False) -> s
 
 def _cached(name: str, layout: Layout) -> Path | None:
   """The folder in the Hugging Face cache; None unless it holds all files, in some precision."""
+  path = _snapshot(name, layout)
+  return None if path is None or missing(path, layout) else path
+
+
+def _snapshot(name: str, layout: Layout) -> Path | None:
+  """The folder in the Hugging Face cache, whatever files it holds; None where there is none."""
   # Imported here because it is slow to import, and local folders don't need it.
   from huggingface_hub import snapshot_download
   from huggingface_hub.errors import LocalEntryNotFoundError
 
   try:  # Only the JSON files are requested here; `missing` looks for the weights.
-    path = Path(snapshot_download(name, allow_patterns=json_files(layout), local_files_only=True))
+    return Path(snapshot_download(name, allow_patterns=json_files(layout), local_files_only=True))
   except (LocalEntryNotFoundError, ValueError):  # ValueError: not a valid id
     return None
-  return None if missing(path, layout) else path
 
 
 def _download(field: str, name: str, layout: Layout, variant: str) -> Path:
@@ -228,15 +276,19 @@ def _download(field: str, name: str, layout: Layout, variant: str) -> Path:
     where = f"{_label(field)} = {name!r}: no such folder, not in the Hugging Face cache"
     raise ConfigError(f"{where}, and HF_HUB_OFFLINE=1 forbids downloads; {_remedy(field, name)}")
   absent: list[str] = []
-  for kind in dict.fromkeys((variant, "", "fp16", "bf16")):
+  # The index comes first and alone, because the weights of another family would be large.
+  index = [[layout.index_file]] if layout.pipelines else []
+  wanted = [patterns(layout, kind) for kind in dict.fromkeys((variant, "", "fp16", "bf16"))]
+  for some in (*index, *wanted):
     try:
-      path = Path(snapshot_download(name, allow_patterns=patterns(layout, kind)))
+      path = Path(snapshot_download(name, allow_patterns=some))
     # No network, no such repository, a gated one, a full disk: the hub's client has a dozen
     # classes for these, with messages of several lines.
     except Exception as error:
       reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
       is_gated = isinstance(error, GatedRepoError)
       raise ConfigError(not_fetched(field, name, reason, is_gated)) from error
+    _check_pipeline(field, name, path, layout)
     absent = missing(path, layout)
     if not absent:
       return path

@@ -28,6 +28,7 @@ class Kind(NamedTuple):
 _LORA = "use it with --config.lora.checkpoint, or merge it with `convert merge`"
 _LDM = r"^model\.diffusion_model\.input_blocks\."
 _BFL = r"\bdouble_blocks\.\d+\.img_attn\."
+_HUNYUAN_VIDEO = "take the folder in diffusers' layout, as hunyuanvideo-community/HunyuanVideo"
 _UNQUANTISED = "take the file in float16 or bfloat16"
 # The first kind that fits counts.
 KINDS = (
@@ -55,6 +56,11 @@ KINDS = (
   Kind(
     "an autoencoder of an original Stable Diffusion or FLUX checkpoint",
     (r"\bdecoder\.mid\.block_1\.",),
+  ),
+  Kind(
+    "a HunyuanVideo transformer in the names of Tencent",
+    (r"\btxt_in\.individual_token_refiner\.",),
+    remedy=_HUNYUAN_VIDEO,
   ),
   Kind("a Chroma transformer", (r"\bdistilled_guidance_layer\.",)),
   Kind(

@@ -23,8 +23,8 @@ from dancegrpo_jax.checkpoints.networks import table_of
 from dancegrpo_jax.checkpoints.reading import files, open_reader, planned, specs
 from dancegrpo_jax.checkpoints.safetensors_io import Reader, write
 from dancegrpo_jax.checkpoints.weight_files import HOW
-from dancegrpo_jax.conversion.mapping import Mapping, plan
-from dancegrpo_jax.conversion.table import Spec, Table, expected_sources, stacked_axes
+from dancegrpo_jax.conversion.mapping import Mapping, canonical_name, plan
+from dancegrpo_jax.conversion.table import Spec, Table, expected_sources, matches, stacked_axes
 from dancegrpo_jax.conversion.transfer import export_tensor, import_slice
 from dancegrpo_jax.errors import ConversionError
 from dancegrpo_jax.pipelines.layout import NEWER_FORMS
@@ -329,6 +329,7 @@ def copy(
   variant: str = "",
   allow_pickle: bool = False,
   flag: str = "--config.model.allow_pickle=true",
+  unread: tuple[str, ...] = (),
 ) -> Path:
   """Copies a network's weights into one file of the network's own layout, tensor by tensor, in
   another dtype.
@@ -340,6 +341,7 @@ def copy(
     abstract_params: as in `load`.
     dtype: of the floating-point tensors.
     variant, allow_pickle, flag: as in `open_reader`.
+    unread: patterns of tensors that are copied though they become no parameter.
 
   Returns:
     The weight file.
@@ -351,7 +353,8 @@ def copy(
   file = target / f"{table.file}.safetensors"
   with open_reader(source, variant, allow_pickle, table.file, flag) as reader:
     tensors, mapping = planned(source, table, reader, abstract_params)
-    kept = _cast(mapping.sources, dtype)
+    names = [name for name in tensors.specs if _is_one_of(unread, table, name)]
+    kept = _cast(mapping.sources | {name: tensors.specs[name] for name in names}, dtype)
 
     def tensor(name: str) -> np.ndarray:
       whole = tuple(slice(0, size) for size in kept[name].shape)
@@ -360,6 +363,11 @@ def copy(
     target.mkdir(parents=True, exist_ok=True)
     write(file, kept, tensor)
   return file
+
+
+def _is_one_of(patterns: tuple[str, ...], table: Table, name: str) -> bool:
+  """Whether a tensor's name, as the rows of a table spell it, is of one of some patterns."""
+  return any(matches(pattern, canonical_name(table, name)) for pattern in patterns)
 
 
 def config_in(dtype: str, config_json: dict[str, Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dancegrpo_jax import errors, installation
-from dancegrpo_jax.checkpoints import flag, recognition, views, weights
+from dancegrpo_jax.checkpoints import flag, hub, recognition, store, views, weights
 from dancegrpo_jax.checkpoints.networks import NETWORKS, abstract_params, class_name
 from dancegrpo_jax.conversion.mapping import describe, match
 from dancegrpo_jax.conversion.table import Table
@@ -117,6 +117,11 @@ def components(folder: Path, known: Known) -> tuple[list[Path], list[str]]:
     for name, value in index.items()
     if isinstance(value, list) and len(value) == 2 and value[1]
   }
+  if (folder / hub.ORBAX).is_dir():
+    raise ConversionError(
+      f"{folder}: a folder of `convert import`, whose weights are an Orbax tree; inspect"
+      f" {store.read_meta(folder / hub.ORBAX)['checkpoint']}, from which it was made"
+    )
   folders = [folder / name for name, kind in parts.items() if kind in known.networks]
   return folders, [
     f"{name} ({kind}): not a network that is converted"
@@ -179,7 +184,7 @@ def inspect(args: argparse.Namespace) -> int:
         view = views.of_network(reader, target.table, weights.specs(target.abstract))
         specs = view.tensors.specs
         mapping, misfits = match(target.table, specs, weights.specs(target.abstract))
-        kind = recognition.other_kind(reader.specs, target.name)
+        kind = recognition.other_kind(reader.specs, target.table.name)
     except ConversionError as error:
       message = str(error)
       problems.append(message if str(folder) in message else f"{folder}: {message}")
@@ -302,7 +307,7 @@ def _add_dtype(parser: argparse.ArgumentParser) -> None:
     default="float32",
     choices=("float32", "bfloat16", "float16"),
     help="of all networks of the folder (default float32); diffusers loads a folder in another one"
-    " with torch_dtype=",
+    " with dtype=",
   )
 
 

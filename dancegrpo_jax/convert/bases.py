@@ -46,6 +46,7 @@ def _known(hub_id: str, license: str, architecture: str, name: str = "", link: s
 
 
 _V1, _V2 = "stable-diffusion-v1", "stable-diffusion-v2"
+_HUNYUAN = "tencent-hunyuan-community"
 _FLUX_DEV = "flux-1-dev-non-commercial-license"
 KNOWN = {
   base.hub_id: base
@@ -60,6 +61,12 @@ KNOWN = {
       "black-forest-labs/FLUX.1-dev", "other", "flux-1-dev", _FLUX_DEV, "blob/main/LICENSE.md"
     ),
     _known("black-forest-labs/FLUX.1-schnell", "apache-2.0", "flux-1-schnell"),
+    # The same weights for diffusers; Tencent's page has the licence.
+    _known(
+      "tencent/HunyuanVideo", "other", "hunyuan-video", _HUNYUAN, "blob/main/LICENSE"
+    )._replace(
+      name="hunyuanvideo-community/HunyuanVideo", hub_id="hunyuanvideo-community/HunyuanVideo"
+    ),
   )
 }
 

@@ -199,7 +199,8 @@ def _front_matter(about: Facts) -> str:
 
   base, family = about.base, about.config.model.family
   is_diffusers = bool(loading.family_of(about.config).index_file)
-  tags = ["text-to-image", "reinforcement-learning", "grpo", "dancegrpo_jax"]
+  task = "text-to-video" if about.config.model.frames > 1 else "text-to-image"
+  tags = [task, "reinforcement-learning", "grpo", "dancegrpo_jax"]
   if is_diffusers:
     tags.append(family.replace("_", "-"))
   if about.part == "lora":
@@ -212,7 +213,7 @@ def _front_matter(about: Facts) -> str:
     base_model=base.hub_id or None,
     base_model_relation=relation if base.hub_id else None,
     library_name="diffusers" if is_diffusers else None,
-    pipeline_tag="text-to-image",
+    pipeline_tag=task,
     tags=tags,
   )
   return data.to_yaml().rstrip() + "\n"
@@ -245,7 +246,7 @@ def _training(about: Facts) -> str:
     "sampler": f"{noise}, guidance {sampler.guidance_scale:g}",
     "optimizer": f"AdamW, learning rate {o.learning_rate:g}, {o.warmup_steps} steps of warm-up,"
     f" weight decay {o.weight_decay:g}",
-    "samples": f"{config.model.size[0]} x {config.model.size[1]} pixels",
+    "samples": _samples(config.model),
     "prompts": _prompts(about, "prompts"),
     "held-out prompts": _prompts(about, "held_out"),
     "reward": _rewards(config),
@@ -259,6 +260,12 @@ def _training(about: Facts) -> str:
     rows["started from"] = f"the weights of {bases.published_name(about.start)}"
   lines = [f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows.items() if value]
   return "\n".join(["| what | value |", "| --- | --- |", *lines])
+
+
+def _samples(model: ConfigDict) -> str:
+  """The size of a sample."""
+  size = f"{model.size[0]} x {model.size[1]} pixels"
+  return size if model.frames == 1 else f"{model.frames} frames of {size}, {model.fps:g} a second"
 
 
 def _prompts(about: Facts, field: str) -> str:
@@ -313,7 +320,7 @@ def _loading(about: Facts) -> str:
     return f"`{flag}` of a command of dancegrpo_jax, with the config of the run."
   classes, lines = ["DiffusionPipeline"], []
   pretrained = f"DiffusionPipeline.from_pretrained({_quoted(bases.loadable(config, about.base))}"
-  dtype = f"torch_dtype=torch.{config.model.frozen_dtype if is_lora else about.dtype}"
+  dtype = f"dtype=torch.{config.model.frozen_dtype if is_lora else about.dtype}"
   name = _quoted(about.name)
   if about.part == "pipeline":
     lines.append(f"pipeline = DiffusionPipeline.from_pretrained({name}, {dtype})")
@@ -330,20 +337,25 @@ def _loading(about: Facts) -> str:
       f"{place} = {network}.from_pretrained({name}, {dtype})",
       f"pipeline = {pretrained}, {place}={place}, {dtype})",
     ]
-  scheduler, arguments = _sampling(config)
-  if scheduler:
-    classes.append(scheduler.partition(".")[0])
-    lines.append(f"pipeline.scheduler = {scheduler}")
+  call = loading.family_of(config).diffusers_call(config, loading.read_files(config)[1])
+  if call.scheduler:
+    classes.append(call.scheduler.partition(".")[0])
+    lines.append(f"pipeline.scheduler = {call.scheduler}")
+  name, save, more = "image", 'image.save("sample.png")', []
+  if call.fps:
+    name, save = "video", f'export_to_video(video, "sample.mp4", fps={call.fps:g})'
+    more = ["from diffusers.utils import export_to_video  # needs imageio and imageio-ffmpeg"]
   code = [
     "import torch",
     f"from diffusers import {', '.join(sorted(classes))}",
+    *more,
     "",
     *lines,
-    "image = pipeline(",
+    f"{name} = pipeline(",
     '  "a prompt",',
-    *(f"  {name}={value!r}," for name, value in arguments.items()),
-    ").images[0]",
-    'image.save("sample.png")',
+    *(f"  {argument}={value!r}," for argument, value in call.arguments.items()),
+    f").{call.result}",
+    save,
   ]
   folder = f"`{about.name}` is this folder. The arguments are those of the run's evaluations."
   return "\n".join(["```python", *code, "```", "", folder])
@@ -351,24 +363,3 @@ def _loading(about: Facts) -> str:
 
 def _quoted(name: str) -> str:
   return json.dumps(name, ensure_ascii=False)
-
-
-def _sampling(config: ConfigDict) -> tuple[str, dict[str, Any]]:
-  """The scheduler of evaluations in diffusers, "" for the folder's own, and the arguments."""
-  sampler, (height, width) = config.sampler, config.model.size
-  arguments = {"num_inference_steps": config.evaluation.steps, "height": height, "width": width}
-  if config.model.family != "flux":
-    scheduler = "DDIMScheduler.from_config(pipeline.scheduler.config)"
-    return scheduler, arguments | {"guidance_scale": sampler.guidance_scale}
-  arguments["guidance_scale"] = sampler.embedded_guidance
-  arguments["max_sequence_length"] = config.model.text_length
-  if sampler.guidance_scale > 1:
-    arguments |= {
-      "negative_prompt": config.data.negative_prompt,
-      "true_cfg_scale": sampler.guidance_scale,
-    }
-  if not sampler.shift:
-    return "", arguments
-  changes = f"shift={sampler.shift!r}, use_dynamic_shifting=False"
-  scheduler = "FlowMatchEulerDiscreteScheduler.from_config"
-  return f"{scheduler}(\n  pipeline.scheduler.config, {changes}\n)", arguments

@@ -21,7 +21,7 @@ from dancegrpo_jax.checkpoints import chosen, components, hub, lora_merging, sto
 from dancegrpo_jax.checkpoints.chosen import Checkpoint
 from dancegrpo_jax.convert import cards
 from dancegrpo_jax.devices import interrupts, sharding
-from dancegrpo_jax.errors import ConfigError, ConversionError
+from dancegrpo_jax.errors import ConfigError, ConversionError, listed
 from dancegrpo_jax.models import lora
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.pipelines.layout import Component, Layout, is_random
@@ -354,10 +354,16 @@ def _copy_network(
       network_dtype,
       model.variant,
       model.allow_pickle,
+      unread=component.unread,
     )
   else:
     parameters = _read(config, component, sharding)
     weights.save(target, component.table, parameters, dtype=network_dtype)
+    if component.unread:
+      print(
+        f"note: {component.folder}: {listed(component.unread, 4)} are not in {base}, and this model"
+        " does not use them; transformers draw them at random when they load the folder"
+      )
   copy_beside(source, target, dtype)
 
 

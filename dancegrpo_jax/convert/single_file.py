@@ -98,6 +98,7 @@ def make_folder(
         variant,
         allow_pickle,
         FLAG,
+        part.network.unread,
       )
       folders.copy_beside(folder / place, target / place, dtype)
     folders.copy_files(layout, folder, target)

@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
@@ -26,6 +27,7 @@ PATTERN = (
   r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
   r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_REMEDY = "take the original tokenizer.json of the checkpoint's language model"
 # The classes that a folder of this kind may name. All of them are read from tokenizer.json alone.
 CLASSES = (
   "PreTrainedTokenizerFast",
@@ -93,7 +95,8 @@ def load_llama_tokenizer(folder: str) -> Tokenizer:
 
   Raises:
     FileNotFoundError: names the file that is missing.
-    ValueError: the tokenizer is of another kind, or does not begin a text with one BOS.
+    ValueError: the tokenizer is of another kind, does not begin a text with one BOS, or drops
+      spaces because it was saved by a class of another kind; one line.
   """
   for name in FILES:
     if not os.path.isfile(os.path.join(folder, name)):
@@ -102,13 +105,7 @@ def load_llama_tokenizer(folder: str) -> Tokenizer:
         f" {' and '.join(FILES)}"
       )
   require_class(folder, *CLASSES)
-  tokenizer = tokenizer_class("PreTrainedTokenizerFast").from_pretrained(folder)
-  empty = tokenizer([""])["input_ids"][0]
-  if empty != [tokenizer.bos_token_id]:
-    raise ValueError(
-      f"{os.path.join(folder, 'tokenizer.json')}: an empty text becomes the ids {empty}; a Llama"
-      f" tokenizer gives the id of bos_token alone, {tokenizer.bos_token_id}"
-    )
+  tokenizer = _read(folder)
 
   def encode(texts: list[str], length: int) -> np.ndarray:
     rows = tokenizer(list(texts), truncation=True, max_length=length, verbose=False)["input_ids"]
@@ -127,6 +124,30 @@ def load_llama_tokenizer(folder: str) -> Tokenizer:
     ids=max(tokenizer.get_vocab().values()) + 1,
     marks=frozenset(map(str, tokenizer.get_added_vocab())),
   )
+
+
+def _read(folder: str) -> Any:
+  """The tokenizer in transformers' general class. Raises ValueError as `load_llama_tokenizer`."""
+  file = os.path.join(folder, FILES[0])
+  try:
+    tokenizer = tokenizer_class("PreTrainedTokenizerFast").from_pretrained(folder)
+  except Exception as error:  # tokenizers' own class of error is Exception itself
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    raise ValueError(f"{file}: can't be read ({reason}); {_REMEDY}") from error
+  if tokenizer.bos_token_id is None:
+    raise ValueError(f"{file}: tokenizer_config.json names no bos_token; {_REMEDY}")
+  empty, joined, apart = tokenizer(["", "ab", "a b"])["input_ids"]
+  if empty != [tokenizer.bos_token_id]:
+    raise ValueError(
+      f"{file}: an empty text becomes the ids {empty}, where a Llama tokenizer gives that of"
+      f" bos_token alone, {tokenizer.bos_token_id}; {_REMEDY}"
+    )
+  if joined == apart:
+    raise ValueError(
+      f"{file}: drops spaces: 'a b' and 'ab' become the same ids, as after LlamaTokenizerFast of"
+      f" transformers 5 has saved it (huggingface/transformers issue 45488); {_REMEDY}"
+    )
+  return tokenizer
 
 
 def special_ids(folder: str) -> dict[str, int]:

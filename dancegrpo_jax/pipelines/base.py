@@ -87,6 +87,37 @@ class ModelSettings(NamedTuple):
     return jnp.dtype(self.frozen_dtype if self.lora else "float32")
 
 
+class DiffusersCall(NamedTuple):
+  """How diffusers draw what the evaluations of a run draw, for model cards.
+
+  Attributes:
+    scheduler: the scheduler as an expression in Python, in which `pipeline` is the pipeline; "" for
+      that of the folder.
+    arguments: of the pipeline's call, beside the prompt.
+    result: where the sample is in what the call returns.
+    fps: frames a second of a clip; 0 where the sample is an image.
+  """
+
+  scheduler: str
+  arguments: dict[str, Any]
+  result: str = "images[0]"
+  fps: float = 0.0
+
+
+def image_arguments(config: ConfigDict) -> dict[str, Any]:
+  """What every pipeline of diffusers takes, with the values of a run's evaluations."""
+  height, width = config.model.size
+  return {"num_inference_steps": config.evaluation.steps, "height": height, "width": width}
+
+
+def plain_call(config: ConfigDict, tokenizers: dict[str, Callable]) -> DiffusersCall:
+  """`Family.diffusers_call` of a family of images, with the guidance and scheduler of the folder's
+  own.
+  """
+  del tokenizers
+  return DiffusersCall(scheduler="", arguments=image_arguments(config))
+
+
 def no_options(config: ConfigDict) -> dict[str, Any]:
   """`Family.options` of a family whose `build` takes `ModelSettings` only."""
   del config
@@ -111,6 +142,10 @@ class Family(NamedTuple):
     text_length: `(jsons) -> tokens`, the length of a tokenised text, for plans of checkpoints
       without tokenizers.
     index_file: `layout.INDEX` where its checkpoints are diffusers pipelines; "" for another layout.
+    diffusers_call: `(config, tokenizers by folder) -> DiffusersCall`, where its checkpoints are
+      diffusers pipelines.
+    pipelines: the classes of diffusers pipelines whose folders are its checkpoints, for messages on
+      folders of another family; () where any may be.
     videos: whether it draws clips, of `config.model.frames` frames. A family that draws images
       alone takes 1 there.
   """
@@ -123,6 +158,8 @@ class Family(NamedTuple):
   options: Callable[[ConfigDict], dict[str, Any]] = no_options
   text_length: Callable[[dict[str, dict]], int] = lambda jsons: 77
   index_file: str = ""
+  diffusers_call: Callable[[ConfigDict, dict[str, Callable]], DiffusersCall] = plain_call
+  pipelines: tuple[str, ...] = ()
   videos: bool = False
 
   @property
@@ -130,7 +167,9 @@ class Family(NamedTuple):
     """The files of its checkpoints."""
     stems = dict.fromkeys(network.table.file for network in self.networks.values())
     layout = layout_of(self.files, self.tokenizers)
-    return layout._replace(index_file=self.index_file, stems=tuple(stems) or STEMS)
+    return layout._replace(
+      index_file=self.index_file, stems=tuple(stems) or STEMS, pipelines=self.pipelines
+    )
 
 
 def adapted(pipeline: Pipeline, settings: Lora | None) -> Pipeline:

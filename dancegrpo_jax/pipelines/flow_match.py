@@ -1,5 +1,9 @@
 """FlowMatchEulerDiscreteScheduler, the scheduler of diffusers' rectified flows."""
 
+from typing import Any
+
+from ml_collections import ConfigDict
+
 from dancegrpo_jax import published
 from dancegrpo_jax.diffusion import schedules
 
@@ -31,6 +35,29 @@ SCHEDULER = published.Keys(
 def schedule(config: dict, checkpoint_shift: float, steps: int, shift: float) -> schedules.Schedule:
   """The schedule with a time shift, or with the checkpoint's own where `shift` is 0."""
   return schedules.flow_schedule(steps, shift or checkpoint_shift, config["num_train_timesteps"])
+
+
+def diffusers_scheduler(shift: float) -> str:
+  """The expression for diffusers' scheduler with a time shift, see `base.DiffusersCall`; "" for the
+  folder's own, where `shift` is 0.
+  """
+  if not shift:
+    return ""
+  changes = f"shift={shift!r}, use_dynamic_shifting=False"
+  scheduler = "FlowMatchEulerDiscreteScheduler.from_config"
+  return f"{scheduler}(\n  pipeline.scheduler.config, {changes}\n)"
+
+
+def true_guidance(config: ConfigDict) -> dict[str, Any]:
+  """The arguments of diffusers' pipelines of guidance-distilled models for two forward passes a
+  step; {} where a run makes one.
+  """
+  if config.sampler.guidance_scale == 1:
+    return {}
+  return {
+    "negative_prompt": config.data.negative_prompt,
+    "true_cfg_scale": config.sampler.guidance_scale,
+  }
 
 
 def read_scheduler(given: dict) -> dict:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from dancegrpo_jax.conversion.tables import flux as tables
 from dancegrpo_jax.models import autoencoder, clip, t5
@@ -20,10 +21,12 @@ from dancegrpo_jax.models import flux as transformer
 from dancegrpo_jax.models.lora import Lora, variables
 from dancegrpo_jax.pipelines import flow_match
 from dancegrpo_jax.pipelines.base import (
+  DiffusersCall,
   Family,
   ModelSettings,
   Pipeline,
   adapted,
+  image_arguments,
   text_inputs,
 )
 from dancegrpo_jax.pipelines.layout import INDEX, Component, Network
@@ -221,6 +224,17 @@ def _transformer(config: dict) -> PyTree:
   return _abstract_transformer(network, (2, 2, network.in_channels // 4))
 
 
+def _diffusers_call(config: ConfigDict, tokenizers: dict[str, Callable]) -> DiffusersCall:
+  del tokenizers
+  arguments = image_arguments(config)
+  arguments["guidance_scale"] = config.sampler.embedded_guidance
+  arguments["max_sequence_length"] = config.model.text_length
+  return DiffusersCall(
+    scheduler=flow_match.diffusers_scheduler(config.sampler.shift),
+    arguments=arguments | flow_match.true_guidance(config),
+  )
+
+
 FAMILY = Family(
   files=FILES,
   tokenizers={"tokenizer": "clip", "tokenizer_2": "t5"},
@@ -238,4 +252,6 @@ FAMILY = Family(
   },
   text_length=lambda jsons: jsons["text_encoder"].get("max_position_embeddings", 77),
   index_file=INDEX,
+  diffusers_call=_diffusers_call,
+  pipelines=("FluxPipeline", "FluxImg2ImgPipeline"),
 )

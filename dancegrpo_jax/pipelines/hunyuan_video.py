@@ -19,17 +19,19 @@ import numpy as np
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.conversion.tables.language_models import without_last_layers
+from dancegrpo_jax.conversion.tables.language_models import last_layers, without_last_layers
 from dancegrpo_jax.models import autoencoder_hunyuan_video as autoencoder
 from dancegrpo_jax.models import clip, decoder_lm, video_tiles
 from dancegrpo_jax.models import hunyuan_video as transformer
 from dancegrpo_jax.models.lora import Lora, variables
 from dancegrpo_jax.pipelines import flow_match
 from dancegrpo_jax.pipelines.base import (
+  DiffusersCall,
   Family,
   ModelSettings,
   Pipeline,
   adapted,
+  image_arguments,
   text_inputs,
 )
 from dancegrpo_jax.pipelines.layout import INDEX, PADDING, Component, Tokenizer
@@ -38,10 +40,11 @@ from dancegrpo_jax.pipelines.networks import (
   CLIP_TEXT,
   HUNYUAN_VIDEO,
   LLAMA,
+  LLAMA_CAUSAL,
   abstract,
   abstract_hunyuan_video,
 )
-from dancegrpo_jax.pipelines.templates import Template, template_of
+from dancegrpo_jax.pipelines.templates import NAMED, Template, template_of
 from dancegrpo_jax.types import Media, PyTree
 
 FILES = {
@@ -121,7 +124,7 @@ def build(
     prediction="velocity",
     latent_shape=latents,
     sample_shape=sample if clips.frames == 1 else (clips.frames, *sample),
-    components=_components(networks, jsons["text_encoder"]["num_hidden_layers"]),
+    components=_components(networks, jsons["text_encoder"]),
     encoders=("text_encoder", "text_encoder_2"),
   )
   return adapted(pipeline, settings.lora)
@@ -169,7 +172,9 @@ def _check_widths(networks: Networks) -> None:
       f"in_channels {channels} is not the autoencoder's latent_channels {vae.latent_channels}"
     )
     if channels == 2 * vae.latent_channels:
-      wrong[-1] += " but twice as many: image-to-video is not implemented"
+      wrong[-1] += (
+        " but twice as many: image-to-video is not implemented; take a text-to-video checkpoint"
+      )
   if (width := denoiser.text_embed_dim) != language_model.hidden_size:
     wrong.append(f"text_embed_dim {width} is not Llama's hidden_size {language_model.hidden_size}")
   if (width := denoiser.pooled_projection_dim) != pooler.hidden_size:
@@ -222,7 +227,7 @@ def _check_marks(template: Template, tokenizer: Callable) -> None:
     if missing:
       raise ValueError(
         f"tokenizer/tokenizer.json: {', '.join(missing)} of config.model.template is not among its"
-        " added tokens; take the tokenizer of the checkpoint's language model"
+        " added tokens; take the tokenizer of the checkpoint's language model, or another template"
       )
 
 
@@ -294,14 +299,16 @@ def _decode(
   return Media(pixels, clips.fps)
 
 
-def _components(networks: Networks, layers: int) -> dict[str, Component]:
+def _components(networks: Networks, language_json: dict) -> dict[str, Component]:
   """The weights to load, with the shapes of the networks' parameters.
 
   Args:
     networks: of the checkpoint.
-    layers: of the language model in its file, of which not all are run.
+    language_json: the config.json of the language model, not all of whose layers are run.
   """
   denoiser, vae, language_model, pooler = networks
+  layers = language_model.layers, language_json["num_hidden_layers"]
+  has_head = "LlamaForCausalLM" in (language_json.get("architectures") or ())
   side = vae.spatial_compression_ratio
   return {
     "denoiser": Component(
@@ -314,8 +321,9 @@ def _components(networks: Networks, layers: int) -> dict[str, Component]:
     ),
     "text_encoder": Component(
       folder="text_encoder",
-      table=without_last_layers(LLAMA.table, language_model.layers, layers),
+      table=without_last_layers(LLAMA.table, *layers),
       abstract=abstract(language_model, (1, 1), dtype=jnp.int32),
+      unread=last_layers(*layers) + (LLAMA_CAUSAL.unread if has_head else ()),
     ),
     "text_encoder_2": Component(
       folder="text_encoder_2",
@@ -336,6 +344,28 @@ def _options(config: ConfigDict) -> dict:
   }
 
 
+def _diffusers_call(config: ConfigDict, tokenizers: dict[str, Callable]) -> DiffusersCall:
+  """diffusers take the template for videos and its 95 tokens, unless they are told otherwise."""
+  model = config.model
+  arguments = image_arguments(config) | {
+    "num_frames": model.frames,
+    "guidance_scale": config.sampler.embedded_guidance,
+    "max_sequence_length": model.text_length,
+    **flow_match.true_guidance(config),
+  }
+  around = template_of(model.template)
+  crop = _tokens_before(around, tokenizers["tokenizer"])
+  if (around.text, crop) != (NAMED["video"].text, NAMED["video"].tokens):
+    arguments["prompt_template"] = {"template": around.text, "crop_start": crop}
+  is_image = model.frames == 1
+  return DiffusersCall(
+    scheduler=flow_match.diffusers_scheduler(config.sampler.shift),
+    arguments=arguments,
+    result="frames[0][0]" if is_image else "frames[0]",
+    fps=0.0 if is_image else model.fps,
+  )
+
+
 FAMILY = Family(
   files=FILES,
   tokenizers={"tokenizer": "llama", "tokenizer_2": "clip"},
@@ -345,10 +375,13 @@ FAMILY = Family(
     "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO,
     "AutoencoderKLHunyuanVideo": AUTOENCODER_HUNYUAN_VIDEO,
     "LlamaModel": LLAMA,
+    "LlamaForCausalLM": LLAMA_CAUSAL,
     "CLIPTextModel": CLIP_TEXT,
   },
   options=_options,
   text_length=lambda jsons: jsons["text_encoder_2"].get("max_position_embeddings", 77),
   index_file=INDEX,
+  diffusers_call=_diffusers_call,
+  pipelines=("HunyuanVideoPipeline",),
   videos=True,
 )

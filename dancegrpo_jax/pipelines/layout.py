@@ -28,11 +28,14 @@ class Component(NamedTuple):
     folder: the folder inside the checkpoint; for a reward, the whole location.
     table: the parameters that the tensors of the files become.
     abstract: the tree of the parameters' shapes and dtypes.
+    unread: patterns of tensors that belong to the published network and that nothing here computes
+      with. They are not read, and copied with the network's folder.
   """
 
   folder: str
   table: Table
   abstract: PyTree
+  unread: tuple[str, ...] = ()
 
 
 class Network(NamedTuple):
@@ -42,10 +45,12 @@ class Network(NamedTuple):
     table: the parameters that the tensors of the files become.
     abstract: `(config.json) -> tree of shapes and dtypes`. It raises ValueError, KeyError or
       TypeError where the file describes no network that is implemented.
+    unread: as of a `Component`.
   """
 
   table: Table
   abstract: Callable[[dict], PyTree]
+  unread: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +116,7 @@ class Layout(NamedTuple):
     index_file: the file in which diffusers reads a pipeline's parts, which only an export needs;
       "" where the layout has none.
     stems: the stems of the names of weight files that may be fetched.
+    pipelines: the classes that `index_file` may name; () where that isn't checked.
   """
 
   files: dict[str, str]
@@ -118,6 +124,7 @@ class Layout(NamedTuple):
   networks: tuple[str, ...]
   index_file: str = ""
   stems: tuple[str, ...] = STEMS
+  pipelines: tuple[str, ...] = ()
 
 
 def layout_of(files: dict[str, str], tokenizers: dict[str, str | TokenizerKind]) -> Layout:

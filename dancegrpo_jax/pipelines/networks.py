@@ -139,4 +139,6 @@ CLIP_VISION = Network(table=clip_tables.CLIP_VISION, abstract=_clip_vision)
 CLIP = Network(table=clip_tables.CLIP, abstract=_clip)
 T5 = Network(table=flux_tables.T5, abstract=_t5)
 LLAMA = Network(table=language_models.LLAMA, abstract=_llama)
+# The same network with a head, which gives probabilities of words.
+LLAMA_CAUSAL = LLAMA._replace(unread=("lm_head.weight",))
 HUNYUAN_VIDEO = Network(table=hunyuan_video_tables.HUNYUAN_VIDEO, abstract=_hunyuan_video)

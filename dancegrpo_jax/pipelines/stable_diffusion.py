@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+from ml_collections import ConfigDict
 
 from dancegrpo_jax import published
 from dancegrpo_jax.conversion.tables import stable_diffusion as tables
@@ -16,10 +17,12 @@ from dancegrpo_jax.diffusion import schedules
 from dancegrpo_jax.models import autoencoder, clip, unet
 from dancegrpo_jax.models.lora import Lora, variables
 from dancegrpo_jax.pipelines.base import (
+  DiffusersCall,
   Family,
   ModelSettings,
   Pipeline,
   adapted,
+  image_arguments,
   text_inputs,
 )
 from dancegrpo_jax.pipelines.layout import INDEX, Component, Network
@@ -249,6 +252,15 @@ def _unet(config: dict) -> PyTree:
   return abstract(network, latents, (1,), (1, 1, network.cross_attention_dim))
 
 
+def _diffusers_call(config: ConfigDict, tokenizers: dict[str, Callable]) -> DiffusersCall:
+  """DDIM with eta 0 is the deterministic sampler of evaluations."""
+  del tokenizers
+  return DiffusersCall(
+    scheduler="DDIMScheduler.from_config(pipeline.scheduler.config)",
+    arguments=image_arguments(config) | {"guidance_scale": config.sampler.guidance_scale},
+  )
+
+
 FAMILY = Family(
   files=FILES,
   tokenizers={"tokenizer": "clip"},
@@ -261,4 +273,6 @@ FAMILY = Family(
   },
   text_length=lambda jsons: jsons["text_encoder"].get("max_position_embeddings", 77),
   index_file=INDEX,
+  diffusers_call=_diffusers_call,
+  pipelines=("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
 )

@@ -8,10 +8,11 @@ import json
 import jax
 import numpy as np
 import pytest
+import tiny_checkpoint
 import torch
 from diffusers import HunyuanVideoPipeline
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-from tiny_checkpoint import PROMPTS, relative_error, tiny_config, write_hunyuan_video
+from tiny_checkpoint import PROMPTS, relative_error, write_hunyuan_video
 
 from dancegrpo_jax.assembly import sampling
 from dancegrpo_jax.assembly.encoding import as_examples
@@ -19,26 +20,13 @@ from dancegrpo_jax.pipelines import templates
 from dancegrpo_jax.rl import rng
 from dancegrpo_jax.types import Conditioning
 
-SIZE, STEPS = (16, 32), 12  # not square: latents are [f, 4, 8, 4]
+SIZE, STEPS = tiny_checkpoint.VIDEO["model__size"], 12
 
 
 def video_config(folder, **changes):
-  """The tiny config on a HunyuanVideo folder, with the checkpoint's time shift."""
-  values = {
-    "model__family": "hunyuan_video",
-    "model__checkpoint": str(folder),
-    "model__size": SIZE,
-    "model__frames": 9,
-    "model__text_length": 8,
-    "sampler__kind": "flow",
-    "sampler__shift": 0.0,
-    "sampler__embedded_guidance": 6.0,
-    "evaluation__steps": STEPS,
-    "reward__terms": (("compressibility", 1.0),),
-    "reward__compressibility__frames": "first",
-    "rollout__chunk": 8,
-  }
-  return tiny_config(None, **(values | changes))
+  """The tiny config on a HunyuanVideo folder, for samples of 8 clips."""
+  values = {"evaluation__steps": STEPS, "rollout__chunk": 8}
+  return tiny_checkpoint.video_config(folder, **(values | changes))
 
 
 @pytest.fixture(scope="module")

@@ -57,6 +57,7 @@ def _table(own: dict[str, Spec]) -> Table:
 
 FLUX = Dialect(
   title="a FLUX transformer in the names of Black Forest Labs",
-  marks=("double_blocks.{*}", "single_blocks.{*}"),
+  # HunyuanVideo's files in the names of Tencent have blocks of the same names.
+  marks=("double_blocks.{*}", "single_blocks.{*}", "txt_in.weight"),
   table=_table,
 )

@@ -5,6 +5,7 @@ The names are checked against an inventory of the published file (tests/fixtures
 
 from dancegrpo_jax.conversion.table import Row, Table
 from dancegrpo_jax.conversion.tables.flux import DOUBLE_BLOCK, FEED_FORWARD, SINGLE_BLOCK
+from dancegrpo_jax.conversion.tables.hunyuan_video_lora import TENCENT
 from dancegrpo_jax.conversion.tables.rows import Rows, dense, join, layers, norm, under
 
 
@@ -43,5 +44,6 @@ HUNYUAN_VIDEO = Table(
     dense("proj_out"),
   ),
   file="diffusion_pytorch_model",
+  lora_names=TENCENT,
   prefixes=("transformer.",),
 )

@@ -30,11 +30,17 @@ LLAMA = Table(
 )
 
 
+def last_layers(run: int, total: int) -> tuple[str, ...]:
+  """Patterns of the tensors that follow the first `run` of a language model's `total` layers: those
+  of the other layers, and of the norm behind the last one.
+  """
+  return (*(f"layers.{k}.{{*}}" for k in range(run, total)), "norm.weight")
+
+
 def without_last_layers(table: Table, run: int, total: int) -> Table:
   """The table of a language model of which the first `run` of `total` layers are used, without the
   norm that follows the last one. What comes after them in a file is left out.
   """
-  unused = [*(f"layers.{k}.{{*}}" for k in range(run, total)), "norm.weight"]
   spellings = ("", *(source.removesuffix("{*}") for source, _ in table.aliases))
-  others = (prefix + name for name in unused for prefix in spellings)
+  others = (prefix + name for name in last_layers(run, total) for prefix in spellings)
   return table._replace(others=(*table.others, *others))
