@@ -30,6 +30,7 @@ from tiny_checkpoint import (
   ROOT,
   UNET,
   VAE,
+  Folders,
   tiny_config,
   toy_programs,
   update_of,
@@ -168,20 +169,30 @@ def machine(models, tmp_path_factory):
       "flux": FLUX | {"model__checkpoint": str(models.model.parent / "flux")},
       "emoji": EMOJI,
     }[network]
-    axes = dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes))
-    config = tiny_config(None if network == "emoji" else models, **changes, **axes)
-    mesh = sharding.make_mesh(config.mesh, jax.devices()[: prod(sizes)])
-    with jax.set_mesh(mesh):
-      examples, progress = prompts.read_examples(config), Progress(1, stream=io.StringIO())
-      session, state = prepare(
-        config, tmp_path_factory.mktemp("machine"), examples, mesh, 0, progress
-      )
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
-    return Machine(mesh, session, state, abstract)
+    folders = None if network == "emoji" else models
+    return prepared(folders, tmp_path_factory.mktemp("machine"), sizes, **changes)
 
   return make
+
+
+def axes_of(sizes: tuple[int, int, int]) -> dict[str, int]:
+  """The changes of a config for a mesh of these sizes along data, fsdp and tensor."""
+  return dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes))
+
+
+def prepared(
+  folders: Folders | None, workdir: Path, sizes: tuple[int, int, int], **changes
+) -> Machine:
+  """The run of a tiny config with `changes` on a mesh of these sizes, ready for iterations."""
+  config = tiny_config(folders, **changes, **axes_of(sizes))
+  mesh = sharding.make_mesh(config.mesh, jax.devices()[: prod(sizes)])
+  with jax.set_mesh(mesh):
+    examples, progress = prompts.read_examples(config), Progress(1, stream=io.StringIO())
+    session, state = prepare(config, workdir, examples, mesh, 0, progress)
+  abstract = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+  )
+  return Machine(mesh, session, state, abstract)
 
 
 def adam(opt_state: Any) -> Any:
@@ -252,23 +263,29 @@ def assert_same_course(
 )
 @pytest.mark.parametrize("network", ["sd", "flux"])
 def test_every_mesh_trains_alike(trained, network, sizes):
-  assert_alike(trained, network, sizes)
+  assert_alike(trained(network, sizes), trained(network, MESHES[0]), sizes)
 
 
 @pytest.mark.full_size
 @pytest.mark.parametrize("sizes", MESHES[1:])
 def test_every_mesh_trains_the_emoji_model_alike(trained, sizes):
-  assert_alike(trained, "emoji", sizes)
+  assert_alike(trained("emoji", sizes), trained("emoji", MESHES[0]), sizes)
 
 
-def assert_alike(trained, network: str, sizes: tuple[int, int, int]) -> None:
-  """First gradient, metrics and parameters agree with those of one device."""
-  (one, _, initial), (other, _, again) = trained(network, MESHES[0]), trained(network, sizes)
+def assert_alike(actual: tuple, expected: tuple, sizes: tuple[int, int, int]) -> None:
+  """First gradient, metrics and parameters agree with those of one device.
+
+  Args:
+    actual: of the fixture `trained`, on a mesh of `sizes`.
+    expected: the same on one device.
+    sizes: along data, fsdp and tensor.
+  """
+  (one, _, initial), (other, _, again) = expected, actual
   assert distance(initial, again) == 0
   zero = jax.tree.map(np.zeros_like, one.moment)
   error = distance(other.moment, one.moment) / distance(one.moment, zero)
   drift = distance(other.parameters[-1], one.parameters[-1]) / distance(one.parameters[-1], initial)
-  print(f"{network} {sizes}: gradient {error:.1e}, parameters {drift:.1e}")
+  print(f"{sizes}: gradient {error:.1e}, parameters {drift:.1e}")
   assert error <= 1e-5
   assert_same_course(other.rows, other.parameters[-1], one, initial)
   if sizes[1] > 1:  # the rules split parameters and optimizer state
@@ -352,7 +369,7 @@ def command(
 
   Environment variables are given by process.
   """
-  settings = SD | dict(zip(("mesh__data", "mesh__fsdp", "mesh__tensor"), sizes)) | settings
+  settings = SD | axes_of(sizes) | settings
   variables = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(models.model.parent)}
   return [
     start(

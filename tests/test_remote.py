@@ -1,6 +1,8 @@
 """The remote reward against real servers on 127.0.0.1: the reference, and faulty ones."""
 
 import contextlib
+import io
+import json
 import socket
 import subprocess
 import sys
@@ -152,6 +154,22 @@ def test_video_goes_as_npz(tmp_path):
     )
     with pytest.raises(remote.RemoteError, match="format png sends images, not video.*use npz"):
       ask(reward(url, format="png"), pixels=video)
+
+
+def test_what_a_request_says(monkeypatch):
+  """Clips are sent with their frames a second. The body is taken where it would be sent."""
+  sent = []
+
+  def post(address, body, content_type, timeout):
+    sent.append(json.loads(np.load(io.BytesIO(body))["request"].tobytes()))
+    return b'{"scores": [1, 2]}'
+
+  monkeypatch.setattr(remote, "_post", post)
+  examples = [Example(0, "a"), Example(1, "b", metadata={"x": 1})]
+  for media in (Media(np.zeros((2, 3, 6, 5, 3)), 12.0), Media(np.zeros((2, 6, 5, 3)))):
+    reward("http://127.0.0.1:1/").score(media, examples)
+  common = {"prompts": ["a", "b"], "metadata": [None, {"x": 1}]}
+  assert sent == [common | {"fps": 12.0}, common]
 
 
 def test_single_failures_are_nan_alone(tmp_path):

@@ -6,7 +6,7 @@ with 8-bit pixels `[b, (f,) h, w, 3]`:
   png: application/json, {"images": [base64 of a PNG], "prompts": [text], "metadata": [object or
     null]}
   npz: application/octet-stream, numpy's format with `pixels` and `request`, which is the bytes of
-    JSON {"prompts", "metadata"}
+    JSON {"prompts", "metadata"}, and of clips also "fps", frames a second
 
 The answer has status 200 and is JSON {"scores": [number or null]} with b scores. A null is a sample
 that could not be scored.
@@ -92,10 +92,12 @@ def build(
     pixels = np.asarray(media.pixels)
     finite = np.isfinite(pixels).reshape(len(pixels), -1).all(axis=1)
     bytes8 = np.round(np.clip(np.nan_to_num(pixels), 0, 1) * 255).astype(np.uint8)
-    request = {
+    request: dict[str, Any] = {
       "prompts": [example.prompt for example in examples],
       "metadata": [example.metadata for example in examples],
     }
+    if media.fps is not None:
+      request["fps"] = media.fps
     body, content_type = encode(bytes8, request)
 
     def attempt() -> np.ndarray:
@@ -104,7 +106,15 @@ def build(
     scores = with_retries(attempt, url, retries, pause)
     return {"remote": np.where(finite, scores, np.nan).astype(np.float32)}
 
-  return Reward(name="remote", kind="host", terms=("remote",), score=score)
+  def refusal(shape: tuple[int, ...]) -> str:
+    if len(shape) == 3 or format == "npz":
+      return ""
+    return (
+      f"config.reward.remote.format = {format!r}: sends images, and the model draws {shape[0]}"
+      " frames; set it to npz"
+    )
+
+  return Reward(name="remote", kind="host", terms=("remote",), score=score, refusal=refusal)
 
 
 KIND = RewardKind(build=lambda name, section, files, networks: build(**section), section="remote")
