@@ -24,6 +24,7 @@ from tiny_checkpoint import (
 
 from dancegrpo_jax.assembly import loading
 from dancegrpo_jax.checkpoints import store, weights
+from dancegrpo_jax.compilation import inventory
 from dancegrpo_jax.convert import __main__ as command
 from dancegrpo_jax.convert import bases, folders
 from dancegrpo_jax.devices import sharding
@@ -311,3 +312,20 @@ def test_what_is_known_of_the_published_base(base):
   known = bases.base_of(video_config(base), "hunyuanvideo-community/HunyuanVideo")
   assert known.license == "other" and known.license_name == "tencent-hunyuan-community"
   assert known.license_link == "https://huggingface.co/tencent/HunyuanVideo/blob/main/LICENSE"
+
+
+# Without weights and tokenizers
+
+
+def test_a_plan_needs_no_tokenizers(base, tmp_path):
+  """The template has 95 tokens then, as with the published tokenizer."""
+  for file in (*base.glob("*/config.json"), base / "scheduler" / "scheduler_config.json"):
+    (tmp_path / file.parent.name).mkdir(exist_ok=True)
+    shutil.copy(file, tmp_path / file.parent.name)
+  config = inventory.without_weights(video_config(f"random:{tmp_path}"))
+  taken = inventory.take(config, sharding.make_mesh(config.mesh), 8, 0)
+  (encode,) = (call for call in taken.calls if call.name == "encode")
+  _, tokens = encode.arguments
+  assert tokens["llama"].shape[1] == 95 + config.model.text_length
+  assert tokens["clip"].shape[1] == 77
+  assert taken.model.pipeline.latent_shape == (3, 4, 8, 4)
