@@ -1,4 +1,4 @@
-"""Command: images from a base model or a checkpoint.
+"""Command: images or clips from a base model or a checkpoint.
 
     python -m dancegrpo_jax.sample --checkpoint=runs/emoji_clip \\
       --prompt="a red apple on a blue background" --out=out/
@@ -21,8 +21,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
     "--prompts", action="append", default=[], metavar="FILE", help="a prompts file; likewise"
   )
-  parser.add_argument("--out", required=True, help="folder for the PNG files and grid.png")
-  parser.add_argument("--samples", type=int, default=4, help="images of each prompt")
+  parser.add_argument("--out", required=True, help="folder for the samples and grid.png")
+  parser.add_argument("--samples", type=int, default=4, help="samples of each prompt")
   parser.add_argument("--seed", type=int, default=0, help="seed of the initial noise")
 
 
@@ -30,7 +30,7 @@ def main(argv: list[str]) -> int:
   """Reads the flags and samples. Returns the exit code, 2 for a mistake."""
 
   def command() -> None:
-    description = "Sample images from a base model or a checkpoint."
+    description = "Sample images or clips from a base model or a checkpoint."
     line = command_line.parse_argv(argv, description, add_flags, flag.config_of)
     flags = line.flags
     check(flags)

@@ -1,4 +1,4 @@
-"""Samples of a base model or a checkpoint, as PNG files."""
+"""Samples of a base model or a checkpoint, as files."""
 
 import contextlib
 import json
@@ -31,11 +31,12 @@ def run(
   samples: int,
   seed: int,
 ) -> None:
-  """Writes a PNG file for every sample, grid.png with the first of them and their captions, and
+  """Writes a file for every sample, grid.png with the first of them and their captions, and
   samples.jsonl.
 
-  A file is called <number of the prompt>_<number of the sample>.png. A line of samples.jsonl has
-  its name, the prompt, the seed and the number of the sample. The samples are drawn and written
+  A file is called <number of the prompt>_<number of the sample>.png. A clip is an animated .webp,
+  and an .mp4 beside it where imageio-ffmpeg is installed. A line of samples.jsonl has the name of
+  the file, the prompt, the seed and the number of the sample. The samples are drawn and written
   chunk by chunk.
 
   Args:
