@@ -45,6 +45,11 @@ class Added(NamedTuple):
 ADDED = {
   "init_from": Added("0.2.0", ""),
   "model.matmul_precision": Added("0.2.0", "default"),
+  "model.frames": Added("0.2.0", 1),
+  "model.fps": Added("0.2.0", 8.0),
+  "model.decode_tiling": Added("0.2.0", "time"),
+  "model.decode_batch": Added("0.2.0", 0),
+  "model.template": Added("0.2.0", "video"),
   "logging.wandb_project": Added("0.2.0", "dancegrpo_jax"),
   "logging.wandb_entity": Added("0.2.0", ""),
   "logging.wandb_group": Added("0.2.0", ""),
