@@ -14,6 +14,7 @@ from dancegrpo_jax import strict_json
 RESUMABLE = (
   "iterations",
   "mesh",
+  "model.decode_batch",
   "rollout.chunk",
   "reward.slice",
   "reward.watch",
