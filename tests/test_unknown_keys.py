@@ -9,7 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_checkpoint import ROOT
+from tiny_checkpoint import ROOT, write_hunyuan_video
 
 from dancegrpo_jax.assembly import loading, reward_builders
 from dancegrpo_jax.errors import ConfigError
@@ -17,7 +17,7 @@ from dancegrpo_jax.pipelines import families
 from dancegrpo_jax.rewards import clip
 from dancegrpo_jax.settings.config_file import load
 
-# A config on a small checkpoint of each family.
+# A config on a shipped checkpoint of a family.
 CONFIGS = {"stable_diffusion": "emoji_clip:tiny", "flux": "emoji_flow_clip:tiny"}
 FILES = [
   (name, file)
@@ -36,9 +36,13 @@ def copied(source: Path, folder: Path, file: str, change: dict) -> Path:
 
 @pytest.mark.parametrize(("family", "file"), FILES)
 def test_families(family, file, tmp_path):
-  config = load(CONFIGS[family], [])
-  assert config.model.family == family
+  config = load(CONFIGS.get(family, "emoji_clip:tiny"), [])
   source = ROOT / config.model.checkpoint.removeprefix("random:")
+  if family == "hunyuan_video":
+    source = write_hunyuan_video(tmp_path / "written")
+    with config.unlocked():
+      config.model.update(family=family, frames=9)
+  assert config.model.family == family
   with config.unlocked():
     config.model.checkpoint = f"random:{copied(source, tmp_path / 'x', file, {'surprise': [1]})}"
   with pytest.raises(ConfigError) as caught:
