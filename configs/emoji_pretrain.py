@@ -40,11 +40,14 @@ def get_config(preset: str = "") -> ConfigDict:
   config.vae = ConfigDict(
     {
       "steps": 2400,
-      "crop": 0,  # whole pictures only
+      "from_frames": False,
+      "crop_steps": 0,  # all steps see whole pictures
       "batch": 32,
       "learning_rate": 2e-3,
       "warmup": 100,
+      "error": "absolute",  # of pixels, or squared
       "kl_weight": 1e-4,  # of the KL to N(0, 1), mean over latent elements
+      "log_variance": 0.0,  # of the first posteriors
       "ema": 0.995,
       "network": ConfigDict(
         {
@@ -69,6 +72,7 @@ def get_config(preset: str = "") -> ConfigDict:
       "folder": "emoji-clip",
       "steps": 600,
       "batch": 128,  # distinct pairs, so that every caption has one picture
+      "negatives": 0,  # further captions of a sample's group
       "learning_rate": 1e-3,
       "warmup": 100,
       # The largest std of white noise that is added to pixels in [0, 1], so that the score is right

@@ -31,23 +31,39 @@ def get_config(preset: str = "") -> ConfigDict:
   config.name = "emoji_video_pretrain"
   config.seed = 0
   config.world = "moving_emoji"  # the data set
-  config.stages = ("vae", "clip", "video")  # of --stage=all, in this order
+  config.stages = ("frames", "vae", "clip", "video")  # of --stage=all, in this order
   config.folder = "emoji-video"  # whose folder vae holds the autoencoder
   config.tokenizer = "emoji-video/tokenizer_2"  # CLIP's, for all networks
   config.size = 32  # pixels
   config.variants = 4  # clips of each scene
   config.jitter_share = 0.3  # share of clips that shake
 
+  # The autoencoder on single frames. Its network, its loss and its start are those of vae.
+  config.frames = ConfigDict(
+    {
+      "folder": "emoji-video-frames",
+      "steps": 4000,
+      "crop": 16,
+      "batch": 16,
+      "learning_rate": 2e-3,
+      "warmup": 50,
+      "ema": 0.995,
+    }
+  )
+
   config.vae = ConfigDict(
     {
-      "steps": 1600,
-      "crop": 16,  # side of the crops that the first steps see, pixels
-      "crop_batch": 16,
-      "whole_steps": 250,  # the last ones, on whole clips
-      "batch": 4,  # of whole clips
-      "learning_rate": 1e-3,
+      "from_frames": True,  # starts from the weights of the stage frames
+      "steps": 1900,
+      "crop_steps": 1500,  # the first ones, on crops
+      "crop_batch": 8,
+      "crop": 16,  # side of the crops, pixels
+      "batch": 4,  # of whole clips, for the remaining steps
+      "learning_rate": 1.5e-3,
       "warmup": 50,
+      "error": "squared",  # of pixels, or absolute
       "kl_weight": 1e-4,  # of the KL to N(0, 1), mean over latent elements
+      "log_variance": -6.0,  # of the first posteriors: little noise, so that colours pass at once
       "ema": 0.995,
       "network": ConfigDict(
         {
@@ -75,7 +91,8 @@ def get_config(preset: str = "") -> ConfigDict:
     {
       "folder": "emoji-video-clip",
       "steps": 400,
-      "batch": 60,  # 12 emoji on a background, each with its 5 motions
+      "batch": 60,  # distinct captions
+      "negatives": 4,  # further captions of a sample: the same emoji, and each other motion
       "learning_rate": 1e-3,
       "warmup": 100,
       # The largest std of white noise that is added to pixels in [0, 1], so that the score is right
@@ -164,9 +181,9 @@ def get_config(preset: str = "") -> ConfigDict:
 def _tiny(config: ConfigDict) -> None:
   """Changes the config to three steps of networks with few layers, which compile fast."""
   config.variants = 1
-  for stage in (config.vae, config.clip, config.video):
+  for stage in (config.frames, config.vae, config.clip, config.video):
     stage.update(steps=3, batch=5, warmup=1)
-  config.vae.update(crop_batch=5, whole_steps=1)
+  config.vae.update(crop_steps=1, crop_batch=5)
   config.vae.network.update(block_out_channels=(8, 8, 8))
   for tower in (config.clip.text, config.clip.vision):
     tower.num_hidden_layers = 1

@@ -42,7 +42,7 @@ CASES = [(name, preset) for name in RUNS for preset in presets(name)]
 def test_all_are_there():
   wanted = {"sd_clip", "sd_hps", "sd_pick", "sd_hps_clip", "sd_aesthetic", "sd_compressibility"}
   assert wanted <= set(RUNS) and len(CASES) >= 4 * 6 + 3 + 2 + 3 * 4 + 4
-  assert {"emoji_clip", "emoji_flow_clip"} <= set(RUNS)
+  assert {"emoji_clip", "emoji_flow_clip", "emoji_video_clip"} <= set(RUNS)
   assert {"flux_hps", "flux_hps_8gpu", "flux_hps_lora", "flux_hps_clip", "flux_pick"} <= set(RUNS)
   for name in RUNS:  # the presets for one or eight H100s; small configs run anywhere
     assert name.startswith("emoji") or {"1gpu", "8gpu"} & set(presets(name)), name
@@ -226,7 +226,8 @@ def test_flux_s_adapters_are_those_of_the_header():
 
 
 @pytest.mark.parametrize(
-  "name", ["emoji_flow_clip", "sd_compressibility", "flux_hps_8gpu", "flux_hps_lora"]
+  "name",
+  ["emoji_flow_clip", "emoji_video_clip", "sd_compressibility", "flux_hps_8gpu", "flux_hps_lora"],
 )
 def test_tiny_runs(name, tmp_path, monkeypatch, program_cache):
   monkeypatch.chdir(ROOT)

@@ -5,11 +5,15 @@ diffusers and transformers load what it writes, and so does a run.
 
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.special import logsumexp
 
 from dancegrpo_jax.data import moving_emoji
-from dancegrpo_jax.pretrain import __main__
+from dancegrpo_jax.pretrain import __main__, clip, vae
+from dancegrpo_jax.settings import config_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FONT = ROOT / "tests/fixtures/emoji_subset.ttf"
@@ -45,5 +49,36 @@ def test_what_it_writes_loads_in_diffusers_and_transformers(made):
 
 
 def test_every_stage_has_its_log(made):
-  for stage in ("vae", "clip", "video"):
+  for stage in ("frames", "vae", "clip", "video"):
     assert len((made.parent / "work" / f"{stage}.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_clip_starts_as_its_frames():
+  """Inflated weights treat a single frame as before, and in a clip no frame sees an earlier one."""
+  network = vae.network_of(config_file.load(CONFIG.removeprefix("--config=")).vae.network.to_dict())
+  frame = jax.random.uniform(jax.random.key(0), (2, 1, 16, 16, 3))
+  before = jax.jit(network.init)(jax.random.key(1), frame)["params"]
+  after = vae.inflated(before)
+  call = jax.jit(lambda params, x: network.apply({"params": params}, x, method="encode")[0])
+  np.testing.assert_allclose(call(after, frame), call(before, frame), atol=1e-5)
+  kernels = [x for x in jax.tree.leaves(after) if x.ndim == 5 and len(x) == 3]
+  assert len(kernels) > 10 and all(np.abs(k[:2]).max() == 0 < np.abs(k[2]).max() for k in kernels)
+
+
+def test_the_negatives_of_an_image():
+  """They stand beside the batch's texts in the image's cross-entropy, and in no text's."""
+  rng = np.random.default_rng(0)
+
+  def unit(*shape):
+    vectors = rng.standard_normal(shape)
+    return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+  text, image, negatives, scale = unit(3, 8), unit(3, 8), unit(3, 2, 8), 10.0
+  logits = scale * image @ text.T
+  more = scale * np.stack([negatives[i] @ image[i] for i in range(3)])
+  by_image = logsumexp(np.concatenate([logits, more], 1), 1) - np.diag(logits)
+  by_text = logsumexp(logits, 0) - np.diag(logits)
+  arrays = [jnp.asarray(value) for value in (text, image, scale, negatives)]
+  loss, metrics = clip._contrastive(*arrays)
+  np.testing.assert_allclose(loss, (by_image.mean() + by_text.mean()) / 2, rtol=1e-5)
+  np.testing.assert_allclose(metrics["in_group"], (np.diag(logits) > more.max(1)).mean())

@@ -3,10 +3,11 @@
     python -m dancegrpo_jax.pretrain --config=configs/emoji_pretrain.py --stage=vae
         --workdir=runs/pretrain --out=assets
 
-The stages are `vae` (autoencoder), `clip` (contrastive), `denoiser` (noise prediction), `flow`
-(rectified flow of pictures) and `video` (rectified flow of clips); `all` runs those of the config
-in its order. The last three need the weights of `vae` in --out. A stage that was interrupted
-continues from its last checkpoint when the command is repeated.
+The stages are `frames` (an autoencoder of clips on single frames), `vae` (autoencoder), `clip`
+(contrastive), `denoiser` (noise prediction), `flow` (rectified flow of pictures) and `video`
+(rectified flow of clips); `all` runs those of the config in its order. The last three need the
+weights of `vae` in --out. A stage that was interrupted continues from its last checkpoint when the
+command is repeated.
 """
 
 from dancegrpo_jax.devices import interrupts

@@ -21,6 +21,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def clip_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
   """CLIP: the symmetric contrastive loss over a batch of distinct captions (arXiv 2103.00020).
 
+  Each sample also meets `config.clip.negatives` other captions of its group. Those of a clip name
+  another motion, which a batch of distinct emoji would hardly ask for.
+
   Args:
     config: of pretraining.
     data: the training split.
@@ -32,7 +35,7 @@ def clip_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
   images = frames.sheet(data.images) if data.images.ndim == 5 else data.images
   first = np.concatenate([[0], np.flatnonzero(np.diff(data.caption)) + 1])  # of each caption
   variants = len(data.caption) // len(first)
-  groups = np.unique(data.group)
+  group = data.group[first]
 
   def loss(params, batch, key):
     noise_key, level_key = jax.random.split(key)
@@ -41,14 +44,19 @@ def clip_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
     x = jnp.clip(x + level * jax.random.normal(noise_key, x.shape), 0.0, 1.0)
     x = (x - jnp.array(CLIP_MEAN).reshape(1, 1, 1, 3)) / jnp.array(CLIP_STD).reshape(1, 1, 1, 3)
     text, image, scale = network.apply({"params": params}, batch["tokens"], x)
-    return _contrastive(text, image, scale)
+    text, negatives = text[: len(x)], text[len(x) :].reshape(len(x), stage.negatives, -1)
+    return _contrastive(text, image, scale, negatives)
 
   def batch(step: int) -> dict:
     rng = np.random.default_rng([config.seed, 1, step])
-    chosen = rng.choice(groups, stage.batch * len(groups) // len(first), replace=False)
-    captions = first[np.isin(data.group[first], chosen)]
-    rows = captions + rng.integers(variants, size=len(captions))
-    return {"images": images[rows], "tokens": data.tokens[rows]}
+    chosen = np.sort(rng.choice(len(first), stage.batch, replace=False))
+    others = [
+      rng.choice(np.setdiff1d(np.flatnonzero(group == group[own]), own), stage.negatives, False)
+      for own in chosen
+    ]
+    rows = first[chosen] + rng.integers(variants, size=len(chosen))
+    captions = first[np.concatenate([chosen, *others]).astype(int)]
+    return {"images": images[rows], "tokens": data.tokens[captions]}
 
   def export(params) -> None:
     shared.save_component(folder, config_json, params)
@@ -63,22 +71,32 @@ def clip_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
   return Stage(name="clip", params=params, loss=loss, batch=batch, export=export)
 
 
-def _contrastive(text: jax.Array, image: jax.Array, scale: jax.Array) -> tuple[jax.Array, dict]:
+def _contrastive(
+  text: jax.Array, image: jax.Array, scale: jax.Array, negatives: jax.Array
+) -> tuple[jax.Array, dict]:
   """The mean cross-entropy of finding a text's image and an image's text, and metrics.
 
   Args:
     text, image: unit vectors `[n, d]`; row i of one belongs to row i of the other.
     scale: of the logits; 100 at most counts.
+    negatives: unit vectors of further texts `[n, k, d]`, which only their own image meets.
   """
-  logits = jnp.minimum(scale, 100.0) * image @ text.T
+  scale = jnp.minimum(scale, 100.0)
+  logits = scale * image @ text.T
+  more = scale * jnp.einsum("nd,nkd->nk", image, negatives)
   labels = jnp.arange(len(logits))
   by_image, by_text = (
     optax.softmax_cross_entropy_with_integer_labels(side, labels).mean()
-    for side in (logits, logits.T)
+    for side in (jnp.concatenate([logits, more], axis=1), logits.T)
   )
-  accuracy = (logits.argmax(1) == labels).mean()
-  cosine = jnp.diag(image @ text.T).mean()
-  return (by_image + by_text) / 2, {"accuracy": accuracy, "cosine": cosine, "scale": scale}
+  own = jnp.diag(logits)
+  metrics = {
+    "accuracy": (logits.argmax(1) == labels).mean(),
+    "in_group": (own > more.max(axis=1, initial=-jnp.inf)).mean(),
+    "cosine": jnp.diag(image @ text.T).mean(),
+    "scale": scale,
+  }
+  return (by_image + by_text) / 2, metrics
 
 
 def _config_json(stage: ConfigDict, tokenizer_folder: Path) -> dict:

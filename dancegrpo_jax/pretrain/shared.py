@@ -27,8 +27,8 @@ class Data(NamedTuple):
     tokens: the captions for CLIP, int32 `[n, tokens]`.
     caption: the number of each sample's caption, int32 `[n]`. Samples of one caption are together.
     group: the number of each sample's group, int32 `[n]`. The captions of a group are hard to tell
-      apart, so that CLIP meets a whole group in a batch. Where every caption is a group of its own,
-      these are the numbers of `caption`.
+      apart, so that CLIP is asked to do so. Where every caption is a group of its own, these are
+      the numbers of `caption`.
   """
 
   images: np.ndarray

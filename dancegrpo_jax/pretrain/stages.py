@@ -1,8 +1,9 @@
 """The stages of pretraining, in their order, and what other modules need of them.
 
-`vae` trains an autoencoder, `clip` is contrastive, `denoiser` trains Stable Diffusion's UNet and
-text encoder, `flow` trains FLUX's transformer and both its text encoders, and `video` those of
-HunyuanVideo. The last three are trained on the autoencoder's latents, so that they need its folder.
+`frames` and `vae` train an autoencoder, `clip` is contrastive, `denoiser` trains Stable Diffusion's
+UNet and text encoder, `flow` trains FLUX's transformer and both its text encoders, and `video`
+those of HunyuanVideo. The last three are trained on the autoencoder's latents, so that they need
+its folder.
 """
 
 from dancegrpo_jax.pretrain.clip import clip_preprocessor, clip_stage
@@ -16,7 +17,7 @@ from dancegrpo_jax.pretrain.shared import (
   write_json,
   write_tokenizer_files,
 )
-from dancegrpo_jax.pretrain.vae import vae_stage
+from dancegrpo_jax.pretrain.vae import frames_stage, vae_stage
 from dancegrpo_jax.pretrain.video import hunyuan_video_index, video_stage
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 STAGES = {
+  "frames": frames_stage,
   "vae": vae_stage,
   "clip": clip_stage,
   "denoiser": denoiser_stage,

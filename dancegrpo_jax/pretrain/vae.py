@@ -1,5 +1,6 @@
 """Pretrains the autoencoder of pictures or clips, on whose latents the denoisers are trained."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -17,11 +18,36 @@ from dancegrpo_jax.types import PyTree
 Network = autoencoder.AutoencoderKL | autoencoder_hunyuan_video.AutoencoderKLHunyuanVideo
 
 
-def vae_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
-  """The autoencoder: the absolute error of pixels and of their differences, plus a small KL.
+def frames_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
+  """The autoencoder of clips on crops of single frames, which cost a tenth of a clip's.
 
-  With `config.vae.crop` all steps but the last ones see crops. A small emoji on a large background
-  is a small part of the loss, and of what is computed; in a crop it is a large part of both.
+  Args:
+    config: of pretraining.
+    data: the training split, of clips.
+    out: the folder of the models; the folder vae inside `config.frames.folder` is written.
+  """
+  stage = config.frames
+
+  def batch(step: int) -> dict:
+    rng = np.random.default_rng([config.seed, 5, step])
+    rows = rng.choice(len(data.images), stage.batch, replace=False)
+    frames = rng.integers(data.images.shape[1], size=stage.batch)
+    return {"images": crops(rng, data.images[rows, frames][:, None], stage.crop)}
+
+  def export(params) -> None:
+    shared.save_component(out / stage.folder / "vae", config.vae.network.to_dict(), params)
+
+  params = _initial_params(config, data)
+  return Stage(name="frames", params=params, loss=_loss(config), batch=batch, export=export)
+
+
+def vae_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
+  """The autoencoder of pictures or clips.
+
+  With `config.vae.from_frames` it starts from the weights of the stage `frames`. Its first
+  `config.vae.crop_steps` then see crops: a small emoji on a large background is a small part of the
+  loss, and of what is computed; in a crop it is a large part of both. The other steps see whole
+  clips, because a network's norms take their means over the whole clip.
 
   Args:
     config: of pretraining.
@@ -31,33 +57,87 @@ def vae_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
   stage = config.vae
   network = network_of(stage.network.to_dict())
 
-  def loss(params, batch, key):
-    x = to_signed(batch["images"])
-    mean, log_variance = network.apply({"params": params}, x, method="encode")
-    latents = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
-    error = network.apply({"params": params}, latents, method="decode") - x
-    pixels = jnp.abs(error).mean()
-    # The error of differences between neighbours along the frames, the height and the width. The
-    # absolute error alone leaves edges soft, and motion too.
-    edges = sum(jnp.abs(jnp.diff(error, axis=axis)).mean() for axis in range(1, x.ndim - 1))
-    kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance).mean()
-    return pixels + 0.5 * edges + stage.kl_weight * kl, {"pixels": pixels, "kl": kl}
-
   def batch(step: int) -> dict:
     rng = np.random.default_rng([config.seed, step])
-    if not stage.crop or step >= stage.steps - stage.whole_steps:
-      return {"images": data.images[rng.choice(len(data.images), stage.batch, replace=False)]}
-    rows = rng.choice(len(data.images), stage.crop_batch, replace=False)
-    return {"images": crops(rng, data.images[rows], stage.crop)}
+    on_crops = step < stage.crop_steps
+    count = stage.crop_batch if on_crops else stage.batch
+    images = data.images[rng.choice(len(data.images), count, replace=False)]
+    return {"images": crops(rng, images, stage.crop) if on_crops else images}
 
   def export(params) -> None:
     latents = encode_all(network, params, data.images)
     config_json = {**stage.network.to_dict(), "scaling_factor": round(float(1 / latents.std()), 5)}
     shared.save_component(out / config.folder / "vae", config_json, params)
 
+  if stage.from_frames:
+    folder = out / config.frames.folder / "vae"
+    params = inflated(load_vae(folder, data.images.shape[1:])[1])
+  else:
+    params = _initial_params(config, data)
+  return Stage(name="vae", params=params, loss=_loss(config), batch=batch, export=export)
+
+
+def _loss(config: ConfigDict) -> Callable:
+  """`(params, batch, key) -> (loss, metrics)`: the error of pixels, plus a small KL."""
+  stage = config.vae
+  network = network_of(stage.network.to_dict())
+  error_of = {"absolute": _absolute, "squared": _squared}[stage.error]
+
+  def loss(params, batch, key):
+    x = to_signed(batch["images"])
+    mean, log_variance = network.apply({"params": params}, x, method="encode")
+    latents = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
+    error = network.apply({"params": params}, latents, method="decode") - x
+    kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance).mean()
+    metrics = {"pixels": jnp.abs(error).mean(), "kl": kl}
+    return error_of(error) + stage.kl_weight * kl, metrics
+
+  return loss
+
+
+def _initial_params(config: ConfigDict, data: Data) -> PyTree:
+  """Random parameters, with posteriors whose log-variance is `config.vae.log_variance`."""
+  network = network_of(config.vae.network.to_dict())
   sample = jnp.zeros((1, *data.images.shape[1:]))
   params = shared.initial(network, jax.random.key(config.seed), sample)["params"]
-  return Stage(name="vae", params=params, loss=loss, batch=batch, export=export)
+  bias = params["quant_conv"]["bias"]  # of the means, then of the log-variances
+  params["quant_conv"]["bias"] = bias.at[len(bias) // 2 :].set(config.vae.log_variance)
+  return params
+
+
+def inflated(params: PyTree) -> PyTree:
+  """An autoencoder that was trained on single frames, as one that treats each frame of a clip so.
+
+  A single frame is repeated in front of itself, so a convolution applies the sum of its kernel's
+  three frames to it. In a clip, that sum belongs to the frame itself, which is the last of the
+  three; the earlier ones start at zero.
+  """
+
+  def moved(kernel: jax.Array) -> jax.Array:
+    if kernel.ndim != 5:
+      return kernel
+    last = jnp.arange(len(kernel)).reshape(-1, 1, 1, 1, 1) == len(kernel) - 1
+    return jnp.where(last, kernel.sum(0), 0.0)
+
+  return jax.tree.map(moved, params)
+
+
+def _absolute(error: jax.Array) -> jax.Array:
+  """The mean absolute error of pixels, and of the differences between neighbours along the frames,
+  the height and the width. Alone, the first leaves edges soft, and motion too.
+  """
+  axes = [axis for axis in range(1, error.ndim - 1) if error.shape[axis] > 1]
+  edges = sum(jnp.abs(jnp.diff(error, axis=axis)).mean() for axis in axes)
+  return jnp.abs(error).mean() + 0.5 * edges
+
+
+def _squared(error: jax.Array) -> jax.Array:
+  """Four times the mean squared error of pixels, which are in [-1, 1].
+
+  Where a small subject is on a plain background, the absolute error is content with the background
+  for a long time: it is the median of most pixels.
+  """
+  return 4.0 * jnp.square(error).mean()
 
 
 def crops(rng: np.random.Generator, images: np.ndarray, side: int) -> np.ndarray:

@@ -4,6 +4,7 @@ Compares text states, a whole deterministic sampling, and pixels.
 """
 
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from dancegrpo_jax.pipelines import templates
 from dancegrpo_jax.rl import rng
 from dancegrpo_jax.types import Conditioning
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZE, STEPS = tiny_checkpoint.VIDEO["model__size"], 12
 
 
@@ -34,7 +36,7 @@ def folder(tmp_path_factory):
   return write_hunyuan_video(tmp_path_factory.mktemp("hunyuan"))
 
 
-def sampled(folder, **changes) -> tuple:
+def sampled(folder, prompts=PROMPTS[:2], **changes) -> tuple:
   """Samples two prompts from the same noise by diffusers and by us.
 
   diffusers get no argument but the prompts, the size, the steps, the guidance and the noise.
@@ -42,7 +44,7 @@ def sampled(folder, **changes) -> tuple:
   config = video_config(folder, **changes)
   with sampling.opened(config, "base") as opened, jax.default_matmul_precision("highest"):
     model, run = opened.model, opened.programs
-    rows = run.encode(model.frozen, model.pipeline.prepare(as_examples(list(PROMPTS[:2]))))
+    rows = run.encode(model.frozen, model.pipeline.prepare(as_examples(list(prompts))))
     numbers, owners = np.arange(8, dtype=np.int32), np.arange(8, dtype=np.int32) % 2
     conditioning = Conditioning(rows, None)
     latents = run.sample(model.trainable, model.frozen, conditioning, numbers, owners, np.int32(5))
@@ -55,7 +57,7 @@ def sampled(folder, **changes) -> tuple:
   pipe = HunyuanVideoPipeline.from_pretrained(folder)
   pipe.set_progress_bar_config(disable=True)
   theirs = pipe(
-    [PROMPTS[owner] for owner in owners],
+    [prompts[owner] for owner in owners],
     height=config.model.size[0],
     width=config.model.size[1],
     num_frames=config.model.frames,
@@ -67,7 +69,7 @@ def sampled(folder, **changes) -> tuple:
   latents = np.moveaxis(theirs.numpy(), 1, -1)
   with torch.no_grad():
     decoded = pipe.vae.decode(theirs / pipe.vae.config.scaling_factor).sample
-    text, pooled, mask = pipe.encode_prompt(list(PROMPTS[:2]))
+    text, pooled, mask = pipe.encode_prompt(list(prompts))
   pixels = (np.moveaxis(decoded.numpy(), 1, -1) / 2 + 0.5).clip(0, 1)
   return ours, (latents, pixels, (text.numpy(), pooled.numpy(), mask.numpy()))
 
@@ -116,6 +118,13 @@ def test_one_frame_is_an_image(folder):
 def test_without_guidance_as_an_input(tmp_path):
   folder = write_hunyuan_video(tmp_path, guidance_embeds=False)
   check(*sampled(folder, evaluation__steps=2))
+
+
+def test_the_shipped_model():
+  """Emoji that move: what `configs/emoji_video_clip.py` trains, as diffusers sample it."""
+  prompts = "a red apple moving left on a blue background", "a star growing on a green background"
+  changes = dict(model__size=(32, 32), model__frames=9, model__text_length=16)
+  check(*sampled(ROOT / "assets" / "emoji-video", prompts, evaluation__steps=20, **changes))
 
 
 def test_the_templates():
