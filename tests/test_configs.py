@@ -251,21 +251,54 @@ def test_tiny_rewards_are_found(name, monkeypatch):
   assert set(reward_builders.build_rewards(config)) == {term for term, _ in config.reward.terms}
 
 
-def test_the_prompt_lists():
+@pytest.mark.parametrize("name, words", [("general", range(5, 41)), ("video", range(6, 46))])
+def test_the_prompts_of_a_list(name, words):
   """400 and 100 different prompts; no subject of a held-out prompt occurs in the others."""
   folder = ROOT / "assets" / "prompts"
-  general, held_out = (read_prompts(str(folder / f"general{end}.txt")) for end in ("", "_held_out"))
-  assert (len(general), len(held_out)) == (400, 100)
-  assert len({e.prompt for e in (*general, *held_out)}) == 500
-  assert all(4 < len(e.prompt.split()) <= 40 for e in (*general, *held_out))
-  lines = (folder / "general_held_out.txt").read_text().splitlines()
+  prompts, held_out = (read_prompts(str(folder / f"{name}{end}.txt")) for end in ("", "_held_out"))
+  assert (len(prompts), len(held_out)) == (400, 100)
+  assert len({e.prompt for e in (*prompts, *held_out)}) == 500
+  assert all(len(e.prompt.split()) in words for e in (*prompts, *held_out))
+  lines = (folder / f"{name}_held_out.txt").read_text().splitlines()
   subjects = [
     subject
     for line in lines
     if line.startswith("# subjects: ")
     for subject in line[12:].split(", ")
   ]
-  text = "\n".join(e.prompt for e in general).lower()
+  text = "\n".join(e.prompt for e in prompts).lower()
   for subject, example in zip(subjects, held_out, strict=True):
     assert re.search(rf"\b{subject}", example.prompt), (subject, example.prompt)
-    assert not re.search(rf"\b{subject}(s|es)?\b", text), subject
+    assert not re.search(rf"\b{subject.removesuffix('y')}(y|ies|s|es)?\b", text), subject
+
+
+# Words in -ing that name no motion, and words without it that do.
+STILL = """
+  being beginning building ceiling clearing during dumpling evening everything gleaming glistening
+  glowing hatchling holding keeping lighting lightning looking lying morning nothing painting
+  pausing railing resting ring setting sewing shining sitting sleeping smiling sparkling spring
+  standing steaming stopping string touching waiting watching wearing wing
+"""
+MOTION = """
+  banks billows bounds circles curls dolly drops ducks flows fold hovers kicks lands lay moves pan
+  races rises roll sails serves shuffles slips spirals streaks swells tips tumbles turn turns
+  unfolds whirl
+"""
+
+
+def names_a_motion(prompt: str) -> bool:
+  words = set(re.findall("[a-z]+", prompt)) - set(STILL.split())
+  return any(word.endswith("ing") for word in words) or not words.isdisjoint(MOTION.split())
+
+
+def test_the_prompts_for_videos():
+  """Each names a motion, as more than 200 of the 500 for images do not; the files share no line."""
+  folder = ROOT / "assets" / "prompts"
+  videos, images = (
+    [e.prompt for end in ("", "_held_out") for e in read_prompts(str(folder / f"{name}{end}.txt"))]
+    for name in ("video", "general")
+  )
+  assert [prompt for prompt in videos if not names_a_motion(prompt)] == []
+  assert sum(not names_a_motion(prompt) for prompt in images) > 200
+  assert not set(videos) & set(images)
+  assert [p for p in videos if not re.fullmatch(r"[a-z][\x20-\x7e]*[a-z0-9]", p)] == []
