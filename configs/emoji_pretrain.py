@@ -75,6 +75,7 @@ def get_config(preset: str = "") -> ConfigDict:
       "negatives": 0,  # further captions of a sample's group
       "learning_rate": 1e-3,
       "warmup": 100,
+      "position_std": 0.02,  # of the first position embeddings of images
       # The largest std of white noise that is added to pixels in [0, 1], so that the score is right
       # for imperfect samples too.
       "pixel_noise": 0.1,

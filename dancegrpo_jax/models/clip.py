@@ -25,6 +25,8 @@ from dancegrpo_jax.models.config import (
 )
 from dancegrpo_jax.models.layers import Dense, Dtype
 
+POSITION_STD = 0.02  # of position embeddings before training, as in transformers
+
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
   """x * sigmoid(1.702 x): OpenAI's approximation of GELU."""
@@ -207,7 +209,7 @@ class TextEmbeddings(nn.Module):
       return nn.Embed(
         rows,
         self.hidden_size,
-        embedding_init=nn.initializers.normal(0.02),
+        embedding_init=nn.initializers.normal(POSITION_STD),
         dtype=self.dtype,
         param_dtype=self.param_dtype,
         name=name,
@@ -234,7 +236,7 @@ class VisionEmbeddings(nn.Module):
         f"CLIP: pixels are {pixels.shape[1]}x{pixels.shape[2]}, but image_size is {self.image_size}"
       )
     batch, width = pixels.shape[0], self.hidden_size
-    normal = nn.initializers.normal(0.02)
+    normal = nn.initializers.normal(POSITION_STD)
     types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
     patches = nn.Conv(
       width,

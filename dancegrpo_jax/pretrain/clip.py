@@ -68,6 +68,11 @@ def clip_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
   key, tokens = jax.random.key(config.seed), jnp.asarray(data.tokens[:1])
   picture = jnp.zeros((1, *images.shape[1:]))
   params = shared.initial(network, key, tokens, picture)["params"]
+  embeddings = params["vision_model"]["embeddings"]
+  embeddings["position_embedding"] = jax.tree.map(
+    lambda value: value * (stage.position_std / clip.POSITION_STD),
+    embeddings["position_embedding"],
+  )
   return Stage(name="clip", params=params, loss=loss, batch=batch, export=export)
 
 
