@@ -13,6 +13,7 @@ from dancegrpo_jax.models import clip
 from dancegrpo_jax.pretrain import shared
 from dancegrpo_jax.pretrain.shared import Data, Stage
 from dancegrpo_jax.rewards import frames
+from dancegrpo_jax.types import PyTree
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # of pixels in OpenAI's training data
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -44,7 +45,8 @@ def clip_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
     x = jnp.clip(x + level * jax.random.normal(noise_key, x.shape), 0.0, 1.0)
     x = (x - jnp.array(CLIP_MEAN).reshape(1, 1, 1, 3)) / jnp.array(CLIP_STD).reshape(1, 1, 1, 3)
     text, image, scale = network.apply({"params": params}, batch["tokens"], x)
-    text, negatives = text[: len(x)], text[len(x) :].reshape(len(x), stage.negatives, -1)
+    text, others = text[: len(x)], text[len(x) :]
+    negatives = others.reshape(len(x), stage.negatives, text.shape[-1])
     return _contrastive(text, image, scale, negatives)
 
   def batch(step: int) -> dict:
@@ -68,12 +70,16 @@ def clip_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
   key, tokens = jax.random.key(config.seed), jnp.asarray(data.tokens[:1])
   picture = jnp.zeros((1, *images.shape[1:]))
   params = shared.initial(network, key, tokens, picture)["params"]
-  embeddings = params["vision_model"]["embeddings"]
-  embeddings["position_embedding"] = jax.tree.map(
-    lambda value: value * (stage.position_std / clip.POSITION_STD),
-    embeddings["position_embedding"],
-  )
+  params = _with_larger_positions(params, stage.position_std / clip.POSITION_STD)
   return Stage(name="clip", params=params, loss=loss, batch=batch, export=export)
+
+
+def _with_larger_positions(params: PyTree, factor: float) -> PyTree:
+  """Parameters whose position embeddings of images are multiplied by `factor`."""
+  tower = params["vision_model"]
+  positions = jax.tree.map(lambda x: factor * x, tower["embeddings"]["position_embedding"])
+  embeddings = {**tower["embeddings"], "position_embedding": positions}
+  return {**params, "vision_model": {**tower, "embeddings": embeddings}}
 
 
 def _contrastive(

@@ -100,9 +100,14 @@ def _initial_params(config: ConfigDict, data: Data) -> PyTree:
   network = network_of(config.vae.network.to_dict())
   sample = jnp.zeros((1, *data.images.shape[1:]))
   params = shared.initial(network, jax.random.key(config.seed), sample)["params"]
-  bias = params["quant_conv"]["bias"]  # of the means, then of the log-variances
-  params["quant_conv"]["bias"] = bias.at[len(bias) // 2 :].set(config.vae.log_variance)
-  return params
+  return _with_log_variance(params, config.vae.log_variance)
+
+
+def _with_log_variance(params: PyTree, value: float) -> PyTree:
+  """Parameters whose posteriors begin with a log-variance of about `value`."""
+  layer = params["quant_conv"]
+  half = len(layer["bias"]) // 2  # of the channels are means
+  return {**params, "quant_conv": {**layer, "bias": layer["bias"].at[half:].set(value)}}
 
 
 def inflated(params: PyTree) -> PyTree:
