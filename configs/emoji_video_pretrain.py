@@ -1,11 +1,10 @@
-"""How `python -m dancegrpo_jax.pretrain` makes embedded models of clips, on 2 CPU cores.
+"""How `python -m dancegrpo_jax.pretrain` made the embedded models of clips, on 2 CPU cores.
 
-The models are not in assets/ yet: the stages were run for a few hundred steps each, in which the
-autoencoder learned the backgrounds and not the emoji. So these numbers are a start.
-
-Each of three stages writes a folder of weights: vae -> emoji-video/vae, clip -> emoji-video-clip,
-video -> the rest of emoji-video. The networks are small versions of the published classes of
-HunyuanVideo and CLIP. The values of their config.json files are those below.
+assets/README.md has the times. Each of four stages writes a folder of weights: frames ->
+emoji-video-frames, which only the next one needs, vae -> assets/emoji-video/vae, clip ->
+assets/emoji-video-clip, video -> the rest of assets/emoji-video. The networks are small versions of
+the published classes of HunyuanVideo and CLIP. The values of their config.json files are those
+below.
 """
 
 from ml_collections import ConfigDict
@@ -122,13 +121,13 @@ def get_config(preset: str = "") -> ConfigDict:
 
   config.video = ConfigDict(
     {
-      "steps": 1200,
+      "steps": 2600,
       "batch": 64,
       "learning_rate": 1.5e-3,
       "warmup": 100,
       "ema": 0.99,
       "text_length": 16,  # of Llama's tokens
-      "random_motion": 0.55,  # share of captions that name a motion at random
+      "random_motion": 0.35,  # share of captions that name a motion at random
       "network": ConfigDict(
         {
           "_class_name": "HunyuanVideoTransformer3DModel",
