@@ -1,9 +1,9 @@
 """What the hunyuan_*.py files share: DanceGRPO's recipe for HunyuanVideo.
 
 Sampler, objective and optimizer are those of the published code [C], finetune_hunyuan_grpo.sh: the
-dance SDE at level 0.25 in 16 steps, time shift 5, a random 60 % of the 15 stochastic steps (9) and
-2 optimizer steps. That code gives the network a guidance of 6018, which is 6016 in bfloat16: 1000
-times the embedded guidance below.
+dance SDE at level 0.25 in 16 steps, time shift 5, and a random 60 % of the 15 stochastic steps (9).
+That code gives the network a guidance of 6018, which is 6016 in bfloat16: 1000 times the embedded
+guidance below.
 
 Memory, computed from the numbers of parameters and not measured, in GB of 10^9 bytes. All devices
 together hold this, split over mesh.fsdp:
@@ -72,7 +72,6 @@ def recipe(name: str, preset: str) -> ConfigDict:
     eps=1e-8,
     weight_decay=1e-4,
     max_grad_norm=1.0,
-    updates_per_iteration=2,
   )
   config.advantage.clamp = 5.0
   config.mesh.update(data=1, fsdp=-1, rules=SPLIT)
@@ -99,6 +98,6 @@ def shrink(config: ConfigDict) -> None:
   config.rollout.update(samples_per_prompt=4, chunk=16)
   # One pass of the update, because on a CPU compiling takes longer than running.
   config.optimizer.update(updates_per_iteration=1, microbatch=16)
-  config.mesh.update(data=-1, fsdp=1, lanes=4, rules=((".*", ()),), reward_rules=((".*", ()),))
+  config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),), reward_rules=((".*", ()),))
   config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
   config.checkpoint.every = 2

@@ -1,9 +1,9 @@
 """HunyuanVideo as a text-to-image model, one frame a sample, with HPS-v2.1 as its reward.
 
 The published code has no such recipe: the sampler and the optimizer are those of its videos
-(configs/hunyuan.py), and prompts, samples, size and the 300 iterations are those of its FLUX
-(configs/flux.py). A frame of 720x720 pixels is 2025 tokens, as FLUX's image is. Compute, by
-arithmetic: 35 TFLOP a forward pass of one row.
+(configs/hunyuan.py), and prompts, samples, size, the 3 optimizer steps of an iteration and the 300
+iterations are those of its FLUX (configs/flux.py). A frame of 720x720 pixels is 2025 tokens, as
+FLUX's image is. Compute, by arithmetic: 35 TFLOP a forward pass of one row.
 
 `model.template` is the text around a prompt that the language model sees. `image` is what Tencent's
 own code takes for one frame; `video` is what diffusers take by default.
@@ -38,7 +38,7 @@ def get_config(preset: str = ""):
     prompts_per_iteration=16,
   )
   config.rollout.update(samples_per_prompt=12, chunk=64)
-  config.optimizer.update(microbatch=192, microbatches_per_call=2)
+  config.optimizer.update(updates_per_iteration=3, microbatch=192, microbatches_per_call=2)
   config.mesh.update(lanes=64, reward_rules=flux.SPLIT_REWARDS)
   config.reward.terms = (("hps", 1.0),)
   # 50 steps are what diffusers' HunyuanVideoPipeline takes.

@@ -23,9 +23,8 @@ from dancegrpo_jax.settings import checks, config_file, geometry, stored_config
 
 ROOT = Path(__file__).parent.parent
 FILES = (ROOT / "configs").glob("*.py")
-RUNS = sorted(
-  file.stem for file in FILES if file.stem.startswith(("emoji_clip", "emoji_flow", "sd_", "flux_"))
-)
+FAMILIES = ("emoji_clip", "emoji_flow", "emoji_video_clip", "sd_", "flux_", "hunyuan_")
+RUNS = sorted(file.stem for file in FILES if file.stem.startswith(FAMILIES))
 
 
 def presets(name: str) -> tuple[str, ...]:
@@ -44,6 +43,7 @@ def test_all_are_there():
   assert wanted <= set(RUNS) and len(CASES) >= 4 * 6 + 3 + 2 + 3 * 4 + 4
   assert {"emoji_clip", "emoji_flow_clip", "emoji_video_clip"} <= set(RUNS)
   assert {"flux_hps", "flux_hps_8gpu", "flux_hps_lora", "flux_hps_clip", "flux_pick"} <= set(RUNS)
+  assert {"hunyuan_hps"} <= set(RUNS)
   for name in RUNS:  # the presets for one or eight H100s; small configs run anywhere
     assert name.startswith("emoji") or {"1gpu", "8gpu"} & set(presets(name)), name
 
@@ -227,7 +227,8 @@ def test_flux_s_adapters_are_those_of_the_header():
 
 @pytest.mark.parametrize(
   "name",
-  ["emoji_flow_clip", "emoji_video_clip", "sd_compressibility", "flux_hps_8gpu", "flux_hps_lora"],
+  ["emoji_flow_clip", "emoji_video_clip", "sd_compressibility", "flux_hps_8gpu", "flux_hps_lora"]
+  + ["hunyuan_hps"],
 )
 def test_tiny_runs(name, tmp_path, monkeypatch, program_cache):
   monkeypatch.chdir(ROOT)
@@ -245,10 +246,11 @@ def test_tiny_runs(name, tmp_path, monkeypatch, program_cache):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_tiny_rewards_are_found(name, monkeypatch):
-  """All rewards of the tiny presets are built from folders in the repository."""
+  """All rewards of the tiny presets are built from files in the repository."""
   monkeypatch.chdir(ROOT)
   config = load(name, "tiny")
-  assert set(reward_builders.build_rewards(config)) == {term for term, _ in config.reward.terms}
+  terms = [*(term for term, _ in config.reward.terms), *config.reward.watch]
+  assert set(reward_builders.build_rewards(config)) == {term.split("/")[0] for term in terms}
 
 
 @pytest.mark.parametrize("name, words", [("general", range(5, 41)), ("video", range(6, 46))])
