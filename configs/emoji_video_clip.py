@@ -4,6 +4,20 @@ It draws an emoji that moves over a plain background, 9 frames of 32x32 pixels. 
 frames of a clip as one contact sheet. The verifier `moving_emoji` measures each clip in closed form
 (visual quality, motion quality, alignment with the caption, direction of the motion); it is logged
 and never trained on. It runs on a CPU and downloads nothing.
+
+These runs had 16 prompts x 8 samples, noise level 0.7 and learning rate 5e-5. All but the reward
+are those of `evaluate` on the run's prompts (8 samples each, deterministic, with noise that
+training never sees). Real clips have a visual quality of .90, and .79 after the autoencoder.
+
+  seed   iterations   reward of the first and last 5   cosine   retrieval   direction   VQ    MQ
+  base            0                                     .753        48 %        46 %   .60   .87
+  0              30   .786 .882                         .869        85 %        73 %   .58   .86
+  1              30   .769 .872                         .863        75 %        77 %   .58   .89
+  0              40   .786 .909                         .897        92 %        70 %   .58   .82
+  1              40   .769 .894                         .893        88 %        83 %   .57   .89
+
+30 iterations took 5 min 46 s on two cores, compilation included. Diversity falls from .30 to .12
+and .15, and to .09 with 40 iterations.
 """
 
 from configs import common
