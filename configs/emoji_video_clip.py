@@ -5,6 +5,8 @@ frames of a clip as one contact sheet. The verifier `moving_emoji` measures each
 (visual quality, motion quality, alignment with the caption, direction of the motion); it is logged
 and never trained on. It runs on a CPU and downloads nothing.
 
+Sampler, optimizer, evaluation and `tiny` are those of configs/emoji_flow_clip.py.
+
 These runs had 16 prompts x 8 samples, noise level 0.7 and learning rate 5e-5. All but the reward
 are those of `evaluate` on the run's prompts (8 samples each, deterministic, with noise that
 training never sees). Real clips have a visual quality of .90, and .79 after the autoencoder.
@@ -20,35 +22,29 @@ training never sees). Real clips have a visual quality of .90, and .79 after the
 and .15, and to .09 with 40 iterations.
 """
 
-from configs import common
+from configs import emoji_flow_clip
 
-PRESETS = ("", "tiny")
+PRESETS = emoji_flow_clip.PRESETS
 
 
 def get_config(preset: str = ""):
   """The config.
 
   Args:
-    preset: "" for the run of 8 minutes; "tiny" for 6 iterations with few samples, for tests.
+    preset: "" for the run of 6 minutes; "tiny" for 6 iterations with few samples, for tests.
   """
-  config = common.get_config()
+  config = emoji_flow_clip.get_config(preset)
   config.name = "emoji_video_clip" + (f"_{preset}" if preset else "")
-  config.iterations = 30
   config.model.update(
     family="hunyuan_video",
     checkpoint="assets/emoji-video",
-    size=(32, 32),
     frames=9,
     fps=8.0,
     text_length=16,
-    matmul_precision="highest",  # float32 on every device, as in the runs above
   )
   config.data.update(
     prompts="assets/prompts/moving_run.txt", held_out="assets/prompts/moving_held_out.txt"
   )
-  # Each sample trains a random 4 of the 7 policy steps.
-  config.sampler.update(kind="dance", noise_level=0.7, steps=8)
-  config.rollout.update(samples_per_prompt=8, chunk=128)
   config.reward.clip.update(checkpoint="assets/emoji-video-clip", frames="sheet")
   config.reward.watch = (
     "moving_emoji/vq",
@@ -56,19 +52,9 @@ def get_config(preset: str = ""):
     "moving_emoji/ta",
     "moving_emoji/direction",
   )
-  config.optimizer.update(
-    learning_rate=5e-5, warmup_steps=20, b2=0.98, updates_per_iteration=4, microbatch=64
-  )
-  config.objective.clip_range = 5e-3
-  config.evaluation.update(
-    every=10, prompts=16, samples=8, distractors="assets/prompts/moving_train.txt"
-  )
-  config.checkpoint.every = 10
-  if preset == "tiny":
-    config.iterations = 6
-    config.data.prompts_per_iteration = 4
-    config.rollout.update(samples_per_prompt=4, chunk=16)
-    config.optimizer.update(microbatch=16, updates_per_iteration=1, warmup_steps=0)
-    config.evaluation.update(every=3, prompts=4, steps=5)
-    config.checkpoint.every = 3
+  config.evaluation.distractors = "assets/prompts/moving_train.txt"
+  if not preset:
+    config.iterations = 30
+    config.rollout.update(samples_per_prompt=8, chunk=128)
+    config.optimizer.microbatch = 64
   return config

@@ -40,7 +40,7 @@ dancegrpo_jax.data.hpdv2_prompts`, then use --config.data.prompts=tfds:hpdv2_pro
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, random_networks
 
 PRESETS = ("", "8gpu", "tiny")
 RANDOM_CLIP = "random:assets/random-clip"  # the network of the rewards of `tiny`
@@ -116,29 +116,6 @@ def recipe(name: str, preset: str) -> ConfigDict:
     config.mesh.lanes = 8  # one lane a device
     config.optimizer.update(microbatch=32, microbatches_per_call=8)
   elif preset == "tiny":
-    _tiny(config)
+    random_networks.shrink(config, "random:assets/random-flux")
+    config.model.text_length = 16
   return config
-
-
-def _tiny(config: ConfigDict) -> None:
-  """Changes the config to two iterations of networks with random weights.
-
-  assets/random-flux has their config.json files.
-  """
-  config.iterations = 2
-  config.model.update(
-    checkpoint="random:assets/random-flux",
-    size=(32, 32),
-    dtype="float32",
-    frozen_dtype="float32",
-    remat=False,
-    text_length=16,
-  )
-  config.data.prompts_per_iteration = 4
-  config.sampler.steps = 4
-  config.rollout.update(samples_per_prompt=4, chunk=16)
-  # One pass of the update, because on a CPU compiling takes longer than running.
-  config.optimizer.update(updates_per_iteration=1, microbatch=16)
-  config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),), reward_rules=((".*", ()),))
-  config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
-  config.checkpoint.every = 2

@@ -76,28 +76,3 @@ def recipe(name: str, preset: str) -> ConfigDict:
   config.advantage.clamp = 5.0
   config.mesh.update(data=1, fsdp=-1, rules=SPLIT)
   return config
-
-
-def shrink(config: ConfigDict) -> None:
-  """Changes a config to two iterations of networks with random weights, for the presets `tiny`.
-
-  assets/random-hunyuan has their config.json files. Every field of the published ones is in use
-  there.
-  """
-  config.iterations = 2
-  config.model.update(
-    checkpoint="random:assets/random-hunyuan",
-    size=(32, 32),
-    dtype="float32",
-    frozen_dtype="float32",
-    remat=False,
-    text_length=16,
-  )
-  config.data.prompts_per_iteration = 4
-  config.sampler.steps = 4
-  config.rollout.update(samples_per_prompt=4, chunk=16)
-  # One pass of the update, because on a CPU compiling takes longer than running.
-  config.optimizer.update(updates_per_iteration=1, microbatch=16)
-  config.mesh.update(data=-1, fsdp=1, lanes=8, rules=((".*", ()),), reward_rules=((".*", ()),))
-  config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
-  config.checkpoint.every = 2

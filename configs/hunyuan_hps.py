@@ -22,7 +22,7 @@ Presets:
         fits together, and learns nothing.
 """
 
-from configs import flux, hunyuan
+from configs import flux, hunyuan, random_networks
 
 PRESETS = ("", "8gpu", "tiny")
 
@@ -48,6 +48,7 @@ def get_config(preset: str = ""):
     config.mesh.lanes = 8  # one lane a device
     config.optimizer.update(microbatch=32, microbatches_per_call=8)
   elif preset == "tiny":
-    hunyuan.shrink(config)
+    random_networks.shrink(config, "random:assets/random-hunyuan")
+    config.model.text_length = 16
     config.reward.hps.update(checkpoint=flux.RANDOM_CLIP, tokenizer="")
   return config

@@ -40,7 +40,7 @@ dancegrpo_jax.data.hpdv2_prompts`, then use --config.data.prompts=tfds:hpdv2_pro
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, random_networks
 
 PRESETS = ("", "1gpu", "v5e", "paper", "tiny")
 RANDOM_CLIP = "random:assets/random-clip"  # the network of the rewards of `tiny`
@@ -114,27 +114,6 @@ def recipe(name: str, preset: str) -> ConfigDict:
     config.optimizer.updates_per_iteration = 1
     config.objective.update(timesteps="random", timestep_fraction=0.6)
   elif preset == "tiny":
-    _tiny(config)
+    random_networks.shrink(config, "random:assets/random-sd")
+    config.optimizer.microbatch = 48
   return config
-
-
-def _tiny(config: ConfigDict) -> None:
-  """Changes the config to two iterations of networks with random weights.
-
-  assets/random-sd has their config.json files.
-  """
-  config.iterations = 2
-  config.model.update(
-    checkpoint="random:assets/random-sd",
-    size=(32, 32),
-    dtype="float32",
-    frozen_dtype="float32",
-    remat=False,
-  )
-  config.data.prompts_per_iteration = 4
-  config.sampler.steps = 4
-  config.rollout.update(samples_per_prompt=4, chunk=16)
-  # One pass of the update, because on a CPU compiling takes longer than running.
-  config.optimizer.update(updates_per_iteration=1, microbatch=48)
-  config.evaluation.update(every=0, prompts=4, steps=2, samples=1)
-  config.checkpoint.every = 2
