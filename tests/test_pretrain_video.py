@@ -12,6 +12,7 @@ import pytest
 from scipy.special import logsumexp
 
 from dancegrpo_jax.data import moving_emoji
+from dancegrpo_jax.models import causal_conv
 from dancegrpo_jax.pretrain import __main__, clip, vae
 from dancegrpo_jax.settings import config_file
 
@@ -61,8 +62,33 @@ def test_a_clip_starts_as_its_frames():
   after = vae.inflated(before)
   call = jax.jit(lambda params, x: network.apply({"params": params}, x, method="encode")[0])
   np.testing.assert_allclose(call(after, frame), call(before, frame), atol=1e-5)
-  kernels = [x for x in jax.tree.leaves(after) if x.ndim == 5 and len(x) == 3]
-  assert len(kernels) > 10 and all(np.abs(k[:2]).max() == 0 < np.abs(k[2]).max() for k in kernels)
+
+  conv = causal_conv.CausalConv(4)
+  clip_of = jax.random.normal(jax.random.key(2), (2, 5, 8, 8, 3))
+  kernels = conv.init(jax.random.key(3), clip_of)["params"]
+  alone = [conv.apply({"params": kernels}, clip_of[:, i : i + 1]) for i in range(5)]
+  together = conv.apply({"params": vae.inflated(kernels)}, clip_of)
+  np.testing.assert_allclose(together, jnp.concatenate(alone, axis=1), atol=1e-5)
+  assert np.abs(conv.apply({"params": kernels}, clip_of) - together).max() > 0.1
+
+
+@pytest.mark.parametrize(
+  "flags, message",
+  [
+    (["--stage=flow"], "--stage=flow: not a stage of emoji_video_pretrain; use all, frames, vae"),
+    (["--stage=vae"], "emoji-video-frames/vae: no autoencoder; run --stage=frames first"),
+    (["--stage=video"], "emoji-video/vae: no autoencoder; run --stage=vae first"),
+    (["--stage=frames", "--config.vae.error=x"], "config.vae.error = 'x': must be one of absolute"),
+    (["--stage=frames", "--config.frames.crop=33"], "crop = 33: must be at most config.size"),
+    (["--stage=clip", "--config.clip.negatives=5"], "config.clip.negatives = 5: must be at most 4"),
+  ],
+)
+def test_mistakes_are_one_line(flags, message, tmp_path, monkeypatch, capsys):
+  monkeypatch.setattr(moving_emoji, "NAMES", ("red apple", "star", "frog", "ghost"))
+  folders = [f"--workdir={tmp_path / 'work'}", f"--out={tmp_path / 'out'}", f"--font={FONT}"]
+  assert __main__.main([CONFIG, *folders, *flags]) == 2
+  line = capsys.readouterr().err.splitlines()[-1]
+  assert line.startswith("error: ") and message in line
 
 
 def test_the_negatives_of_an_image():

@@ -113,8 +113,13 @@ def run(config: ConfigDict, stage: str, workdir: Path, out: Path, font: str) -> 
     font: NotoColorEmoji.ttf.
 
   Raises:
-    ConfigError: the font or the weights of an earlier stage are missing or unfit.
+    ConfigError: the config has no such stage, or has a value that doesn't fit; the font or the
+      weights of an earlier stage are missing or unfit.
   """
+  if stage not in ("all", *config.stages):
+    raise errors.ConfigError(
+      f"--stage={stage}: not a stage of {config.name}; use all, {', '.join(config.stages)}"
+    )
   try:
     emoji.check_font(font)
     workdir.mkdir(parents=True, exist_ok=True)

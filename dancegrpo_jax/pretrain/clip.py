@@ -29,6 +29,9 @@ def clip_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
     config: of pretraining.
     data: the training split.
     out: the folder of the models; the folder `config.clip.folder` is written.
+
+  Raises:
+    ValueError: a group has too few captions for the negatives.
   """
   stage, folder = config.clip, out / config.clip.folder
   config_json = _config_json(stage, out / config.tokenizer)
@@ -37,6 +40,12 @@ def clip_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
   first = np.concatenate([[0], np.flatnonzero(np.diff(data.caption)) + 1])  # of each caption
   variants = len(data.caption) // len(first)
   group = data.group[first]
+  fewest = int(np.unique(group, return_counts=True)[1].min()) - 1
+  if stage.negatives > fewest:
+    raise ValueError(
+      f"config.clip.negatives = {stage.negatives}: must be at most {fewest}, as many other captions"
+      " as a group has"
+    )
 
   def loss(params, batch, key):
     noise_key, level_key = jax.random.split(key)

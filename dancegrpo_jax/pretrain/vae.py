@@ -53,6 +53,9 @@ def vae_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
     config: of pretraining.
     data: the training split.
     out: the folder of the models; the folder vae inside `config.folder` is written.
+
+  Raises:
+    ValueError: the weights of `frames` are missing.
   """
   stage = config.vae
   network = network_of(stage.network.to_dict())
@@ -71,17 +74,23 @@ def vae_stage(config: ConfigDict, data: Data, out: Path) -> Stage:
 
   if stage.from_frames:
     folder = out / config.frames.folder / "vae"
-    params = inflated(load_vae(folder, data.images.shape[1:])[1])
+    params = inflated(load_vae(folder, data.images.shape[1:], made_by="frames")[1])
   else:
     params = _initial_params(config, data)
   return Stage(name="vae", params=params, loss=_loss(config), batch=batch, export=export)
 
 
 def _loss(config: ConfigDict) -> Callable:
-  """`(params, batch, key) -> (loss, metrics)`: the error of pixels, plus a small KL."""
+  """`(params, batch, key) -> (loss, metrics)`: the error of pixels, plus a small KL.
+
+  Raises:
+    ValueError: `config.vae.error` is not a key of `ERRORS`.
+  """
   stage = config.vae
   network = network_of(stage.network.to_dict())
-  error_of = {"absolute": _absolute, "squared": _squared}[stage.error]
+  if stage.error not in ERRORS:
+    raise ValueError(f"config.vae.error = {stage.error!r}: must be one of {', '.join(ERRORS)}")
+  error_of = ERRORS[stage.error]
 
   def loss(params, batch, key):
     x = to_signed(batch["images"])
@@ -145,11 +154,21 @@ def _squared(error: jax.Array) -> jax.Array:
   return 4.0 * jnp.square(error).mean()
 
 
+ERRORS = {"absolute": _absolute, "squared": _squared}
+
+
 def crops(rng: np.random.Generator, images: np.ndarray, side: int) -> np.ndarray:
   """A square around the middle of each picture or clip, `[n, (f,) side, side, 3]`.
 
   It is moved by up to half of the largest distance at which it still lies inside.
+
+  Raises:
+    ValueError: the samples are smaller than the square.
   """
+  if side > images.shape[-2]:
+    raise ValueError(
+      f"a stage's crop = {side}: must be at most config.size, which is {images.shape[-2]}"
+    )
   room = (images.shape[-2] - side) // 2
   starts = room + rng.integers(-(room // 2), room // 2 + 1, size=(len(images), 2))
   return np.stack(
@@ -187,8 +206,19 @@ def encode_all(
   return np.concatenate(rows)[: len(images)]
 
 
-def load_vae(folder: Path, shape: tuple[int, ...]) -> tuple[dict, PyTree]:
-  """config.json and the parameters of an autoencoder's folder; `shape` is that of a sample."""
+def load_vae(folder: Path, shape: tuple[int, ...], made_by: str = "vae") -> tuple[dict, PyTree]:
+  """config.json and the parameters of an autoencoder's folder.
+
+  Args:
+    folder: of the autoencoder.
+    shape: of a sample.
+    made_by: the stage that writes this folder.
+
+  Raises:
+    ValueError: the folder is missing.
+  """
+  if not (folder / "config.json").is_file():
+    raise ValueError(f"{folder}: no autoencoder; run --stage={made_by} first, with the same --out")
   config_json = weights.read_config(folder)
   network = network_of(config_json)
   abstract = jax.eval_shape(network.init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]
