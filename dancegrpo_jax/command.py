@@ -70,7 +70,7 @@ def _help() -> str:
       "usage: dancegrpo COMMAND [--config=FILE[:preset]] [--config.key=value ...] [flags]",
       "       dancegrpo COMMAND --help | --help | --version",
       "",
-      "GRPO post-training for image generators. Commands:",
+      "GRPO post-training for image and video generators. Commands:",
       *lines,
     ]
   )

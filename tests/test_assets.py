@@ -19,9 +19,11 @@ STEPS = 20
 
 
 def test_size():
-  """A clone should not have to hold more than 44 MiB, of which the videos are 18 at most."""
+  """A clone should not have to hold more than 44 MiB, 12 of them the model of videos."""
   files = [path for path in ASSETS.rglob("*") if path.is_file()]
   assert sum(path.stat().st_size for path in files) <= 44 * 2**20
+  videos = [path for path in files if path.is_relative_to(ASSETS / "emoji-video")]
+  assert sum(path.stat().st_size for path in videos) <= 12 * 2**20
   assert not [path for path in files if path.suffix in (".bin", ".pt", ".pkl")]
 
 
@@ -123,3 +125,23 @@ def test_the_base_leaves_something_to_learn(opened):
   chosen = np.random.default_rng(0).choice(len(pool), 200, replace=False)  # any emoji, any colour
   result, _ = measures.measure(opened, opened.weights, [pool[i] for i in chosen], pool)
   assert 0.25 <= float(np.mean(result["clip/retrieval"])) <= 0.75
+
+
+def test_the_base_of_videos_leaves_something_to_learn():
+  """Of its clips, 25 % to 75 % are nearest to their own caption among 200, and about half move as
+  their caption says, which the verifier judges.
+  """
+  overrides = [
+    f"model.checkpoint={ASSETS / 'emoji-video'}",
+    f"reward.clip.checkpoint={ASSETS / 'emoji-video-clip'}",
+    f"reward.moving_emoji.subjects={ASSETS / 'emoji-video' / 'subjects.png'}",
+    f"evaluation.distractors={ASSETS / 'prompts/moving_train.txt'}",
+  ]
+  config = config_file.load(str(ROOT / "configs/emoji_video_clip.py"), overrides)
+  pool = prompts.read_prompts(config.evaluation.distractors)
+  with sampling.opened(config, "base") as base:
+    run = prompts.read_prompts(str(ASSETS / "prompts/moving_run.txt"))
+    result, _ = measures.measure(base, base.weights, run, pool)
+  assert 0.25 <= float(np.mean(result["clip/retrieval"])) <= 0.75
+  assert 0.4 <= float(np.mean(result["moving_emoji/direction"])) <= 0.55
+  assert float(np.mean(result["moving_emoji/mq"])) >= 0.8

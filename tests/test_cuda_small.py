@@ -20,7 +20,7 @@ from dancegrpo_jax.settings import config_file
 ROOT = Path(__file__).parent.parent
 GROUPS = [
   (group, devices)
-  for family in ("stable_diffusion", "flux")
+  for family in ("stable_diffusion", "flux", "hunyuan_video")
   for devices in (1, 8)
   for group in groups(family, devices=devices, tiny=True)
 ]
