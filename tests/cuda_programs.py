@@ -172,6 +172,7 @@ def lower_group(group: list[ConfigDict], devices: int) -> Notes:
     with (plain := group[0].copy_and_resolve_references()).unlocked():
       # The networks of the rewards are lowered below, each once.
       plain.reward.terms = (("compressibility", 1.0),)
+      plain.reward.compressibility.frames = "first"  # of videos
     taken = inventory.take(
       inventory.without_weights(plain.lock()), mesh, examples=400, held_out=100
     )
