@@ -250,7 +250,12 @@ def documented(title: str) -> list[str]:
 
 
 if __name__ == "__main__":
-  for family, title in (("stable_diffusion", "Stable Diffusion v1.4"), ("flux", "FLUX.1-dev")):
+  titles = {
+    "stable_diffusion": "Stable Diffusion v1.4",
+    "flux": "FLUX.1-dev",
+    "hunyuan_video": "HunyuanVideo",
+  }
+  for family, title in titles.items():
     found = set().union(
       *(lower_group(group, devices=1) for group in groups(family, devices=1, tiny=False))
     )

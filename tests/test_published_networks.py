@@ -232,5 +232,10 @@ def test_the_older_sections_of_a_clip_replace_the_newer_ones():
 @pytest.mark.parametrize("path", sorted(ROOT.glob("assets/*/**/config.json")), ids=str)
 def test_published_files_and_assets_are_read(path):
   given = json.loads(path.read_text())
-  builders = {"clip_text_model": "CLIPTextConfig", "clip": "CLIPConfig", "t5": "T5Config"}
+  builders = {
+    "clip_text_model": "CLIPTextConfig",
+    "clip": "CLIPConfig",
+    "t5": "T5Config",
+    "llama": "LlamaConfig",
+  }
   (DIFFUSERS | TRANSFORMERS)[given.get("_class_name") or builders[given["model_type"]]][1](given)
