@@ -92,6 +92,25 @@ def test_lengths_are_padded_to_the_registers():
   assert [splash.padded(n) for n in (1, 128, 129, 2025 + 512)] == [128, 128, 256, 2560]
 
 
+def test_long_sequences_are_padded_to_large_blocks():
+  """HunyuanVideo's 12600 + 256 tokens would otherwise be 101 blocks of 128."""
+  assert [splash.padded(n) for n in (4096, 4097, 12856)] == [4096, 4608, 13312]
+
+
+def test_long_sequences_with_texts_of_their_own_lengths(monkeypatch):
+  """Image tokens come first, then 60 text tokens, of which 1, 23 and all 60 are valid.
+
+  The sequence counts as a long one here, so that 290 tokens are padded to a block of 512.
+  """
+  monkeypatch.setattr(splash, "_LONG", 256)
+  q, k, v, weight = draw(290, 290, batch=3, heads=1)
+  lengths = 230 + jnp.array([1, 23, 60])
+  beyond = (jnp.arange(290)[None, :] >= lengths[:, None])[..., None, None]
+  k, v = (jnp.where(beyond, 1e3, x) for x in (k, v))
+  for mine, theirs in zip(*both(q, k, v, weight, key_lengths=lengths)):
+    assert np.abs(mine - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 def test_key_lengths_and_causal_masks(causal):
   """Samples have 1, 37 and all 140 valid keys.

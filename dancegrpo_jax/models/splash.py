@@ -1,8 +1,9 @@
 """Splash attention: Pallas's TPU kernel, which keeps no matrix of logits in memory.
 
 The kernel is made for one device; see per_device.py for meshes. The numbers of queries and keys are
-padded to a multiple of 128, and padded keys are in a segment that no query sees. FLUX at 720x720
-has 2025 + 512 = 2537 tokens, and 2560 with padding.
+padded (`padded`), and padded keys are in a segment that no query sees. FLUX at 720x720 has 2025 +
+512 = 2537 tokens, and 2560 with padding. HunyuanVideo with 53 frames of 480x480 has 12600 + 256 =
+12856, and 13312 with padding.
 """
 
 from functools import partial
@@ -19,11 +20,16 @@ from dancegrpo_jax.models import per_device
 LANES = 128
 # Numbers of queries and of keys that are in fast memory together. The first that divides is used.
 _BLOCKS = (512, 256, 128)
+# Sequences that are longer than this are padded to whole blocks of the largest size. That adds at
+# most an eighth. Small blocks would cost more: 12856 tokens in blocks of 128 are 101 x 101
+# blocks, and 13312 in blocks of 512 are 26 x 26.
+_LONG = 4096
 
 
 def padded(length: int) -> int:
-  """The next length that the kernel supports."""
-  return -(-length // LANES) * LANES
+  """The number of tokens that a sequence is padded to."""
+  multiple = _BLOCKS[0] if length > _LONG else LANES
+  return -(-length // multiple) * multiple
 
 
 def _kernel(
