@@ -219,6 +219,17 @@ def two_slices() -> list[FakeTpu]:
   ]
 
 
+def test_a_mesh_axis_may_be_a_part_of_an_axis_of_the_slice():
+  """Of 4 x 4 x 4 chips 2 lie along tensor, and they are neighbours."""
+  chips = [(x, y, z) for z in range(4) for y in range(4) for x in range(4)]
+  devices = [FakeTpu(i, chip, 0, i // 4, device_kind="TPU v5") for i, chip in enumerate(chips)]
+  grid = sharding.in_slice((1, 32, 2), devices)
+  assert grid.shape == (1, 32, 2)
+  assert sorted(device.id for device in grid.reshape(-1)) == list(range(64))
+  for first, second in grid[0]:
+    assert np.abs(np.subtract(first.coords, second.coords)).sum() == 1
+
+
 @pytest.mark.parametrize("sizes", [(2, 8, 1), (4, 2, 2), (16, 1, 1), (2, 2, 4)])
 def test_only_the_data_axis_crosses_slices(sizes):
   grid = sharding.over_slices(sizes, two_slices())

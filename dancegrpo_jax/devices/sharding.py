@@ -80,10 +80,8 @@ def make_mesh(config_mesh: ConfigDict, devices: Sequence[jax.Device] | None = No
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = axis_sizes(config_mesh, len(devices))
-  types = (AxisType.Auto,) * len(AXES)
-  if slices_of(devices) > 1:
-    return Mesh(over_slices(sizes, devices), AXES, axis_types=types)
-  return jax.make_mesh(sizes, AXES, axis_types=types, devices=devices)
+  grid = over_slices(sizes, devices) if slices_of(devices) > 1 else in_slice(sizes, devices)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def slices_of(devices: Sequence[Any]) -> int:
@@ -91,6 +89,15 @@ def slices_of(devices: Sequence[Any]) -> int:
   if any(device.platform != "tpu" for device in devices):
     return 1
   return len({getattr(device, "slice_index", 0) for device in devices})
+
+
+def in_slice(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+  """The devices of one TPU slice, or those of any other kind, as `[data, fsdp, tensor]`.
+
+  An axis of the mesh may be a part of an axis of the slice, which jax.make_mesh refuses: of 4 x 4 x
+  4 chips 2 may lie along tensor.
+  """
+  return mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
 
 
 def over_slices(sizes: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
