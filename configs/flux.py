@@ -57,6 +57,10 @@ SPLIT = (
   ("text_encoder/encoder/.*/kernel", ("...", "fsdp", None)),
   (".*", ()),
 )
+# What LoRA adapts: the projections of image tokens [C]. The single blocks, where text and image are
+# one sequence, have layers of the same names. They are adapted too, as they are by peft's targets
+# to_q, to_k, to_v and to_out.0.
+ADAPTED = r"(single_)?transformer_blocks.*/attn/to_(q|k|v|out_0)/kernel"
 SPLIT_REWARDS = ((".*/encoder/.*/kernel", ("...", "fsdp", None)), (".*", ()))
 
 

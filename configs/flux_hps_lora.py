@@ -38,10 +38,7 @@ def get_config(preset: str = ""):
   config.lora.update(
     rank=128,  # [C]
     alpha=256.0,  # [C]
-    # The projections of image tokens [C]. The single blocks, where text and image are one
-    # sequence, have layers of the same names. They are adapted too, as they are by peft's targets
-    # to_q, to_k, to_v and to_out.0.
-    targets=r"(single_)?transformer_blocks.*/attn/to_(q|k|v|out_0)/kernel",
+    targets=flux.ADAPTED,
   )
   config.optimizer.learning_rate = 3e-4  # [C]
   if preset == "tiny":

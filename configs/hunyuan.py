@@ -22,10 +22,18 @@ from ml_collections import ConfigDict
 
 from configs import common
 
-# See configs/flux.py for why kernels are split along their second last axis.
+# See configs/flux.py for why kernels are split along their second last axis. mesh.tensor is 1
+# unless a run is told otherwise. Over it, the heads and the hidden units of a block are split: the
+# kernels that make them along their last axis, and those that take them along the axis before it.
+_BLOCKS = "denoiser/(single_)?transformer_blocks/.*"
+_MAKE = "(to_[qkv]|add_[qkv]_proj|net_0/proj|proj_mlp)"
+_TAKE = "(to_out_0|to_add_out|net_2)"
 SPLIT = (
-  ("denoiser/(single_)?transformer_blocks/.*/kernel", ("...", "fsdp", None)),
-  ("denoiser/(single_)?transformer_blocks/.*/bias", ("...", "fsdp")),
+  (f"{_BLOCKS}/{_MAKE}/kernel", ("...", "fsdp", "tensor")),
+  (f"{_BLOCKS}/{_MAKE}/bias", ("...", ("tensor", "fsdp"))),
+  (f"{_BLOCKS}/{_TAKE}/kernel", ("...", ("tensor", "fsdp"), None)),
+  (f"{_BLOCKS}/kernel", ("...", "fsdp", None)),
+  (f"{_BLOCKS}/bias", ("...", "fsdp")),
   ("denoiser/context_embedder/.*/kernel", ("...", "fsdp", None)),
   ("denoiser/(norm_out|time_text_embed)/.*kernel", ("fsdp", None)),
   ("text_encoder/layers/.*/kernel", ("...", "fsdp", None)),

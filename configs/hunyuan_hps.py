@@ -18,13 +18,17 @@ Presets:
   ""    For 16 GPUs of 80 GB, or 64 TPU chips. Any number of devices that divides 64 computes the
         same.
   8gpu  The same recipe on eight GPUs of 80 GB, 4 rows a device in a microbatch.
+  lora  Adapters of rank 128 and a learning rate of 3e-4, which are those of the published code's
+        FLUX, on 1, 2, 4 or 8 GPUs of 80 GB. Every device holds the transformer in bfloat16, 25.6
+        GB, and adapters of 157 M parameters, 3.1 GB with their moments and gradients.
   tiny  Two iterations of a random network on a CPU, in a minute or two. It shows that everything
         fits together, and learns nothing.
 """
 
 from configs import flux, hunyuan, random_networks
 
-PRESETS = ("", "8gpu", "tiny")
+PRESETS = ("", "8gpu", "lora", "tiny")
+REPLICATED = random_networks.REPLICATED
 
 
 def get_config(preset: str = ""):
@@ -47,6 +51,11 @@ def get_config(preset: str = ""):
   if preset == "8gpu":
     config.mesh.lanes = 8  # one lane a device
     config.optimizer.update(microbatch=32, microbatches_per_call=8)
+  elif preset == "lora":
+    config.lora.update(rank=128, alpha=256.0, targets=flux.ADAPTED)
+    config.optimizer.update(learning_rate=3e-4, microbatch=8, microbatches_per_call=4)
+    config.rollout.chunk = 8
+    config.mesh.update(data=-1, fsdp=1, lanes=8, rules=REPLICATED, reward_rules=REPLICATED)
   elif preset == "tiny":
     random_networks.shrink(config, "random:assets/random-hunyuan")
     config.model.text_length = 16

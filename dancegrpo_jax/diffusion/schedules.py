@@ -111,6 +111,13 @@ def flow_schedule(steps: int, shift: float = 1.0, num_train_timesteps: int = 100
   return _schedule(sigma * num_train_timesteps, 1.0 - sigma, sigma)
 
 
+def whole_times(schedule: Schedule) -> Schedule:
+  """The schedule with model times that are cut to whole numbers, as DanceGRPO's code gives them to
+  its networks (train_grpo_hunyuan.py, train_grpo_flux.py). The noise levels stay as they are.
+  """
+  return schedule._replace(model_time=jnp.floor(schedule.model_time))
+
+
 def resolution_shift(
   tokens: int,
   *,

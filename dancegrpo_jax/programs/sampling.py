@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.diffusion import windows
+from dancegrpo_jax.diffusion import schedules, windows
 from dancegrpo_jax.diffusion.guidance import classifier_free
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.rl import rng, state
@@ -36,6 +36,12 @@ def guided(pipeline: Pipeline, scale: float) -> Callable:
     return branches(x, time, jax.tree.map(lambda rows: rows[prompt], conditioning))
 
   return guided_output
+
+
+def schedule_of(config: ConfigDict, pipeline: Pipeline, steps: int) -> schedules.Schedule:
+  """The grid of `steps` steps, with the time shift and the times of the config's sampler."""
+  schedule = pipeline.schedule(steps, config.sampler.shift)
+  return schedules.whole_times(schedule) if config.sampler.whole_times else schedule
 
 
 def rollout_program(config: ConfigDict, pipeline: Pipeline) -> Callable:
@@ -70,7 +76,7 @@ def rollout_program(config: ConfigDict, pipeline: Pipeline) -> Callable:
 
     return rollout(
       network_output=network_output,
-      schedule=pipeline.schedule(policy.steps, config.sampler.shift),
+      schedule=schedule_of(config, pipeline, policy.steps),
       policy=policy,
       start=windows.window(config.sampler.window, policy.policy_steps, iteration, window_key),
       initial=rng.initial_noise(noise_key, iteration, ids, sample, shared=shared, shape=shape),
@@ -104,7 +110,7 @@ def sample_program(config: ConfigDict, pipeline: Pipeline) -> Callable:
 
     drawn = rollout(
       network_output=network_output,
-      schedule=pipeline.schedule(steps, config.sampler.shift),
+      schedule=schedule_of(config, pipeline, steps),
       policy=policy,
       initial=rng.initial_noise(key, 0, noise_ids, noise_ids, shared=True, shape=shape),
       step_noise=jnp.zeros_like,  # is not called: no step is stochastic

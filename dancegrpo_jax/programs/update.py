@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from dancegrpo_jax.devices import sharding
 from dancegrpo_jax.pipelines.base import Pipeline
 from dancegrpo_jax.programs.jitted import program
-from dancegrpo_jax.programs.sampling import guided
+from dancegrpo_jax.programs.sampling import guided, schedule_of
 from dancegrpo_jax.rl import algorithms, lanes, optimize, state
 from dancegrpo_jax.rl.optimize import Sums, Work
 from dancegrpo_jax.rl.policy import policy_of
@@ -90,7 +90,7 @@ def _algorithm_of(config: ConfigDict, pipeline: Pipeline) -> AlgorithmOf:
       params = state.variables(frozen, trainable)
       return guided_output(params, x, time, conditioning, prompt)
 
-    schedule = pipeline.schedule(policy.steps, config.sampler.shift)
+    schedule = schedule_of(config, pipeline, policy.steps)
     return kind.build(config, policy_output, schedule, policy, reference)
 
   return algorithm_of

@@ -51,6 +51,7 @@ ADDED = {
   "model.decode_tiling": Added("0.2.0", "time"),
   "model.decode_batch": Added("0.2.0", 0),
   "model.template": Added("0.2.0", "video"),
+  "sampler.whole_times": Added("0.2.0", False),
   "logging.wandb_project": Added("0.2.0", "dancegrpo_jax"),
   "logging.wandb_entity": Added("0.2.0", ""),
   "logging.wandb_group": Added("0.2.0", ""),
