@@ -25,12 +25,24 @@ PLANS = {
   "flux_hps_v5p_64": ("configs/flux_hps.py", "v5p:4x4x4"),
   "flux_hps_v6e_64": ("configs/flux_hps.py", "v6e:8x8"),
   "flux_hps_lora_v5e_16": ("configs/flux_hps_lora.py:v5e", "v5e:4x4"),
+  "hunyuan_videoalign_v5p_64": (
+    "configs/hunyuan_videoalign.py --config.mesh.tensor=2",
+    "v5p:4x4x4",
+  ),
+  "hunyuan_videoalign_v6e_64": (
+    "configs/hunyuan_videoalign.py --config.mesh.tensor=2",
+    "v6e:8x8",
+  ),
+  "hunyuan_hps_v5p_64": ("configs/hunyuan_hps.py", "v5p:4x4x4"),
+  "hunyuan_hps_v6e_64": ("configs/hunyuan_hps.py", "v6e:8x8"),
   "sd_hps_v5e_8": ("configs/sd_hps.py:v5e", "v5e:2x4"),
   "sd_hps_v6e_8": ("configs/sd_hps.py:v5e", "v6e:2x4"),
 }
 GPU_PLANS = {
   "sd_hps_h100_1": ("configs/sd_hps.py:1gpu", "h100:1"),
   "flux_hps_lora_h100_1": ("configs/flux_hps_lora.py:1gpu", "h100:1"),
+  "hunyuan_hps_h100_8": ("configs/hunyuan_hps.py:8gpu", "h100:8"),
+  "hunyuan_hps_lora_h100_1": ("configs/hunyuan_hps.py:lora", "h100:1"),
   "flux_hps_h100_8": ("configs/flux_hps.py:8gpu", "h100:8"),
 }
 ALL = PLANS | GPU_PLANS

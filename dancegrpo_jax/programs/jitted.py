@@ -13,10 +13,16 @@ import optax
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from dancegrpo_jax.models import lora
+from dancegrpo_jax.models import attention, lora
 from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.rl import rng
 from dancegrpo_jax.types import PyTree
+
+# libtpu may multiply with a kernel piece by piece while the pieces come around a ring of chips. A
+# piece of 3072 rows over 32 chips is 96 rows, less than the 128 that a matrix unit takes, and the
+# sum is read and written for each piece: by plan HunyuanVideo's rollout then takes twice as long. A
+# threshold beyond every kernel, in MiB, makes it gather kernels whole (libtpu 0.0.42.1).
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20}
 
 
 def program(config: ConfigDict, name: str, function: Callable, **options: Any) -> Callable:
@@ -28,6 +34,8 @@ def program(config: ConfigDict, name: str, function: Callable, **options: Any) -
     name: of the program, in profiles and in messages of XLA.
     function: what to compile.
     options: of `jax.jit`.
+
+  The caller has entered the mesh with `jax.set_mesh`, by which the compiler's options are chosen.
   """
 
   @functools.wraps(function)
@@ -39,7 +47,8 @@ def program(config: ConfigDict, name: str, function: Callable, **options: Any) -
       return function(*arguments)
 
   traced.__name__ = traced.__qualname__ = name.replace(" ", "_")
-  return jax.jit(traced, **options)
+  compiler = TPU_OPTIONS if attention.place().platform == "tpu" else None
+  return jax.jit(traced, compiler_options=compiler, **options)
 
 
 def init_adapters(config: ConfigDict, adapters: PyTree, shardings: PyTree) -> PyTree:
