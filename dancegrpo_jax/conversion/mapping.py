@@ -24,6 +24,7 @@ from dancegrpo_jax.conversion.table import (
   match_name,
   matches,
   raise_problems,
+  rows_of,
   show,
   span,
   tensors_of,
@@ -169,12 +170,10 @@ def canonical_name(table: Table, name: str) -> str:
 
 
 def _candidates(table: Table, canonical: str) -> list[_Candidate]:
-  candidates = []
-  for row in table.rows:
-    indices = match_name(row.source, canonical)
-    if indices is not None:
-      candidates.append(_Candidate(row, indices, fill(row.target, indices)))
-  return candidates
+  return [
+    _Candidate(row, indices, fill(row.target, indices))
+    for row, indices in rows_of(table.rows, canonical)
+  ]
 
 
 def match(

@@ -152,6 +152,16 @@ def match_name(pattern: str, name: str) -> dict[str, str] | None:
   return result.groupdict() if result else None
 
 
+def rows_of(rows: tuple[Row, ...], name: str) -> list[tuple[Row, dict[str, str]]]:
+  """The rows whose pattern a tensor's name matches, each with what its placeholders stand for.
+
+  This is one function and not a call for each row, because files have thousands of tensors and
+  tables dozens of rows.
+  """
+  found = ((row, _regex(row.source).fullmatch(name)) for row in rows)
+  return [(row, result.groupdict()) for row, result in found if result]
+
+
 def matches(pattern: str, name: str) -> bool:
   """Whether a name is of a pattern."""
   return match_name(pattern, name) is not None

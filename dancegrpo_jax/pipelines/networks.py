@@ -2,6 +2,7 @@
 from latents.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -34,7 +35,22 @@ def abstract(network: Any, *shapes: tuple[int, ...], dtype: Any = jnp.float32) -
     shapes: the shapes of the arguments of its init.
     dtype: the dtype of these arguments.
   """
-  arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+  return abstract_of(network, *(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes))
+
+
+def abstract_of(network: Any, *arguments: jax.ShapeDtypeStruct) -> PyTree:
+  """`abstract` of a network whose init takes arguments of several dtypes."""
+  tree = _traced(network, arguments, jax.sharding.get_abstract_mesh())
+  return jax.tree.map(lambda leaf: leaf, tree)  # dicts of its own for each caller
+
+
+@functools.lru_cache(maxsize=64)
+def _traced(network: Any, arguments: tuple[jax.ShapeDtypeStruct, ...], mesh: Any) -> PyTree:
+  """The tree of `abstract_of`. Tracing a network takes seconds, and a command asks several times.
+
+  The mesh of the context is an argument because what is traced in one belongs to it.
+  """
+  del mesh
   return jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]
 
 
@@ -97,7 +113,7 @@ def _clip(config: dict) -> PyTree:
   network = clip.Clip.from_json(config)
   tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   pixels = _pixels(network.vision_model)
-  return jax.eval_shape(network.init, jax.random.key(0), tokens, pixels)["params"]
+  return abstract_of(network, tokens, pixels)
 
 
 def _t5(config: dict) -> PyTree:
@@ -123,7 +139,7 @@ def abstract_hunyuan_video(network: hunyuan_video.HunyuanVideoTransformer3DModel
   ]
   if network.guidance_embeds:
     arguments.append(shape(1))
-  return jax.eval_shape(network.init, jax.random.key(0), *arguments)["params"]
+  return abstract_of(network, *arguments)
 
 
 def _hunyuan_video(config: dict) -> PyTree:

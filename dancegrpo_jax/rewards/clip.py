@@ -109,7 +109,7 @@ def network_of(checkpoint: Checkpoint, networks: Networks) -> tuple[Clip, Compon
   size = checkpoint.preprocessing.size
   tokens = jax.ShapeDtypeStruct((1, network.text_model.max_position_embeddings), jnp.int32)
   pixels = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-  abstract = jax.eval_shape(network.init, jax.random.key(0), tokens, pixels)["params"]
+  abstract = shared.abstract_of(network, tokens, pixels)
   component = Component(folder=checkpoint.location, table=checkpoint.table, abstract=abstract)
   return network, component
 
