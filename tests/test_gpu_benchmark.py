@@ -481,4 +481,4 @@ def test_every_attention_that_cudnn_computes_is_compared():
   wanted = {
     tuple(int(n) for n in re.findall(r"\d+", "|".join(line.split("|")[2:5]))) for line in rows
   }
-  assert len(wanted) == 13 and wanted == {sizes[:4] for sizes in registry.ATTENTIONS.values()}
+  assert len(wanted) == 18 and wanted == {sizes[:4] for sizes in registry.ATTENTIONS.values()}

@@ -20,10 +20,16 @@ ATTENTIONS = {
   "SD cross, 256 to 77, 8 x 160": (256, 77, 8, 160, 8, False),
   "SD cross, 64 to 77, 8 x 160": (64, 77, 8, 160, 8, False),
   "FLUX, 2537 tokens, 24 x 128": (2537, 2537, 24, 128, 1, False),
+  "HunyuanVideo's text, 256 tokens, 24 x 128": (256, 256, 24, 128, 4, False),
+  "HunyuanVideo, one frame, 2281 tokens, 24 x 128": (2281, 2281, 24, 128, 1, False),
+  "Llama, 292 tokens, 32 x 128": (292, 292, 32, 128, 2, True),
+  "Llama, 351 tokens, 32 x 128": (351, 351, 32, 128, 2, True),
   "ViT-L, 257 tokens, 16 x 64": (257, 257, 16, 64, 8, False),
   "ViT-H, 257 tokens, 16 x 80": (257, 257, 16, 80, 8, False),
   "CLIP-L text, 77 tokens, 12 x 64": (77, 77, 12, 64, 8, True),
   "CLIP-H text, 77 tokens, 16 x 64": (77, 77, 16, 64, 8, True),
+  # The last one, because xla's logits and their gradients take some 64 GB.
+  "HunyuanVideo, 53 frames, 12856 tokens, 24 x 128": (12856, 12856, 24, 128, 1, False),
 }
 _RUNS = (
   "emoji_clip:tiny, ratio/drift_max",
