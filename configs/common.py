@@ -130,8 +130,8 @@ def get_config() -> ConfigDict:
       # The time shift of rectified flow: 1 is no shift and 0 takes what the checkpoint's scheduler
       # says. Diffusion models ignore it.
       "shift": 1.0,
-      # Whether the network is told whole numbers as times, cut from the exact ones, as [C] does. It
-      # is for comparisons with that code; the exact times are what the models were trained on.
+      # Whether rollout and update cut the times that they give the network to whole numbers, as [C]
+      # does. It is for comparisons with that code. Evaluations keep the exact times.
       "whole_times": False,
       # The scale of classifier-free guidance, in rollout and training alike. 1 turns it off.
       "guidance_scale": 1.0,

@@ -28,7 +28,6 @@ Presets:
 from configs import flux, hunyuan, random_networks
 
 PRESETS = ("", "8gpu", "lora", "tiny")
-REPLICATED = random_networks.REPLICATED
 
 
 def get_config(preset: str = ""):
@@ -55,7 +54,8 @@ def get_config(preset: str = ""):
     config.lora.update(rank=128, alpha=256.0, targets=flux.ADAPTED)
     config.optimizer.update(learning_rate=3e-4, microbatch=8, microbatches_per_call=4)
     config.rollout.chunk = 8
-    config.mesh.update(data=-1, fsdp=1, lanes=8, rules=REPLICATED, reward_rules=REPLICATED)
+    whole = ((".*", ()),)  # on every device
+    config.mesh.update(data=-1, fsdp=1, lanes=8, rules=whole, reward_rules=whole)
   elif preset == "tiny":
     random_networks.shrink(config, "random:assets/random-hunyuan")
     config.model.text_length = 16

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import pytest
 from ml_collections import ConfigDict
 from test_flops import DYNAMIC_TEXT, TPU_TEXT
@@ -21,6 +22,7 @@ from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.models import attention
 from dancegrpo_jax.plan import __main__ as command
 from dancegrpo_jax.plan import flops, planning, table, topologies
+from dancegrpo_jax.programs import jitted
 from dancegrpo_jax.settings import command_line, config_file
 
 CONFIG = f"--config={ROOT / 'configs' / 'emoji_clip.py'}:tiny"
@@ -497,6 +499,34 @@ def test_a_shape_that_libtpu_refuses():
   with pytest.raises(ConfigError, match="libtpu refuses it"):
     topologies.devices("v5p:3x3x3")
   assert len(topologies.devices("v5p:2x2x1")) == 4
+
+
+@pytest.mark.skipif(
+  importlib.util.find_spec("libtpu") is None,
+  reason="libtpu is not installed (requirements-tpu.txt)",
+)
+def test_tpus_gather_kernels_whole():
+  """A product with a kernel over 32 chips: without the option the kernel's pieces go around a ring.
+
+  The options of `--effort` come on top.
+  """
+  devices = topologies.devices("v5p:2x4x4")
+  mesh = sharding.make_mesh(ConfigDict({"data": 1, "fsdp": 32, "tensor": 1}), devices)
+  config = ConfigDict({"model": {"matmul_precision": "default"}})
+  x = jax.ShapeDtypeStruct((32, 12800, 3072), jnp.bfloat16, sharding=sharding.batch_sharding(mesh))
+  kernel = jax.ShapeDtypeStruct(
+    (3072, 6144), jnp.bfloat16, sharding=jax.NamedSharding(mesh, jax.P("fsdp", None))
+  )
+
+  def moves(function, options=None):
+    text = function.lower(x, kernel).compile(options).as_text()
+    return [word for word in ("all-gather", "collective-permute") if word in text]
+
+  with jax.set_mesh(mesh):
+    product = jitted.program(config, "product", jnp.matmul)
+    assert moves(product) == moves(product, {"exec_time_optimization_effort": -1.0})
+    assert moves(product) == ["all-gather"]
+    assert moves(jax.jit(jnp.matmul)) == ["collective-permute"]
 
 
 @pytest.mark.skipif(

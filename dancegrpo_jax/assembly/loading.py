@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import optax
 from ml_collections import ConfigDict
 
@@ -125,6 +126,7 @@ def pipeline_of(
   except ValueError as error:
     raise ConfigError(str(error)) from error
   _check_first_step(config, pipeline)
+  _check_whole_times(config, pipeline)
   return pipeline
 
 
@@ -140,6 +142,18 @@ def _check_first_step(config: ConfigDict, pipeline: Pipeline) -> None:
     raise ConfigError(
       "config.sampler.kind = 'dance': the checkpoint's grid starts from pure noise"
       " (rescale_betas_zero_snr), where this step is infinite; use ddim or cps"
+    )
+
+
+def _check_whole_times(config: ConfigDict, pipeline: Pipeline) -> None:
+  """Raises ConfigError where two steps of the sampler would have the same whole number as their
+  time, as in a model whose times lie between 0 and 1.
+  """
+  steps = config.sampler.steps
+  times = np.floor(pipeline.schedule(steps, config.sampler.shift).model_time[:-1])
+  if config.sampler.whole_times and len(np.unique(times)) < steps:
+    raise ConfigError(
+      f"config.sampler.whole_times = True: two of the {steps} steps get the same time; use False"
     )
 
 

@@ -18,10 +18,10 @@ from dancegrpo_jax.rewards.base import Reward
 from dancegrpo_jax.rl import rng
 from dancegrpo_jax.types import PyTree
 
-# libtpu may multiply with a kernel piece by piece while the pieces come around a ring of chips. A
-# piece of 3072 rows over 32 chips is 96 rows, less than the 128 that a matrix unit takes, and the
-# sum is read and written for each piece: by plan HunyuanVideo's rollout then takes twice as long. A
-# threshold beyond every kernel, in MiB, makes it gather kernels whole (libtpu 0.0.42.1).
+# libtpu may multiply with a kernel piece by piece while the pieces come around a ring of chips. Of
+# a kernel of 3072 rows over 32 chips a piece is 96 rows. A matrix unit takes 128, and the sum is
+# read and written once a piece, so that HunyuanVideo's rollout takes twice as long by plan. With
+# this threshold in MiB, which is beyond every kernel, libtpu gathers kernels whole (0.0.42.1).
 TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 2**20}
 
 

@@ -38,9 +38,9 @@ def guided(pipeline: Pipeline, scale: float) -> Callable:
   return guided_output
 
 
-def schedule_of(config: ConfigDict, pipeline: Pipeline, steps: int) -> schedules.Schedule:
-  """The grid of `steps` steps, with the time shift and the times of the config's sampler."""
-  schedule = pipeline.schedule(steps, config.sampler.shift)
+def schedule_of(config: ConfigDict, pipeline: Pipeline) -> schedules.Schedule:
+  """The grid of the training sampler, the same in rollout and update."""
+  schedule = pipeline.schedule(config.sampler.steps, config.sampler.shift)
   return schedules.whole_times(schedule) if config.sampler.whole_times else schedule
 
 
@@ -76,7 +76,7 @@ def rollout_program(config: ConfigDict, pipeline: Pipeline) -> Callable:
 
     return rollout(
       network_output=network_output,
-      schedule=schedule_of(config, pipeline, policy.steps),
+      schedule=schedule_of(config, pipeline),
       policy=policy,
       start=windows.window(config.sampler.window, policy.policy_steps, iteration, window_key),
       initial=rng.initial_noise(noise_key, iteration, ids, sample, shared=shared, shape=shape),
@@ -110,7 +110,7 @@ def sample_program(config: ConfigDict, pipeline: Pipeline) -> Callable:
 
     drawn = rollout(
       network_output=network_output,
-      schedule=schedule_of(config, pipeline, steps),
+      schedule=pipeline.schedule(steps, config.sampler.shift),
       policy=policy,
       initial=rng.initial_noise(key, 0, noise_ids, noise_ids, shared=True, shape=shape),
       step_noise=jnp.zeros_like,  # is not called: no step is stochastic

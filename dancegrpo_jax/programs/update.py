@@ -90,7 +90,7 @@ def _algorithm_of(config: ConfigDict, pipeline: Pipeline) -> AlgorithmOf:
       params = state.variables(frozen, trainable)
       return guided_output(params, x, time, conditioning, prompt)
 
-    schedule = schedule_of(config, pipeline, policy.steps)
+    schedule = schedule_of(config, pipeline)
     return kind.build(config, policy_output, schedule, policy, reference)
 
   return algorithm_of

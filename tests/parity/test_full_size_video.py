@@ -282,8 +282,8 @@ def test_transformer(scratch, measured):
   wanted, of_wanted = costed(their_velocity, scratch, inputs, torch.float32)
   their_half, of_their_half = costed(their_velocity, scratch, inputs, torch.bfloat16)
   measured("float32 against float32", error(full, wanted), 1e-4)
-  measured("bfloat16 against float32", error(half, wanted), 0.1)
-  measured("diffusers' bfloat16 against float32", error(their_half.numpy(), wanted), 0.1)
+  measured("bfloat16 against float32", error(half, wanted), 0.03)
+  measured("diffusers' bfloat16 against float32", error(their_half.numpy(), wanted), 0.03)
   for name, cost in {
     "files": written,
     "bfloat16": of_half,

@@ -16,6 +16,7 @@ from torch_parity import run
 
 from dancegrpo_jax.assembly import loading
 from dancegrpo_jax.checkpoints import components
+from dancegrpo_jax.errors import ConfigError
 from dancegrpo_jax.programs.sampling import schedule_of
 from dancegrpo_jax.rl.grpo import score
 from dancegrpo_jax.rl.policy import policy_of
@@ -132,7 +133,7 @@ def ours(folder, inputs: Inputs, states: np.ndarray, **changes) -> tuple[Traject
   params = {
     "denoiser": components.read_component(str(folder), pipeline.components["denoiser"], None)
   }
-  schedule = schedule_of(config, pipeline, STEPS)
+  schedule = schedule_of(config, pipeline)
   policy = policy_of(config, pipeline.prediction)
 
   def roll(params, initial, noise, rows):
@@ -200,10 +201,21 @@ def test_the_network_is_told_the_published_guidance():
   assert np.float32(6.016) * np.float32(1000) == TOLD_GUIDANCE
 
 
-def test_whole_times_change_a_trajectory(folder):
+def test_whole_times_are_those_of_rollout_and_update(folder):
   """12 of the 16 times have a fraction, so the switch would be seen if it did nothing."""
   times, _ = times_and_sigmas(whole=False)
   config = tiny_checkpoint.video_config(folder, **RECIPE, sampler__whole_times=True)
   pipeline = loading.build_pipeline(config)
-  np.testing.assert_array_equal(schedule_of(config, pipeline, STEPS).model_time, np.trunc(times))
+  np.testing.assert_array_equal(schedule_of(config, pipeline).model_time, np.trunc(times))
   assert (times[:-1] != np.trunc(times[:-1])).sum() == 12
+
+
+def test_whole_times_that_meet_are_refused(folder):
+  """Of 600 steps some are closer than 1 to each other."""
+  changes = RECIPE | {"sampler__steps": 600, "sampler__whole_times": True}
+  config = tiny_checkpoint.video_config(folder, **changes)
+  with pytest.raises(ConfigError) as caught:
+    loading.build_pipeline(config)
+  assert str(caught.value) == (
+    "config.sampler.whole_times = True: two of the 600 steps get the same time; use False"
+  )
